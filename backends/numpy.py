@@ -1,0 +1,20 @@
+"""NumPy."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from implicit_core.backend import Backend
+
+
+class NumPyBackend(Backend):
+    """NumPy arrays, and the scalars NumPy returns in their place."""
+
+    def solving(self) -> AbstractContextManager[Any]:
+        """No floating-point warnings: what they would say of a sample, its status says."""
+        return np.errstate(all="ignore")
+
+
+BACKEND = NumPyBackend("numpy", xp, (np.ndarray, np.generic))

@@ -1,0 +1,68 @@
+"""PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from implicit_core.backend import Backend
+
+
+class TorchBackend(Backend):
+    """PyTorch tensors on any device."""
+
+    def device(self, x: Tensor) -> torch.device:
+        return x.device
+
+    def devices(self) -> list[str]:
+        found = ["cpu"]
+        found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+        return found + ["mps"] * torch.backends.mps.is_available()
+
+    def finfo(self, dtype: torch.dtype) -> torch.finfo:
+        return torch.finfo(dtype)
+
+    def solving(self) -> AbstractContextManager[Any]:
+        """No graph: gradients come from an estimator, not from the solver's steps."""
+        return torch.no_grad()
+
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def tally(self, counts: Tensor, mask: Tensor) -> Tensor:
+        return counts + mask
+
+    def norm(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+    def axpy(self, a: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(y, a, x) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
+
+    def gram(self, history: Tensor) -> Tensor:
+        return torch.bmm(history, history.mT)
+
+    def products(self, row: Tensor, history: Tensor) -> Tensor:
+        return torch.bmm(row, history.mT)
+
+    def combine(self, weights: Tensor, history: Tensor) -> Tensor:
+        return torch.bmm(weights, history)
+
+    def combine_onto(self, row: Tensor, weights: Tensor, history: Tensor) -> Tensor:
+        return torch.baddbmm(row, weights, history)
+
+    def solve_rows(self, matrix: Tensor, row: Tensor) -> Tensor:
+        # solve_ex: `solve` reads its error code back from the device at every call.
+        return torch.linalg.solve_ex(matrix, row, left=False).result
+
+    def entry(self, row: Tensor, index: int) -> Tensor:
+        return row.narrow(2, index, 1)
+
+    def set_row(self, history: Tensor, index: int, row: Tensor) -> Tensor:
+        # In place: a history belongs to one solve, which runs without a graph.
+        (history.select(1, index) if row.ndim == 2 else history.narrow(1, index, 1)).copy_(row)
+        return history
+
+
+BACKEND = TorchBackend("torch", xp, (Tensor,))

@@ -1,0 +1,66 @@
+"""Implicit layers h = F(h, z) and their phantom gradients, the same in every array framework.
+
+>>> import numpy as np
+>>> import implicit_core as ic
+>>> problem = ic.Problem(lambda h, z: np.tanh(0.5 * h + z), vjp=lambda h, z, v: (
+...     0.5 * (g := v / np.cosh(0.5 * h + z) ** 2), g))
+>>> z = np.array([0.3, -0.1])
+>>> solution = ic.solve(problem, np.zeros(2), z)
+>>> value, pullback = ic.Neumann(k=5, lam=0.5).vjp(problem, solution.value, z)
+>>> pullback(np.ones(2)).shape
+(2,)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backend import Backend
+from .estimators import BPTT, NPG, UPG, Estimator, Implicit, InexactGradientWarning, Neumann, OneStep, Unroll
+from .fixed_point import fixed_point
+from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
+from .linear_system import solve_linear
+from .problem import Linearization, Problem
+from .solution import CONVERGED, MAX_STEPS, NONFINITE, STAGNATED, Solution, SolveError, Stats, Status
+from .solve import solve
+from .solvers import Anderson, Broyden, CallableSolver, FixedPointIteration, NewtonKrylov, Solver
+
+try:
+    __version__ = version("implicit-core")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BPTT",
+    "CG",
+    "CONVERGED",
+    "GMRES",
+    "MAX_STEPS",
+    "NONFINITE",
+    "NPG",
+    "STAGNATED",
+    "UPG",
+    "Anderson",
+    "Backend",
+    "BiCGSTAB",
+    "Broyden",
+    "CallableSolver",
+    "Estimator",
+    "FixedPointIteration",
+    "Implicit",
+    "InexactGradientWarning",
+    "LinearSolver",
+    "Linearization",
+    "Neumann",
+    "NewtonKrylov",
+    "OneStep",
+    "Problem",
+    "Richardson",
+    "Solution",
+    "SolveError",
+    "Solver",
+    "Stats",
+    "Status",
+    "Unroll",
+    "fixed_point",
+    "solve",
+    "solve_linear",
+]

@@ -1,0 +1,164 @@
+"""The backend seam: what the core needs and the array API standard has no answer for.
+
+The base class spells everything portably, with a Python loop; a framework's module in ``backends/`` overrides only
+what that framework spells better or differently. Every method is pure except :meth:`Backend.set_row`, which may reuse
+the history it is given.
+"""
+
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, TypeVar
+
+import array_api_extra as xpx
+import optree
+from array_api_compat import device as device_of
+
+Array = Any
+PyTree = Any
+Carry = TypeVar("Carry")
+
+
+class Backend:
+    """One array framework, as the core sees it.
+
+    Parameters
+    ----------
+    name
+        Name of the framework's root module, e.g. ``"torch"``.
+    xp
+        Its array-API namespace (from array-api-compat where the framework needs it).
+    array_types
+        Classes whose instances are this framework's arrays.
+    """
+
+    def __init__(self, name: str, xp: ModuleType, array_types: tuple[type, ...]) -> None:
+        self.name = name
+        self.xp = xp
+        self.array_types = array_types
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+    # What an array is, and where.
+
+    def is_array(self, x: object) -> bool:
+        """Whether ``x`` is one of this framework's arrays."""
+        return isinstance(x, self.array_types)
+
+    def device(self, x: Array) -> Any:
+        """The device ``x`` lives on; None where that can't be known (a traced array)."""
+        return device_of(x)
+
+    def devices(self) -> list[str]:
+        """Devices found on this machine, in words."""
+        return ["cpu"]
+
+    def finfo(self, dtype: Any) -> Any:
+        """Limits of a floating dtype, as in the array API."""
+        return self.xp.finfo(dtype)
+
+    # Pytrees.
+
+    def flatten(self, tree: PyTree) -> tuple[list[Any], Hashable]:
+        """Leaves and structure of a pytree; ``None`` is an empty node."""
+        return optree.tree_flatten(tree)
+
+    def flatten_with_none(self, tree: PyTree) -> tuple[list[Any], Hashable]:
+        """As :meth:`flatten`, with ``None`` a leaf."""
+        return optree.tree_flatten(tree, none_is_leaf=True)
+
+    def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
+        """The inverse of :meth:`flatten`."""
+        return optree.tree_unflatten(structure, leaves)
+
+    def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+        """``fn`` over the leaves of pytrees of one structure."""
+        return optree.tree_map(fn, tree, *rest)
+
+    # Loops. A body is pure, with fixed shapes and dtypes, so that a framework may trace it.
+
+    def while_loop(
+        self,
+        cond: Callable[[Carry], Array],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        max_steps: int,
+        check_every: int = 1,
+    ) -> Carry:
+        """``while cond(carry): carry = body(carry)``, at most ``max_steps`` times.
+
+        ``cond`` returns a boolean array without axes. Reading it is the loop's one host sync, made once in
+        ``check_every`` steps.
+        """
+        steps = 0
+        while steps < max_steps and bool(cond(carry)):
+            chunk = min(check_every, max_steps - steps)
+            carry = self.repeat(body, carry, chunk)
+            steps += chunk
+        return carry
+
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        """Apply ``body`` a static number of times."""
+        for _ in range(times):
+            carry = body(carry)
+        return carry
+
+    def solving(self) -> AbstractContextManager[Any]:
+        """The state a solve runs in: nothing recorded for autodiff, no warning for what the statuses report."""
+        return nullcontext()
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x``, cut from any autodiff graph."""
+        return x
+
+    def tally(self, counts: Array, mask: Array) -> Array:
+        """``counts``, one more where ``mask`` holds."""
+        return counts + self.xp.astype(mask, counts.dtype)
+
+    def minimum(self, index: Any, limit: int) -> Any:
+        """The smaller of a loop's counter and a constant."""
+        return min(index, limit)
+
+    def table(self, rows: Array) -> Any:
+        """The rows of an array, to be read with ``table[index]`` at an index the loop counts."""
+        return tuple(rows[i, ...] for i in range(rows.shape[0]))
+
+    # Per-sample linear algebra. States are (N, D), rows (N, 1, D), histories (N, m, D), per-sample numbers (N, 1).
+
+    def norm(self, x: Array) -> Array:
+        """Euclidean norm over the last axis, which is kept."""
+        return self.xp.linalg.vector_norm(x, axis=-1, keepdims=True)
+
+    def axpy(self, a: Array | float, x: Array, y: Array) -> Array:
+        """``a x + y``."""
+        return a * x + y
+
+    def gram(self, history: Array) -> Array:
+        """Inner products of the rows of a history with each other, (N, m, D) -> (N, m, m)."""
+        return history @ self.xp.matrix_transpose(history)
+
+    def products(self, row: Array, history: Array) -> Array:
+        """Inner products of a row with those of a history, (N, 1, D), (N, m, D) -> (N, 1, m)."""
+        return row @ self.xp.matrix_transpose(history)
+
+    def combine(self, weights: Array, history: Array) -> Array:
+        """Weighted sum of the rows of a history, (N, 1, m), (N, m, D) -> (N, 1, D)."""
+        return weights @ history
+
+    def combine_onto(self, row: Array, weights: Array, history: Array) -> Array:
+        """``row + combine(weights, history)``."""
+        return row + weights @ history
+
+    def solve_rows(self, matrix: Array, row: Array) -> Array:
+        """The x with ``x matrix = row``, per sample; (N, m, m) and (N, 1, m). ``matrix`` must be regular."""
+        transpose = self.xp.matrix_transpose
+        return transpose(self.xp.linalg.solve(transpose(matrix), transpose(row)))
+
+    def entry(self, row: Array, index: Any) -> Array:
+        """One entry of a row, (N, 1, m) -> (N, 1, 1)."""
+        return row[:, :, index][:, :, None]
+
+    def set_row(self, history: Array, index: Any, row: Array) -> Array:
+        """The history with one row replaced by (N, D) or (N, 1, D). The history passed in is given up."""
+        return xpx.at(history)[:, index, :].set(row if row.ndim == 2 else row[:, 0, :], copy=False)

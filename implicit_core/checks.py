@@ -1,0 +1,113 @@
+"""Argument checks: each error names the argument, what came, and what was expected."""
+
+import operator
+from typing import Any
+
+from .backend import Backend, PyTree
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """``value`` as an int of at least ``minimum``."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def real(name: str, value: Any, low: float, high: float = float("inf"), *, low_open: bool = False) -> float:
+    """``value`` as a float in [low, high], or in (low, high]."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}") from None
+    if not (low < number if low_open else low <= number) or not number <= high:
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high != float('inf') else ')'}"
+        raise ValueError(f"{name} must lie in {interval}, got {number!r}")
+    return number
+
+
+def function(name: str, value: Any) -> None:
+    """``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r} of type {type(value).__name__}")
+
+
+def instance(name: str, value: Any, kind: type, example: str) -> None:
+    """``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
+        raise TypeError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}{hint}")
+
+
+def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
+    """``value`` can be iterated on: real floating arrays that share their ``batch_ndim`` first axes, returned."""
+    leaves, _ = backend.flatten(value)
+    for leaf in leaves:
+        if not backend.is_array(leaf):
+            raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(backend, leaf)}")
+        if not backend.xp.isdtype(leaf.dtype, "real floating"):
+            raise TypeError(
+                f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; "
+                "split a complex state in real and imaginary parts, cast an integer one to float"
+            )
+        if leaf.ndim < batch_ndim:
+            raise ValueError(f"{name} has a leaf of shape {tuple(leaf.shape)}, too few axes for batch_ndim={batch_ndim}")
+    batches = {tuple(leaf.shape[:batch_ndim]) for leaf in leaves}
+    if len(batches) != 1:
+        raise ValueError(
+            f"the first batch_ndim={batch_ndim} axes of all leaves of {name} must agree, got {sorted(batches)}"
+        )
+    devices = {str(backend.device(leaf)) for leaf in leaves}
+    if len(devices) != 1:
+        raise ValueError(f"all leaves of {name} must be on one device, got {sorted(devices)}")
+    batch = batches.pop()
+    if 0 in batch:
+        raise ValueError(f"{name} holds an empty batch: batch shape {batch}")
+    return batch
+
+
+def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:
+    """``got`` has the structure, shapes, dtypes and devices of ``expected``."""
+    leaves, structure = backend.flatten(got)
+    expected_leaves, expected_structure = backend.flatten(expected)
+    if structure != expected_structure:
+        raise TypeError(f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}")
+    for leaf, reference in zip(leaves, expected_leaves, strict=True):
+        if not backend.is_array(leaf):
+            raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(backend, leaf)}")
+        if leaf.shape != reference.shape:
+            raise ValueError(
+                f"{name} must have the shape of {expected_name}, {tuple(reference.shape)}, got {tuple(leaf.shape)}"
+            )
+        if leaf.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtype of {expected_name}, {reference.dtype}, got {leaf.dtype}")
+        if backend.device(leaf) != backend.device(reference):
+            raise ValueError(
+                f"{name} must be on the device of {expected_name}, {backend.device(reference)}, "
+                f"got {backend.device(leaf)}"
+            )
+
+
+def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
+    """``got`` has the structure and shapes of ``z``; None stands for a leaf of ``z`` without a derivative."""
+    leaves, structure = backend.flatten_with_none(got)
+    expected_leaves, expected = backend.flatten_with_none(z)
+    if structure != expected:
+        raise TypeError(f"{name} must have the structure of z, {expected}, got {structure}")
+    for leaf, reference in zip(leaves, expected_leaves, strict=True):
+        if leaf is None or not backend.is_array(reference):
+            continue
+        shape = tuple(getattr(leaf, "shape", ()))
+        if shape != tuple(reference.shape):
+            raise ValueError(f"{name} must have the shapes of z: expected {tuple(reference.shape)}, got {shape}")
+
+
+def _kind(backend: Backend, leaf: Any) -> str:
+    return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"

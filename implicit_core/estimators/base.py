@@ -1,0 +1,98 @@
+"""What an estimator is: a frozen record that turns F's derivatives into an approximation of ∂h*/∂z."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import checks
+from ..backend import Backend, PyTree
+from ..problem import Problem
+from ..registry import find_backend
+
+Pullback = Callable[[PyTree], PyTree]
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """Base of the gradient estimators: A ≈ ∂h*/∂z, through its products.
+
+    The paper writes Jacobians transposed (d_z × d_h), so its A v is ``pullback(v)`` here; ``jvp`` applies the transpose
+    of the same A, so that ⟨u, jvp dz⟩ = ⟨pullback u, dz⟩ for every estimator.
+    """
+
+    starts_from_h0: ClassVar[bool] = False
+    """Whether the estimator replaces the solve instead of following it."""
+
+    @abstractmethod
+    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+        """The layer's output, given the solver's point h."""
+
+    @abstractmethod
+    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+        """The layer's output and its pullback, as ``jax.vjp``.
+
+        Parameters
+        ----------
+        problem
+            A problem with a VJP.
+        h
+            The solver's point, shaped as the state.
+        z
+            Inputs and parameters.
+
+        Returns
+        -------
+        value
+            Shaped as h.
+        pullback
+            A cotangent shaped as h to one shaped as z. May be called again.
+
+        Raises
+        ------
+        NotImplementedError
+            If the problem has no VJP.
+        TypeError, ValueError
+            If an argument or a callback's result has a wrong structure, shape, dtype or device.
+        """
+
+    @abstractmethod
+    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+        """The layer's output and its tangent along ``dz``, as ``jax.jvp``.
+
+        Parameters
+        ----------
+        problem
+            A problem with a JVP.
+        h
+            The solver's point, shaped as the state.
+        z, dz
+            Inputs and parameters, and a tangent shaped as z.
+
+        Returns
+        -------
+        value, tangent
+            Both shaped as h.
+
+        Raises
+        ------
+        NotImplementedError
+            If the problem has no JVP.
+        TypeError, ValueError
+            If an argument or a callback's result has a wrong structure, shape, dtype or device.
+        """
+
+
+def bind(problem: Problem, h: PyTree, z: PyTree, dz: PyTree = None, *, tangent: bool = False) -> Backend:
+    """The backend of the arrays in ``h``, all arguments checked."""
+    checks.instance("problem", problem, Problem, "Problem(f, vjp=...)")
+    backend = find_backend(h, "h")
+    checks.state(backend, "h", h, problem.batch_ndim)
+    if tangent:
+        checks.like_z(backend, "dz", dz, z)
+    return backend
+
+
+def check_cotangent(backend: Backend, h_bar: PyTree, h: PyTree) -> None:
+    """``h_bar`` is shaped as h."""
+    checks.like(backend, "h_bar", h_bar, h, "h")

@@ -1,0 +1,53 @@
+"""Backpropagation through plain fixed-point iteration (Eq. 11), the baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import checks
+from ..backend import PyTree
+from ..problem import Problem
+from .base import Estimator, Pullback
+from .unroll import Unroll, unrolled_jvp, unrolled_vjp
+
+
+@dataclass(frozen=True)
+class BPTT(Estimator):
+    """The derivative of k undamped steps (Eq. 10 and 11), the baseline implicit differentiation replaces.
+
+    In :func:`fixed_point` it replaces the solve: the k steps start at ``h0``. All k linearizations are held.
+
+    Parameters
+    ----------
+    k
+        Steps, at least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If k < 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v))
+    >>> value, pullback = ic.BPTT(k=2).vjp(problem, np.array([0.0]), np.array([1.0]))
+    >>> value, pullback(np.array([1.0]))
+    (array([1.5]), array([1.5]))
+    """
+
+    k: int = 30
+
+    starts_from_h0: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
+
+    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+        return Unroll(self.k, 1.0).value(problem, h, z)
+
+    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+        return unrolled_vjp(problem, h, z, self.k, 1.0, recompute=False)
+
+    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+        return unrolled_jvp(problem, h, z, dz, self.k, 1.0)

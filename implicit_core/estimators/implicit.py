@@ -1,0 +1,101 @@
+"""The exact gradient by the implicit function theorem (Eq. 4)."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .. import checks
+from ..backend import PyTree
+from ..linear_solvers import GMRES, LinearSolver
+from ..problem import Problem
+from ..solution import SolveError, describe, find_failures
+from ..space import Space
+from .base import Estimator, Pullback, bind, check_cotangent
+
+
+class InexactGradientWarning(RuntimeWarning):
+    """The linear system of an exact gradient was not solved to its tolerance."""
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    r"""The exact gradient, Eq. (2) and (4): the adjoint system (I - ∂F/∂h)ᵀ w = v, solved per sample.
+
+    .. math::
+        \frac{∂h^*}{∂z} = \frac{∂F}{∂z} \left(I - \frac{∂F}{∂h}\right)^{-1}
+
+    F is linearized once, at the solver's point. A pullback costs K h-VJPs, as many as the linear solver needs, and one
+    z-VJP. A linear solve that does not converge is never passed over in silence.
+
+    Parameters
+    ----------
+    linear_solver
+        A :class:`LinearSolver`.
+    on_failure
+        What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
+        use what was reached, or make their part of the gradient ``"nan"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong kind.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v))
+    >>> value, pullback = ic.Implicit().vjp(problem, np.array([2.0]), np.array([1.0]))
+    >>> pullback(np.array([1.0]))
+    array([2.])
+    """
+
+    linear_solver: LinearSolver = field(default=GMRES())
+    on_failure: Literal["raise", "warn", "nan"] = "raise"
+
+    def __post_init__(self) -> None:
+        checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
+        if self.on_failure not in ("raise", "warn", "nan"):
+            raise ValueError(f"on_failure must be 'raise', 'warn' or 'nan', got {self.on_failure!r}")
+
+    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+        return h
+
+    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+        backend = bind(problem, h, z)
+        space = Space(backend, h, problem.batch_ndim)
+        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+
+        def pullback(h_bar: PyTree) -> PyTree:
+            check_cotangent(backend, h_bar, h)
+            return at.vjp_z(self._inverse(space, at.vjp_h, h_bar, "adjoint"))
+
+        return h, pullback
+
+    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+        backend = bind(problem, h, z, dz, tangent=True)
+        space = Space(backend, h, problem.batch_ndim)
+        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+        return h, self._inverse(space, at.jvp_h, at.jvp_z(dz), "tangent")
+
+    def _inverse(self, space: Space, jacobian: Callable[[PyTree], PyTree], v: PyTree, which: str) -> PyTree:
+        """The w with w - J w = v (Eq. 4)."""
+        with space.backend.solving():
+            result = self.linear_solver.run(
+                space, lambda w: space.sub(w, space.pack(jacobian(space.unpack(w)))), space.pack(v)
+            )
+        failed = result.status != 0
+        if self.on_failure == "nan":
+            return space.unpack(space.where(failed, space.scale(float("nan"), result.x), result.x))
+        failures = find_failures(space.per_sample(result.status), space.per_sample(result.residual))
+        if failures:
+            message = (
+                f"the {which} linear solve of Implicit did not converge: {describe(failures, space.samples)}. "
+                f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, "
+                "or use Neumann or Unroll, which need none"
+            )
+            if self.on_failure == "raise":
+                raise SolveError(message, failures)
+            warnings.warn(message, InexactGradientWarning, stacklevel=3)
+        return space.unpack(result.x)

@@ -1,0 +1,96 @@
+"""The implicit layer: a solve, and the gradient estimator that differentiates it."""
+
+from collections.abc import Callable
+
+from . import checks
+from .backend import PyTree
+from .estimators import Estimator, Unroll
+from .problem import Map, Problem
+from .registry import find_backend, load_adapter
+from .solution import Solution
+from .solve import as_problem, solve
+from .solvers import Anderson, FixedPointIteration, Solver
+
+
+def fixed_point(
+    f: Problem | Map,
+    h0: PyTree,
+    z: PyTree,
+    *,
+    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
+    gradient: Estimator = Unroll(k=5, lam=0.5),
+    batch_ndim: int | None = None,
+    throw: bool = False,
+    trace: bool = False,
+) -> Solution:
+    """The fixed point h = F(h, z) as a layer: solved by ``solver``, differentiated by ``gradient``.
+
+    Arrays of a framework with autodiff go to its adapter, and the result is differentiable in z. Elsewhere the value
+    is the same, and the estimator's own ``vjp`` and ``jvp`` give the derivatives.
+
+    Parameters
+    ----------
+    f
+        F itself, ``f(h, z)``, or a :class:`Problem`.
+    h0
+        Where to start: an array or a pytree of real floating arrays, (batch..., state...). Its gradient is zero.
+    z
+        Inputs and parameters, any pytree.
+    solver
+        A :class:`Solver`, or any callable ``(problem, h0, z) -> h``.
+    gradient
+        An :class:`Estimator`.
+    batch_ndim
+        How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
+    throw
+        Raise where a sample did not converge.
+    trace
+        Record every residual in ``stats.trace``.
+
+    Returns
+    -------
+    Solution
+        The estimator's value, and the solve's status and stats. For :class:`Unroll` the value is h_k, and the stats
+        speak of the solver's point h_0.
+
+    Raises
+    ------
+    SolveError
+        With ``throw``, if a sample did not converge.
+    TypeError, ValueError
+        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.fixed_point(lambda h, z: np.tanh(0.5 * h + z), np.zeros(3), np.ones(3))
+    >>> bool(solution.status == ic.CONVERGED)
+    True
+    """
+    checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    adapter = load_adapter(find_backend(h0).name)
+    layer = undifferentiated if adapter is None else adapter.fixed_point
+    solution: Solution = layer(
+        f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
+    )
+    return solution
+
+
+def undifferentiated(
+    f: Problem | Map,
+    h0: PyTree,
+    z: PyTree,
+    *,
+    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree],
+    gradient: Estimator,
+    batch_ndim: int | None,
+    throw: bool,
+    trace: bool,
+) -> Solution:
+    """The layer's value, without a binding to any autodiff."""
+    problem = as_problem(f, batch_ndim)
+    if gradient.starts_from_h0:
+        solver = FixedPointIteration(max_steps=1)
+    solution = solve(problem, h0, z, solver=solver, throw=throw and not gradient.starts_from_h0, trace=trace)
+    return solution._replace(value=gradient.value(problem, solution.value, z))

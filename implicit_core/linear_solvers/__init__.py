@@ -1,0 +1,9 @@
+"""Matrix-free linear solvers for the exact gradient and for Newton's method, one a file."""
+
+from .base import LinearResult, LinearSolver
+from .bicgstab import BiCGSTAB
+from .cg import CG
+from .gmres import GMRES
+from .richardson import Richardson
+
+__all__ = ["CG", "GMRES", "BiCGSTAB", "LinearResult", "LinearSolver", "Richardson"]

@@ -1,0 +1,106 @@
+"""What a linear solver is: settings, one cycle of its method, and the loop that measures what the cycle did."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from .. import checks
+from ..backend import Array
+from ..solution import Status
+from ..space import Operator, Space, State
+
+
+Cycle = tuple[State, Any]
+"""A correction, and the products with A spent on it."""
+
+
+class LinearResult(NamedTuple):
+    """The solution of A x = b as a state: x, a status for each sample (N, 1), ‖b - A x‖₂, and what it took."""
+
+    x: State
+    status: Array
+    residual: Array
+    steps: Array
+    applications: Any
+
+
+class _Carry(NamedTuple):
+    x: State
+    r: State
+    norm: Array
+    active: Array
+    steps: Array
+    applications: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSolver(ABC):
+    """Base of the matrix-free linear solvers: A x = b for every sample, A given by its products.
+
+    A method writes one ``cycle``: a correction from the residual it starts at. What it says of its own residual is not
+    believed: after each cycle b - A x is computed anew, and the next cycle starts from there.
+
+    Parameters
+    ----------
+    rtol, atol
+        A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂.
+    max_steps
+        No cycle starts after this many products with A.
+    """
+
+    rtol: float = 1e-6
+    atol: float = 0.0
+    max_steps: int = 200
+
+    monotone: ClassVar[bool] = True
+    """Whether a cycle that does not reduce a sample's residual is taken back and ends it."""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
+        set_field(self, "atol", checks.real("atol", self.atol, 0.0))
+        set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
+
+    @abstractmethod
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+        """A correction d with A d ≈ r in the active samples.
+
+        ``norm`` is ‖r‖₂ and ``target`` the residual to stop at, both (N, 1).
+        """
+
+    def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
+        """Solve A x = b from x = 0."""
+        xp, backend = space.xp, space.backend
+        size = space.norm(b)
+        target = backend.axpy(self.rtol, size, space.scalar(self.atol))
+
+        def body(c: _Carry) -> _Carry:
+            correction, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            x = space.add(c.x, correction)
+            r = space.sub(b, operator(x))
+            norm = space.norm(r)
+            # NaN is less than nothing: a cycle that went wrong is taken back.
+            accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
+            norm = xp.where(accept, norm, c.norm)
+            applications = c.applications + used + 1
+            active = accept & (norm > target) & (applications < self.max_steps)
+            steps = xp.where(c.active, space.full(0, xp.int32) + applications, c.steps)
+            return _Carry(space.where(accept, x, c.x), space.where(accept, r, c.r), norm, active, steps, applications)
+
+        carry = _Carry(space.zeros(), b, size, size > target, space.full(0, xp.int32), 0)
+        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps)
+        finite = xp.isfinite(size)
+        status = xp.where(
+            carry.steps >= self.max_steps,
+            space.full(Status.MAX_STEPS, xp.int32),
+            space.full(Status.STAGNATED, xp.int32),
+        )
+        status = xp.where(carry.norm <= target, space.full(Status.CONVERGED, xp.int32), status)
+        status = xp.where(finite, status, space.full(Status.NONFINITE, xp.int32))
+        return LinearResult(carry.x, status, carry.norm, carry.steps, carry.applications)
+
+
+def ratio(xp: Any, numerator: Array, denominator: Array) -> Array:
+    """``numerator / denominator``, zero where the denominator is."""
+    zero = denominator == 0
+    return xp.where(zero, xp.zeros_like(numerator), numerator / xp.where(zero, xp.ones_like(denominator), denominator))

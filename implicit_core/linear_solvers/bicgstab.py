@@ -1,0 +1,67 @@
+"""Stabilized biconjugate gradients."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..backend import Array
+from ..space import Operator, Space, State
+from .base import Cycle, LinearSolver, ratio
+
+
+class _Carry(NamedTuple):
+    x: State
+    r: State
+    p: State
+    rho: Array
+    active: Array
+    applications: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiCGSTAB(LinearSolver):
+    """BiCGSTAB, for any A, in the memory of a few states; two products with A a step.
+
+    After a breakdown it restarts from the residual it had reached.
+
+    Parameters
+    ----------
+    rtol, atol, max_steps
+        As for :class:`LinearSolver`.
+
+    References
+    ----------
+    H. A. van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of nonsymmetric
+    linear systems, SIAM J. Sci. Stat. Comput. 13 (1992).
+    """
+
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+        xp, shadow = space.xp, r
+
+        def body(c: _Carry) -> _Carry:
+            v = operator(c.p)
+            along = space.dot(shadow, v)
+            alpha = ratio(xp, c.rho, along)
+            s = space.axpy(-alpha, v, c.r)
+            t = operator(s)
+            omega = ratio(xp, space.dot(t, s), space.dot(t, t))
+            x = space.axpy(omega, s, space.axpy(alpha, c.p, c.x))
+            r = space.axpy(-omega, t, s)
+            rho = space.dot(shadow, r)
+            beta = ratio(xp, rho, c.rho) * ratio(xp, alpha, omega)
+            p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
+            norm = space.norm(r)
+            ok = c.active & (along != 0) & xp.isfinite(norm)
+            # rho or omega at zero: this step still counts, the next would divide by it.
+            go_on = ok & (norm > target) & (rho != 0) & (omega != 0)
+            return _Carry(
+                space.where(ok, x, c.x),
+                space.where(ok, r, c.r),
+                space.where(ok, p, c.p),
+                xp.where(ok, rho, c.rho),
+                go_on,
+                c.applications + 2,
+            )
+
+        carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
+        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, (self.max_steps + 1) // 2)
+        return carry.x, carry.applications

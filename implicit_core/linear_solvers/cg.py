@@ -1,0 +1,53 @@
+"""Conjugate gradients."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..backend import Array
+from ..space import Operator, Space, State
+from .base import Cycle, LinearSolver, ratio
+
+
+class _Carry(NamedTuple):
+    x: State
+    r: State
+    p: State
+    squared: Array
+    active: Array
+    applications: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CG(LinearSolver):
+    """Conjugate gradients, for a symmetric positive definite A: a symmetric ∂F/∂h with eigenvalues below one.
+
+    On any other A it stops at a direction of no positive curvature, or makes no progress, and says that it did not
+    converge.
+
+    Parameters
+    ----------
+    rtol, atol, max_steps
+        As for :class:`LinearSolver`.
+
+    References
+    ----------
+    M. R. Hestenes and E. Stiefel, Methods of conjugate gradients for solving linear systems, J. Res. NBS 49 (1952).
+    """
+
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+        xp = space.xp
+
+        def body(c: _Carry) -> _Carry:
+            q = operator(c.p)
+            curvature = space.dot(c.p, q)
+            ok = c.active & (curvature > 0)
+            alpha = ratio(xp, c.squared, curvature)
+            x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
+            r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
+            squared = space.dot(r, r)
+            p = space.where(ok, space.axpy(ratio(xp, squared, c.squared), c.p, r), c.p)
+            return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.applications + 1)
+
+        carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
+        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps)
+        return carry.x, carry.applications

@@ -1,0 +1,71 @@
+"""The linear solvers on the user's own operators and pytrees."""
+
+from collections.abc import Callable
+
+from . import checks
+from .backend import PyTree
+from .linear_solvers import GMRES, LinearSolver
+from .registry import find_backend
+from .solution import Solution, Stats
+from .space import Space, State
+
+
+def solve_linear(
+    operator: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    solver: LinearSolver = GMRES(),
+    batch_ndim: int = 0,
+    throw: bool = False,
+) -> Solution:
+    """Solve A x = b for every sample, A given by its products.
+
+    Parameters
+    ----------
+    operator
+        ``operator(v)``, A v, shaped as b; linear, and acting on each sample by itself.
+    b
+        Right-hand side, an array or a pytree of arrays, (batch..., state...).
+    solver
+        A :class:`LinearSolver`.
+    batch_ndim
+        How many first axes of every leaf of b index independent samples.
+    throw
+        Raise where a sample did not converge.
+
+    Returns
+    -------
+    Solution
+        x, a status for each sample, and stats: ``residual`` is ‖b - A x‖₂, computed from x, and ``evaluations`` counts
+        the products with A.
+
+    Raises
+    ------
+    SolveError
+        With ``throw``, if a sample did not converge.
+    TypeError, ValueError
+        If an argument, or what ``operator`` returns, has a wrong type, structure, shape, dtype or device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> a = np.array([[2.0, 1.0], [0.0, 4.0]])
+    >>> ic.solve_linear(lambda v: a @ v, np.array([3.0, 4.0])).value.round(6)
+    array([1., 1.])
+    """
+    checks.function("operator", operator)
+    checks.instance("solver", solver, LinearSolver, "GMRES()")
+    backend = find_backend(b, "b")
+    space = Space(backend, b, checks.integer("batch_ndim", batch_ndim, 0), "b")
+
+    def on_states(x: State) -> State:
+        product = operator(space.unpack(x))
+        checks.like(backend, "the result of operator", product, b, "b")
+        return space.pack(product)
+
+    with backend.solving():
+        result = solver.run(space, on_states, space.pack(b))
+    stats = Stats(space.per_sample(result.steps), result.applications, space.per_sample(result.residual))
+    solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
+    return solution.raise_for_status() if throw else solution

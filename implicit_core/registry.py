@@ -1,0 +1,94 @@
+"""Finding the backend and the adapter of the arrays at hand, without importing a framework nobody imported."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+
+from .backend import Backend, PyTree
+
+# Root module of a framework -> the module that holds its BACKEND. Third parties join with an entry point of the
+# group "implicit_core.backends" (name: the framework's root module; value: the module).
+_BACKENDS = {
+    "numpy": "implicit_core.backends.numpy",
+    "torch": "implicit_core.backends.torch",
+    "array_api_strict": "implicit_core.backends.array_api_strict",
+}
+_ADAPTERS = {
+    "torch": "implicit_core.adapters.torch",
+}
+_GROUP = "implicit_core.{}"
+
+
+def _modules(kind: str, built_in: dict[str, str]) -> dict[str, str]:
+    joined = importlib.metadata.entry_points(group=_GROUP.format(kind))
+    return {entry.name: entry.value for entry in joined} | built_in
+
+
+def load_backend(framework: str) -> Backend:
+    """The backend of a framework, imported with the framework itself.
+
+    Parameters
+    ----------
+    framework
+        Name of the framework's root module, e.g. ``"torch"``.
+
+    Raises
+    ------
+    ValueError
+        If no backend is registered under that name.
+    ImportError
+        If the framework is not installed.
+    """
+    module = _BACKENDS.get(framework) or _modules("backends", _BACKENDS).get(framework)
+    if module is None:
+        known = ", ".join(sorted(_modules("backends", _BACKENDS)))
+        raise ValueError(f"no backend for {framework!r}; there are backends for: {known}")
+    backend: Backend = importlib.import_module(module).BACKEND
+    return backend
+
+
+def installed() -> dict[str, bool]:
+    """Frameworks with a backend, and whether each is installed here; nothing is imported."""
+    return {name: importlib.util.find_spec(name) is not None for name in _modules("backends", _BACKENDS)}
+
+
+def load_adapter(framework: str) -> ModuleType | None:
+    """The adapter that binds a framework's autodiff, or None for a framework without one."""
+    module = _ADAPTERS.get(framework) or _modules("adapters", _ADAPTERS).get(framework)
+    return None if module is None else importlib.import_module(module)
+
+
+def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
+    for framework in frameworks:
+        if framework in sys.modules:
+            backend = load_backend(framework)
+            leaves, _ = backend.flatten(tree)
+            if any(backend.is_array(leaf) for leaf in leaves):
+                return backend
+    return None
+
+
+def find_backend(tree: PyTree, name: str = "h0") -> Backend:
+    """The backend of the arrays in ``tree``.
+
+    Parameters
+    ----------
+    tree
+        An array, or a pytree of arrays of one framework.
+    name
+        What to call ``tree`` in an error.
+
+    Raises
+    ------
+    TypeError
+        If ``tree`` holds no array of a known framework.
+    """
+    backend = _owner(tree, _BACKENDS) or _owner(tree, _modules("backends", _BACKENDS))
+    if backend is None:
+        raise TypeError(
+            f"{name} must be an array or a pytree of arrays of a known framework ({', '.join(_BACKENDS)}); "
+            f"got {type(tree).__name__}. A Python number becomes one with, e.g., numpy.asarray({name})."
+        )
+    return backend

@@ -1,0 +1,145 @@
+"""What a solve returns, for every solver."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from .backend import Array, PyTree
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0
+    """The residual at the returned point is within the tolerance."""
+    MAX_STEPS = 1
+    """The steps ran out while the residual was still falling."""
+    NONFINITE = 2
+    """F, or the residual, became infinite or NaN; the returned point is the best, or last, one before."""
+    STAGNATED = 3
+    """The residual had not fallen for many steps: more of them won't help."""
+
+
+CONVERGED = Status.CONVERGED
+MAX_STEPS = Status.MAX_STEPS
+NONFINITE = Status.NONFINITE
+STAGNATED = Status.STAGNATED
+
+
+class Stats(NamedTuple):
+    """Counts and residuals of a solve.
+
+    Attributes
+    ----------
+    steps
+        Evaluations of F until each sample was finished, integers of the batch's shape.
+    evaluations
+        Evaluations of F, each for the whole batch.
+    residual
+        ‖F(h) - h‖₂ at each sample's returned point, of the batch's shape.
+    trace
+        The residual at every evaluation, (max_steps, batch...), NaN once a sample is finished; None unless asked for.
+    """
+
+    steps: Array
+    evaluations: Any
+    residual: Array
+    trace: Array | None = None
+
+
+class Solution(NamedTuple):
+    """A fixed point and how it was found.
+
+    Attributes
+    ----------
+    value
+        The solver's point, shaped as ``h0``.
+    status
+        A :class:`Status` for each sample, integers of the batch's shape.
+    stats
+        Steps, evaluations and residuals.
+    """
+
+    value: PyTree
+    status: Array
+    stats: Stats
+
+    def raise_for_status(self) -> "Solution":
+        """This solution, if every sample converged.
+
+        Raises
+        ------
+        SolveError
+            If one did not; names the samples, why, and their residuals.
+        """
+        check_statuses("the solve", self.status, self.stats.residual)
+        return self
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Samples of one batch that ended the same way."""
+
+    status: Status
+    samples: tuple[tuple[int, ...], ...]
+    residual: float
+
+
+class SolveError(RuntimeError):
+    """A solve failed for some samples.
+
+    Attributes
+    ----------
+    failures
+        The samples, by how they failed.
+    """
+
+    def __init__(self, message: str, failures: tuple[Failure, ...] = ()) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+def check_statuses(what: str, status: Array, residual: Array) -> None:
+    """Raise :class:`SolveError` unless every status is CONVERGED."""
+    failures = find_failures(status, residual)
+    if failures:
+        raise SolveError(f"{what} did not converge: {describe(failures, _count(status))}", failures)
+
+
+def find_failures(status: Array, residual: Array) -> tuple[Failure, ...]:
+    """The samples that did not converge, grouped by status; reads the statuses from the device."""
+    if bool(array_namespace(status).all(status == Status.CONVERGED.value)):
+        return ()
+    by_status: dict[Status, list[tuple[tuple[int, ...], float]]] = {}
+    for index in _indices(tuple(status.shape)):
+        code = Status(int(status[index]))
+        if code is not Status.CONVERGED:
+            by_status.setdefault(code, []).append((index, float(residual[index])))
+    return tuple(
+        Failure(code, tuple(index for index, _ in found), max(value for _, value in found))
+        for code, found in by_status.items()
+    )
+
+
+def describe(failures: tuple[Failure, ...], samples: int) -> str:
+    """Failures in words."""
+    parts = []
+    for failure in failures:
+        names = [str(index[0]) if len(index) == 1 else str(index) for index in failure.samples[:8]]
+        more = ", ..." if len(failure.samples) > 8 else ""
+        which = "" if failure.samples[0] == () else f" in {len(failure.samples)} of {samples} samples ({', '.join(names)}{more})"
+        parts.append(f"{failure.status.name}{which}, largest residual {failure.residual:.3g}")
+    return "; ".join(parts)
+
+
+def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    indices: list[tuple[int, ...]] = [()]
+    for size in shape:
+        indices = [(*index, i) for index in indices for i in range(size)]
+    return indices
+
+
+def _count(status: Array) -> int:
+    return len(_indices(tuple(status.shape)))

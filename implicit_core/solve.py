@@ -1,0 +1,201 @@
+"""The one driver: it owns the loop, the stop test and the statuses of every solver."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import checks
+from .backend import Array, PyTree
+from .problem import Map, Problem
+from .solution import Solution, Stats, Status
+from .solvers import Anderson, CallableSolver, Solver
+from .solvers.base import Point
+from .space import History, State
+from .system import System
+
+PATIENCE = 10
+"""A sample whose residual has not fallen for this many steps when the steps run out has stagnated."""
+
+
+class _Best(NamedTuple):
+    x: State
+    norm: Array
+    steps: Array
+
+
+class _Carry(NamedTuple):
+    point: Point
+    tolerance: Array
+    steps: Array
+    best: _Best | None
+    trace: History | None
+    memory: Any
+
+
+def solve(
+    problem: Problem | Map,
+    h0: PyTree,
+    z: PyTree,
+    *,
+    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
+    batch_ndim: int | None = None,
+    throw: bool = False,
+    trace: bool = False,
+) -> Solution:
+    """Find the fixed point h = F(h, z) of every sample.
+
+    Nothing here is differentiable: gradients are an estimator's affair, see :func:`fixed_point`.
+
+    Parameters
+    ----------
+    problem
+        A :class:`Problem`, or F itself, ``f(h, z)``.
+    h0
+        Where to start: an array or a pytree of real floating arrays, (batch..., state...).
+    z
+        Inputs and parameters, handed to F as they are.
+    solver
+        A :class:`Solver`, or any callable ``(problem, h0, z) -> h``.
+    batch_ndim
+        How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
+    throw
+        Raise where a sample did not converge.
+    trace
+        Record every residual in ``stats.trace``.
+
+    Returns
+    -------
+    Solution
+        The point at which each sample's residual ‖F(h) - h‖₂ was measured and met atol + rtol ‖F(h)‖₂, or the best one
+        seen, with a status that says so. n steps evaluate F n times.
+
+    Raises
+    ------
+    SolveError
+        With ``throw``, if a sample did not converge.
+    TypeError, ValueError
+        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.solve(lambda h, z: np.tanh(0.5 * h + z), np.zeros((2, 3)), np.eye(2, 3), batch_ndim=1)
+    >>> solution.status == ic.CONVERGED
+    array([ True,  True])
+    """
+    problem = as_problem(problem, batch_ndim)
+    if isinstance(solver, Solver):
+        solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
+    else:
+        if not isinstance(solver, CallableSolver):
+            checks.instance("solver", solver, Callable, "Anderson()")
+            solver = CallableSolver(solver)
+        solution = _judge(problem, h0, z, solver)
+    return solution.raise_for_status() if throw else solution
+
+
+def as_problem(problem: Problem | Map, batch_ndim: int | None) -> Problem:
+    """A :class:`Problem` from F and its ``batch_ndim``."""
+    if not isinstance(problem, Problem):
+        return Problem(problem, batch_ndim=0 if batch_ndim is None else batch_ndim)
+    if batch_ndim is not None:
+        raise TypeError(
+            f"batch_ndim belongs to the problem, which has batch_ndim={problem.batch_ndim}; "
+            f"got batch_ndim={batch_ndim} beside it"
+        )
+    return problem
+
+
+def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
+    space = system.space
+    backend, xp = space.backend, space.xp
+
+    def measure(x: State, index: Any) -> tuple[Point, Array]:
+        f = system.evaluate(x)
+        residual = space.sub(f, x)
+        norm = space.norm(residual)
+        tolerance = backend.axpy(solver.rtol, space.norm(f), atol)
+        # A frozen sample gives these numbers again, and NaN is above no tolerance: both stay finished.
+        return Point(x, f, residual, norm, norm > tolerance, index), tolerance
+
+    def body(carry: _Carry) -> _Carry:
+        was_active = carry.point.active
+        x, memory = solver.step(system, carry.memory, carry.point)
+        x = space.round(space.where(was_active, x, carry.point.x))
+        point, tolerance = measure(x, carry.point.index + 1)
+        steps = backend.tally(carry.steps, was_active)
+        best = None if carry.best is None else _better(space, carry.best, point, steps)
+        record = None if carry.trace is None else _record(space, carry.trace, point, was_active)
+        return _Carry(point, tolerance, steps, best, record, memory)
+
+    with backend.solving():
+        atol = space.scalar(solver.atol)
+        point, tolerance = measure(space.pack(backend.map(backend.stop_gradient, space.like)), 0)
+        steps = space.full(1, xp.int32)
+        nothing = _Best(point.x, space.full(float("inf")), steps)
+        best = _better(space, nothing, point, steps) if solver.keeps_best else None
+        record = None
+        if trace:
+            unknown = space.full(float("nan"))[:, None, :] + space.matrices(solver.max_steps, 1)
+            record = _record(space, (unknown,), point, space.full(True, xp.bool))
+        carry = _Carry(point, tolerance, steps, best, record, solver.init(system, point.x))
+        carry = backend.while_loop(
+            lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every
+        )
+        return _solution(system, carry)
+
+
+def _better(space: Any, best: _Best, point: Point, steps: Array) -> _Best:
+    where, better = space.xp.where, point.norm < best.norm
+    return _Best(
+        space.where(better, point.x, best.x), where(better, point.norm, best.norm), where(better, steps, best.steps)
+    )
+
+
+def _record(space: Any, trace: History, point: Point, was_active: Array) -> History:
+    norm = space.xp.where(was_active, point.norm, space.full(float("nan")))
+    return space.set_row(trace, point.index, (norm,))
+
+
+def _solution(system: System, carry: _Carry) -> Solution:
+    space, xp, point = system.space, system.space.xp, carry.point
+    finite = xp.isfinite(point.norm) & xp.isfinite(carry.tolerance)
+    converged = finite & ~point.active
+    status = xp.where(finite, space.full(Status.MAX_STEPS, xp.int32), space.full(Status.NONFINITE, xp.int32))
+    x, norm = point.x, point.norm
+    if carry.best is not None:
+        stagnated = finite & (carry.steps - carry.best.steps >= PATIENCE)
+        status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
+        x = space.where(converged, point.x, carry.best.x)
+        norm = xp.where(converged, point.norm, carry.best.norm)
+    status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
+    trace = None
+    if carry.trace is not None:
+        rows = xp.permute_dims(carry.trace[0][:, :, 0], (1, 0))
+        trace = xp.reshape(rows, (rows.shape[0], *space.batch_shape))
+    stats = Stats(
+        steps=space.per_sample(carry.steps),
+        evaluations=point.index + 1 + system.extra_evaluations,
+        residual=space.per_sample(norm),
+        trace=trace,
+    )
+    return Solution(space.unpack(x), space.per_sample(status), stats)
+
+
+def _judge(problem: Problem, h0: PyTree, z: PyTree, solver: CallableSolver) -> Solution:
+    """What a foreign solver found, measured by one more evaluation of F."""
+    calls = 0
+
+    def counted(h: PyTree, z: PyTree) -> PyTree:
+        nonlocal calls
+        calls += 1
+        return problem.f(h, z)
+
+    like = System(problem, h0, z).space
+    h = solver.function(problem.replace_f(counted), h0, z)
+    checks.like(like.backend, "the result of the solver", h, h0, "h0")
+    solution = _iterate(System(problem, h, z), solver.judge(), trace=False)
+    xp, status, stats = like.xp, solution.status, solution.stats
+    gave_up = xp.full(status.shape, Status.STAGNATED.value, dtype=status.dtype, device=like.device)
+    status = xp.where(status == Status.MAX_STEPS.value, gave_up, status)
+    return Solution(solution.value, status, stats._replace(steps=stats.steps + calls, evaluations=1 + calls))

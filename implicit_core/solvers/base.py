@@ -1,0 +1,78 @@
+"""What a solver is: a frozen record of settings, and one step of its method."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from .. import checks
+from ..backend import Array
+from ..space import State
+from ..system import System
+
+
+class Point(NamedTuple):
+    """The last evaluation of F.
+
+    Attributes
+    ----------
+    x, f, residual
+        The point, F there, and F(x) - x; states.
+    norm
+        ‖F(x) - x‖₂, (N, 1).
+    active
+        Samples that are not finished, (N, 1).
+    index
+        How many evaluations came before this one.
+    """
+
+    x: State
+    f: State
+    residual: State
+    norm: Array
+    active: Array
+    index: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Base of the fixed-point solvers. The loop, the stop test and the statuses belong to :func:`solve`.
+
+    To bring your own, derive a frozen dataclass and write two methods: ``init(system, x) -> memory``, a pytree of
+    arrays of fixed shapes (or None), and ``step(system, memory, point) -> (x, memory)``, the next point to evaluate F
+    at. Vectors are handled through ``system.space``; samples that are finished are frozen by the caller.
+
+    Parameters
+    ----------
+    rtol, atol
+        A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂. atol is rtol / 1000 unless given, so that a fixed
+        point at zero can be reached and asking for a smaller rtol gives one.
+    max_steps
+        Most evaluations of F.
+    check_every
+        Steps between two looks at whether all samples are finished: each look waits for the device.
+    """
+
+    rtol: float = 1e-5
+    atol: float | None = None
+    max_steps: int = 100
+    check_every: int = 1
+
+    keeps_best: ClassVar[bool] = True
+    """Whether to return the point of least residual where none meets the tolerance; False: the last one."""
+    uses_jacobian: ClassVar[bool] = False
+    """Whether ``step`` asks for the Jacobian at the point it is given."""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
+        set_field(self, "atol", 1e-3 * self.rtol if self.atol is None else checks.real("atol", self.atol, 0.0))
+        set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
+        set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
+
+    @abstractmethod
+    def init(self, system: System, x: State) -> Any:
+        """What the method remembers, before the first step from ``x``."""
+
+    @abstractmethod
+    def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
+        """The next point, and what is remembered then."""

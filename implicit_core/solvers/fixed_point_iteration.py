@@ -1,0 +1,49 @@
+"""Damped fixed-point iteration (Eq. 13)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import checks
+from ..space import State
+from ..system import System
+from .base import Point, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPointIteration(Solver):
+    """h ← λ F(h, z) + (1 - λ) h, Eq. (13) of the paper; Eq. (10) for λ = 1.
+
+    Converges where the step is a contraction. The cheapest step there is, and no memory.
+
+    Parameters
+    ----------
+    damping
+        λ in (0, 1].
+    rtol, atol, max_steps, check_every
+        As for :class:`Solver`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solver = ic.FixedPointIteration(rtol=1e-9)
+    >>> solution = ic.solve(lambda h, z: np.cos(h) + z, np.array(1.0), np.array(0.0), solver=solver)
+    >>> round(float(solution.value), 6)
+    0.739085
+    """
+
+    damping: float = 1.0
+
+    keeps_best: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "damping", checks.real("damping", self.damping, 0.0, 1.0, low_open=True))
+
+    def init(self, system: System, x: State) -> None:
+        return None
+
+    def step(self, system: System, memory: None, point: Point) -> tuple[State, None]:
+        if self.damping == 1.0:
+            return point.f, None
+        return system.space.axpy(self.damping, point.residual, point.x), None

@@ -1,0 +1,80 @@
+"""Newton's method with a Krylov solver for its linear systems."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from .. import checks
+from ..backend import Array
+from ..linear_solvers import GMRES, LinearSolver
+from ..space import State
+from ..system import System
+from .base import Point, Solver
+
+SUFFICIENT = 1e-4
+"""Least relative decrease of the residual, times the fraction of the Newton step, for which the step is kept."""
+SHORTEST = 1e-3
+"""A fraction of the Newton step that is no longer halved."""
+
+
+class Memory(NamedTuple):
+    """Where the current line search starts, its residual norm and direction, and the fraction of it just tried."""
+
+    x: State
+    norm: Array
+    direction: State
+    fraction: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonKrylov(Solver):
+    """Inexact Newton: (I - ∂F/∂h) d = F(h) - h by a matrix-free Krylov solve, h ← h + t d.
+
+    t is halved, per sample, until the residual falls enough (Armijo's rule on its norm); each trial is one step, and
+    one evaluation of F. Needs the JVP of F.
+
+    Parameters
+    ----------
+    linear_solver
+        A :class:`LinearSolver`; its tolerance is the forcing term of the inexact Newton method.
+    rtol, atol, max_steps, check_every
+        As for :class:`Solver`.
+
+    References
+    ----------
+    D. A. Knoll and D. E. Keyes, Jacobian-free Newton-Krylov methods, J. Comput. Phys. 193 (2004).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: np.exp(-z * h), jvp=lambda h, z, dh, dz: -np.exp(-z * h) * (z * dh + h * dz))
+    >>> solution = ic.solve(problem, np.array(1.0), np.array(1.0), solver=ic.NewtonKrylov(rtol=1e-12))
+    >>> round(float(solution.value), 9), int(solution.stats.evaluations) < 8
+    (0.56714329, True)
+    """
+
+    linear_solver: LinearSolver = field(default=GMRES(rtol=1e-3, max_steps=60))
+
+    uses_jacobian: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
+
+    def init(self, system: System, x: State) -> Memory:
+        space = system.space
+        return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0))
+
+    def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
+        space, where = system.space, system.space.xp.where
+        jacobian = system.jacobian(point.x)
+        enough = point.norm <= (1 - SUFFICIENT * memory.fraction) * memory.norm
+        accept = point.active & (enough | (memory.fraction < SHORTEST))
+
+        rhs = space.where(accept, point.residual, space.zeros())
+        newton = self.linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
+        fraction = where(accept, space.full(1.0), memory.fraction / 2)
+        x = space.where(accept, point.x, memory.x)
+        direction = space.where(accept, newton, memory.direction)
+        norm = where(accept, point.norm, memory.norm)
+        return space.axpy(fraction, direction, x), Memory(x, norm, direction, fraction)

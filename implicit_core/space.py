@@ -1,0 +1,200 @@
+"""Per-sample vector operations on states.
+
+Inside a solve a state is a tuple of arrays, one for each leaf of the user's pytree, each of shape (N, D): N samples
+(the batch axes, flattened), D numbers of that leaf. Leaves are never concatenated. Per-sample numbers are (N, 1).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from . import checks
+from .backend import Array, Backend, PyTree
+
+State = tuple[Array, ...]
+Row = tuple[Array, ...]
+History = tuple[Array, ...]
+
+
+class Space:
+    """The vector space of one state: its backend, structure, shapes and precision.
+
+    States keep their leaves' dtypes at the user's functions and are at least float32 here, so that norms, Gram
+    matrices and small solves are. A half-precision state is rounded to what the user's function will see.
+
+    Parameters
+    ----------
+    backend
+        The arrays' backend.
+    like
+        A pytree of arrays with the state's structure, shapes, dtypes and device.
+    batch_ndim
+        How many first axes of every leaf index independent samples.
+    name
+        What to call ``like`` in an error.
+    """
+
+    def __init__(self, backend: Backend, like: PyTree, batch_ndim: int, name: str = "h0") -> None:
+        self.backend = backend
+        self.xp = backend.xp
+        self.like = like
+        self.batch_shape = checks.state(backend, name, like, batch_ndim)
+        leaves, self.structure = backend.flatten(like)
+        self.samples = 1
+        for size in self.batch_shape:
+            self.samples *= size
+        self.shapes = [tuple(leaf.shape) for leaf in leaves]
+        self.flat_shapes = [(self.samples, _size(shape[batch_ndim:])) for shape in self.shapes]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.dtype = _widest(backend, self.dtypes)
+        self.device = backend.device(leaves[0])
+        self.eps = float(backend.finfo(self.dtype).eps)
+
+    # Between the user's pytrees and states.
+
+    def pack(self, tree: PyTree) -> State:
+        """A pytree like the space's, as a state."""
+        leaves, _ = self.backend.flatten(tree)
+        return tuple(
+            self._cast(leaf if tuple(leaf.shape) == flat else self.xp.reshape(leaf, flat), self.dtype)
+            for leaf, flat in zip(leaves, self.flat_shapes, strict=True)
+        )
+
+    def unpack(self, x: State) -> PyTree:
+        """The inverse of :meth:`pack`."""
+        leaves = [
+            self._cast(leaf if shape == flat else self.xp.reshape(leaf, shape), dtype)
+            for leaf, shape, flat, dtype in zip(x, self.shapes, self.flat_shapes, self.dtypes, strict=True)
+        ]
+        return self.backend.unflatten(self.structure, leaves)
+
+    def round(self, x: State) -> State:
+        """``x`` at the precision of the user's leaves."""
+        return tuple(
+            leaf if dtype == self.dtype else self.xp.astype(self.xp.astype(leaf, dtype), self.dtype)
+            for leaf, dtype in zip(x, self.dtypes, strict=True)
+        )
+
+    def per_sample(self, numbers: Array) -> Array:
+        """Numbers (N, 1) in the shape of the batch."""
+        return self.xp.reshape(numbers, self.batch_shape)
+
+    def _cast(self, leaf: Array, dtype: Any) -> Array:
+        return leaf if leaf.dtype == dtype else self.xp.astype(leaf, dtype)
+
+    # Numbers.
+
+    def full(self, value: float | int | bool, dtype: Any = None) -> Array:
+        """A number for each sample, (N, 1)."""
+        return self.xp.full((self.samples, 1), value, dtype=dtype or self.dtype, device=self.device)
+
+    def scalar(self, value: float) -> Array:
+        """A number as an array without axes."""
+        return self.xp.asarray(value, dtype=self.dtype, device=self.device)
+
+    def eye(self, m: int) -> Array:
+        """The identity matrix (m, m)."""
+        return self.xp.eye(m, dtype=self.dtype, device=self.device)
+
+    def matrices(self, m: int, n: int) -> Array:
+        """A zero matrix for each sample, (N, m, n)."""
+        return self.xp.zeros((self.samples, m, n), dtype=self.dtype, device=self.device)
+
+    # Vectors.
+
+    def zeros(self) -> State:
+        """The zero state."""
+        return tuple(self.xp.zeros(shape, dtype=self.dtype, device=self.device) for shape in self.flat_shapes)
+
+    def sub(self, x: State, y: State) -> State:
+        """``x - y``."""
+        return tuple(a - b for a, b in zip(x, y, strict=True))
+
+    def add(self, x: State, y: State) -> State:
+        """``x + y``."""
+        return tuple(a + b for a, b in zip(x, y, strict=True))
+
+    def scale(self, factor: Array | float, x: State) -> State:
+        """``factor x``."""
+        return tuple(factor * a for a in x)
+
+    def divide(self, x: State, divisor: Array) -> State:
+        """``x / divisor``."""
+        return tuple(a / divisor for a in x)
+
+    def axpy(self, factor: Array | float, x: State, y: State) -> State:
+        """``factor x + y``."""
+        return tuple(self.backend.axpy(factor, a, b) for a, b in zip(x, y, strict=True))
+
+    def where(self, mask: Array, x: State, y: State) -> State:
+        """``x`` in the samples of ``mask``, (N, 1), else ``y``."""
+        return tuple(self.xp.where(mask, a, b) for a, b in zip(x, y, strict=True))
+
+    def norm(self, x: State) -> Array:
+        """Euclidean norm of each sample over all leaves, (N, 1)."""
+        norms = [self.backend.norm(a) for a in x]
+        if len(norms) == 1:
+            return norms[0]
+        total = norms[0]
+        for other in norms[1:]:
+            total = self.xp.hypot(total, other)
+        return total
+
+    def dot(self, x: State, y: State) -> Array:
+        """Inner product of each sample, (N, 1)."""
+        return _sum([self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True)])
+
+    # Histories: the last m states, (N, m, D) for each leaf, and rows that stand beside them, (N, 1, D).
+
+    def history(self, m: int) -> History:
+        """A history of m zero states."""
+        return tuple(self.xp.zeros((n, m, d), dtype=self.dtype, device=self.device) for n, d in self.flat_shapes)
+
+    def row(self, x: State) -> Row:
+        """A state as a row."""
+        return tuple(a[:, None, :] for a in x)
+
+    def state(self, row: Row) -> State:
+        """A row as a state."""
+        return tuple(a[:, 0, :] for a in row)
+
+    def set_row(self, history: History, index: Any, x: State | Row) -> History:
+        """The history with one row replaced; the one passed in is given up."""
+        return tuple(self.backend.set_row(a, index, b) for a, b in zip(history, x, strict=True))
+
+    def gram(self, history: History) -> Array:
+        """Inner products of the rows of a history with each other, (N, m, m)."""
+        return _sum([self.backend.gram(a) for a in history])
+
+    def products(self, row: Row, history: History) -> Array:
+        """Inner products of a row with those of a history, (N, 1, m)."""
+        return _sum([self.backend.products(a, b) for a, b in zip(row, history, strict=True)])
+
+    def combine(self, weights: Array, history: History) -> Row:
+        """Weighted sum of the rows of a history; weights (N, 1, m)."""
+        return tuple(self.backend.combine(weights, a) for a in history)
+
+    def combine_onto(self, row: Row, weights: Array, history: History) -> Row:
+        """``row + combine(weights, history)``."""
+        return tuple(self.backend.combine_onto(a, weights, b) for a, b in zip(row, history, strict=True))
+
+
+Operator = Callable[[State], State]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _sum(terms: list[Array]) -> Array:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _widest(backend: Backend, dtypes: list[Any]) -> Any:
+    widest = max(dtypes, key=lambda dtype: backend.finfo(dtype).bits)
+    return widest if backend.finfo(widest).bits >= 32 else backend.xp.float32
