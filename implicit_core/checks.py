@@ -42,8 +42,8 @@ def function(name: str, value: Any) -> None:
 def instance(name: str, value: Any, kind: type, example: str) -> None:
     """``value`` is a ``kind``."""
     if not isinstance(value, kind):
-        hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
-        raise TypeError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}{hint}")
+        hint = f": did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
+        raise TypeError(f"{name} must be a {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
 def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
@@ -51,14 +51,16 @@ def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[
     leaves, _ = backend.flatten(value)
     for leaf in leaves:
         if not backend.is_array(leaf):
-            raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(backend, leaf)}")
+            raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(leaf)}")
         if not backend.xp.isdtype(leaf.dtype, "real floating"):
             raise TypeError(
                 f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; "
                 "split a complex state in real and imaginary parts, cast an integer one to float"
             )
         if leaf.ndim < batch_ndim:
-            raise ValueError(f"{name} has a leaf of shape {tuple(leaf.shape)}, too few axes for batch_ndim={batch_ndim}")
+            raise ValueError(
+                f"{name} has a leaf of shape {tuple(leaf.shape)}, too few axes for batch_ndim={batch_ndim}"
+            )
     batches = {tuple(leaf.shape[:batch_ndim]) for leaf in leaves}
     if len(batches) != 1:
         raise ValueError(
@@ -81,7 +83,7 @@ def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_na
         raise TypeError(f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}")
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
-            raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(backend, leaf)}")
+            raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
         if leaf.shape != reference.shape:
             raise ValueError(
                 f"{name} must have the shape of {expected_name}, {tuple(reference.shape)}, got {tuple(leaf.shape)}"
@@ -109,5 +111,5 @@ def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
             raise ValueError(f"{name} must have the shapes of z: expected {tuple(reference.shape)}, got {shape}")
 
 
-def _kind(backend: Backend, leaf: Any) -> str:
+def _kind(leaf: Any) -> str:
     return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"

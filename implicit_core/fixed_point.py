@@ -1,6 +1,7 @@
 """The implicit layer: a solve, and the gradient estimator that differentiates it."""
 
 from collections.abc import Callable
+from typing import Any
 
 from . import checks
 from .backend import PyTree
@@ -78,19 +79,18 @@ def fixed_point(
 
 
 def undifferentiated(
-    f: Problem | Map,
-    h0: PyTree,
-    z: PyTree,
-    *,
-    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree],
-    gradient: Estimator,
-    batch_ndim: int | None,
-    throw: bool,
-    trace: bool,
+    f: Problem | Map, h0: PyTree, z: PyTree, *, gradient: Estimator, batch_ndim: int | None, **options: Any
 ) -> Solution:
     """The layer's value, without a binding to any autodiff."""
     problem = as_problem(f, batch_ndim)
-    if gradient.starts_from_h0:
-        solver = FixedPointIteration(max_steps=1)
-    solution = solve(problem, h0, z, solver=solver, throw=throw and not gradient.starts_from_h0, trace=trace)
+    solution = solver_point(problem, h0, z, gradient=gradient, **options)
     return solution._replace(value=gradient.value(problem, solution.value, z))
+
+
+def solver_point(
+    problem: Problem, h0: PyTree, z: PyTree, *, gradient: Estimator, solver: Any, throw: bool, trace: bool
+) -> Solution:
+    """The point at which ``gradient`` sets in: the solver's, or h0 itself, judged by one evaluation of F."""
+    if gradient.starts_from_h0:
+        solver, throw = FixedPointIteration(max_steps=1), False
+    return solve(problem, h0, z, solver=solver, throw=throw, trace=trace)

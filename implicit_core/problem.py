@@ -71,7 +71,7 @@ class BoundLinearization:
             if self.raw.vjp_h is None or self.raw.vjp_z is None:
                 raise NotImplementedError(_missing("a pullback", "VJP", "vjp", "vjp_h and vjp_z"))
             return self.vjp_h(v), self.vjp_z(v)
-        both = self.raw.vjp(v)
+        both: Any = self.raw.vjp(v)
         if not isinstance(both, tuple) or len(both) != 2:
             raise TypeError(f"vjp must return the pair (v_h, v_z), got {type(both).__name__}")
         return self._h("the h-cotangent from vjp", both[0]), self._z("the z-cotangent from vjp", both[1])
@@ -184,10 +184,8 @@ class Problem:
         return self.f(h, z)
 
     def replace_f(self, f: Map) -> "Problem":
-        """This problem with another callable for the same map, e.g. one that counts its calls."""
-        return Problem(
-            f, vjp=self._vjp, jvp=self._jvp, linearize=self._linearize, batch_ndim=self.batch_ndim
-        )
+        """The same problem with another callable for F, e.g. one that counts its calls."""
+        return Problem(f, vjp=self._vjp, jvp=self._jvp, linearize=self._linearize, batch_ndim=self.batch_ndim)
 
     @property
     def has_jvp(self) -> bool:
@@ -216,9 +214,10 @@ class Problem:
 
     def pushforward_h(self, h: PyTree, z: PyTree) -> tuple[Linear, int]:
         """``dh -> (∂F/∂h) dh`` at (h, z), and the evaluations of F spent on it: none if ``jvp`` was given."""
-        if self._jvp is None:
+        jvp = self._jvp
+        if jvp is None:
             return self.linearize(h, z).require("jvp_h").jvp_h, 1
-        raw = Linearization(None, jvp=lambda dh, dz: self._jvp(h, z, dh, dz))
+        raw = Linearization(None, jvp=lambda dh, dz: jvp(h, z, dh, dz))
         return BoundLinearization(raw, find_backend(h, "h"), h, z).jvp_h, 0
 
     def _from_callbacks(self, h: PyTree, z: PyTree) -> Linearization:

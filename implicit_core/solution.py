@@ -67,7 +67,7 @@ class Solution(NamedTuple):
     stats: Stats
 
     def raise_for_status(self) -> "Solution":
-        """This solution, if every sample converged.
+        """Return this solution if every sample converged.
 
         Raises
         ------
@@ -129,7 +129,11 @@ def describe(failures: tuple[Failure, ...], samples: int) -> str:
     for failure in failures:
         names = [str(index[0]) if len(index) == 1 else str(index) for index in failure.samples[:8]]
         more = ", ..." if len(failure.samples) > 8 else ""
-        which = "" if failure.samples[0] == () else f" in {len(failure.samples)} of {samples} samples ({', '.join(names)}{more})"
+        which = (
+            ""
+            if failure.samples[0] == ()
+            else f" in {len(failure.samples)} of {samples} samples ({', '.join(names)}{more})"
+        )
         parts.append(f"{failure.status.name}{which}, largest residual {failure.residual:.3g}")
     return "; ".join(parts)
 

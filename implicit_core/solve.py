@@ -9,7 +9,7 @@ from .problem import Map, Problem
 from .solution import Solution, Stats, Status
 from .solvers import Anderson, CallableSolver, Solver
 from .solvers.base import Point
-from .space import History, State
+from .space import History, Space, State
 from .system import System
 
 PATIENCE = 10
@@ -36,7 +36,7 @@ def solve(
     h0: PyTree,
     z: PyTree,
     *,
-    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
+    solver: Solver | CallableSolver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
@@ -54,7 +54,7 @@ def solve(
     z
         Inputs and parameters, handed to F as they are.
     solver
-        A :class:`Solver`, or any callable ``(problem, h0, z) -> h``.
+        A :class:`Solver`, or any callable ``(problem, h0, z) -> h``, see :class:`CallableSolver`.
     batch_ndim
         How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
     throw
@@ -86,11 +86,12 @@ def solve(
     problem = as_problem(problem, batch_ndim)
     if isinstance(solver, Solver):
         solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
-    else:
-        if not isinstance(solver, CallableSolver):
-            checks.instance("solver", solver, Callable, "Anderson()")
-            solver = CallableSolver(solver)
+    elif isinstance(solver, CallableSolver):
         solution = _judge(problem, h0, z, solver)
+    else:
+        if isinstance(solver, type):
+            checks.instance("solver", solver, Solver, "Anderson()")
+        solution = _judge(problem, h0, z, CallableSolver(solver))
     return solution.raise_for_status() if throw else solution
 
 
@@ -129,7 +130,7 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         return _Carry(point, tolerance, steps, best, record, memory)
 
     with backend.solving():
-        atol = space.scalar(solver.atol)
+        atol = space.scalar(solver.absolute_tolerance)
         point, tolerance = measure(space.pack(backend.map(backend.stop_gradient, space.like)), 0)
         steps = space.full(1, xp.int32)
         nothing = _Best(point.x, space.full(float("inf")), steps)
@@ -145,14 +146,14 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         return _solution(system, carry)
 
 
-def _better(space: Any, best: _Best, point: Point, steps: Array) -> _Best:
+def _better(space: Space, best: _Best, point: Point, steps: Array) -> _Best:
     where, better = space.xp.where, point.norm < best.norm
     return _Best(
         space.where(better, point.x, best.x), where(better, point.norm, best.norm), where(better, steps, best.steps)
     )
 
 
-def _record(space: Any, trace: History, point: Point, was_active: Array) -> History:
+def _record(space: Space, trace: History, point: Point, was_active: Array) -> History:
     norm = space.xp.where(was_active, point.norm, space.full(float("nan")))
     return space.set_row(trace, point.index, (norm,))
 

@@ -40,6 +40,7 @@ class System:
 
     def jacobian(self, x: State) -> Operator:
         """``v -> (∂F/∂h) v`` at ``x``."""
+        push: Operator
         if self._last is not None and self._last[0] is x:
             push = self._last[1].jvp_h
         else:

@@ -1,9 +1,9 @@
 """Gradient estimators, one a file: Eq. (17) in ``unroll``, Eq. (18) in ``neumann``, Eq. (4) in ``implicit``."""
 
-from .base import Estimator, Pullback
+from .base import AtFixedPoint, Estimator, Pullback
 from .bptt import BPTT
 from .implicit import Implicit, InexactGradientWarning
-from .neumann import Neumann, neumann_series
+from .neumann import Neumann
 from .one_step import OneStep
 from .unroll import Unroll
 
@@ -14,6 +14,7 @@ __all__ = [
     "BPTT",
     "NPG",
     "UPG",
+    "AtFixedPoint",
     "Estimator",
     "Implicit",
     "InexactGradientWarning",
@@ -21,5 +22,4 @@ __all__ = [
     "OneStep",
     "Pullback",
     "Unroll",
-    "neumann_series",
 ]

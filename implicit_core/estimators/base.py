@@ -83,16 +83,52 @@ class Estimator(ABC):
         """
 
 
-def bind(problem: Problem, h: PyTree, z: PyTree, dz: PyTree = None, *, tangent: bool = False) -> Backend:
-    """The backend of the arrays in ``h``, all arguments checked."""
+@dataclass(frozen=True)
+class AtFixedPoint(Estimator):
+    """Estimators A = (∂F/∂z) D, with D in the place of (I - ∂F/∂h)⁻¹, at the solver's point (Remark 1 of the paper).
+
+    The value is the solver's point itself, where F is linearized once. A new one writes ``inverse`` alone.
+    """
+
+    @abstractmethod
+    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+        """D v, given products with ∂F/∂h, or with its transpose for Dᵀ v; both shaped as h."""
+
+    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+        """The solver's point, as it is."""
+        return h
+
+    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+        """See :meth:`Estimator.vjp`."""
+        backend = bind(problem, h)
+        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+
+        def pullback(h_bar: PyTree) -> PyTree:
+            check_cotangent(backend, h_bar, h)
+            return at.vjp_z(self.inverse(at.vjp_h, h_bar, problem.batch_ndim))
+
+        return h, pullback
+
+    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+        """See :meth:`Estimator.jvp`."""
+        check_tangent(bind(problem, h), dz, z)
+        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+        return h, self.inverse(at.jvp_h, at.jvp_z(dz), problem.batch_ndim)
+
+
+def bind(problem: Problem, h: PyTree) -> Backend:
+    """The backend of the arrays in ``h``, both arguments checked."""
     checks.instance("problem", problem, Problem, "Problem(f, vjp=...)")
     backend = find_backend(h, "h")
     checks.state(backend, "h", h, problem.batch_ndim)
-    if tangent:
-        checks.like_z(backend, "dz", dz, z)
     return backend
 
 
 def check_cotangent(backend: Backend, h_bar: PyTree, h: PyTree) -> None:
     """``h_bar`` is shaped as h."""
     checks.like(backend, "h_bar", h_bar, h, "h")
+
+
+def check_tangent(backend: Backend, dz: PyTree, z: PyTree) -> None:
+    """``dz`` is shaped as z."""
+    checks.like_z(backend, "dz", dz, z)

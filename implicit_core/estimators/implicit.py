@@ -8,10 +8,10 @@ from typing import Literal
 from .. import checks
 from ..backend import PyTree
 from ..linear_solvers import GMRES, LinearSolver
-from ..problem import Problem
+from ..registry import find_backend
 from ..solution import SolveError, describe, find_failures
 from ..space import Space
-from .base import Estimator, Pullback, bind, check_cotangent
+from .base import AtFixedPoint
 
 
 class InexactGradientWarning(RuntimeWarning):
@@ -19,7 +19,7 @@ class InexactGradientWarning(RuntimeWarning):
 
 
 @dataclass(frozen=True)
-class Implicit(Estimator):
+class Implicit(AtFixedPoint):
     r"""The exact gradient, Eq. (2) and (4): the adjoint system (I - ∂F/∂h)ᵀ w = v, solved per sample.
 
     .. math::
@@ -59,28 +59,9 @@ class Implicit(Estimator):
         if self.on_failure not in ("raise", "warn", "nan"):
             raise ValueError(f"on_failure must be 'raise', 'warn' or 'nan', got {self.on_failure!r}")
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        return h
-
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
-        backend = bind(problem, h, z)
-        space = Space(backend, h, problem.batch_ndim)
-        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
-
-        def pullback(h_bar: PyTree) -> PyTree:
-            check_cotangent(backend, h_bar, h)
-            return at.vjp_z(self._inverse(space, at.vjp_h, h_bar, "adjoint"))
-
-        return h, pullback
-
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
-        backend = bind(problem, h, z, dz, tangent=True)
-        space = Space(backend, h, problem.batch_ndim)
-        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-        return h, self._inverse(space, at.jvp_h, at.jvp_z(dz), "tangent")
-
-    def _inverse(self, space: Space, jacobian: Callable[[PyTree], PyTree], v: PyTree, which: str) -> PyTree:
-        """The w with w - J w = v (Eq. 4)."""
+    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+        """The w with (I - J) w = v (Eq. 4)."""
+        space = Space(find_backend(v, "v"), v, batch_ndim, "v")
         with space.backend.solving():
             result = self.linear_solver.run(
                 space, lambda w: space.sub(w, space.pack(jacobian(space.unpack(w)))), space.pack(v)
@@ -91,7 +72,7 @@ class Implicit(Estimator):
         failures = find_failures(space.per_sample(result.status), space.per_sample(result.residual))
         if failures:
             message = (
-                f"the {which} linear solve of Implicit did not converge: {describe(failures, space.samples)}. "
+                f"the linear solve of Implicit did not converge: {describe(failures, space.samples)}. "
                 f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, "
                 "or use Neumann or Unroll, which need none"
             )

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import checks
-from ..backend import Backend, PyTree
-from ..problem import Problem
-from .base import Estimator, Pullback, bind, check_cotangent
+from ..backend import PyTree
+from ..registry import find_backend
+from .base import AtFixedPoint
 
 
 @dataclass(frozen=True)
-class Neumann(Estimator):
+class Neumann(AtFixedPoint):
     r"""The Neumann-series phantom gradient A^neu_{k,λ}, Eq. (18).
 
     .. math::
         A_{k,λ} = λ \frac{∂F}{∂z}\Big|_{h^*} (I + B + B² + … + B^{k-1}), \quad B = λ \frac{∂F}{∂h}\Big|_{h^*} + (1-λ) I
 
     F is linearized once, at the solver's point, which is also the value. A pullback costs k - 1 h-VJPs and one z-VJP.
-    By Theorem 2 it converges to the exact gradient, with an error of at most ‖∂F/∂z‖ q^k / (1 - L_h), q = 1 - λ (1 - L_h).
+    By Theorem 2 it converges to the exact gradient; its error is at most ‖∂F/∂z‖ q^k / (1 - L_h), q = 1 - λ (1 - L_h).
 
     Parameters
     ----------
@@ -48,30 +48,12 @@ class Neumann(Estimator):
         object.__setattr__(self, "k", checks.integer("k", self.k, 1))
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        return h
+    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+        """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18), by Horner's rule: w ← v + B w."""
+        backend, lam = find_backend(v, "v"), self.lam
 
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
-        backend = bind(problem, h, z)
-        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+        def term(w: PyTree) -> PyTree:
+            return backend.map(lambda v, w, jw: v + (lam * jw + (1 - lam) * w), v, w, jacobian(w))
 
-        def pullback(h_bar: PyTree) -> PyTree:
-            check_cotangent(backend, h_bar, h)
-            return at.vjp_z(neumann_series(backend, at.vjp_h, h_bar, self.k, self.lam))
-
-        return h, pullback
-
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
-        backend = bind(problem, h, z, dz, tangent=True)
-        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-        return h, neumann_series(backend, at.jvp_h, at.jvp_z(dz), self.k, self.lam)
-
-
-def neumann_series(backend: Backend, jacobian: Callable[[PyTree], PyTree], v: PyTree, k: int, lam: float) -> PyTree:
-    """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18), by Horner's rule: w ← v + B w."""
-
-    def term(w: PyTree) -> PyTree:
-        return backend.map(lambda v, w, jw: v + (lam * jw + (1 - lam) * w), v, w, jacobian(w))
-
-    w = backend.repeat(term, v, k - 1)
-    return backend.map(lambda w: lam * w, w)
+        w = backend.repeat(term, v, self.k - 1)
+        return backend.map(lambda w: lam * w, w)

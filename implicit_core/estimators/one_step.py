@@ -1,17 +1,14 @@
 """The one-step, or Jacobian-free, gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..backend import PyTree
-from ..problem import Problem
-from .base import Estimator, Pullback
-from .neumann import Neumann
-
-_FIRST_TERM = Neumann(k=1, lam=1.0)
+from .base import AtFixedPoint
 
 
 @dataclass(frozen=True)
-class OneStep(Estimator):
+class OneStep(AtFixedPoint):
     """The Jacobian-free gradient: A = ∂F/∂z at the solver's point, which is ``Neumann(1, 1)``.
 
     One z-VJP, and no VJP in h.
@@ -30,11 +27,6 @@ class OneStep(Estimator):
     array([1.])
     """
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        return h
-
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
-        return _FIRST_TERM.vjp(problem, h, z)
-
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
-        return _FIRST_TERM.jvp(problem, h, z, dz)
+    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+        """``v``: the identity in the place of the inverse."""
+        return v

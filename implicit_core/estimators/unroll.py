@@ -6,7 +6,7 @@ from typing import Any
 from .. import checks
 from ..backend import Backend, PyTree
 from ..problem import BoundLinearization, Problem
-from .base import Estimator, Pullback, bind, check_cotangent
+from .base import Estimator, Pullback, bind, check_cotangent, check_tangent
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Unroll(Estimator):
         checks.instance("recompute", self.recompute, bool, "True")
 
     def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        backend = bind(problem, h, z)
+        backend = bind(problem, h)
         return backend.repeat(lambda h: _step(backend, self.lam, problem.f(h, z), h), h, self.k)
 
     def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
@@ -69,7 +69,7 @@ def unrolled_vjp(
     problem: Problem, h: PyTree, z: PyTree, k: int, lam: float, *, recompute: bool
 ) -> tuple[PyTree, Pullback]:
     """h_k of Eq. (13) and the pullback of Eq. (17): backwards, z̄ += λ (∂F/∂z)ᵀ g and g ← B_tᵀ g."""
-    backend = bind(problem, h, z)
+    backend = bind(problem, h)
     h_0 = h
     steps: list[Any] = []
     for _ in range(k):
@@ -97,7 +97,8 @@ def unrolled_vjp(
 
 def unrolled_jvp(problem: Problem, h: PyTree, z: PyTree, dz: PyTree, k: int, lam: float) -> tuple[PyTree, PyTree]:
     """h_k of Eq. (13) and its tangent: forwards, t ← B_t t + λ (∂F/∂z) dz, from t = 0."""
-    backend = bind(problem, h, z, dz, tangent=True)
+    backend = bind(problem, h)
+    check_tangent(backend, dz, z)
     tangent = None
     for _ in range(k):
         at = problem.linearize(h, z).require("jvp_h", "jvp_z")

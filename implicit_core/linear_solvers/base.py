@@ -9,7 +9,6 @@ from ..backend import Array
 from ..solution import Status
 from ..space import Operator, Space, State
 
-
 Cycle = tuple[State, Any]
 """A correction, and the products with A spent on it."""
 

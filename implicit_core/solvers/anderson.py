@@ -11,12 +11,13 @@ from .base import Point, Solver
 
 
 class Memory(NamedTuple):
-    """The last m evaluations: the damped steps they propose, and their residuals; and two constants."""
+    """The last m evaluations: the damped steps they propose, and their residuals; and constants."""
 
     proposals: History
     residuals: History
     filled: Any
-    ridge: Array
+    scaling: Array
+    floor: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Anderson(Solver):
     damping
         β in (0, 1]: each point h proposes β F(h) + (1 - β) h.
     regularization
-        Ridge added to the residuals' Gram matrix, relative to its largest entry.
+        Ridge on the residuals' Gram matrix, relative to its diagonal: each weight is damped by its own residual, so
+        old, large ones cost most. Never under rounding error.
     rtol, atol, max_steps, check_every
         As for :class:`Solver`.
 
@@ -50,7 +52,7 @@ class Anderson(Solver):
 
     memory: int = 5
     damping: float = 1.0
-    regularization: float = 1e-8
+    regularization: float = 1e-10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,10 +64,10 @@ class Anderson(Solver):
         space, m = system.space, self.memory
         slots = space.xp.arange(m, device=space.device)
         filled = space.xp.astype(slots[None, :] <= slots[:, None], space.dtype)
-        # Never under rounding error: the Gram matrix of equal residuals must come out regular.
-        ridge = max(self.regularization, 4 * m * space.eps) * space.eye(m)
         rows = space.xp.broadcast_to(filled[:, None, None, :], (m, space.samples, 1, m))
-        return Memory(space.history(m), space.history(m), space.backend.table(rows), ridge)
+        return Memory(
+            space.history(m), space.history(m), space.backend.table(rows), *ridge(space, m, self.regularization)
+        )
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         space, slot = system.space, point.index % self.memory
@@ -73,20 +75,27 @@ class Anderson(Solver):
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, point.residual)
         filled = memory.filled[space.backend.minimum(point.index, self.memory - 1)]
-        weights = mixing_weights(space, space.gram(residuals), filled, memory.ridge)
+        weights = mixing_weights(space, space.gram(residuals), filled, (memory.scaling, memory.floor))
         x = space.state(space.combine(weights, proposals))
-        return x, Memory(proposals, residuals, memory.filled, memory.ridge)
+        return x, memory._replace(proposals=proposals, residuals=residuals)
 
 
-def mixing_weights(space: Space, gram: Array, filled: Array, ridge: Array) -> Array:
+def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:
+    """The (m, m) constants that regularize a Gram matrix G: ``G * scaling + floor`` is regular, whatever G.
+
+    An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This one is
+    relative to G's diagonal and at least rounding error, for residuals that are all equal; the floor is for zeros.
+    """
+    identity = space.eye(m)
+    tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
+    return 1 + max(regularization, 4 * m * space.eps) * identity, tiny * identity
+
+
+def mixing_weights(space: Space, gram: Array, filled: Array, ridge: tuple[Array, Array]) -> Array:
     """Weights, summing to one, that minimize the norm of the combined residual.
 
-    ``gram`` is (N, m, m); ``filled``, (N, 1, m), is one at the slots in use and zero elsewhere; ``ridge``, (m, m), is
-    relative to the largest entry of ``gram``, which shrinks with the square of the residual: an absolute ridge would
-    soon outweigh it and turn the method into plain averaging.
+    ``gram`` is (N, m, m); ``filled``, (N, 1, m), is one at the slots in use and zero elsewhere.
     """
-    xp = space.xp
-    tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
-    scale = xp.clip(xp.max(gram, axis=(-2, -1), keepdims=True), min=tiny)
-    weights = space.backend.solve_rows(space.backend.axpy(scale, ridge, gram), filled)
-    return weights / xp.sum(weights, axis=-1, keepdims=True)
+    scaling, floor = ridge
+    weights = space.backend.solve_rows(space.backend.axpy(gram, scaling, floor), filled)
+    return weights / space.xp.sum(weights, axis=-1, keepdims=True)

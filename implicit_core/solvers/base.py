@@ -65,9 +65,15 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
-        set_field(self, "atol", 1e-3 * self.rtol if self.atol is None else checks.real("atol", self.atol, 0.0))
+        if self.atol is not None:
+            set_field(self, "atol", checks.real("atol", self.atol, 0.0))
         set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
+
+    @property
+    def absolute_tolerance(self) -> float:
+        """``atol``, or what stands for it."""
+        return 1e-3 * self.rtol if self.atol is None else self.atol
 
     @abstractmethod
     def init(self, system: System, x: State) -> Any:

@@ -1,0 +1,195 @@
+"""PyTorch: F's derivatives from autograd, and the core's estimators inside it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from implicit_core.backends.torch import BACKEND
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from implicit_core import checks
+from implicit_core.estimators import AtFixedPoint, Estimator
+from implicit_core.fixed_point import solver_point
+from implicit_core.problem import Linearization, Map, Problem
+from implicit_core.solution import Solution
+from implicit_core.solve import as_problem
+
+PyTree = Any
+
+
+def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
+    """A :class:`Problem` whose callbacks come from autograd.
+
+    Parameters
+    ----------
+    f
+        ``f(h, z)`` on tensors, differentiable. Integer tensors and other leaves of z have no gradient.
+    batch_ndim
+        How many first axes of every leaf of h index independent samples.
+
+    Returns
+    -------
+    Problem
+        With both modes: a pullback walks the graph of one evaluation of F; a pushforward evaluates F in forward mode.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import implicit_core as ic
+    >>> from implicit_core.adapters import torch as ict
+    >>> problem = ict.problem(lambda h, z: torch.tanh(0.5 * h + z))
+    >>> z = torch.tensor([0.3, -0.1])
+    >>> solution = ic.solve(problem, torch.zeros(2), z)
+    >>> value, pullback = ic.Neumann(k=5, lam=0.5).vjp(problem, solution.value, z)
+    >>> pullback(torch.ones(2)).shape
+    torch.Size([2])
+    """
+
+    def linearize(h: PyTree, z: PyTree) -> Linearization:
+        h_leaves, h_structure = BACKEND.flatten(h)
+        z_leaves, z_structure = BACKEND.flatten_with_none(z)
+        moving = [i for i, leaf in enumerate(z_leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+        def call(h_in: tuple[Tensor, ...], z_in: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            leaves = list(z_leaves)
+            for i, leaf in zip(moving, z_in, strict=True):
+                leaves[i] = leaf
+            value = f(BACKEND.unflatten(h_structure, list(h_in)), BACKEND.unflatten(z_structure, leaves))
+            structures.append(BACKEND.flatten(value)[1])
+            return tuple(BACKEND.flatten(value)[0])
+
+        structures: list[Any] = []
+        with torch.enable_grad():
+            h_in = tuple(leaf.detach().requires_grad_() for leaf in h_leaves)
+            z_in = tuple(z_leaves[i].detach().requires_grad_() for i in moving)
+            outputs = call(h_in, z_in)
+
+        def pull(v: PyTree, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+            return vector_jacobian(outputs, inputs, BACKEND.flatten(v)[0])
+
+        def as_z(grads: list[Tensor]) -> PyTree:
+            by_leaf = dict(zip(moving, grads, strict=True))
+            return BACKEND.unflatten(z_structure, [by_leaf.get(i) for i in range(len(z_leaves))])
+
+        def vjp(v: PyTree) -> tuple[PyTree, PyTree]:
+            grads = pull(v, h_in + z_in)
+            return BACKEND.unflatten(h_structure, grads[: len(h_in)]), as_z(grads[len(h_in) :])
+
+        def jvp(dh: PyTree, dz: PyTree) -> PyTree:
+            dz_leaves = BACKEND.flatten_with_none(dz)[0]
+            tangents = (tuple(BACKEND.flatten(dh)[0]), tuple(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
+            primals = (tuple(h_leaves), tuple(z_leaves[i] for i in moving))
+            return BACKEND.unflatten(structures[0], list(torch.func.jvp(call, primals, tangents)[1]))
+
+        return Linearization(
+            BACKEND.unflatten(structures[0], [leaf.detach() for leaf in outputs]),
+            vjp_h=lambda v: BACKEND.unflatten(h_structure, pull(v, h_in)),
+            vjp_z=lambda v: as_z(pull(v, z_in)),
+            vjp=vjp,
+            jvp=jvp,
+        )
+
+    return Problem(f, linearize=linearize, batch_ndim=batch_ndim)
+
+
+def vector_jacobian(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], v: list[Tensor]) -> list[Tensor]:
+    """``v`` pulled back along the graph from ``outputs`` to ``inputs``, which is kept."""
+    pairs = [(out, cotangent) for out, cotangent in zip(outputs, v, strict=True) if out.requires_grad]
+    if not pairs or not inputs:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    return list(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            inputs,
+            [cotangent for _, cotangent in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tangent is None else tangent
+
+
+def fixed_point(
+    f: Problem | Map,
+    h0: PyTree,
+    z: PyTree,
+    *,
+    gradient: Estimator,
+    batch_ndim: int | None,
+    **options: Any,
+) -> Solution:
+    """The layer on tensors, see ``ic.fixed_point``; differentiable once, and with :class:`Unroll` any number of times.
+
+    For a plain f the output carries the graph of the k damped steps (:class:`Unroll`, :class:`BPTT`), or of one F at
+    the solver's point, whose incoming cotangent the estimator replaces: z and all that f closes over get gradients. A
+    :class:`Problem` is differentiated with its own callbacks, in z alone.
+    """
+    if isinstance(f, Problem):
+        return _through_callbacks(f, h0, z, gradient, batch_ndim, options)
+    plain = as_problem(f, batch_ndim)
+    solution = solver_point(plain, h0, z, gradient=gradient, **options)
+    if isinstance(gradient, AtFixedPoint) and torch.is_grad_enabled():
+        value = _through_one_step(plain, solution.value, z, gradient)
+    else:
+        value = gradient.value(plain, solution.value, z)
+    return solution._replace(value=value)
+
+
+def _through_one_step(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoint) -> PyTree:
+    h_leaves, structure = BACKEND.flatten(h)
+    h_in = tuple(leaf.detach().requires_grad_() for leaf in h_leaves)
+    value = problem.f(BACKEND.unflatten(structure, list(h_in)), z)
+    checks.like(BACKEND, "the result of f", value, h, "h0")
+    outputs = tuple(BACKEND.flatten(value)[0])
+
+    def replace(cotangents: list[Tensor]) -> list[Tensor]:
+        def vjp_h(v: PyTree) -> PyTree:
+            return BACKEND.unflatten(structure, vector_jacobian(outputs, h_in, BACKEND.flatten(v)[0]))
+
+        w = gradient.inverse(vjp_h, BACKEND.unflatten(structure, cotangents), problem.batch_ndim)
+        return list(BACKEND.flatten(w)[0])
+
+    return BACKEND.unflatten(structure, list(_Pullback.apply(replace, tuple(h_leaves), *outputs)))
+
+
+def _through_callbacks(
+    problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, batch_ndim: int | None, options: dict[str, Any]
+) -> Solution:
+    leaves, structure = BACKEND.flatten_with_none(z)
+    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    z_in = BACKEND.unflatten(structure, detached)
+    solution = solver_point(as_problem(problem, batch_ndim), h0, z_in, gradient=gradient, **options)
+    if not torch.is_grad_enabled():
+        return solution._replace(value=gradient.value(problem, solution.value, z_in))
+    value, pull = gradient.vjp(problem, solution.value, z_in)
+    outputs, h_structure = BACKEND.flatten(value)
+
+    def pullback(cotangents: list[Tensor]) -> list[Tensor | None]:
+        grads = BACKEND.flatten_with_none(pull(BACKEND.unflatten(h_structure, cotangents)))[0]
+        return [grads[i] for i in moving]
+
+    bound = _Pullback.apply(pullback, tuple(outputs), *(leaves[i] for i in moving))
+    return solution._replace(value=BACKEND.unflatten(h_structure, list(bound)))
+
+
+class _Pullback(torch.autograd.Function):
+    """Known values whose gradient with respect to the inputs is a given function of the cotangents."""
+
+    @staticmethod
+    def forward(pullback: Callable[..., Any], values: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.pullback = inputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.pullback(list(cotangents))
