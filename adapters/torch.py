@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from implicit_core.backends.torch import BACKEND
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from implicit_core import checks
 from implicit_core.estimators import AtFixedPoint, Estimator
@@ -78,9 +78,11 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
 
         def jvp(dh: PyTree, dz: PyTree) -> PyTree:
             dz_leaves = BACKEND.flatten_with_none(dz)[0]
-            tangents = (tuple(BACKEND.flatten(dh)[0]), tuple(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
-            primals = (tuple(h_leaves), tuple(z_leaves[i] for i in moving))
-            return BACKEND.unflatten(structures[0], list(torch.func.jvp(call, primals, tangents)[1]))
+            with forward_ad.dual_level():
+                h_dual = map(forward_ad.make_dual, h_leaves, BACKEND.flatten(dh)[0])
+                z_dual = (forward_ad.make_dual(z_leaves[i], _or_zeros(dz_leaves[i], z_leaves[i])) for i in moving)
+                duals = [forward_ad.unpack_dual(out) for out in call(tuple(h_dual), tuple(z_dual))]
+            return BACKEND.unflatten(structures[0], [_or_zeros(dual.tangent, dual.primal) for dual in duals])
 
         return Linearization(
             BACKEND.unflatten(structures[0], [leaf.detach() for leaf in outputs]),
@@ -190,6 +192,11 @@ class _Pullback(torch.autograd.Function):
         ctx.pullback = inputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        # Not `once_differentiable`: its error is skipped by torch.autograd.grad, which then returns a wrong result.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True: a second derivative through this estimator is not available, nor through a "
+                "Problem's own callbacks; Unroll and BPTT on a plain function have derivatives of every order"
+            )
         return None, None, *ctx.pullback(list(cotangents))

@@ -2,6 +2,7 @@
 
 import array_api_strict as xp
 
-from implicit_core.backend import Backend
+from .numpy import NumPyBackend
 
-BACKEND = Backend("array_api_strict", xp, (type(xp.empty(0)),))
+# Its arrays wrap NumPy's, and warn as they do.
+BACKEND = NumPyBackend("array_api_strict", xp, (type(xp.empty(0)),))

@@ -11,8 +11,6 @@
 (2,)
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from .backend import Backend
 from .estimators import BPTT, NPG, UPG, Estimator, Implicit, InexactGradientWarning, Neumann, OneStep, Unroll
 from .fixed_point import fixed_point
@@ -23,10 +21,7 @@ from .solution import CONVERGED, MAX_STEPS, NONFINITE, STAGNATED, Solution, Solv
 from .solve import solve
 from .solvers import Anderson, Broyden, CallableSolver, FixedPointIteration, NewtonKrylov, Solver
 
-try:
-    __version__ = version("implicit-core")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
 
 __all__ = [
     "BPTT",

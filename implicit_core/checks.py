@@ -42,8 +42,9 @@ def function(name: str, value: Any) -> None:
 def instance(name: str, value: Any, kind: type, example: str) -> None:
     """``value`` is a ``kind``."""
     if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
         hint = f": did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
-        raise TypeError(f"{name} must be a {kind.__name__}, such as {example}; got {value!r}{hint}")
+        raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
 def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Finding the backend and the adapter of the arrays at hand, without importing a framework nobody imported."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from types import ModuleType
@@ -22,6 +21,8 @@ _GROUP = "implicit_core.{}"
 
 
 def _modules(kind: str, built_in: dict[str, str]) -> dict[str, str]:
+    import importlib.metadata  # 30 ms, and needed only where no built-in module answers
+
     joined = importlib.metadata.entry_points(group=_GROUP.format(kind))
     return {entry.name: entry.value for entry in joined} | built_in
 

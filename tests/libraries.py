@@ -1,0 +1,65 @@
+"""The array libraries every test runs over. A missing one is an error, not a skip: the imports stand at the top."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.numpy
+import array_api_compat.torch
+import array_api_strict
+import numpy as np
+import optree
+import torch
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str
+    xp: ModuleType
+    from_numpy: Callable[[np.ndarray], Any]
+    to_numpy: Callable[[Any], np.ndarray]
+
+    def array(self, tree: Any) -> Any:
+        """A pytree of NumPy arrays, as this library's; other leaves stay."""
+        return optree.tree_map(lambda x: self.from_numpy(x) if isinstance(x, (np.ndarray, np.generic)) else x, tree)
+
+    def numpy(self, tree: Any) -> Any:
+        return optree.tree_map(lambda x: self.to_numpy(x) if hasattr(x, "dtype") else x, tree)
+
+    def sealed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with results that can't be written to, where the library knows of that."""
+        if self.name != "numpy-readonly":
+            return function
+        return lambda *args: optree.tree_map(read_only, function(*args))
+
+
+def read_only(x: Any) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x
+    x = x.view()
+    x.flags.writeable = False
+    return x
+
+
+LIBRARIES = [
+    Library("numpy", array_api_compat.numpy, np.asarray, np.asarray),
+    Library("numpy-readonly", array_api_compat.numpy, lambda x: read_only(np.array(x)), np.asarray),
+    Library("array_api_strict", array_api_strict, array_api_strict.asarray, lambda x: np.asarray(np.from_dlpack(x))),
+    Library("torch", array_api_compat.torch, lambda x: torch.asarray(np.array(x)), lambda x: x.detach().numpy()),
+]
+NUMPY = LIBRARIES[0]
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All leaves of a NumPy pytree in one vector, in order."""
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in optree.tree_leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
+
+
+def unflat(vector: np.ndarray, like: Any) -> Any:
+    """The inverse of ``flat``."""
+    leaves, structure = optree.tree_flatten(like)
+    sizes = np.cumsum([np.size(leaf) for leaf in leaves])
+    parts = np.split(np.asarray(vector), sizes[:-1])
+    return optree.tree_unflatten(structure, [p.reshape(np.shape(x)) for p, x in zip(parts, leaves, strict=True)])

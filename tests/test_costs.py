@@ -1,0 +1,152 @@
+"""The cost table of the design, by counting: callbacks of the estimators, dispatched operations of the solvers."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from libraries import NUMPY
+from problems import Case, layer, symmetric_layer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import implicit_core as ic
+
+K = [1, 2, 5, 9]
+
+
+def counts(case: Case, estimator: ic.Estimator) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Callbacks of the value, of one pullback, and of a pushforward with its value."""
+    problem = case.linearized()
+    h, v = np.zeros_like(case.h0), np.ones_like(case.h0)
+    _, pullback = estimator.vjp(problem, h, case.z)
+    value = dict(case.counts)
+    case.counts.clear()
+    pullback(v)
+    backward = dict(case.counts)
+    case.counts.clear()
+    estimator.jvp(problem, h, case.z, case.z)
+    return value, backward, dict(case.counts)
+
+
+def nonzero(**expected: int) -> dict[str, int]:
+    return {name: count for name, count in expected.items() if count}
+
+
+def test_one_step() -> None:
+    assert counts(layer(), ic.OneStep()) == ({"f": 1}, {"vjp_z": 1}, {"f": 1, "jvp_z": 1})
+
+
+@pytest.mark.parametrize("k", K)
+def test_neumann(k: int) -> None:
+    value, backward, forward = counts(layer(), ic.Neumann(k, 0.5))
+    assert value == {"f": 1}
+    assert backward == nonzero(vjp_h=k - 1, vjp_z=1)
+    assert forward == nonzero(f=1, jvp_z=1, jvp_h=k - 1)
+
+
+@pytest.mark.parametrize("k", K)
+def test_unroll(k: int) -> None:
+    value, backward, forward = counts(layer(), ic.Unroll(k, 0.5))
+    assert value == {"f": k}
+    assert backward == nonzero(vjp_h=k - 1, vjp_z=k)
+    assert forward == nonzero(f=k, jvp_z=k, jvp_h=k - 1)
+    assert counts(layer(), ic.BPTT(k)) == (value, backward, forward)
+
+
+@pytest.mark.parametrize("k", K)
+def test_unroll_with_recomputation_holds_states_and_pays_evaluations(k: int) -> None:
+    value, backward, _ = counts(layer(), ic.Unroll(k, 0.5, recompute=True))
+    assert value == {"f": k}
+    assert backward == nonzero(f=k, vjp_h=k - 1, vjp_z=k)
+
+
+def test_implicit_pays_one_pullback_in_h_for_each_product() -> None:
+    case = layer()
+    value, backward, forward = counts(case, ic.Implicit(ic.GMRES(rtol=1e-8)))
+    j = case.linearized().linearize(case.h0, case.z)
+    direct = ic.solve_linear(lambda w: w - j.vjp_h(w), np.ones_like(case.h0), solver=ic.GMRES(rtol=1e-8), batch_ndim=1)
+    assert value == {"f": 1}
+    assert backward == {"vjp_h": int(direct.stats.evaluations), "vjp_z": 1}
+    assert forward["jvp_z"] == forward["f"] == 1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "calls"),
+    [(ic.OneStep(), 1), (ic.Neumann(5, 0.5), 5), (ic.Unroll(5, 0.5), 5), (ic.BPTT(5), 5)],
+    ids=repr,
+)
+def test_a_joint_vjp_is_called_once_where_both_parts_are_needed(estimator: ic.Estimator, calls: int) -> None:
+    case = layer()
+    _, pullback = estimator.vjp(case.problem(), case.h0, case.z)
+    case.counts.clear()
+    pullback(np.ones_like(case.h0))
+    assert case.counts == {"vjp": calls}
+
+
+def test_a_problem_with_one_mode_serves_that_mode() -> None:
+    case = layer()
+    pull_only = ic.Problem(case.counted(NUMPY, "f"), vjp=case.counted(NUMPY, "vjp"), batch_ndim=1)
+    push_only = ic.Problem(case.counted(NUMPY, "f"), jvp=case.counted(NUMPY, "jvp"), batch_ndim=1)
+    for estimator in (ic.OneStep(), ic.Neumann(), ic.Unroll(), ic.Implicit(), ic.BPTT(3)):
+        estimator.vjp(pull_only, case.h0, case.z)[1](np.ones_like(case.h0))
+        estimator.jvp(push_only, case.h0, case.z, case.z)
+        with pytest.raises(NotImplementedError, match="pass vjp= to Problem"):
+            estimator.vjp(push_only, case.h0, case.z)
+        with pytest.raises(NotImplementedError, match="pass jvp= to Problem"):
+            estimator.jvp(pull_only, case.h0, case.z, case.z)
+    with pytest.raises(NotImplementedError, match="pass jvp= to Problem"):
+        ic.solve(pull_only, case.h0, case.z, solver=ic.NewtonKrylov())
+    assert np.all(ic.solve(push_only, case.h0, case.z, solver=ic.NewtonKrylov()).status == ic.CONVERGED)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what reaches torch's dispatcher, views included; reading a flag back from the device is apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("solver", "limit"), [(ic.FixedPointIteration, 8), (ic.Anderson, 30), (ic.Broyden, 35)], ids=["fp", "anderson", "b"]
+)
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_operations_a_step(solver: type, limit: int, check_every: int) -> None:
+    case = symmetric_layer()
+    w, x = torch.asarray(case.z["w"]).float(), torch.asarray(case.z["x"]).float()
+
+    def f(h: torch.Tensor, z: Any) -> torch.Tensor:
+        return torch.tanh(h @ w.T + x)
+
+    def run(steps: int) -> Counter[str]:
+        settings = solver(rtol=0.0, atol=0.0, max_steps=steps, check_every=check_every)
+        with Dispatched() as mode:
+            ic.solve(f, torch.zeros_like(x), None, solver=settings, batch_ndim=1)
+        return mode.operations
+
+    own = 4  # of f: transpose, product, sum, tanh
+    steps = 24
+    twice, once = run(1 + 2 * steps), run(1 + steps)
+    syncs = "aten._local_scalar_dense.default"
+    reads = twice.pop(syncs) - once.pop(syncs)
+    assert reads == steps / check_every
+    assert (twice.total() - once.total()) / steps - own <= limit
+
+
+def test_memory_of_a_history() -> None:
+    """Anderson holds 2m states and Broyden m, beside what the loop holds."""
+    from implicit_core.system import System
+
+    case = layer(batch=2, width=50)
+    system = System(case.problem(), case.h0, case.z)
+    x = system.space.pack(case.h0)
+    state = case.h0.size
+    anderson = ic.Anderson(memory=7).init(system, x)
+    broyden = ic.Broyden(memory=7).init(system, x)
+    assert sum(a.size for a in (*anderson.proposals, *anderson.residuals)) == 14 * state
+    assert sum(a.size for a in broyden.steps) == 7 * state

@@ -1,0 +1,102 @@
+"""A sample never feels what becomes of another."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from libraries import Library
+from problems import layer, tanh_layer
+
+import implicit_core as ic
+
+BATCH, WIDTH = 8, 16
+NAN, DIVERGING, CONVERGED, ORDINARY = 1, 4, 6, [0, 2, 3, 5, 7]
+OPTIONS = {"rtol": 1e-10, "max_steps": 400}
+SOLVERS = [
+    ic.FixedPointIteration(**OPTIONS),
+    ic.FixedPointIteration(damping=0.7, **OPTIONS),
+    ic.Anderson(**OPTIONS),
+    ic.Broyden(**OPTIONS),
+    ic.Broyden(memory=4, **OPTIONS),
+    ic.NewtonKrylov(**OPTIONS),
+    ic.Anderson(check_every=3, **OPTIONS),
+]
+LINEAR = [ic.GMRES(restart=5), ic.BiCGSTAB(), ic.CG(), ic.Richardson(relaxation=0.5)]
+
+
+def mixed(library: Library, odd: bool) -> tuple[ic.Problem, Any, Any]:
+    """The tanh layer plus gain · h³; with ``odd``, one sample is NaN, one diverges, and one starts at its root."""
+    base = layer(BATCH, WIDTH, contraction=0.9, seed=3)
+    w, x = base.z["w"], base.z["x"].copy()
+    gain, h0 = np.zeros((BATCH, 1)), base.h0.copy()
+    if odd:
+        x[NAN] = np.nan
+        x[DIVERGING], h0[DIVERGING], gain[DIVERGING] = 0.0, 10.0, 1.0
+        alone = tanh_layer("alone", w, x[CONVERGED : CONVERGED + 1], 0.9)
+        h0[CONVERGED] = alone.oracle()[0]
+    xp = library.xp
+    weights, slope = library.array(w), library.array(gain)
+
+    def f(h: Any, z: Any) -> Any:
+        return xp.tanh(h @ weights.T + z) + slope * h**3
+
+    def jvp(h: Any, z: Any, dh: Any, dz: Any) -> Any:
+        return (1 - xp.tanh(h @ weights.T + z) ** 2) * (dh @ weights.T + dz) + 3 * slope * h**2 * dh
+
+    problem = ic.Problem(library.sealed(f), jvp=library.sealed(jvp), batch_ndim=1)
+    return problem, library.array(h0), library.array(x)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("solver", SOLVERS, ids=[f"{type(s).__name__}{i}" for i, s in enumerate(SOLVERS)])
+def test_odd_samples_are_reported_and_the_others_bit_identical(solver: ic.Solver, library: Library) -> None:
+    results = []
+    for odd in (False, True):
+        problem, h0, z = mixed(library, odd)
+        solution = ic.solve(problem, h0, z, solver=solver, trace=True)
+        results.append([library.numpy(a) for a in (solution.value, solution.status, *solution.stats)])
+    (plain, status, steps, _, residual, trace), (odd_plain, odd_status, odd_steps, _, odd_residual, odd_trace) = results
+
+    assert np.all(status == ic.CONVERGED)
+    assert odd_status[NAN] == ic.NONFINITE
+    assert odd_status[DIVERGING] in (ic.NONFINITE, ic.STAGNATED, ic.MAX_STEPS)
+    if isinstance(solver, ic.FixedPointIteration):
+        assert odd_status[DIVERGING] == ic.NONFINITE
+        assert np.all(np.isfinite(odd_plain[DIVERGING])), "the last finite point is kept"
+    assert odd_status[CONVERGED] == ic.CONVERGED
+    assert odd_steps[CONVERGED] == 1
+    assert np.all(odd_status[ORDINARY] == ic.CONVERGED)
+
+    for ordinary, beside_odd in ((plain, odd_plain), (steps, odd_steps), (residual, odd_residual)):
+        np.testing.assert_array_equal(ordinary[ORDINARY], beside_odd[ORDINARY])
+    np.testing.assert_array_equal(trace[:, ORDINARY], odd_trace[:, ORDINARY])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("solver", LINEAR, ids=lambda solver: type(solver).__name__)
+def test_linear_solves_are_isolated_too(solver: ic.LinearSolver, library: Library) -> None:
+    rng = np.random.default_rng(0)
+    symmetric = rng.normal(size=(BATCH, WIDTH, WIDTH))
+    symmetric = symmetric @ np.swapaxes(symmetric, 1, 2)
+    matrices = np.eye(WIDTH) + 0.9 * symmetric / np.linalg.norm(symmetric, 2, axis=(1, 2))[:, None, None]
+    odd = matrices.copy()
+    odd[NAN], odd[DIVERGING] = np.nan, 0.0
+    rhs = rng.normal(size=(BATCH, WIDTH))
+    results = []
+    for a in (matrices, odd):
+        operator = library.array(a)
+        solution = ic.solve_linear(
+            lambda v, operator=operator: (operator @ v[:, :, None])[:, :, 0],
+            library.array(rhs),
+            solver=solver,
+            batch_ndim=1,
+        )
+        results.append([library.numpy(x) for x in (solution.value, solution.status, solution.stats.residual)])
+    (value, status, residual), (odd_value, odd_status, odd_residual) = results
+    assert np.all(status == ic.CONVERGED)
+    np.testing.assert_allclose(np.einsum("nij,nj->ni", matrices, value), rhs, atol=1e-5)
+    assert np.all(odd_status[[NAN, DIVERGING]] != ic.CONVERGED)
+    keep = [i for i in range(BATCH) if i not in (NAN, DIVERGING)]
+    np.testing.assert_array_equal(odd_status[keep], ic.CONVERGED)
+    np.testing.assert_array_equal(value[keep], odd_value[keep])
+    np.testing.assert_array_equal(residual[keep], odd_residual[keep])

@@ -1,0 +1,136 @@
+"""The matrix-free linear solvers against dense linear algebra, and what they say when they fail."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libraries import NUMPY, Library
+
+import implicit_core as ic
+
+TIGHT = {"rtol": 1e-11, "max_steps": 400}
+GENERAL = [ic.GMRES(**TIGHT), ic.GMRES(restart=7, **TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(**TIGHT)]
+
+
+def named(solver: ic.LinearSolver) -> str:
+    return f"{type(solver).__name__}{getattr(solver, 'restart', '')}"
+
+
+def near_identity(batch: int, n: int, radius: float, seed: int, *, symmetric: bool = False) -> np.ndarray:
+    """I - J with ‖J‖₂ = radius."""
+    j = np.random.default_rng(seed).normal(size=(batch, n, n))
+    j = (j + np.swapaxes(j, 1, 2)) / 2 if symmetric else j
+    return np.eye(n) - radius * j / np.linalg.norm(j, 2, axis=(1, 2))[:, None, None]
+
+
+def apply(library: Library, matrices: np.ndarray) -> Any:
+    a = library.array(matrices)
+    return library.sealed(lambda v: (a @ v[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("solver", GENERAL, ids=named)
+def test_against_dense_solves(solver: ic.LinearSolver, library: Library) -> None:
+    a = near_identity(5, 12, 0.9, seed=0)
+    b = np.random.default_rng(1).normal(size=(5, 12)) * np.asarray([1e-6, 1.0, 1e6, 3.0, 0.0])[:, None]
+    solution = ic.solve_linear(apply(library, a), library.array(b), solver=solver, batch_ndim=1)
+    exact = np.linalg.solve(a, b[..., None])[..., 0]
+    value = library.numpy(solution.value)
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(value, exact, atol=0, rtol=1e-8)
+    residual = np.linalg.norm(b - np.einsum("nij,nj->ni", a, value), axis=1)
+    assert np.all(residual <= 1.0000001e-11 * np.linalg.norm(b, axis=1))
+    steps = library.numpy(solution.stats.steps)
+    assert steps[4] == 0
+    assert np.all(steps[:4] > 0)
+    assert np.max(steps) <= int(solution.stats.evaluations)
+
+
+def test_cg_on_symmetric_positive_definite_systems(library: Library) -> None:
+    a = near_identity(4, 20, 0.95, seed=2, symmetric=True)
+    b = np.random.default_rng(1).normal(size=(4, 20))
+    solution = ic.solve_linear(apply(library, a), library.array(b), solver=ic.CG(**TIGHT), batch_ndim=1)
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-8)
+
+
+def test_every_product_is_counted() -> None:
+    a, b = near_identity(3, 10, 0.8, seed=3), np.ones((3, 10))
+    for solver in [*GENERAL, ic.CG(max_steps=5)]:
+        calls = 0
+
+        def operator(v: np.ndarray) -> np.ndarray:
+            nonlocal calls
+            calls += 1
+            return np.einsum("nij,nj->ni", a, v)
+
+        solution = ic.solve_linear(operator, b, solver=solver, batch_ndim=1)
+        assert calls == solution.stats.evaluations
+
+
+def test_gmres_is_exact_after_n_steps_where_short_recurrences_are_not() -> None:
+    """A cyclic shift: GMRES makes no progress at all before step n, and is done then."""
+    n = 12
+    shift = np.roll(np.eye(n), 1, axis=0)
+    b = np.eye(n)[0]
+    full = ic.solve_linear(lambda v: shift @ v, b, solver=ic.GMRES(restart=n, rtol=1e-12))
+    assert full.status == ic.CONVERGED
+    np.testing.assert_allclose(shift @ full.value, b, atol=1e-12)
+    short = ic.solve_linear(lambda v: shift @ v, b, solver=ic.GMRES(restart=n - 1, rtol=1e-12))
+    assert short.status == ic.STAGNATED
+
+
+@pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT)], ids=named)
+def test_failure_is_reported(solver: ic.LinearSolver, library: Library) -> None:
+    singular = np.diag([1.0, 0.5, 0.0])[None]
+    solution = ic.solve_linear(apply(library, singular), library.array(np.ones((1, 3))), solver=solver, batch_ndim=1)
+    assert library.numpy(solution.status)[0] in (ic.MAX_STEPS, ic.STAGNATED)
+    assert library.numpy(solution.stats.residual)[0] >= 1.0 - 1e-12
+    with pytest.raises(ic.SolveError, match=r"in 1 of 1 samples \(0\)"):
+        ic.solve_linear(
+            apply(library, singular), library.array(np.ones((1, 3))), solver=solver, batch_ndim=1, throw=True
+        )
+
+
+def test_cg_does_not_pretend_on_an_indefinite_system() -> None:
+    a = np.diag([1.0, -1.0, 2.0])
+    assert ic.solve_linear(lambda v: a @ v, np.asarray([1.0, 1.0, 0.0]), solver=ic.CG()).status != ic.CONVERGED
+
+
+@pytest.mark.parametrize("solver", [ic.GMRES(max_steps=3), ic.BiCGSTAB(max_steps=3), ic.Richardson(max_steps=3)])
+def test_running_out_of_steps(solver: ic.LinearSolver) -> None:
+    a = near_identity(1, 40, 0.99, seed=5)[0]
+    solution = ic.solve_linear(lambda v: a @ v, np.ones(40), solver=dataclasses.replace(solver, rtol=1e-12))
+    assert solution.status == ic.MAX_STEPS
+    np.testing.assert_allclose(solution.stats.residual, np.linalg.norm(np.ones(40) - a @ solution.value))
+
+
+def test_pytrees_are_one_system_per_sample() -> None:
+    """Two leaves that only together are regular."""
+
+    def swap(v: Any) -> Any:
+        return {"x": v["y"] + 0.1 * v["x"], "y": v["x"]}
+
+    b = {"x": np.asarray([[1.0, 2.0]]), "y": np.asarray([[3.0, -1.0]])}
+    for solver in (ic.GMRES(rtol=1e-12), ic.BiCGSTAB(rtol=1e-12)):
+        solution = ic.solve_linear(swap, b, solver=solver, batch_ndim=1)
+        np.testing.assert_allclose(solution.value["x"], b["y"], atol=1e-10)
+        np.testing.assert_allclose(solution.value["y"], b["x"] - 0.1 * b["y"], atol=1e-10)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 15),
+    batch=st.integers(1, 4),
+    radius=st.floats(0.0, 0.95),
+    which=st.integers(0, 2),
+)
+def test_any_well_conditioned_system_is_solved(seed: int, n: int, batch: int, radius: float, which: int) -> None:
+    solver = [ic.GMRES(**TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(rtol=1e-11, max_steps=2000)][which]
+    a = near_identity(batch, n, radius, seed)
+    b = np.random.default_rng(seed + 1).normal(size=(batch, n))
+    solution = ic.solve_linear(apply(NUMPY, a), b, solver=solver, batch_ndim=1, throw=True)
+    error = np.linalg.norm(solution.value - np.linalg.solve(a, b[..., None])[..., 0], axis=1)
+    assert np.all(error <= 1e-11 * np.linalg.norm(b, axis=1) / (1 - radius) * 1.01 + 1e-15)

@@ -1,0 +1,307 @@
+"""Every solver on every problem and library; what stops a solve, what freezes a sample, what a step costs."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from libraries import NUMPY, Library, flat, unflat
+from problems import CASES, Case, affine, diagonal, layer, pytree, rotation, scalar, symmetric_layer
+
+import implicit_core as ic
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-13, "max_steps": 100}
+ACCELERATED = [ic.Anderson(**TIGHT), ic.Broyden(**TIGHT), ic.NewtonKrylov(**TIGHT)]
+SOLVERS = [ic.FixedPointIteration(**TIGHT), *ACCELERATED]
+ITERATION = SOLVERS[0]
+
+
+def named(solver: ic.Solver) -> str:
+    return type(solver).__name__
+
+
+def run(case: Case, library: Library, solver: Any, **options: Any) -> tuple[ic.Solution, Any]:
+    h0, z = library.array(case.h0), library.array(case.z)
+    solution = ic.solve(case.problem(library), h0, z, solver=solver, **options)
+    return solution, library.numpy(solution.value)
+
+
+@pytest.mark.parametrize("solver", ACCELERATED, ids=named)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_accelerated_solvers_find_every_root(case: Case, solver: ic.Solver, library: Library) -> None:
+    solution, value = run(case, library, solver)
+    root = case.oracle()
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(flat(value), flat(root), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plain_iteration_finds_a_root_or_says_that_it_did_not(case: Case, library: Library) -> None:
+    solution, value = run(case, library, ITERATION)
+    root = case.oracle()
+    if case.contraction < 0.85:
+        assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+        np.testing.assert_allclose(flat(value), flat(root), atol=1e-9, rtol=0)
+    elif np.any(library.numpy(solution.status) != ic.CONVERGED):
+        assert np.max(np.abs(flat(value) - flat(root))) > 1e-9
+    else:
+        np.testing.assert_allclose(flat(value), flat(root), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("solver", [ITERATION, dataclasses.replace(ITERATION, damping=0.9)])
+def test_plain_iteration_on_a_rotation_reports_that_it_did_not_converge(solver: ic.Solver) -> None:
+    solution, _ = run(rotation(angle=3.0), NUMPY, dataclasses.replace(solver, max_steps=20))
+    assert solution.status == ic.MAX_STEPS
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+@pytest.mark.parametrize("case", [layer(), pytree(), scalar(0.5)], ids=lambda case: case.name)
+def test_residual_is_the_true_one_at_the_returned_point(case: Case, solver: ic.Solver, library: Library) -> None:
+    loose = dataclasses.replace(solver, rtol=1e-3, atol=1e-5, max_steps=4)
+    solution, value = run(case, library, loose)
+    f = case.f(NUMPY.xp, value, case.z)
+    samples = max(1, int(np.prod(library.numpy(solution.status).shape)))
+    gaps, sizes = _per_sample(f, samples), _per_sample(value, samples)
+    residual = np.linalg.norm(gaps - sizes, axis=1)
+    np.testing.assert_allclose(np.ravel(library.numpy(solution.stats.residual)), residual, rtol=1e-9, atol=1e-14)
+    converged = residual <= 1e-5 + 1e-3 * np.linalg.norm(gaps, axis=1)
+    np.testing.assert_array_equal(np.ravel(library.numpy(solution.status)) == ic.CONVERGED, converged)
+
+
+def _per_sample(tree: Any, samples: int) -> np.ndarray:
+    leaves = [np.reshape(leaf, (samples, -1)) for leaf in (tree.values() if isinstance(tree, dict) else [tree])]
+    return np.concatenate(leaves, axis=1)
+
+
+def test_damping_does_not_flatter_the_residual() -> None:
+    """The damped step is a hundredth of the residual here, and would pass a test of 1e-2."""
+    solver = ic.FixedPointIteration(damping=0.01, rtol=0.0, atol=1e-2, max_steps=3)
+    solution = ic.solve(lambda h, z: 0.5 * h + z, np.asarray(1.0), np.asarray(0.0), solver=solver)
+    assert solution.status == ic.MAX_STEPS
+    assert solution.stats.residual > 0.4
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_n_steps_evaluate_f_n_times(solver: ic.Solver, steps: int, library: Library) -> None:
+    case = layer()
+    exhausted = dataclasses.replace(solver, rtol=0.0, atol=0.0, max_steps=steps)
+    for problem in (case.problem(library), case.linearized(library)):
+        case.counts.clear()
+        solution = ic.solve(problem, library.array(case.h0), library.array(case.z), solver=exhausted)
+        assert case.counts["f"] == steps == int(solution.stats.evaluations)
+        assert np.all(library.numpy(solution.stats.steps) == steps)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_a_warm_start_costs_one_evaluation(solver: ic.Solver, library: Library) -> None:
+    case = affine(20)
+    h0 = library.array(case.root)
+    solution = ic.solve(case.problem(library), h0, library.array(case.z), solver=solver)
+    assert case.counts["f"] == 1 == int(solution.stats.evaluations)
+    assert int(solution.stats.steps) == 1
+    np.testing.assert_array_equal(library.numpy(solution.value), case.root)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_a_one_step_solve_still_measures_its_start(solver: ic.Solver) -> None:
+    case = layer()
+    solution, value = run(case, NUMPY, dataclasses.replace(solver, max_steps=1))
+    np.testing.assert_array_equal(value, case.h0)
+    assert np.all(solution.status == ic.MAX_STEPS)
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3, 7])
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_check_every_changes_when_the_loop_ends_but_no_result(solver: ic.Solver, check_every: int) -> None:
+    case = layer()
+    every, value = run(case, NUMPY, solver)
+    seldom, same = run(case, NUMPY, dataclasses.replace(solver, check_every=check_every))
+    np.testing.assert_array_equal(value, same)
+    np.testing.assert_array_equal(every.stats.steps, seldom.stats.steps)
+    assert every.stats.evaluations <= seldom.stats.evaluations < every.stats.evaluations + check_every
+
+
+def test_check_every_never_exceeds_max_steps() -> None:
+    case = layer()
+    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=11, check_every=4)
+    ic.solve(case.problem(), case.h0, case.z, solver=solver)
+    assert case.counts["f"] == 11
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_trace_holds_every_residual_until_a_sample_is_finished(solver: ic.Solver, library: Library) -> None:
+    case = layer()
+    solution, _ = run(case, library, solver, trace=True)
+    trace, steps = library.numpy(solution.stats.trace), library.numpy(solution.stats.steps)
+    assert trace.shape == (solver.max_steps, 4)
+    for sample in range(4):
+        assert np.all(np.isfinite(trace[: steps[sample], sample]))
+        assert np.all(np.isnan(trace[steps[sample] :, sample]))
+        assert trace[steps[sample] - 1, sample] == library.numpy(solution.stats.residual)[sample]
+    start = np.linalg.norm(case.f(NUMPY.xp, case.h0, case.z) - case.h0, axis=1)
+    np.testing.assert_allclose(trace[0], start)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_acceleration_on_the_symmetric_layer(seed: int) -> None:
+    """Spectral radius 0.95, relative tolerance 1e-5: where an absolute ridge makes Anderson slower than no Anderson."""
+    case = symmetric_layer(seed=seed)
+    evaluations = {}
+    for solver in (ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()):
+        solution, _ = run(case, NUMPY, solver)
+        assert np.all(solution.status == ic.CONVERGED)
+        evaluations[named(solver)] = int(solution.stats.evaluations)
+    assert evaluations["Anderson"] <= 30
+    assert evaluations["Broyden"] <= 30
+    assert evaluations["FixedPointIteration"] > 45
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson, ic.Broyden])
+def test_half_precision_states_stay_so_and_their_residuals_are_true(solver: type, dtype: torch.dtype) -> None:
+    case = layer(contraction=0.6)
+    w, x = (torch.asarray(case.z[name]).to(dtype) for name in ("w", "x"))
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        assert h.dtype == dtype
+        return torch.tanh(h @ w.T + z)
+
+    solution = ic.solve(f, torch.zeros_like(x), x, solver=solver(rtol=2e-2), batch_ndim=1)
+    assert solution.value.dtype == dtype
+    assert solution.stats.residual.dtype == torch.float32
+    assert torch.all(solution.status == ic.CONVERGED)
+    residual = (f(solution.value, x).float() - solution.value.float()).norm(dim=1)
+    torch.testing.assert_close(solution.stats.residual, residual)
+
+
+def test_leaves_of_two_dtypes_keep_them(library: Library) -> None:
+    xp = library.xp
+    h0 = (library.array(np.zeros((2, 3))), library.array(np.zeros((2, 2), dtype=np.float32)))
+
+    def f(h: Any, z: Any) -> Any:
+        mean = xp.mean(h[0], axis=1, keepdims=True)
+        return 0.5 * h[0] + 1.0, 0.25 * h[1] + xp.astype(mean, xp.float32) * xp.ones((1, 2), dtype=xp.float32)
+
+    for solver in (ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()):
+        solution = ic.solve(f, h0, None, solver=solver, batch_ndim=1)
+        assert [leaf.dtype for leaf in solution.value] == [xp.float64, xp.float32]
+        np.testing.assert_allclose(library.numpy(solution.value[1]), 8 / 3, rtol=1e-4)
+
+
+def test_stagnation_is_told_from_slowness() -> None:
+    """A residual that noise keeps from falling, and one that falls too slowly."""
+    rng = np.random.default_rng(0)
+    noisy = ic.solve(lambda h, z: 0.5 * h + rng.normal(size=3), np.zeros(3), None, solver=ic.Anderson(max_steps=60))
+    assert noisy.status == ic.STAGNATED
+    slow = ic.solve(diagonal().problem(), np.ones(3), diagonal().z, solver=ic.Broyden(max_steps=3))
+    assert slow.status == ic.MAX_STEPS
+
+
+@pytest.mark.parametrize("solver", [ic.Anderson(max_steps=30), ic.Broyden(max_steps=30)], ids=named)
+def test_without_convergence_the_best_point_is_returned(solver: ic.Solver) -> None:
+    rng = np.random.default_rng(1)
+    solution = ic.solve(lambda h, z: h + rng.normal(size=4), np.zeros(4), None, solver=solver, trace=True)
+    assert solution.status != ic.CONVERGED
+    assert solution.stats.residual == np.nanmin(solution.stats.trace)
+
+
+def test_newton_backtracks_where_full_steps_diverge() -> None:
+    """F(h) = h - arctan(h): Newton on arctan overshoots for ever from |h| > 1.39."""
+    problem = ic.Problem(lambda h, z: h - np.arctan(h), jvp=lambda h, z, dh, dz: dh - dh / (1 + h**2), batch_ndim=1)
+    h0 = np.asarray([[3.0], [-20.0], [0.5]])
+    solution = ic.solve(problem, h0, None, solver=ic.NewtonKrylov(rtol=0.0, atol=1e-10))
+    assert np.all(solution.status == ic.CONVERGED)
+    np.testing.assert_allclose(solution.value, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("regularization", [1e-6, 1e-4, 1e-2, 1.0])
+def test_anderson_weights_sum_to_one(regularization: float, library: Library) -> None:
+    """An affine map keeps sums of weights visible: with F(h) = h + 1 every combination moves by exactly one."""
+    solver = ic.Anderson(regularization=regularization, max_steps=12)
+    seen = []
+
+    def f(h: Any, z: Any) -> Any:
+        seen.append(library.to_numpy(h))
+        return h + 1.0
+
+    ic.solve(f, library.array(np.asarray([5.0, 7.0])), None, solver=solver)
+    differences = [point[1] - point[0] for point in seen]
+    np.testing.assert_allclose(differences, 2.0, rtol=1e-12)
+
+
+def test_scipy_as_a_solver(library: Library) -> None:
+    case = layer()
+
+    def powell(problem: ic.Problem, h0: Any, z: Any) -> Any:
+        def residual(x: np.ndarray) -> np.ndarray:
+            h = library.array(x.reshape(case.h0.shape))
+            return library.to_numpy(problem(h, z) - h).ravel()
+
+        found = scipy.optimize.root(residual, library.to_numpy(h0).ravel(), tol=1e-13)
+        return library.array(found.x.reshape(case.h0.shape))
+
+    solution, value = run(case, library, powell)
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(value, case.oracle(), atol=1e-9)
+    assert case.counts["f"] == int(solution.stats.evaluations)
+    assert np.all(library.numpy(solution.stats.steps) == case.counts["f"])
+
+
+def test_a_callable_that_falls_short_is_reported() -> None:
+    case = layer()
+    solution, _ = run(case, NUMPY, lambda problem, h0, z: problem(h0, z))
+    assert np.all(solution.status == ic.STAGNATED)
+    assert solution.stats.evaluations == 2
+    within, _ = run(case, NUMPY, ic.CallableSolver(lambda problem, h0, z: problem(h0, z), rtol=1.0))
+    assert np.all(within.status == ic.CONVERGED)
+
+
+def test_a_user_written_solver() -> None:
+    """Two methods make a solver: here Aitken's extrapolation, element by element."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Aitken(ic.Solver):
+        def init(self, system: Any, x: Any) -> Any:
+            return x, system.space.zeros()
+
+        def step(self, system: Any, memory: Any, point: Any) -> Any:
+            (older,), (residual,) = memory
+            slope = (point.residual[0] - residual) / np.where(point.x[0] == older, 1.0, point.x[0] - older)
+            first = np.all(residual == 0)
+            step = point.residual[0] if first else point.residual[0] / -slope
+            return (point.x[0] + step,), (point.x, point.residual)
+
+    case = CASES[3]
+    solution, value = run(case, NUMPY, Aitken(rtol=1e-12))
+    assert np.all(solution.status == ic.CONVERGED)
+    np.testing.assert_allclose(value, case.root, atol=1e-10)
+    assert solution.stats.evaluations < 10
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+@pytest.mark.parametrize("batch_ndim", [0, 1, 2])
+def test_batch_axes_only_group_the_samples(solver: ic.Solver, batch_ndim: int, library: Library) -> None:
+    case = layer(batch=6)
+    w = library.array(case.z["w"])
+    x = library.array(case.z["x"].reshape(2, 3, 6))
+    problem = ic.Problem(
+        lambda h, z: library.xp.tanh(h @ w.T + z),
+        jvp=lambda h, z, dh, dz: (1 - library.xp.tanh(h @ w.T + z) ** 2) * (dh @ w.T + dz),
+        batch_ndim=batch_ndim,
+    )
+    solution = ic.solve(problem, library.xp.zeros_like(x), x, solver=solver)
+    shape = (2, 3)[:batch_ndim]
+    assert tuple(solution.status.shape) == tuple(solution.stats.steps.shape) == shape
+    np.testing.assert_allclose(library.numpy(solution.value).reshape(6, 6), case.oracle(), atol=1e-9)
+
+
+def test_nothing_passed_in_is_changed(library: Library) -> None:
+    case = layer()
+    h0, z = library.array(case.h0.copy()), library.array(unflat(flat(case.z), case.z))
+    for solver in SOLVERS:
+        ic.solve(case.problem(library), h0, z, solver=solver)
+    np.testing.assert_array_equal(library.numpy(h0), case.h0)
+    np.testing.assert_array_equal(flat(library.numpy(z)), flat(case.z))
