@@ -161,4 +161,4 @@ class Backend:
 
     def set_row(self, history: Array, index: Any, row: Array) -> Array:
         """The history with one row replaced by (N, D) or (N, 1, D). The history passed in is given up."""
-        return xpx.at(history)[:, index, :].set(row if row.ndim == 2 else row[:, 0, :], copy=False)
+        return xpx.at(history)[:, index, :].set(row if row.ndim == 2 else row[:, 0, :], copy=None)

@@ -145,18 +145,24 @@ def test_trace_holds_every_residual_until_a_sample_is_finished(solver: ic.Solver
     np.testing.assert_allclose(trace[0], start)
 
 
+# Evaluations TorchDEQ 0.1.0 needs for the same batches, float64, at relative tolerance 1e-5.
+TORCHDEQ = {
+    "FixedPointIteration": [56, 59, 60, 58],
+    "Anderson": [116, 127, 117, 114],
+    "Broyden": [23, 23, 25, 25],
+}
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_acceleration_on_the_symmetric_layer(seed: int) -> None:
-    """Spectral radius 0.95, relative tolerance 1e-5: where an absolute ridge makes Anderson slower than no Anderson."""
+def test_evaluations_on_the_symmetric_layer(seed: int) -> None:
+    """Spectral radius 0.95: where an absolute ridge makes Anderson slower than no Anderson at all."""
     case = symmetric_layer(seed=seed)
-    evaluations = {}
     for solver in (ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()):
         solution, _ = run(case, NUMPY, solver)
         assert np.all(solution.status == ic.CONVERGED)
-        evaluations[named(solver)] = int(solution.stats.evaluations)
-    assert evaluations["Anderson"] <= 30
-    assert evaluations["Broyden"] <= 30
-    assert evaluations["FixedPointIteration"] > 45
+        assert solution.stats.evaluations <= TORCHDEQ[named(solver)][seed]
+        if not isinstance(solver, ic.FixedPointIteration):
+            assert solution.stats.evaluations <= 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
