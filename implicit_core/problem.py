@@ -132,7 +132,8 @@ class Problem:
     jvp
         ``jvp(h, z, dh, dz) -> dF``, shaped as h. Enough for every pushforward, and for :class:`NewtonKrylov`.
     linearize
-        ``linearize(h, z) -> Linearization`` instead of both, where F and its derivatives share work.
+        ``linearize(h, z) -> Linearization`` instead of both, where F and its derivatives share work, or where products
+        with ∂F/∂h alone are cheaper: most of an estimator's are, and ``vjp`` computes the z-cotangent with each.
     batch_ndim
         How many first axes of every leaf of h index independent samples; 0 for one system.
 

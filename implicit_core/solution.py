@@ -66,6 +66,11 @@ class Solution(NamedTuple):
     status: Array
     stats: Stats
 
+    @property
+    def converged(self) -> Array:
+        """Whether each sample converged, booleans of the batch's shape."""
+        return self.status == Status.CONVERGED.value
+
     def raise_for_status(self) -> "Solution":
         """Return this solution if every sample converged.
 

@@ -33,9 +33,17 @@ def test_what_users_call_has_an_example(name: str) -> None:
     assert ">>> " in getattr(implicit_core, name).__doc__
 
 
-def test_readme() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_blocks_of_python_in_pages(page: str) -> None:
+    """In order, and in one namespace, as a reader would type them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) >= 2
-    namespace: dict[str, object] = {}
+    namespace: dict[str, object] = {"__name__": page}
     for block in blocks:
         exec(block, namespace)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -107,6 +107,21 @@ def test_running_out_of_steps(solver: ic.LinearSolver) -> None:
     np.testing.assert_allclose(solution.stats.residual, np.linalg.norm(np.ones(40) - a @ solution.value))
 
 
+@pytest.mark.parametrize("solver", [ic.GMRES(), ic.BiCGSTAB(), ic.CG()], ids=named)
+def test_single_precision_counts_as_converged_at_its_own_rounding_error(solver: ic.LinearSolver) -> None:
+    """cond(A) = 199: not even the exact solution, rounded to float32, always has a relative residual of 1e-6."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        q, _ = np.linalg.qr(rng.normal(size=(64, 64)))
+        a = np.eye(64) - (q * np.linspace(-0.99, 0.99, 64)) @ q.T
+        b = rng.normal(size=(64, 64)).astype(np.float32)
+        single = a.astype(np.float32)
+        solution = ic.solve_linear(lambda v, single=single: v @ single, b, solver=solver, batch_ndim=1, throw=True)
+        exact = np.linalg.solve(a, b.T.astype(np.float64)).T
+        error = np.linalg.norm(solution.value - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        assert np.max(error) < 199 * 16 * np.finfo(np.float32).eps
+
+
 def test_pytrees_are_one_system_per_sample() -> None:
     """Two leaves that only together are regular."""
 

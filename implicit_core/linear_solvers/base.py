@@ -42,7 +42,8 @@ class LinearSolver(ABC):
     Parameters
     ----------
     rtol, atol
-        A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂.
+        A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is rounding error of x,
+        4 ε (‖x‖₂ + ‖b‖₂), below which no solver in that precision gets; never with one above ‖b‖₂ / 1000.
     max_steps
         No cycle starts after this many products with A.
     """
@@ -73,6 +74,10 @@ class LinearSolver(ABC):
         size = space.norm(b)
         target = backend.axpy(self.rtol, size, space.scalar(self.atol))
 
+        def goal(x: State) -> Array:
+            rounding = 4 * space.eps * (space.norm(x) + size)
+            return xp.maximum(target, xp.minimum(rounding, 1e-3 * size))
+
         def body(c: _Carry) -> _Carry:
             correction, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
             x = space.add(c.x, correction)
@@ -80,11 +85,12 @@ class LinearSolver(ABC):
             norm = space.norm(r)
             # NaN is less than nothing: a cycle that went wrong is taken back.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
+            x, r = space.where(accept, x, c.x), space.where(accept, r, c.r)
             norm = xp.where(accept, norm, c.norm)
             applications = c.applications + used + 1
-            active = accept & (norm > target) & (applications < self.max_steps)
+            active = accept & (norm > goal(x)) & (applications < self.max_steps)
             steps = xp.where(c.active, space.full(0, xp.int32) + applications, c.steps)
-            return _Carry(space.where(accept, x, c.x), space.where(accept, r, c.r), norm, active, steps, applications)
+            return _Carry(x, r, norm, active, steps, applications)
 
         carry = _Carry(space.zeros(), b, size, size > target, space.full(0, xp.int32), 0)
         carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps)
@@ -94,7 +100,7 @@ class LinearSolver(ABC):
             space.full(Status.MAX_STEPS, xp.int32),
             space.full(Status.STAGNATED, xp.int32),
         )
-        status = xp.where(carry.norm <= target, space.full(Status.CONVERGED, xp.int32), status)
+        status = xp.where(carry.norm <= goal(carry.x), space.full(Status.CONVERGED, xp.int32), status)
         status = xp.where(finite, status, space.full(Status.NONFINITE, xp.int32))
         return LinearResult(carry.x, status, carry.norm, carry.steps, carry.applications)
 

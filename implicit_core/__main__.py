@@ -1,0 +1,132 @@
+"""The command line: ``python -m implicit_core info`` and ``python -m implicit_core demo``."""
+
+import argparse
+import importlib
+import platform
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
+
+from . import __version__
+from .registry import installed, load_backend
+from .solution import SolveError
+
+COLUMNS = 80
+EXTRAS = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn", "torch": "torch"}
+"""Modules that the demo needs beyond the core's dependencies, and what their distributions are called."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the examples' lines."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    Parameters
+    ----------
+    arguments
+        Those of the command line if None.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "command" not in options:
+        parser.print_help()
+        return 2
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def info(_options: argparse.Namespace) -> int:
+    """Print the versions of the library, Python and the frameworks, and the devices found."""
+    print(f"implicit_core {__version__}")
+    print(f"Python        {platform.python_version()} ({platform.system()} {platform.machine()})")
+    print()
+    rows = [("framework", "installed", "version", ["devices"]), *(_framework(*found) for found in installed().items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for *cells, notes in rows:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        indent = " " * len(start)
+        for note in notes:
+            print(textwrap.fill(note, COLUMNS, initial_indent=start, subsequent_indent=indent + "  ").rstrip())
+            start = indent
+    return 0
+
+
+def _framework(name: str, is_installed: bool) -> tuple[str, str, str, list[str]]:
+    """A row of the table: name, installed or not, version, and what is to be said of the devices."""
+    if not is_installed:
+        return name, "no", "-", ["-"]
+    try:
+        devices = load_backend(name).devices()
+    except Exception as error:  # a broken framework must not hide the others
+        return name, "broken", "-", [f"{type(error).__name__}: {error}"]
+    return name, "yes", str(getattr(sys.modules[name], "__version__", "?")), devices
+
+
+def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
+    """Train the digit classifier; 1 if an estimator misses the accuracy it should reach, 2 if an extra is missing."""
+    try:
+        digits = importlib.import_module("implicit_core.examples.digits")
+        try:
+            output = digits.picture_path(options.output, options.framework)
+        except (OSError, ValueError) as problem:
+            error(f"argument --output: {problem}")
+        results = digits.run(options.framework, options.epochs, options.seed, output)
+    except ModuleNotFoundError as problem:
+        module = (problem.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        extras = "demo,torch" if options.framework == "torch" else "demo"
+        print(
+            f'The demo needs {EXTRAS[module]}, which is not installed: pip install "implicit-core[{extras}]"',
+            file=sys.stderr,
+        )
+        return 2
+    except SolveError as problem:
+        print(f"The demo stopped: {problem}", file=sys.stderr)
+        return 1
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m implicit_core",
+        description="Implicit layers and phantom gradients, the same in every array framework.",
+        epilog="example:\n  python -m implicit_core demo --framework torch --epochs 10",
+        formatter_class=_Formatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="{demo,info}")
+    about = "train a deep equilibrium classifier with four gradient estimators"
+    trial = commands.add_parser(
+        "demo",
+        help=about,
+        description=f"{about.capitalize()}\non scikit-learn's handwritten digits, print a table and save the curves.",
+        epilog="example:\n  python -m implicit_core demo --framework torch --output curves.png",
+        formatter_class=_Formatter,
+    )
+    trial.add_argument("--framework", choices=("numpy", "torch"), default="numpy", help="what to compute with")
+    trial.add_argument("--epochs", type=partial(_integer, 1), default=20, metavar="N", help="passes over the data")
+    trial.add_argument("--seed", type=partial(_integer, 0), default=0, metavar="S", help="seed of all that is random")
+    trial.add_argument("--output", default="outputs", metavar="PATH", help="picture of the curves, or a folder for it")
+    trial.set_defaults(command=partial(demo, error=trial.error))
+    about = "show versions, frameworks and devices"
+    facts = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
+    facts.set_defaults(command=info)
+    return parser
+
+
+def _integer(minimum: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
