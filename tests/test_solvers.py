@@ -278,6 +278,67 @@ def test_anderson_weights_sum_to_one(regularization: float, library: Library) ->
     np.testing.assert_allclose(differences, 2.0, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_residuals_do_not_make_anderson_singular(dtype: Any, library: Library) -> None:
+    """Rounding error is the least ridge: without one all weights would be 0 / 0."""
+    solver = ic.Anderson(regularization=0.0, max_steps=9)
+    h0 = library.array(np.zeros(3, dtype=dtype))
+    solution = ic.solve(lambda h, z: h + 1.0, h0, None, solver=solver, trace=True)
+    assert library.numpy(solution.status) == ic.MAX_STEPS
+    np.testing.assert_allclose(library.numpy(solution.stats.trace), np.sqrt(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 5, 30])
+def test_broyden_is_its_product_of_rank_one_updates(memory: int) -> None:
+    """The iterates of the recursion in the docstring, over the last ``memory`` steps, one sample at a time."""
+    case, count = layer(batch=3, width=8, contraction=0.95, seed=2), 12
+    seen: list[np.ndarray] = []
+
+    def f(h: np.ndarray, z: Any) -> np.ndarray:
+        seen.append(h.copy())
+        return case.f(NUMPY.xp, h, z)
+
+    ic.solve(f, case.h0, case.z, solver=ic.Broyden(memory=memory, rtol=0.0, atol=0.0, max_steps=count), batch_ndim=1)
+    for sample in range(3):
+        h, steps = case.h0, []
+        for n in range(count):
+            np.testing.assert_allclose(seen[n][sample], h[sample], atol=1e-9)
+            z = (case.f(NUMPY.xp, h, case.z) - h)[sample]
+            window = steps[-memory:]
+            for s, after in zip(window[:-1], window[1:], strict=True):
+                z = z + (s @ z) / (s @ s) * after
+            if window:
+                z = z / (1 - (window[-1] @ z) / (window[-1] @ window[-1]))
+            steps.append(z)
+            h = h.copy()
+            h[sample] += z
+
+
+def test_anderson_minimizes_the_combined_residual() -> None:
+    """Against a constrained least-squares problem solved densely, over the last ``memory`` points."""
+    case, count, memory = layer(batch=3, width=8, contraction=0.95, seed=2), 9, 3
+    seen: list[np.ndarray] = []
+
+    def f(h: np.ndarray, z: Any) -> np.ndarray:
+        seen.append(h.copy())
+        return case.f(NUMPY.xp, h, z)
+
+    damping = 0.8
+    solver = ic.Anderson(memory=memory, damping=damping, regularization=0.0, rtol=0.0, atol=0.0, max_steps=count)
+    ic.solve(f, case.h0, case.z, solver=solver, batch_ndim=1)
+    values = [case.f(NUMPY.xp, h, case.z) for h in seen]
+    for n in range(count - 1):
+        last = range(max(0, n - memory + 1), n + 1)
+        for sample in range(3):
+            residuals = np.stack([(values[i] - seen[i])[sample] for i in last])
+            gram = residuals @ residuals.T
+            border = np.ones((len(last), 1))
+            bordered = np.block([[gram, border], [border.T, np.zeros((1, 1))]])
+            weights = np.linalg.solve(bordered, np.eye(len(last) + 1)[-1])[:-1]
+            mixed = np.stack([seen[i][sample] for i in last]) + damping * residuals
+            np.testing.assert_allclose(seen[n + 1][sample], weights @ mixed, atol=1e-6)
+
+
 def test_scipy_as_a_solver(library: Library) -> None:
     case = layer()
 
