@@ -1,6 +1,6 @@
 """PyTorch: F's derivatives from autograd, and the core's estimators inside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ def _through_one_step(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedP
         w = gradient.inverse(vjp_h, BACKEND.unflatten(structure, cotangents), problem.batch_ndim)
         return list(BACKEND.flatten(w)[0])
 
-    return BACKEND.unflatten(structure, list(_Pullback.apply(replace, tuple(h_leaves), *outputs)))
+    return BACKEND.unflatten(structure, _with_pullback(replace, h_leaves, outputs))
 
 
 def _through_callbacks(
@@ -176,8 +176,15 @@ def _through_callbacks(
         grads = BACKEND.flatten_with_none(pull(BACKEND.unflatten(h_structure, cotangents)))[0]
         return [grads[i] for i in moving]
 
-    bound = _Pullback.apply(pullback, tuple(outputs), *(leaves[i] for i in moving))
-    return solution._replace(value=BACKEND.unflatten(h_structure, list(bound)))
+    bound = _with_pullback(pullback, outputs, [leaves[i] for i in moving])
+    return solution._replace(value=BACKEND.unflatten(h_structure, bound))
+
+
+def _with_pullback(
+    pullback: Callable[[list[Tensor]], Sequence[Tensor | None]], values: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """``values``, as functions of ``inputs`` whose cotangents are ``pullback`` of their own."""
+    return list(_Pullback.apply(pullback, tuple(values), *inputs))  # type: ignore[no-untyped-call]  # torch's
 
 
 class _Pullback(torch.autograd.Function):

@@ -35,7 +35,8 @@ class TorchBackend(Backend):
         return counts + mask
 
     def norm(self, x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norm
 
     def axpy(self, a: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, a, x) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
@@ -54,7 +55,8 @@ class TorchBackend(Backend):
 
     def solve_rows(self, matrix: Tensor, row: Tensor) -> Tensor:
         # solve_ex: `solve` reads its error code back from the device at every call.
-        return torch.linalg.solve_ex(matrix, row, left=False).result
+        solution: Tensor = torch.linalg.solve_ex(matrix, row, left=False).result
+        return solution
 
     def entry(self, row: Tensor, index: int) -> Tensor:
         return row.narrow(2, index, 1)

@@ -1,6 +1,7 @@
 """Every solver on every problem and library; what stops a solve, what freezes a sample, what a step costs."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -305,7 +306,7 @@ def test_broyden_is_its_product_of_rank_one_updates(memory: int) -> None:
             np.testing.assert_allclose(seen[n][sample], h[sample], atol=1e-9)
             z = (case.f(NUMPY.xp, h, case.z) - h)[sample]
             window = steps[-memory:]
-            for s, after in zip(window[:-1], window[1:], strict=True):
+            for s, after in itertools.pairwise(window):
                 z = z + (s @ z) / (s @ s) * after
             if window:
                 z = z / (1 - (window[-1] @ z) / (window[-1] @ window[-1]))

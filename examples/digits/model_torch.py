@@ -40,7 +40,7 @@ class TorchModel:
         logits, solution = self._logits(images, self._counted)
         loss = cross_entropy(logits, torch.from_numpy(labels))
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         with torch.no_grad():
             w = self._parameters["W"]
@@ -75,7 +75,7 @@ class TorchModel:
         value = f(h, z)
         if value.requires_grad:
             # Called whenever a cotangent passes this evaluation of F.
-            value.register_hook(self._count_vjp)  # type: ignore[no-untyped-call]
+            value.register_hook(self._count_vjp)
         return value
 
     def _count_vjp(self, _cotangent: Tensor) -> None:
