@@ -131,7 +131,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
 
     with backend.solving():
         atol = space.scalar(solver.absolute_tolerance)
-        point, tolerance = measure(space.pack(backend.map(backend.stop_gradient, space.like)), 0)
+        start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
+        point, tolerance = measure(start, 0)
         steps = space.full(1, xp.int32)
         nothing = _Best(point.x, space.full(float("inf")), steps)
         best = _better(space, nothing, point, steps) if solver.keeps_best else None

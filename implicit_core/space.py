@@ -59,6 +59,10 @@ class Space:
             for leaf, flat in zip(leaves, self.flat_shapes, strict=True)
         )
 
+    def copy(self, x: State) -> State:
+        """``x`` in memory of its own."""
+        return tuple(self.xp.asarray(leaf, copy=True) for leaf in x)
+
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
         leaves = [

@@ -180,6 +180,28 @@ def test_a_second_derivative_is_right_or_raises() -> None:
     )
 
 
+def test_torch_func_differentiates_the_unrolled_layer_and_refuses_the_others() -> None:
+    h0, w, x = (a.detach() for a in tensors(layer()))
+
+    def value_of(estimator: ic.Estimator) -> Any:
+        return lambda x: loss(ic.fixed_point(layer_of(w), h0, x, solver=SOLVER, gradient=estimator, batch_ndim=1).value)
+
+    unrolled, v = value_of(ic.Unroll(200, 1.0)), torch.ones_like(x)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(value_of(EXACT)(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(unrolled)(x), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.func.jacrev(unrolled)(x), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.func.jvp(unrolled, (x,), (v,))[1], (expected * v).sum(), atol=1e-9, rtol=0)
+    step = 1e-5
+    ahead, behind = (torch.func.grad(unrolled)(x + t * v) for t in (step, -step))
+    along = torch.func.jvp(torch.func.grad(unrolled), (x,), (v,))[1]
+    torch.testing.assert_close(along, (ahead - behind) / (2 * step), atol=1e-6, rtol=0)
+    for estimator in (EXACT, ic.Neumann(5, 0.5), ic.OneStep()):
+        for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+            with pytest.raises(RuntimeError):
+                transform(value_of(estimator))(x)
+
+
 def test_pytrees_as_states() -> None:
     a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from libraries import NUMPY, Library, flat, unflat
+from libraries import LIBRARIES, NUMPY, Library, flat, unflat
 from problems import CASES, Case, affine, layer, pytree, rotation, scalar, symmetric_layer
 
 import implicit_core as ic
@@ -413,3 +413,26 @@ def test_nothing_passed_in_is_changed(library: Library) -> None:
         ic.solve(case.problem(library), h0, z, solver=solver)
     np.testing.assert_array_equal(library.numpy(h0), case.h0)
     np.testing.assert_array_equal(flat(library.numpy(z)), flat(case.z))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_result_shares_no_memory_with_what_was_passed_in(solver: ic.Solver, warm: bool) -> None:
+    case = affine(20)
+    h0 = case.root.copy() if warm else case.h0.copy()
+    solution = ic.solve(case.problem(), h0, case.z, solver=solver)
+    assert not np.shares_memory(solution.value, h0)
+    tensor = torch.asarray(h0.copy())
+    again = ic.solve(case.problem(LIBRARIES[-1]), tensor, LIBRARIES[-1].array(case.z), solver=solver)
+    again.value.zero_()
+    np.testing.assert_array_equal(tensor.numpy(), h0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:3], ids=named)
+def test_a_map_may_write_into_one_buffer_at_every_call(solver: ic.Solver) -> None:
+    case = layer()
+    buffer = np.empty_like(case.h0)
+    w, x = case.z["w"], case.z["x"]
+    solution = ic.solve(lambda h, z: np.tanh(h @ w.T + z, out=buffer), case.h0, x, solver=solver, batch_ndim=1)
+    assert np.all(solution.converged)
+    np.testing.assert_allclose(solution.value, case.oracle(), atol=1e-9)
