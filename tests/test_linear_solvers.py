@@ -82,6 +82,35 @@ def test_gmres_is_exact_after_n_steps_where_short_recurrences_are_not() -> None:
     assert short.status == ic.STAGNATED
 
 
+@pytest.mark.parametrize(("steps", "factor"), [(1, 1 + 1e-9), (10, 1 + 1e-9), (20, 1 + 1e-9), (40, 5.0)])
+def test_a_gmres_cycle_reaches_the_least_residual_of_its_krylov_space(steps: int, factor: float) -> None:
+    """cond(A) = 1e6, against a dense least-squares problem; the last step is at rounding error, where only a basis that
+    was orthogonalized twice gets."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+    a = (q * np.logspace(0, -6, 40)) @ q.T
+    b = rng.normal(size=40)
+    basis = [b / np.linalg.norm(b)]
+    for _ in range(steps - 1):
+        w = a @ basis[-1]
+        for v in 3 * basis:
+            w = w - (v @ w) * v
+        basis.append(w / np.linalg.norm(w))
+    krylov = np.stack(basis, axis=1)
+    weights = np.linalg.lstsq(a @ krylov, b, rcond=None)[0]
+    least = np.linalg.norm(b - a @ krylov @ weights)
+    solver = ic.GMRES(restart=steps, max_steps=steps, rtol=1e-16)
+    assert ic.solve_linear(lambda v: a @ v, b, solver=solver).stats.residual <= factor * least
+
+
+def test_gmres_stops_within_a_cycle() -> None:
+    """Three distinct eigenvalues make a Krylov space of three: three products, and one to verify the result."""
+    a = np.diag(np.asarray([1.0, 0.5, 2.0])[np.arange(30) % 3])
+    solution = ic.solve_linear(lambda v: a @ v, np.ones(30), solver=ic.GMRES(rtol=1e-10))
+    assert solution.converged
+    assert solution.stats.evaluations == 4
+
+
 @pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT)], ids=named)
 def test_failure_is_reported(solver: ic.LinearSolver, library: Library) -> None:
     singular = np.diag([1.0, 0.5, 0.0])[None]
