@@ -100,3 +100,49 @@ def test_linear_solves_are_isolated_too(solver: ic.LinearSolver, library: Librar
     np.testing.assert_array_equal(odd_status[keep], ic.CONVERGED)
     np.testing.assert_array_equal(value[keep], odd_value[keep])
     np.testing.assert_array_equal(residual[keep], odd_residual[keep])
+
+
+def alone_and_together(solve: Any, samples: int) -> None:
+    """``solve(rows)`` on all samples at once, and on each by itself: the same to the last bit."""
+    together = solve(slice(None))
+    evaluations = set()
+    for i in range(samples):
+        alone = solve(slice(i, i + 1))
+        evaluations.add(int(alone.stats.evaluations))
+        np.testing.assert_array_equal(alone.value, together.value[i : i + 1])
+        np.testing.assert_array_equal(alone.stats.residual, together.stats.residual[i : i + 1])
+        np.testing.assert_array_equal(alone.status, together.status[i : i + 1])
+    assert len(evaluations) > 2, "the samples are to take different times"
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=[f"{type(s).__name__}{i}" for i, s in enumerate(SOLVERS)])
+def test_a_sample_does_not_feel_how_long_others_take(solver: ic.Solver) -> None:
+    rng = np.random.default_rng(0)
+    slope, x = np.linspace(0.05, 0.9, 6)[:, None], rng.normal(size=(6, 10))
+
+    def solve(rows: slice) -> ic.Solution:
+        a = slope[rows]
+        problem = ic.Problem(
+            lambda h, z: np.tanh(a * np.roll(h, 1, axis=1) + z),
+            jvp=lambda h, z, dh, dz: (
+                (1 - np.tanh(a * np.roll(h, 1, axis=1) + z) ** 2) * (a * np.roll(dh, 1, axis=1) + dz)
+            ),
+            batch_ndim=1,
+        )
+        return ic.solve(problem, np.zeros_like(x[rows]), x[rows], solver=solver)
+
+    alone_and_together(solve, 6)
+
+
+@pytest.mark.parametrize("solver", LINEAR, ids=lambda solver: type(solver).__name__)
+def test_a_linear_system_does_not_feel_how_long_others_take(solver: ic.LinearSolver) -> None:
+    rng = np.random.default_rng(0)
+    slope, b = np.linspace(0.01, 0.45, 6)[:, None], rng.normal(size=(6, 12))
+
+    def solve(rows: slice) -> ic.Solution:
+        a = slope[rows]  # symmetric, for CG
+        return ic.solve_linear(
+            lambda v: v - a * (np.roll(v, 1, axis=1) + np.roll(v, -1, axis=1)), b[rows], solver=solver, batch_ndim=1
+        )
+
+    alone_and_together(solve, 6)

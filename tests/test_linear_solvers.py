@@ -123,9 +123,27 @@ def test_failure_is_reported(solver: ic.LinearSolver, library: Library) -> None:
         )
 
 
+def test_bicgstab_restarts_after_a_breakdown() -> None:
+    """Found by search: the residual of the first step is orthogonal to the first one, exactly."""
+    a, b = np.asarray([[-1.0, 2.0, -1.0], [-1.0, -2.0, -2.0], [1.0, -1.0, 2.0]]), np.asarray([0.0, 2.0, 0.0])
+    v = a @ b
+    s = b - (b @ b) / (b @ v) * v
+    t = a @ s
+    assert b @ (s - (t @ s) / (t @ t) * t) == 0.0
+    solution = ic.solve_linear(lambda v: a @ v, b, solver=ic.BiCGSTAB(rtol=1e-10, max_steps=20))
+    assert solution.converged
+    np.testing.assert_allclose(solution.value, np.linalg.solve(a, b), rtol=1e-8)
+
+
 def test_cg_does_not_pretend_on_an_indefinite_system() -> None:
+    """Its first direction has no curvature here; on diag(1, -2) it gets through, and is right."""
     a = np.diag([1.0, -1.0, 2.0])
-    assert ic.solve_linear(lambda v: a @ v, np.asarray([1.0, 1.0, 0.0]), solver=ic.CG()).status != ic.CONVERGED
+    broken = ic.solve_linear(lambda v: a @ v, np.asarray([1.0, 1.0, 0.0]), solver=ic.CG())
+    assert broken.status == ic.STAGNATED
+    assert broken.stats.evaluations < 5
+    lucky = ic.solve_linear(lambda v: np.asarray([1.0, -2.0]) * v, np.asarray([1.0, 1.0]), solver=ic.CG())
+    assert lucky.converged
+    np.testing.assert_allclose(lucky.value, [1.0, -0.5])
 
 
 @pytest.mark.parametrize("solver", [ic.GMRES(max_steps=3), ic.BiCGSTAB(max_steps=3), ic.Richardson(max_steps=3)])

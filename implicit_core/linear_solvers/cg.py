@@ -21,8 +21,7 @@ class _Carry(NamedTuple):
 class CG(LinearSolver):
     """Conjugate gradients, for a symmetric positive definite A: a symmetric ∂F/∂h with eigenvalues below one.
 
-    On any other A it stops at a direction of no positive curvature, or makes no progress, and says that it did not
-    converge.
+    On any other A it may break down or make no progress; it then says that it did not converge.
 
     Parameters
     ----------
@@ -40,7 +39,7 @@ class CG(LinearSolver):
         def body(c: _Carry) -> _Carry:
             q = operator(c.p)
             curvature = space.dot(c.p, q)
-            ok = c.active & (curvature > 0)
+            ok = c.active & (curvature != 0)
             alpha = ratio(xp, c.squared, curvature)
             x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
