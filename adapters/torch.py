@@ -7,9 +7,10 @@ import torch
 from implicit_core.backends.torch import BACKEND
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from implicit_core import checks
-from implicit_core.estimators import AtFixedPoint, Estimator
+from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
 from implicit_core.fixed_point import solver_point
 from implicit_core.problem import Linearization, Map, Problem
 from implicit_core.solution import Solution
@@ -137,6 +138,9 @@ def fixed_point(
     solution = solver_point(plain, h0, z, gradient=gradient, **options)
     if isinstance(gradient, AtFixedPoint) and torch.is_grad_enabled():
         value = _through_one_step(plain, solution.value, z, gradient)
+    elif isinstance(gradient, Unroll) and gradient.recompute:
+        recomputed = plain.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False))
+        value = gradient.value(recomputed, solution.value, z)
     else:
         value = gradient.value(plain, solution.value, z)
     return solution._replace(value=value)

@@ -134,6 +134,33 @@ def test_modules_frozen_parameters_and_non_leaf_inputs(estimator: ic.Estimator) 
     assert torch.any(leaf.grad != 0)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "value", "backward"),
+    [
+        (ic.OneStep(), 1, 0),
+        (ic.Neumann(5, 0.5), 1, 0),
+        (EXACT, 1, 0),
+        (ic.Unroll(5, 0.5), 5, 0),
+        (ic.Unroll(5, 0.5, recompute=True), 5, 5),
+        (ic.BPTT(5), 5, 0),
+    ],
+    ids=repr,
+)
+def test_evaluations_of_the_layer(estimator: ic.Estimator, value: int, backward: int) -> None:
+    h0, w, x = tensors(layer())
+    calls = 0
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return layer_of(w)(h, z)
+
+    solution = ic.fixed_point(f, h0, x, gradient=estimator, batch_ndim=1)
+    assert calls == int(solution.stats.evaluations) + value
+    loss(solution.value).backward()
+    assert calls == int(solution.stats.evaluations) + value + backward
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_h0_gets_no_gradient_and_the_graph_can_be_kept(estimator: ic.Estimator) -> None:
     h0, w, x = tensors(layer())

@@ -137,7 +137,7 @@ def test_a_sample_does_not_feel_how_long_others_take(solver: ic.Solver) -> None:
 @pytest.mark.parametrize("solver", LINEAR, ids=lambda solver: type(solver).__name__)
 def test_a_linear_system_does_not_feel_how_long_others_take(solver: ic.LinearSolver) -> None:
     rng = np.random.default_rng(0)
-    slope, b = np.linspace(0.01, 0.45, 6)[:, None], rng.normal(size=(6, 12))
+    slope, b = np.linspace(0.01, 0.49, 6)[:, None], rng.normal(size=(6, 50))
 
     def solve(rows: slice) -> ic.Solution:
         a = slope[rows]  # symmetric, for CG

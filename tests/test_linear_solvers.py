@@ -123,7 +123,7 @@ def test_failure_is_reported(solver: ic.LinearSolver, library: Library) -> None:
         )
 
 
-def test_bicgstab_restarts_after_a_breakdown() -> None:
+def test_bicgstab_gets_through_a_vanishing_coefficient() -> None:
     """Found by search: the residual of the first step is orthogonal to the first one, exactly."""
     a, b = np.asarray([[-1.0, 2.0, -1.0], [-1.0, -2.0, -2.0], [1.0, -1.0, 2.0]]), np.asarray([0.0, 2.0, 0.0])
     v = a @ b

@@ -21,7 +21,7 @@ class _Carry(NamedTuple):
 class BiCGSTAB(LinearSolver):
     """BiCGSTAB, for any A, in the memory of a few states; two products with A a step.
 
-    After a breakdown it restarts from the residual it had reached.
+    Where a coefficient of the recurrence vanishes, its direction starts anew from the residual.
 
     Parameters
     ----------
@@ -51,14 +51,12 @@ class BiCGSTAB(LinearSolver):
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
             ok = c.active & (along != 0) & xp.isfinite(norm)
-            # rho or omega at zero: this step still counts, the next would divide by it.
-            go_on = ok & (norm > target) & (rho != 0) & (omega != 0)
             return _Carry(
                 space.where(ok, x, c.x),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 xp.where(ok, rho, c.rho),
-                go_on,
+                ok & (norm > target),
                 c.applications + 2,
             )
 
