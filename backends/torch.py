@@ -31,6 +31,9 @@ class TorchBackend(Backend):
     def stop_gradient(self, x: Tensor) -> Tensor:
         return x.detach()
 
+    def fresh(self, x: Tensor) -> Tensor:
+        return x  # functions of tensors return new ones, and a copy would be part of the graph
+
     def tally(self, counts: Tensor, mask: Tensor) -> Tensor:
         return counts + mask
 

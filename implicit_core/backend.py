@@ -108,6 +108,14 @@ class Backend:
         """The state a solve runs in: nothing recorded for autodiff, no warning for what the statuses report."""
         return nullcontext()
 
+    def unchanged(self, x: Array, before: Array) -> bool:
+        """Whether ``x`` still holds what it held ``before``; True where that can't be read."""
+        return bool(self.xp.all((x == before) | (x != x)))
+
+    def fresh(self, x: Array) -> Array:
+        """``x`` in memory that the user's functions can't write to."""
+        return self.xp.asarray(x, copy=True)
+
     def stop_gradient(self, x: Array) -> Array:
         """``x``, cut from any autodiff graph."""
         return x

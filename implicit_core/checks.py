@@ -27,7 +27,7 @@ def real(name: str, value: Any, low: float, high: float = float("inf"), *, low_o
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}") from None
-    if not (low < number if low_open else low <= number) or not number <= high:
+    if not (low < number if low_open else low <= number) or not number <= high or number == float("inf"):
         interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high != float('inf') else ')'}"
         raise ValueError(f"{name} must lie in {interval}, got {number!r}")
     return number
@@ -99,7 +99,10 @@ def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_na
 
 
 def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
-    """``got`` has the structure and shapes of ``z``; None stands for a leaf of ``z`` without a derivative."""
+    """``got`` has the structure of ``z``, and its floating arrays its shapes, dtypes and devices.
+
+    None stands for a leaf of ``z`` without a derivative.
+    """
     leaves, structure = backend.flatten_with_none(got)
     expected_leaves, expected = backend.flatten_with_none(z)
     if structure != expected:
@@ -107,9 +110,20 @@ def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if leaf is None or not backend.is_array(reference):
             continue
-        shape = tuple(getattr(leaf, "shape", ()))
-        if shape != tuple(reference.shape):
-            raise ValueError(f"{name} must have the shapes of z: expected {tuple(reference.shape)}, got {shape}")
+        if not backend.xp.isdtype(reference.dtype, ("real floating", "complex floating")):
+            continue
+        if not backend.is_array(leaf):
+            raise TypeError(f"{name} must hold arrays of {backend.name}, or None; got a leaf {_kind(leaf)}")
+        if leaf.shape != reference.shape:
+            raise ValueError(
+                f"{name} must have the shapes of z: expected {tuple(reference.shape)}, got {tuple(leaf.shape)}"
+            )
+        if leaf.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtypes of z: expected {reference.dtype}, got {leaf.dtype}")
+        if backend.device(leaf) != backend.device(reference):
+            raise ValueError(
+                f"{name} must be on the devices of z: expected {backend.device(reference)}, got {backend.device(leaf)}"
+            )
 
 
 def _kind(leaf: Any) -> str:

@@ -92,5 +92,7 @@ def solver_point(
 ) -> Solution:
     """The point at which ``gradient`` sets in: the solver's, or h0 itself, judged by one evaluation of F."""
     if gradient.starts_from_h0:
-        solver, throw = FixedPointIteration(max_steps=1), False
+        if throw:
+            raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")
+        solver = FixedPointIteration(max_steps=1)
     return solve(problem, h0, z, solver=solver, throw=throw, trace=trace)

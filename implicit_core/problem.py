@@ -115,7 +115,13 @@ class BoundLinearization:
 
     def _zeros(self, tree: PyTree) -> PyTree:
         backend = self.backend
-        return backend.map(lambda leaf: backend.xp.zeros_like(leaf) if backend.is_array(leaf) else 0 * leaf, tree)
+
+        def zero(leaf: Any) -> Any:
+            if backend.is_array(leaf):
+                return backend.xp.zeros_like(leaf)
+            return 0.0 if isinstance(leaf, (int, float)) else leaf
+
+        return backend.map(zero, tree)
 
 
 class Problem:
@@ -136,6 +142,11 @@ class Problem:
         with ∂F/∂h alone are cheaper: most of an estimator's are, and ``vjp`` computes the z-cotangent with each.
     batch_ndim
         How many first axes of every leaf of h index independent samples; 0 for one system.
+
+    Notes
+    -----
+    F and the callbacks are functions: they leave their arguments as they are, and return new arrays. In the ``dz`` that
+    reaches ``jvp``, what is not an array stays as it is in z.
 
     Raises
     ------

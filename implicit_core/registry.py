@@ -1,5 +1,6 @@
 """Finding the backend and the adapter of the arrays at hand, without importing a framework nobody imported."""
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -17,14 +18,18 @@ _BACKENDS = {
 _ADAPTERS = {
     "torch": "implicit_core.adapters.torch",
 }
-_GROUP = "implicit_core.{}"
 
 
 def _modules(kind: str, built_in: dict[str, str]) -> dict[str, str]:
+    return _joined(kind) | built_in
+
+
+@functools.cache
+def _joined(kind: str) -> dict[str, str]:
+    """What third parties have registered; read once, since it takes milliseconds."""
     import importlib.metadata  # 30 ms, and needed only where no built-in module answers
 
-    joined = importlib.metadata.entry_points(group=_GROUP.format(kind))
-    return {entry.name: entry.value for entry in joined} | built_in
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=f"implicit_core.{kind}")}
 
 
 def load_backend(framework: str) -> Backend:
@@ -88,8 +93,10 @@ def find_backend(tree: PyTree, name: str = "h0") -> Backend:
     """
     backend = _owner(tree, _BACKENDS) or _owner(tree, _modules("backends", _BACKENDS))
     if backend is None:
+        kind = f"{type(tree).__module__}.{type(tree).__qualname__}".removeprefix("builtins.")
+        hint = "" if hasattr(tree, "dtype") else f". A number becomes an array with, for example, numpy.asarray({name})"
         raise TypeError(
-            f"{name} must be an array or a pytree of arrays of a known framework ({', '.join(_BACKENDS)}); "
-            f"got {type(tree).__name__}. A Python number becomes one with, e.g., numpy.asarray({name})."
+            f"{name} must be an array, or a pytree of arrays, of a framework with a backend "
+            f"({', '.join(_modules('backends', _BACKENDS))}); got {kind}{hint}"
         )
     return backend

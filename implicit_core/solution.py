@@ -15,11 +15,11 @@ class Status(IntEnum):
     CONVERGED = 0
     """The residual at the returned point is within the tolerance."""
     MAX_STEPS = 1
-    """The steps ran out while the residual was still falling."""
+    """The steps ran out."""
     NONFINITE = 2
-    """F, or the residual, became infinite or NaN; the returned point is the best, or last, one before."""
+    """F, the residual or the solver's step became infinite or NaN; the point returned is the best, or last, before."""
     STAGNATED = 3
-    """The residual had not fallen for many steps: more of them won't help."""
+    """They ran out, and the last ten did not reduce the residual; or a callable solver stopped short."""
 
 
 CONVERGED = Status.CONVERGED

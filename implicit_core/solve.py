@@ -89,8 +89,8 @@ def solve(
     elif isinstance(solver, CallableSolver):
         solution = _judge(problem, h0, z, solver)
     else:
-        if isinstance(solver, type):
-            checks.instance("solver", solver, Solver, "Anderson()")
+        if isinstance(solver, type) or not callable(solver):
+            checks.instance("solver", solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
         solution = _judge(problem, h0, z, CallableSolver(solver))
     return solution.raise_for_status() if throw else solution
 
@@ -126,6 +126,9 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         point, tolerance = measure(x, carry.point.index + 1)
         steps = backend.tally(carry.steps, was_active)
         best = None if carry.best is None else _better(space, carry.best, point, steps)
+        if solver.retries_nonfinite and best is not None:
+            retry = ~xp.isfinite(point.norm) & xp.isfinite(best.norm) & (steps - best.steps < PATIENCE)
+            point = point._replace(active=point.active | retry)
         record = None if carry.trace is None else _record(space, carry.trace, point, was_active)
         return _Carry(point, tolerance, steps, best, record, memory)
 
@@ -133,6 +136,11 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         atol = space.scalar(solver.absolute_tolerance)
         start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
         point, tolerance = measure(start, 0)
+        for x, before in zip(start, space.pack(space.like), strict=True):
+            if not backend.unchanged(x, before):
+                raise ValueError(
+                    "f wrote to its argument h; it must return a new array, as in `0.5 * h`, not `h *= 0.5`"
+                )
         steps = space.full(1, xp.int32)
         nothing = _Best(point.x, space.full(float("inf")), steps)
         best = _better(space, nothing, point, steps) if solver.keeps_best else None
@@ -169,7 +177,7 @@ def _solution(system: System, carry: _Carry) -> Solution:
         stagnated = finite & (carry.steps - carry.best.steps >= PATIENCE)
         status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
         x = space.where(converged, point.x, carry.best.x)
-        norm = xp.where(converged, point.norm, carry.best.norm)
+        norm = xp.where(converged | ~xp.isfinite(carry.best.norm), point.norm, carry.best.norm)
     status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
     trace = None
     if carry.trace is not None:
@@ -181,7 +189,9 @@ def _solution(system: System, carry: _Carry) -> Solution:
         residual=space.per_sample(norm),
         trace=trace,
     )
-    return Solution(space.unpack(x), space.per_sample(status), stats)
+    # Once more: without a graph, a framework may still carry forward-mode tangents.
+    value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
+    return Solution(value, space.per_sample(status), stats)
 
 
 def _judge(problem: Problem, h0: PyTree, z: PyTree, solver: CallableSolver) -> Solution:
@@ -194,7 +204,8 @@ def _judge(problem: Problem, h0: PyTree, z: PyTree, solver: CallableSolver) -> S
         return problem.f(h, z)
 
     like = System(problem, h0, z).space
-    h = solver.function(problem.replace_f(counted), h0, z)
+    with like.backend.solving():
+        h = solver.function(problem.replace_f(counted), like.backend.map(like.backend.stop_gradient, h0), z)
     checks.like(like.backend, "the result of the solver", h, h0, "h0")
     solution = _iterate(System(problem, h, z), solver.judge(), trace=False)
     xp, status, stats = like.xp, solution.status, solution.stats

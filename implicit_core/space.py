@@ -48,6 +48,7 @@ class Space:
         self.dtype = _widest(backend, self.dtypes)
         self.device = backend.device(leaves[0])
         self.eps = float(backend.finfo(self.dtype).eps)
+        self.coarsest_eps = max(float(backend.finfo(dtype).eps) for dtype in self.dtypes)
 
     # Between the user's pytrees and states.
 

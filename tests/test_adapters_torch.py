@@ -1,16 +1,18 @@
 """The PyTorch binding: the same layer, with autograd around it."""
 
+import inspect
 import weakref
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
-from implicit_core.adapters import torch as ict
 from libraries import LIBRARIES, NUMPY
 from problems import Case, layer, symmetric_layer
 
 import implicit_core as ic
+from implicit_core.adapters import torch as ict
 
 TORCH = LIBRARIES[-1]
 SOLVER = ic.Anderson(rtol=1e-13, max_steps=200)
@@ -207,26 +209,141 @@ def test_a_second_derivative_is_right_or_raises() -> None:
     )
 
 
-def test_torch_func_differentiates_the_unrolled_layer_and_refuses_the_others() -> None:
+@pytest.mark.parametrize("estimator", [ic.Unroll(2, 0.5), ic.Unroll(3, 1.0), ic.BPTT(3)], ids=repr)
+def test_torch_func_differentiates_the_surrogate_itself(estimator: ic.Estimator) -> None:
+    """Few steps, so that a tangent that leaked through the solver would show."""
+    h0, w, x = (a.detach() for a in tensors(layer(batch=2, width=3)))
+    h = ic.solve(layer_of(w), h0, x, solver=SOLVER, batch_ndim=1).value
+
+    def steps(x: torch.Tensor) -> torch.Tensor:
+        end = h0 if isinstance(estimator, ic.BPTT) else h
+        lam = getattr(estimator, "lam", 1.0)
+        for _ in range(estimator.k):
+            end = lam * layer_of(w)(end, x) + (1 - lam) * end
+        return loss(end)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return loss(ic.fixed_point(layer_of(w), h0, x, solver=SOLVER, gradient=estimator, batch_ndim=1).value)
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        torch.testing.assert_close(transform(run)(x), transform(steps)(x), atol=1e-10, rtol=0)
+    v = torch.ones_like(x)
+    ours, theirs = (torch.func.jvp(f, (x,), (v,))[1] for f in (run, steps))
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(5, 0.5), ic.OneStep()], ids=repr)
+def test_derivatives_that_are_not_available_raise(estimator: ic.Estimator) -> None:
     h0, w, x = (a.detach() for a in tensors(layer()))
 
-    def value_of(estimator: ic.Estimator) -> Any:
-        return lambda x: loss(ic.fixed_point(layer_of(w), h0, x, solver=SOLVER, gradient=estimator, batch_ndim=1).value)
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return loss(ic.fixed_point(layer_of(w), h0, x, gradient=estimator, batch_ndim=1).value)
 
-    unrolled, v = value_of(ic.Unroll(200, 1.0)), torch.ones_like(x)
-    leaf = x.clone().requires_grad_()
-    expected = torch.autograd.grad(value_of(EXACT)(leaf), leaf)[0]
-    torch.testing.assert_close(torch.func.grad(unrolled)(x), expected, atol=1e-9, rtol=0)
-    torch.testing.assert_close(torch.func.jacrev(unrolled)(x), expected, atol=1e-9, rtol=0)
-    torch.testing.assert_close(torch.func.jvp(unrolled, (x,), (v,))[1], (expected * v).sum(), atol=1e-9, rtol=0)
-    step = 1e-5
-    ahead, behind = (torch.func.grad(unrolled)(x + t * v) for t in (step, -step))
-    along = torch.func.jvp(torch.func.grad(unrolled), (x,), (v,))[1]
-    torch.testing.assert_close(along, (ahead - behind) / (2 * step), atol=1e-6, rtol=0)
-    for estimator in (EXACT, ic.Neumann(5, 0.5), ic.OneStep()):
-        for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
-            with pytest.raises(RuntimeError):
-                transform(value_of(estimator))(x)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match="differentiate Unroll"):
+            transform(run)(x)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="differentiate Unroll"):
+            run(dual)
+
+
+def test_a_problem_works_in_inference_mode() -> None:
+    problem = ict.problem(lambda h, z: 0.5 * h + z)
+    for estimator in (ic.Neumann(3, 1.0), ic.Implicit(), ic.Unroll(3, 1.0)):
+        expected = estimator.vjp(problem, torch.full((2,), 2.0), torch.ones(2))[1](torch.ones(2))
+        with torch.inference_mode():
+            inside = estimator.vjp(problem, torch.full((2,), 2.0), torch.ones(2))[1](torch.ones(2))
+        torch.testing.assert_close(inside, expected)
+        assert torch.all(inside >= 1.75)
+
+
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(3, 0.5), ic.Unroll(3, 0.5)], ids=repr)
+def test_an_autograd_problem_counts_as_its_function(estimator: ic.Estimator) -> None:
+    h0, w, x = tensors(layer())
+    results = []
+    for f in (layer_of(w), ict.problem(layer_of(w), batch_ndim=1)):
+        batch = None if isinstance(f, ic.Problem) else 1
+        for solver in (SOLVER, ic.NewtonKrylov(rtol=1e-13)):
+            value = ic.fixed_point(f, h0, x, solver=solver, gradient=estimator, batch_ndim=batch).value
+            results.append(torch.autograd.grad(loss(value), (w, x)))
+    for gradients in results[1:]:
+        torch.testing.assert_close(gradients, results[0], atol=1e-10, rtol=0)
+
+
+def test_a_problem_that_closes_over_parameters_is_refused() -> None:
+    """Its callbacks give gradients to z alone; the parameters would train on nothing."""
+    _, w, x = tensors(layer())
+    problem = ic.Problem(layer_of(w), vjp=lambda h, z, v: (v, v), batch_ndim=1)
+    with pytest.raises(ValueError, match="put these tensors in z"):
+        ic.fixed_point(problem, torch.zeros_like(x), x, gradient=ic.Neumann(2, 0.5))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_the_output_requires_a_gradient_only_where_something_does(estimator: ic.Estimator) -> None:
+    h0, w, x = tensors(layer())
+
+    def requires(w: torch.Tensor, x: torch.Tensor) -> bool:
+        return ic.fixed_point(layer_of(w), h0, x, gradient=estimator, batch_ndim=1).value.requires_grad
+
+    assert not requires(w.detach(), x.detach())
+    assert requires(w.detach(), x)
+    assert requires(w, x.detach())
+    assert requires(w.detach(), x * 2)
+
+
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(5, 0.5), ic.OneStep()], ids=repr)
+def test_the_value_is_the_solvers_point(estimator: ic.Estimator) -> None:
+    h0, w, x = tensors(layer())
+    loose = ic.Anderson(rtol=1e-1)
+    value = ic.fixed_point(layer_of(w), h0, x, solver=loose, gradient=estimator, batch_ndim=1).value
+    assert torch.equal(value, ic.solve(layer_of(w), h0, x, solver=loose, batch_ndim=1).value)
+
+
+def test_the_adjoint_is_solved_sample_by_sample() -> None:
+    """One sample of three is singular, and is named."""
+    slope = torch.tensor([[0.5], [1.0], [-0.5]])
+    z = torch.zeros(3, 2, requires_grad=True)
+    value = ic.fixed_point(lambda h, z: slope * h + z, torch.zeros(3, 2), z, gradient=ic.Implicit(), batch_ndim=1).value
+    with pytest.raises(ic.SolveError, match=r"in 1 of 3 samples \(1\)"):
+        value.sum().backward()
+
+
+def test_complex_parameters_get_gradients() -> None:
+    z = torch.tensor([0.3 + 0.4j, 1.0 - 1.0j], requires_grad=True)
+    f = lambda h, z: 0.5 * torch.tanh(h) + z.abs()  # noqa: E731
+    grads = []
+    for g in (f, ict.problem(f)):
+        value = ic.fixed_point(g, torch.zeros(2), z, solver=ic.Anderson(rtol=1e-6), gradient=ic.Implicit()).value
+        grads.append(torch.autograd.grad(value.sum(), z)[0])
+    assert torch.all(grads[0].abs() > 0.5)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_the_adapter_has_the_signature_of_the_dispatcher() -> None:
+    ours, theirs = (inspect.signature(f).parameters for f in (ict.fixed_point, ic.fixed_point))
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert ict.fixed_point(lambda h, z: 0.5 * h + z, torch.zeros(2), torch.ones(2)).converged
+
+
+def test_scipy_solves_a_trainable_layer() -> None:
+    h0, w, x = tensors(layer())
+
+    def powell(problem: ic.Problem, h0: Any, z: Any) -> Any:
+        def residual(flat: np.ndarray) -> np.ndarray:
+            h = torch.asarray(flat).reshape(h0.shape)
+            return (problem(h, z) - h).numpy().ravel()
+
+        return torch.asarray(scipy.optimize.root(residual, h0.numpy().ravel(), tol=1e-13).x).reshape(h0.shape)
+
+    gradients = [
+        torch.autograd.grad(
+            loss(ic.fixed_point(layer_of(w), h0, x, solver=s, gradient=EXACT, batch_ndim=1).value), (w, x)
+        )
+        for s in (powell, SOLVER)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-9, rtol=0)
 
 
 def test_pytrees_as_states() -> None:
@@ -294,4 +411,4 @@ def test_on_a_gpu_a_solve_reads_one_flag_a_step() -> None:
             solution = ic.solve(f, torch.zeros_like(x), x, solver=solver, batch_ndim=1)
         assert torch.all(solution.status == ic.CONVERGED)
         reads = sum(e.count for e in profile.key_averages() if e.key == "aten::_local_scalar_dense")
-        assert reads == int(solution.stats.evaluations)
+        assert reads == int(solution.stats.evaluations) + 1  # and one look at whether f left h0 alone

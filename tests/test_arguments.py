@@ -66,7 +66,14 @@ def test_settings(make: Callable[[], Any], error: type[Exception], message: str)
         (lambda: ic.solve(halved, ONES, None, batch_ndim=2), ValueError, "too few axes for batch_ndim=2"),
         (lambda: ic.solve(ic.Problem(halved), ONES, None, batch_ndim=0), TypeError, "belongs to the problem"),
         (lambda: ic.solve(halved, ONES, None, solver=ic.Anderson), TypeError, r"did you mean Anderson\(\)"),
-        (lambda: ic.solve(halved, ONES, None, solver="anderson"), TypeError, "must be callable, got 'anderson'"),
+        (
+            lambda: ic.solve(halved, ONES, None, solver="anderson"),
+            TypeError,
+            r"solver must be a Solver.*got 'anderson'",
+        ),
+        (lambda: ic.solve(halved, ONES, None, solver=ic.GMRES()), TypeError, "solver must be a Solver.*got GMRES"),
+        (lambda: ic.Anderson(rtol=float("inf")), ValueError, "rtol must lie in"),
+        (lambda: ic.fixed_point(halved, ONES, None, gradient=ic.BPTT(2), throw=True), ValueError, "makes no solve"),
         (lambda: ic.solve(halved, ONES, None, tolerance=1), TypeError, "unexpected keyword argument 'tolerance'"),
         (lambda: ic.solve(lambda h, z: h[:2], ONES, None), ValueError, r"result of f.*shape of h0, \(3,\), got \(2,\)"),
         (lambda: ic.solve(lambda h, z: h.astype("f4"), ONES, None), TypeError, "result of f.*float64, got float32"),
@@ -101,6 +108,8 @@ def problem(**callbacks: Any) -> ic.Problem:
         (lambda h, z, v: v, TypeError, r"must return the pair \(v_h, v_z\), got ndarray"),
         (lambda h, z, v: (v, v[:2]), ValueError, r"z-cotangent from vjp.*expected \(3,\), got \(2,\)"),
         (lambda h, z, v: (v, (v,)), TypeError, "z-cotangent from vjp must have the structure of z"),
+        (lambda h, z, v: (v, v.astype("f4")), TypeError, "z-cotangent.*dtypes of z: expected float64, got float32"),
+        (lambda h, z, v: (v, torch.ones(3)), TypeError, "z-cotangent.*arrays of numpy, or None.*torch.Tensor"),
     ],
 )
 def test_results_of_callbacks(estimator: ic.Estimator, vjp: Any, error: type[Exception], message: str) -> None:
@@ -167,3 +176,26 @@ def test_solvers_are_frozen_hashable_comparable_records() -> None:
     assert eval(repr(ic.NewtonKrylov()), vars(ic)) == ic.NewtonKrylov()
     with pytest.raises(AttributeError):
         ic.Anderson().memory = 3
+
+
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()], ids=repr)
+def test_a_map_that_writes_to_its_argument_is_an_error(solver: ic.Solver) -> None:
+    """It would return its argument, and look converged."""
+
+    def in_place(h: Any, z: Any) -> Any:
+        h *= 0.5
+        h += z
+        return h
+
+    for ones in (np.ones(3), torch.ones(3)):
+        with pytest.raises(ValueError, match="f wrote to its argument h"):
+            ic.solve(in_place, 0 * ones, ones, solver=solver)
+    assert ic.solve(lambda h, z: h, np.asarray([np.nan, 1.0]), None, solver=solver).status == ic.NONFINITE
+
+
+def test_objects_in_z_reach_newton() -> None:
+    """A module, say, among the leaves of z: no tangent can be made for it, and none is needed."""
+    cell = torch.nn.Identity()
+    mixed = ic.Problem(lambda h, z: 0.5 * h + z["x"], jvp=lambda h, z, dh, dz: 0.5 * dh + dz["x"])
+    solution = ic.solve(mixed, np.zeros(3), {"x": ONES, "cell": cell, "n": 3}, solver=ic.NewtonKrylov())
+    np.testing.assert_allclose(solution.value, 2.0)

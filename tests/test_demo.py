@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from implicit_core.examples import digits
-from implicit_core.examples.digits import model
 from rich.console import Console
 
 from implicit_core import __main__ as command_line
+from implicit_core.examples import digits
+from implicit_core.examples.digits import model
 
 ESTIMATORS = ["Implicit", "Unroll(5, 0.5)", "Neumann(5, 0.5)", "OneStep"]
 

@@ -218,6 +218,37 @@ def test_a_singular_adjoint_is_an_error_not_a_gradient_of_zero() -> None:
             ic.Implicit(solver).vjp(problem, np.ones(3), np.ones(3))[1](np.ones(3))
 
 
+def test_callbacks_may_return_one_buffer_at_every_call() -> None:
+    case = layer()
+    value, v_h, v_w, v_x = (np.empty_like(a) for a in (case.h0, case.h0, case.z["w"], case.z["x"]))
+
+    def f(h: Any, z: Any) -> Any:
+        np.copyto(value, case.f(NUMPY.xp, h, z))
+        return value
+
+    def vjp(h: Any, z: Any, v: Any) -> Any:
+        to_h, to_z = case.vjp(NUMPY.xp, h, z, v)
+        for buffer, result in ((v_h, to_h), (v_w, to_z["w"]), (v_x, to_z["x"])):
+            np.copyto(buffer, result)
+        return v_h, {"w": v_w, "x": v_x}
+
+    reusing, h, v = ic.Problem(f, vjp=vjp, batch_ndim=1), 0.5 * case.oracle(), np.ones_like(case.h0)
+    for estimator in [e for e in ESTIMATORS if e is not EXACT] + [ic.Unroll(4, 1.0), ic.Unroll(4, 1.0, True)]:
+        ours, pullback = estimator.vjp(reusing, h, case.z)
+        theirs, expected = estimator.vjp(case.problem(), h, case.z)
+        gradient = {name: a.copy() for name, a in pullback(v).items()}
+        np.testing.assert_allclose(ours, theirs, atol=1e-14)
+        np.testing.assert_allclose(gradient["w"], expected(v)["w"], atol=1e-13)
+        np.testing.assert_allclose(gradient["x"], expected(v)["x"], atol=1e-13)
+
+
+def test_the_tangent_system_is_solved_sample_by_sample() -> None:
+    slope = np.asarray([[0.5], [1.0], [-0.5]])
+    problem = ic.Problem(lambda h, z: slope * h + z, jvp=lambda h, z, dh, dz: slope * dh + dz, batch_ndim=1)
+    with pytest.raises(ic.SolveError, match=r"in 1 of 3 samples \(1\)"):
+        ic.Implicit().jvp(problem, np.zeros((3, 2)), np.zeros((3, 2)), np.ones((3, 2)))
+
+
 def test_only_the_failed_sample_is_nan() -> None:
     slope = np.asarray([[0.5], [1.0], [-0.5]])
     problem = ic.Problem(lambda h, z: slope * h + z, vjp=lambda h, z, v: (slope * v, v), batch_ndim=1)

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import NUMPY, Library
+from problems import layer
 
 import implicit_core as ic
+from implicit_core.adapters import torch as ict
 
 TIGHT = {"rtol": 1e-11, "max_steps": 400}
 GENERAL = [ic.GMRES(**TIGHT), ic.GMRES(restart=7, **TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(**TIGHT)]
@@ -167,6 +170,51 @@ def test_single_precision_counts_as_converged_at_its_own_rounding_error(solver: 
         exact = np.linalg.solve(a, b.T.astype(np.float64)).T
         error = np.linalg.norm(solution.value - exact, axis=1) / np.linalg.norm(exact, axis=1)
         assert np.max(error) < 199 * 16 * np.finfo(np.float32).eps
+
+
+def test_the_absolute_tolerance_counts() -> None:
+    a, b = near_identity(1, 30, 0.9, seed=1)[0], np.ones(30)
+    loose = ic.solve_linear(lambda v: a @ v, b, solver=ic.GMRES(rtol=0.0, atol=1.0))
+    tight = ic.solve_linear(lambda v: a @ v, b, solver=ic.GMRES(rtol=0.0, atol=1e-9))
+    assert loose.converged
+    assert tight.converged
+    assert 1e-9 < loose.stats.residual <= 1.0
+    assert tight.stats.residual <= 1e-9
+
+
+def test_relaxation_is_the_damping_of_the_series() -> None:
+    """Richardson stopped after k products is the Neumann series of k terms, Eq. (15) with λ = ω."""
+    a, b = near_identity(1, 8, 0.9, seed=1)[0], np.ones(8)
+    for relaxation in (0.3, 1.0):
+        solver = ic.Richardson(relaxation=relaxation, rtol=0.0, max_steps=4)
+        terms = [np.linalg.matrix_power(np.eye(8) - relaxation * a, i) @ b for i in range(4)]
+        solution = ic.solve_linear(lambda v: a @ v, b, solver=solver)
+        np.testing.assert_allclose(solution.value, relaxation * sum(terms), rtol=1e-12)
+
+
+def test_a_huge_x_does_not_hide_a_residual() -> None:
+    """Rounding error of x may be large; no more than a thousandth of b may remain all the same."""
+
+    class Bad(ic.LinearSolver):
+        def cycle(self, space: Any, operator: Any, r: Any, norm: Any, target: Any, active: Any) -> Any:
+            return (np.asarray([[0.99, 0.99e7]], dtype=np.float32),), 0
+
+    diagonal = np.asarray([1.0, 1e-7], dtype=np.float32)
+    solution = ic.solve_linear(lambda v: diagonal * v, np.ones(2, dtype=np.float32), solver=Bad(max_steps=1))
+    assert 4 * np.finfo(np.float32).eps * np.linalg.norm(solution.value) > solution.stats.residual
+    assert not solution.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_adjoints_converge_by_default(dtype: torch.dtype) -> None:
+    case = layer(contraction=0.7)
+    w, x = (torch.asarray(case.z[name]).to(dtype) for name in ("w", "x"))
+    h = torch.asarray(case.oracle()).to(dtype)
+    problem = ict.problem(lambda h, z: torch.tanh(h @ w.T + z), batch_ndim=1)
+    exact = ic.Implicit(ic.GMRES(rtol=1e-12)).vjp(case.problem(), case.oracle(), case.z)[1](np.ones_like(case.h0))
+    for solver in (ic.GMRES(), ic.BiCGSTAB()):
+        ours = ic.Implicit(solver).vjp(problem, h, x)[1](torch.ones_like(x))
+        np.testing.assert_allclose(ours.float().numpy(), exact["x"], rtol=0, atol=40 * torch.finfo(dtype).eps)
 
 
 def test_pytrees_are_one_system_per_sample() -> None:

@@ -22,6 +22,9 @@ class Traced(Backend):
     def device(self, x: Any) -> None:
         return None
 
+    def unchanged(self, x: Any, before: Any) -> bool:
+        return True
+
     def flatten(self, tree: Any) -> Any:
         return jax.tree.flatten(tree)
 

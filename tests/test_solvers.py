@@ -246,6 +246,53 @@ def test_without_convergence_the_best_point_is_returned(solver: ic.Solver) -> No
     assert not np.array_equal(seen[-1][1], best)
 
 
+def test_the_point_that_met_the_tolerance_is_returned_even_where_an_earlier_one_was_nearer() -> None:
+    """The residual rises from 1e-3 to 1, but F rises more: the relative test is met at the second point."""
+    solution = ic.solve(
+        lambda h, z: np.where(h < 1, h + 1e-3, h + 1.0) if h.max() < 1 else h + 1.0,
+        np.asarray([0.0]),
+        None,
+        solver=Jump(rtol=1e-5),
+    )
+    assert solution.converged
+    assert solution.value == 1e6
+    assert solution.stats.residual == 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Jump(ic.Solver):
+    """To 1e6, whatever F says."""
+
+    def init(self, system: Any, x: Any) -> None:
+        return None
+
+    def step(self, system: Any, memory: Any, point: Any) -> Any:
+        return (np.full_like(point.x[0], 1e6),), None
+
+
+def test_newton_leaves_a_trial_where_f_is_not_finite() -> None:
+    """F(h) = h - log h from 3: the full step lands below zero; one halving is enough. The second sample never was."""
+    problem = ic.Problem(lambda h, z: h - np.log(h), jvp=lambda h, z, dh, dz: dh - dh / h, batch_ndim=1)
+    solution = ic.solve(problem, np.asarray([[3.0], [-1.0], [1.5]]), None, solver=ic.NewtonKrylov(rtol=1e-12))
+    np.testing.assert_array_equal(solution.status, [ic.CONVERGED, ic.NONFINITE, ic.CONVERGED])
+    np.testing.assert_allclose(solution.value[[0, 2]], 1.0, atol=1e-10)
+    assert solution.stats.steps[1] == 1
+    assert np.isnan(solution.stats.residual[1])
+    nowhere = ic.Problem(lambda h, z: np.where(h == 0, 1.0, np.nan), jvp=lambda h, z, dh, dz: 0 * dh)
+    given_up = ic.solve(nowhere, np.asarray([0.0]), None, solver=ic.NewtonKrylov())
+    assert given_up.status == ic.NONFINITE
+    assert given_up.stats.evaluations < 20
+
+
+def test_regularization_shrinks_the_mix() -> None:
+    case = layer(contraction=0.95, seed=2)
+    evaluations = [
+        ic.solve(case.problem(), case.h0, case.z, solver=ic.Anderson(regularization=r, rtol=1e-10)).stats.evaluations
+        for r in (0.0, 1.0)
+    ]
+    assert evaluations[0] < evaluations[1]
+
+
 def test_the_tolerance_is_relative_to_f() -> None:
     """At h = 0 with F = 3 the residual is ‖F‖, at h = 3 with F = 0 it is ‖h‖."""
     solver = ic.FixedPointIteration(rtol=1.0, atol=0.0, max_steps=1)

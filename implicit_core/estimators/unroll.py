@@ -110,14 +110,16 @@ def unrolled_jvp(problem: Problem, h: PyTree, z: PyTree, dz: PyTree, k: int, lam
 
 def _step(backend: Backend, lam: float, f: PyTree, h: PyTree) -> PyTree:
     """λ f + (1 - λ) h (Eq. 13)."""
-    return f if lam == 1.0 else backend.map(lambda f, h: lam * f + (1 - lam) * h, f, h)
+    if lam == 1.0:
+        return backend.map(backend.fresh, f)
+    return backend.map(lambda f, h: lam * f + (1 - lam) * h, f, h)
 
 
 def _add(backend: Backend, total: PyTree, term: PyTree) -> PyTree:
     """The sum of two cotangents of z, in which None stands for no gradient."""
+    terms, structure = backend.flatten_with_none(term)
     if total is None:
-        return term
-    totals, structure = backend.flatten_with_none(total)
-    terms, _ = backend.flatten_with_none(term)
+        return backend.unflatten(structure, [backend.fresh(a) if backend.is_array(a) else a for a in terms])
+    totals, _ = backend.flatten_with_none(total)
     sums = [a if b is None else b if a is None else a + b for a, b in zip(totals, terms, strict=True)]
     return backend.unflatten(structure, sums)

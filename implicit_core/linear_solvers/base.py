@@ -43,7 +43,8 @@ class LinearSolver(ABC):
     ----------
     rtol, atol
         A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is rounding error of x,
-        4 ε (‖x‖₂ + ‖b‖₂), below which no solver in that precision gets; never with one above ‖b‖₂ / 1000.
+        4 ε (‖x‖₂ + ‖b‖₂), below which no solver in that precision gets; never with one above ‖b‖₂ / 1000, or 8 ε ‖b‖₂
+        where the products are that coarse. ε is that of the coarsest leaf.
     max_steps
         No cycle starts after this many products with A.
     """
@@ -75,8 +76,8 @@ class LinearSolver(ABC):
         target = backend.axpy(self.rtol, size, space.scalar(self.atol))
 
         def goal(x: State) -> Array:
-            rounding = 4 * space.eps * (space.norm(x) + size)
-            return xp.maximum(target, xp.minimum(rounding, 1e-3 * size))
+            rounding = 4 * space.coarsest_eps * (space.norm(x) + size)
+            return xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * space.coarsest_eps) * size))
 
         def body(c: _Carry) -> _Carry:
             correction, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)

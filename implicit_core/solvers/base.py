@@ -61,6 +61,8 @@ class Solver(ABC):
     """Whether to return the point of least residual where none meets the tolerance; False: the last one."""
     uses_jacobian: ClassVar[bool] = False
     """Whether ``step`` asks for the Jacobian at the point it is given."""
+    retries_nonfinite: ClassVar[bool] = False
+    """Whether ``step`` can go back from a point where F is not finite, and so wants to be asked."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__

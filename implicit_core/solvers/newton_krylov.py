@@ -29,8 +29,8 @@ class Memory(NamedTuple):
 class NewtonKrylov(Solver):
     """Inexact Newton: (I - ∂F/∂h) d = F(h) - h by a matrix-free Krylov solve, h ← h + t d.
 
-    t is halved, per sample, until the residual falls enough (Armijo's rule on its norm); each trial is one step, and
-    one evaluation of F. Needs the JVP of F.
+    t is halved, per sample, until the residual is finite and falls enough (Armijo's rule on its norm); each trial is
+    one step, and one evaluation of F. Needs the JVP of F.
 
     Parameters
     ----------
@@ -56,6 +56,7 @@ class NewtonKrylov(Solver):
     linear_solver: LinearSolver = field(default=GMRES(rtol=1e-3, max_steps=60))
 
     uses_jacobian: ClassVar[bool] = True
+    retries_nonfinite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
