@@ -144,6 +144,14 @@ class Space:
             total = self.xp.hypot(total, other)
         return total
 
+    def largest(self, x: State) -> Array:
+        """Largest absolute value of each sample over all leaves, (N, 1)."""
+        largest = self.full(0.0)
+        for a in x:
+            if a.shape[-1]:
+                largest = self.xp.maximum(largest, self.xp.max(self.xp.abs(a), axis=-1, keepdims=True))
+        return largest
+
     def dot(self, x: State, y: State) -> Array:
         """Inner product of each sample, (N, 1)."""
         return _sum([self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True)])

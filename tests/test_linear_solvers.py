@@ -217,6 +217,17 @@ def test_half_precision_adjoints_converge_by_default(dtype: torch.dtype) -> None
         np.testing.assert_allclose(ours.float().numpy(), exact["x"], rtol=0, atol=40 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("solver", [ic.GMRES(), ic.BiCGSTAB(), ic.Richardson()], ids=named)
+@pytest.mark.parametrize("size", [1e-35, 1e-25, 1e30])
+def test_squares_that_leave_the_range_of_the_dtype(solver: ic.LinearSolver, size: float, library: Library) -> None:
+    a = near_identity(2, 10, 0.5, seed=4)
+    b = np.stack([np.ones(10), size * np.ones(10)]).astype(np.float32)
+    solution = ic.solve_linear(apply(library, a.astype(np.float32)), library.array(b), solver=solver, batch_ndim=1)
+    exact = np.linalg.solve(a, b.astype(np.float64)[..., None])[..., 0]
+    assert np.all(library.numpy(solution.converged))
+    np.testing.assert_allclose(library.numpy(solution.value), exact, rtol=2e-5)
+
+
 def test_pytrees_are_one_system_per_sample() -> None:
     """Two leaves that only together are regular."""
 
