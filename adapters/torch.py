@@ -26,7 +26,7 @@ NO_SECOND_DERIVATIVE = (
 )
 NO_TRANSFORM = (
     "this estimator is differentiated by loss.backward() or torch.autograd.grad; forward mode and the transforms of "
-    "torch.func differentiate Unroll(k, lam) and BPTT(k)"
+    "torch.func differentiate Unroll(k, lam), without recompute, and BPTT(k), of a plain function"
 )
 
 
@@ -164,7 +164,8 @@ def fixed_point(
     Raises
     ------
     ValueError
-        If F of such a Problem closes over tensors that require a gradient, which they would not get.
+        If F of such a Problem closes over tensors that require a gradient, which they would not get. (Where the Problem
+        has ``linearize``, its f is not called, and this can't be seen.)
     NotImplementedError
         For a derivative that is not available; there is no silent zero.
 
@@ -191,6 +192,8 @@ def fixed_point(
         value = gradient.value(recomputed, solution.value, z)
     else:
         value = gradient.value(plain, solution.value, z)
+        if getattr(gradient, "lam", 1.0) == 1.0:  # then it may be what f returned: z itself, say, or a buffer of f's
+            value = BACKEND.map(torch.clone, value)
     return solution._replace(value=value)
 
 
@@ -256,6 +259,8 @@ def _through_callbacks(
 
     def closed(h: PyTree, z: PyTree) -> PyTree:
         value = problem.f(h, z)
+        if _has_tangents(value):
+            raise NotImplementedError(NO_TRANSFORM)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in BACKEND.flatten(value)[0]):
             raise ValueError(
                 "F closes over tensors that require a gradient, but a Problem's callbacks give gradients to z alone: "

@@ -26,6 +26,7 @@ class System:
         self.extra_evaluations = 0
         self._linearizing = linearizing and not problem.has_jvp
         self._last: tuple[State, BoundLinearization] | None = None
+        self._first = True
 
     def evaluate(self, x: State) -> State:
         """F(x, z)."""
@@ -35,8 +36,18 @@ class System:
             self._last = (x, linearization)
             return self.space.pack(linearization.value)
         value = self.problem.f(h, self.z)
+        self._check_purity(h)
         checks.like(self.space.backend, "the result of f", value, self.space.like, "h0")
         return self.space.pack(value)
+
+    def _check_purity(self, h: PyTree) -> None:
+        """Once: f at the start left it as it was. One that returns its argument changed would look converged."""
+        if not self._first:
+            return
+        self._first = False
+        for x, before in zip(self.space.pack(h), self.space.pack(self.space.like), strict=True):
+            if not self.space.backend.unchanged(x, before):
+                raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
 
     def jacobian(self, x: State) -> Operator:
         """``v -> (∂F/∂h) v`` at ``x``."""

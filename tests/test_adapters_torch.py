@@ -330,6 +330,26 @@ def test_complex_parameters_get_gradients() -> None:
     torch.testing.assert_close(plain, grads[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.Unroll(2, 1.0), ic.BPTT(2)], ids=repr)
+def test_the_output_is_nobody_elses_memory(estimator: ic.Estimator) -> None:
+    z = torch.zeros(3)
+    with torch.no_grad():
+        value = ic.fixed_point(lambda h, z: z, torch.zeros(3), z, gradient=estimator).value
+        value += 1
+    assert torch.equal(z, torch.zeros(3))
+
+
+def test_a_tangent_through_a_problems_closure_is_refused() -> None:
+    h0, w, x = (a.detach() for a in tensors(layer()))
+
+    def run(w: torch.Tensor) -> torch.Tensor:
+        problem = ic.Problem(layer_of(w), vjp=lambda h, z, v: (v, v), batch_ndim=1)
+        return ic.fixed_point(problem, h0, x, gradient=ic.Neumann(2, 0.5)).value
+
+    with pytest.raises(NotImplementedError, match="of a plain function"):
+        torch.func.jvp(run, (w,), (w,))
+
+
 def test_the_adapter_has_the_signature_of_the_dispatcher() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (ict.fixed_point, ic.fixed_point))
     assert list(ours) == list(theirs)

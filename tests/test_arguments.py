@@ -187,7 +187,7 @@ def test_a_map_that_writes_to_its_argument_is_an_error(solver: ic.Solver) -> Non
         h += z
         return h
 
-    for ones in (np.ones(3), torch.ones(3)):
+    for ones in (np.ones(3), np.ones(3, dtype=np.float16), torch.ones(3), torch.ones(3, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="f wrote to its argument h"):
             ic.solve(in_place, 0 * ones, ones, solver=solver)
     assert ic.solve(lambda h, z: h, np.asarray([np.nan, 1.0]), None, solver=solver).status == ic.NONFINITE
