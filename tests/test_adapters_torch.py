@@ -319,7 +319,10 @@ def test_the_adjoint_is_solved_sample_by_sample() -> None:
 
 def test_complex_parameters_get_gradients() -> None:
     z = torch.tensor([0.3 + 0.4j, 1.0 - 1.0j], requires_grad=True)
-    f = lambda h, z: 0.5 * torch.tanh(h) + z.abs()  # noqa: E731
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.tanh(h) + z.abs()
+
     grads = []
     for g in (f, ict.problem(f)):
         value = ic.fixed_point(g, torch.zeros(2), z, solver=ic.Anderson(rtol=1e-6), gradient=ic.Implicit()).value
