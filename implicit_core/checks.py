@@ -85,17 +85,9 @@ def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_na
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
-        if leaf.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shape of {expected_name}, {tuple(reference.shape)}, got {tuple(leaf.shape)}"
-            )
-        if leaf.dtype != reference.dtype:
-            raise TypeError(f"{name} must have the dtype of {expected_name}, {reference.dtype}, got {leaf.dtype}")
-        if backend.device(leaf) != backend.device(reference):
-            raise ValueError(
-                f"{name} must be on the device of {expected_name}, {backend.device(reference)}, "
-                f"got {backend.device(leaf)}"
-            )
+        if difference := _difference(backend, leaf, reference):
+            error, must, wanted, came = difference
+            raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
 
 
 def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
@@ -114,16 +106,20 @@ def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
             continue
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, or None; got a leaf {_kind(leaf)}")
-        if leaf.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shapes of z: expected {tuple(reference.shape)}, got {tuple(leaf.shape)}"
-            )
-        if leaf.dtype != reference.dtype:
-            raise TypeError(f"{name} must have the dtypes of z: expected {reference.dtype}, got {leaf.dtype}")
-        if backend.device(leaf) != backend.device(reference):
-            raise ValueError(
-                f"{name} must be on the devices of z: expected {backend.device(reference)}, got {backend.device(leaf)}"
-            )
+        if difference := _difference(backend, leaf, reference):
+            error, must, wanted, came = difference
+            raise error(f"{name} must {must}s of z: expected {wanted}, got {came}")
+
+
+def _difference(backend: Backend, leaf: Any, reference: Any) -> tuple[type[Exception], str, Any, Any] | None:
+    """In what two arrays differ first: the error that is, what one must do, what was expected and what came."""
+    if leaf.shape != reference.shape:
+        return ValueError, "have the shape", tuple(reference.shape), tuple(leaf.shape)
+    if leaf.dtype != reference.dtype:
+        return TypeError, "have the dtype", reference.dtype, leaf.dtype
+    if backend.device(leaf) != backend.device(reference):
+        return ValueError, "be on the device", backend.device(reference), backend.device(leaf)
+    return None
 
 
 def _kind(leaf: Any) -> str:

@@ -68,8 +68,7 @@ class BoundLinearization:
     def vjp(self, v: PyTree) -> tuple[PyTree, PyTree]:
         """((∂F/∂h)ᵀ v, (∂F/∂z)ᵀ v)."""
         if self.raw.vjp is None:
-            if self.raw.vjp_h is None or self.raw.vjp_z is None:
-                raise NotImplementedError(_missing("a pullback", "VJP", "vjp", "vjp_h and vjp_z"))
+            self.require("vjp_h", "vjp_z")
             return self.vjp_h(v), self.vjp_z(v)
         both: Any = self.raw.vjp(v)
         if not isinstance(both, tuple) or len(both) != 2:
@@ -91,8 +90,7 @@ class BoundLinearization:
     def jvp(self, dh: PyTree, dz: PyTree) -> PyTree:
         """(∂F/∂h) dh + (∂F/∂z) dz."""
         if self.raw.jvp is None:
-            if self.raw.jvp_h is None or self.raw.jvp_z is None:
-                raise NotImplementedError(_missing("a pushforward", "JVP", "jvp", "jvp_h and jvp_z"))
+            self.require("jvp_h", "jvp_z")
             return self.backend.map(lambda a, b: a + b, self.jvp_h(dh), self.jvp_z(dz))
         return self._h("the tangent from jvp", self.raw.jvp(dh, dz))
 
@@ -102,7 +100,10 @@ class BoundLinearization:
             joint = name.split("_", maxsplit=1)[0]
             if getattr(self.raw, name) is None and getattr(self.raw, joint) is None:
                 what = "a pullback" if joint == "vjp" else "a pushforward"
-                raise NotImplementedError(_missing(what, joint.upper(), joint, f"{joint}_h and {joint}_z"))
+                raise NotImplementedError(
+                    f"{what} needs the {joint.upper()} of F, which this problem doesn't have: "
+                    f"pass {joint}= to Problem, or return {joint}_h and {joint}_z from its linearize"
+                )
         return self
 
     def _h(self, name: str, got: PyTree) -> PyTree:
@@ -239,10 +240,3 @@ class Problem:
             vjp=None if vjp is None else lambda v: vjp(h, z, v),
             jvp=None if jvp is None else lambda dh, dz: jvp(h, z, dh, dz),
         )
-
-
-def _missing(what: str, derivative: str, callback: str, parts: str) -> str:
-    return (
-        f"{what} needs the {derivative} of F, which this problem doesn't have: "
-        f"pass {callback}= to Problem, or return {parts} from its linearize"
-    )

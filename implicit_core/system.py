@@ -34,8 +34,9 @@ class System:
         if self._linearizing:
             linearization = self.problem.linearize(h, self.z).require("jvp_h")
             self._last = (x, linearization)
-            return self.space.pack(linearization.value)
-        value = self.problem.f(h, self.z)
+            value = linearization.value
+        else:
+            value = self.problem.f(h, self.z)
         self._check_purity(h)
         checks.like(self.space.backend, "the result of f", value, self.space.like, "h0")
         return self.space.pack(value)

@@ -193,6 +193,15 @@ def test_a_map_that_writes_to_its_argument_is_an_error(solver: ic.Solver) -> Non
     assert ic.solve(lambda h, z: h, np.asarray([np.nan, 1.0]), None, solver=solver).status == ic.NONFINITE
 
 
+def test_a_linearization_that_writes_to_its_argument_is_an_error() -> None:
+    def in_place(h: Any, z: Any) -> Any:
+        h += 1.0
+        return ic.Linearization(h, jvp_h=lambda dh: 0.5 * dh, jvp_z=lambda dz: dz)
+
+    with pytest.raises(ValueError, match="f wrote to its argument h"):
+        ic.solve(ic.Problem(halved, linearize=in_place), np.zeros(3), ONES, solver=ic.NewtonKrylov())
+
+
 def test_objects_in_z_reach_newton() -> None:
     """A module, say, among the leaves of z: no tangent can be made for it, and none is needed."""
     cell = torch.nn.Identity()

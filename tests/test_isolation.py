@@ -47,7 +47,6 @@ def mixed(library: Library, odd: bool) -> tuple[ic.Problem, Any, Any]:
     return problem, library.array(h0), library.array(x)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("solver", SOLVERS, ids=[f"{type(s).__name__}{i}" for i, s in enumerate(SOLVERS)])
 def test_odd_samples_are_reported_and_the_others_bit_identical(solver: ic.Solver, library: Library) -> None:
     results = []
@@ -72,7 +71,6 @@ def test_odd_samples_are_reported_and_the_others_bit_identical(solver: ic.Solver
     np.testing.assert_array_equal(trace[:, ORDINARY], odd_trace[:, ORDINARY])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("solver", LINEAR, ids=lambda solver: type(solver).__name__)
 def test_linear_solves_are_isolated_too(solver: ic.LinearSolver, library: Library) -> None:
     rng = np.random.default_rng(0)
