@@ -206,6 +206,8 @@ def test_implicit_never_fails_in_silence() -> None:
         approximate = ic.Implicit(starved, on_failure="warn").vjp(case.problem(), h, case.z)[1](v)
     assert np.all(np.isfinite(approximate["x"]))
     assert np.all(np.isnan(ic.Implicit(starved, on_failure="nan").vjp(case.problem(), h, case.z)[1](v)["x"]))
+    with pytest.raises(ic.SolveError, match=r"NONFINITE in 1 of 4 samples \(2\).*look at the loss"):
+        ic.Implicit().vjp(case.problem(), h, case.z)[1](np.where(np.arange(4)[:, None] == 2, np.nan, v))
     with pytest.raises(ic.SolveError, match="MAX_STEPS"):
         ic.Implicit(starved).jvp(case.problem(), h, case.z, case.z)
 

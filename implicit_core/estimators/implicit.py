@@ -9,7 +9,7 @@ from .. import checks
 from ..backend import PyTree
 from ..linear_solvers import GMRES, LinearSolver
 from ..registry import find_backend
-from ..solution import SolveError, describe, find_failures
+from ..solution import SolveError, Status, describe, find_failures
 from ..space import Space
 from .base import AtFixedPoint
 
@@ -71,11 +71,14 @@ class Implicit(AtFixedPoint):
             return space.unpack(space.where(failed, space.scale(float("nan"), result.x), result.x))
         failures = find_failures(space.per_sample(result.status), space.per_sample(result.residual))
         if failures:
-            message = (
-                f"the linear solve of Implicit did not converge: {describe(failures, space.samples)}. "
-                f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, "
-                "or use Neumann or Unroll, which need none"
-            )
+            if all(failure.status is Status.NONFINITE for failure in failures):
+                advice = "The vector it was given is not finite: look at the loss, and at the statuses of the solve"
+            else:
+                advice = (
+                    f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, "
+                    "or use Neumann or Unroll, which need none"
+                )
+            message = f"the linear solve of Implicit did not converge: {describe(failures, space.samples)}. {advice}"
             if self.on_failure == "raise":
                 raise SolveError(message, failures)
             warnings.warn(message, InexactGradientWarning, stacklevel=3)
