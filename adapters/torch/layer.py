@@ -1,4 +1,4 @@
-"""PyTorch: F's derivatives from autograd, and the core's estimators inside it."""
+"""The differentiable layer on tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,12 @@ from implicit_core import checks
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
 from implicit_core.fixed_point import solver_point
-from implicit_core.problem import Linearization, Map, Problem
+from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solve import as_problem
 from implicit_core.solvers import Anderson
+
+from .problem import AutogradProblem, as_leaf, moves, problem, vector_jacobian
 
 PyTree = Any
 
@@ -28,119 +30,6 @@ NO_TRANSFORM = (
     "this estimator is differentiated by loss.backward() or torch.autograd.grad; forward mode and the transforms of "
     "torch.func differentiate Unroll(k, lam), without recompute, and BPTT(k), of a plain function"
 )
-
-
-class AutogradProblem(Problem):
-    """A :class:`Problem` whose derivatives autograd gives, with respect to all that f closes over, too."""
-
-
-def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
-    """A :class:`Problem` whose callbacks come from autograd.
-
-    Parameters
-    ----------
-    f
-        ``f(h, z)`` on tensors, differentiable. Integer tensors and other leaves of z have no gradient.
-    batch_ndim
-        How many first axes of every leaf of h index independent samples.
-
-    Returns
-    -------
-    Problem
-        With both modes: a pullback walks the graph of one evaluation of F; a pushforward evaluates F in forward mode.
-        In ``fixed_point`` it counts as f itself.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import implicit_core as ic
-    >>> from implicit_core.adapters import torch as ict
-    >>> problem = ict.problem(lambda h, z: torch.tanh(0.5 * h + z))
-    >>> z = torch.tensor([0.3, -0.1])
-    >>> solution = ic.solve(problem, torch.zeros(2), z)
-    >>> value, pullback = ic.Neumann(k=5, lam=0.5).vjp(problem, solution.value, z)
-    >>> pullback(torch.ones(2)).shape
-    torch.Size([2])
-    """
-
-    def linearize(h: PyTree, z: PyTree) -> Linearization:
-        h_leaves, h_structure = BACKEND.flatten(h)
-        z_leaves, z_structure = BACKEND.flatten_with_none(z)
-        moving = [i for i, leaf in enumerate(z_leaves) if _moves(leaf)]
-
-        def call(h_in: tuple[Tensor, ...], z_in: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            leaves = list(z_leaves)
-            for i, leaf in zip(moving, z_in, strict=True):
-                leaves[i] = leaf
-            value = f(BACKEND.unflatten(h_structure, list(h_in)), BACKEND.unflatten(z_structure, leaves))
-            structures.append(BACKEND.flatten(value)[1])
-            return tuple(BACKEND.flatten(value)[0])
-
-        structures: list[Any] = []
-        with torch.inference_mode(False), torch.enable_grad():
-            h_in = tuple(_leaf(leaf) for leaf in h_leaves)
-            z_in = tuple(_leaf(z_leaves[i]) for i in moving)
-            outputs = call(h_in, z_in)
-
-        def pull(v: PyTree, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            return vector_jacobian(outputs, inputs, BACKEND.flatten(v)[0])
-
-        def as_z(grads: list[Tensor]) -> PyTree:
-            by_leaf = dict(zip(moving, grads, strict=True))
-            return BACKEND.unflatten(z_structure, [by_leaf.get(i) for i in range(len(z_leaves))])
-
-        def vjp(v: PyTree) -> tuple[PyTree, PyTree]:
-            grads = pull(v, h_in + z_in)
-            return BACKEND.unflatten(h_structure, grads[: len(h_in)]), as_z(grads[len(h_in) :])
-
-        def jvp(dh: PyTree, dz: PyTree) -> PyTree:
-            dz_leaves = BACKEND.flatten_with_none(dz)[0]
-            with forward_ad.dual_level():
-                h_dual = map(forward_ad.make_dual, h_leaves, BACKEND.flatten(dh)[0])
-                z_dual = (forward_ad.make_dual(z_leaves[i], _or_zeros(dz_leaves[i], z_leaves[i])) for i in moving)
-                duals = [forward_ad.unpack_dual(out) for out in call(tuple(h_dual), tuple(z_dual))]
-            return BACKEND.unflatten(structures[0], [_or_zeros(dual.tangent, dual.primal) for dual in duals])
-
-        return Linearization(
-            BACKEND.unflatten(structures[0], [leaf.detach() for leaf in outputs]),
-            vjp_h=lambda v: BACKEND.unflatten(h_structure, pull(v, h_in)),
-            vjp_z=lambda v: as_z(pull(v, z_in)),
-            vjp=vjp,
-            jvp=jvp,
-        )
-
-    return AutogradProblem(f, linearize=linearize, batch_ndim=batch_ndim)
-
-
-def vector_jacobian(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], v: list[Tensor]) -> list[Tensor]:
-    """``v`` pulled back along the graph from ``outputs`` to ``inputs``, which is kept."""
-    pairs = [(out, cotangent) for out, cotangent in zip(outputs, v, strict=True) if out.requires_grad]
-    if not pairs or not inputs:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(
-        torch.autograd.grad(
-            [out for out, _ in pairs],
-            inputs,
-            [cotangent for _, cotangent in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-
-
-def _moves(leaf: Any) -> bool:
-    """Whether a leaf of z has derivatives."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _leaf(x: Tensor) -> Tensor:
-    """``x`` as the start of a graph; a tensor of inference mode can't be one itself."""
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-
-
-def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
 
 
 def fixed_point(
@@ -205,7 +94,7 @@ def _has_tangents(z: PyTree) -> bool:
 def _through_one_step(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoint) -> PyTree:
     h_leaves, structure = BACKEND.flatten(h)
     try:
-        h_in = tuple(_leaf(leaf) for leaf in h_leaves)
+        h_in = tuple(as_leaf(x) for x in h_leaves)
     except RuntimeError as error:  # within a transform of torch.func
         raise NotImplementedError(NO_TRANSFORM) from error
     with torch.enable_grad():
@@ -248,7 +137,7 @@ def _through_callbacks(
     problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, options: dict[str, Any]
 ) -> Solution:
     leaves, structure = BACKEND.flatten_with_none(z)
-    moving = [i for i, leaf in enumerate(leaves) if _moves(leaf)]
+    moving = [i for i, leaf in enumerate(leaves) if moves(leaf)]
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     z_in = BACKEND.unflatten(structure, detached)
     if _has_tangents(z):

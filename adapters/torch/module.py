@@ -1,0 +1,136 @@
+"""The implicit layer as a module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_core import checks
+from implicit_core.estimators import Estimator, Unroll
+from implicit_core.solution import Stats
+from implicit_core.solvers import Anderson
+
+from .layer import fixed_point
+
+PyTree = Any
+
+
+class ImplicitLayer(nn.Module):
+    """A layer whose output h is the fixed point of its cell, ``h = cell(h, x)`` (Eq. 1 of the paper).
+
+    Gradients reach x, the cell's parameters and whatever else the cell uses; in train mode and in eval mode alike, as
+    autograd's own state says. The layer adds nothing to the state dict: its entries are the cell's, under ``cell.``.
+
+    Parameters
+    ----------
+    cell
+        ``cell(h, x)``, a module or a function; returns the structure, shapes and dtypes of h.
+    solver
+        A solver, or any callable ``(problem, h0, z) -> h``.
+    gradient
+        An estimator.
+    eval_solver
+        The solver in eval mode; ``solver`` if None.
+    h0
+        ``h0(x)``, where a solve starts unless the call says so; zeros shaped as x if None.
+    batch_ndim
+        How many first axes of every leaf of h index independent samples.
+    throw
+        Raise :class:`~implicit_core.SolveError` where a sample did not converge.
+
+    Attributes
+    ----------
+    status, stats
+        Those of the last call (see :class:`~implicit_core.Solution`), None before the first; they hold no graph.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong kind; at the call, if what the cell returns is not shaped as h.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import implicit_core as ic
+    >>> from implicit_core.adapters import torch as ict
+    >>> class Cell(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.inner = torch.nn.Linear(8, 8)
+    ...
+    ...     def forward(self, h, x):
+    ...         return torch.tanh(0.5 * self.inner(h) + x)
+    >>> layer = ict.ImplicitLayer(Cell(), gradient=ic.Neumann(k=5, lam=0.5))
+    >>> x = torch.randn(4, 8)
+    >>> h = layer(x)
+    >>> h.square().mean().backward()
+    >>> layer.status == ic.CONVERGED
+    tensor([True, True, True, True])
+    >>> h = layer(x + 0.01, h0=h.detach())  # a warm start is the caller's to keep
+    """
+
+    status: Tensor | None
+    stats: Stats | None
+
+    def __init__(
+        self,
+        cell: Callable[[PyTree, PyTree], PyTree],
+        *,
+        solver: Any = Anderson(),
+        gradient: Estimator = Unroll(k=5, lam=0.5),
+        eval_solver: Any = None,
+        h0: Callable[[PyTree], PyTree] | None = None,
+        batch_ndim: int = 1,
+        throw: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.function("cell", cell)
+        checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+        if h0 is not None:
+            checks.function("h0", h0)
+        self.cell = cell
+        self.solver, self.eval_solver, self.gradient = solver, eval_solver, gradient
+        self.h0 = h0
+        self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
+        self.throw = throw
+        self.status = self.stats = None
+
+    def forward(self, x: PyTree, *, h0: PyTree | None = None) -> PyTree:
+        """The fixed point h, shaped as h0.
+
+        Parameters
+        ----------
+        x
+            Inputs, a tensor or a pytree.
+        h0
+            Where to start; the layer's own start if None.
+        """
+        solution = fixed_point(
+            self.cell,
+            self._start(x) if h0 is None else h0,
+            x,
+            solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,
+            gradient=self.gradient,
+            batch_ndim=self.batch_ndim,
+            throw=self.throw,
+        )
+        self.status, self.stats = solution.status, solution.stats
+        return solution.value
+
+    def _start(self, x: PyTree) -> PyTree:
+        if self.h0 is not None:
+            return self.h0(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x is of type {type(x).__name__}, which does not tell the shape of h: "
+                "give ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call"
+            )
+        return torch.zeros_like(x)
+
+    def extra_repr(self) -> str:
+        """Settings, as they were given."""
+        settings = [f"solver={self.solver!r}", f"gradient={self.gradient!r}"]
+        if self.eval_solver is not None:
+            settings.append(f"eval_solver={self.eval_solver!r}")
+        return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
