@@ -1,11 +1,12 @@
 """The differentiable layer on tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
@@ -14,21 +15,23 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
 from implicit_core.fixed_point import solver_point
 from implicit_core.problem import Map, Problem
-from implicit_core.solution import Solution
+from implicit_core.solution import Solution, Stats
 from implicit_core.solve import as_problem
 from implicit_core.solvers import Anderson
 
-from .problem import AutogradProblem, as_leaf, moves, problem, vector_jacobian
+from .callbacks import through_callbacks
+from .closure import Tensors, hoist, pure, tensors
+from .function import PLAIN_FORWARD, Rule, attach, on_values, transforming
+from .precision import autocasted, full_precision
+from .problem import AutogradProblem, as_leaf, problem, vector_jacobian
 
 PyTree = Any
+Edge = tuple[Any, int]
+"""A node of autograd's graph, and which of its outputs."""
 
-NO_SECOND_DERIVATIVE = (
-    "a derivative of this gradient is not available (create_graph=True): neither for an estimator at the fixed point "
-    "nor through a Problem's own callbacks; Unroll and BPTT on a plain function have derivatives of every order"
-)
-NO_TRANSFORM = (
-    "this estimator is differentiated by loss.backward() or torch.autograd.grad; forward mode and the transforms of "
-    "torch.func differentiate Unroll(k, lam), without recompute, and BPTT(k), of a plain function"
+RECOMPUTE = (
+    "Unroll(recompute=True) frees a graph by torch.utils.checkpoint, which the transforms of torch.func don't support: "
+    "take recompute=False there"
 )
 
 
@@ -47,8 +50,13 @@ def fixed_point(
 
     For a plain f, or ``problem(f)``, the output carries the graph of the k damped steps (:class:`Unroll`,
     :class:`BPTT`), or of one F at the solver's point, whose incoming cotangent the estimator replaces: z and all that f
-    closes over get gradients, once, or any number of times through the k steps. A :class:`Problem` with callbacks of
-    its own is differentiated with these, in z alone.
+    closes over get gradients. Derivatives of every order are there, by ``create_graph`` and by the transforms of
+    ``torch.func``, vmap included; for :class:`Neumann` and :class:`Unroll` they are those of the surrogate, with the
+    surrogate as the derivative of the fixed point itself. A :class:`Problem` with callbacks of its own is
+    differentiated with these: once, in z alone.
+
+    Under autocast F runs as it would by itself, forward and backward; the state keeps its dtype, and solvers and
+    estimators compute in it.
 
     Raises
     ------
@@ -71,124 +79,142 @@ def fixed_point(
     options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
     given = as_problem(f, batch_ndim)
     if isinstance(f, Problem) and not isinstance(f, AutogradProblem):
-        return _through_callbacks(given, h0, z, gradient, options)
-    plain = problem(given.f, batch_ndim=given.batch_ndim)
-    solution = solver_point(plain, h0, z, **options)
-    if isinstance(gradient, AtFixedPoint) and (torch.is_grad_enabled() or _has_tangents(z)):
-        value = _through_one_step(plain, solution.value, z, gradient)
-    elif isinstance(gradient, Unroll) and gradient.recompute:
-        recomputed = plain.replace_f(lambda h, z: checkpoint(plain.f, h, z, use_reentrant=False))
-        value = gradient.value(recomputed, solution.value, z)
-    else:
-        value = gradient.value(plain, solution.value, z)
-        if getattr(gradient, "lam", 1.0) == 1.0:  # then it may be what f returned: z itself, say, or a buffer of f's
-            value = BACKEND.map(torch.clone, value)
+        with full_precision(h0):
+            return through_callbacks(given, h0, z, gradient, options)
+    plain = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)
+    with full_precision(h0):
+        if transforming():
+            return _transformed(plain, h0, z, gradient, options)
+        solution = solver_point(plain, h0, z, **options)
+        if not isinstance(gradient, AtFixedPoint):
+            value = _unrolled(plain, solution.value, z, gradient)
+        elif torch.is_grad_enabled() or _in_dual_level():
+            value = _at_fixed_point(plain, solution.value, z, gradient)
+        else:
+            value = solution.value
     return solution._replace(value=value)
 
 
-def _has_tangents(z: PyTree) -> bool:
-    leaves = BACKEND.flatten(z)[0]
-    return any(isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
+def _unrolled(problem: Problem, h: PyTree, z: PyTree, gradient: Estimator) -> PyTree:
+    """A plain graph of the k steps."""
+    if isinstance(gradient, Unroll) and gradient.recompute:
+        recomputed = problem.replace_f(lambda h, z: checkpoint(problem.f, h, z, use_reentrant=False))
+        return gradient.value(recomputed, h, z)
+    value = gradient.value(problem, h, z)
+    if getattr(gradient, "lam", 1.0) == 1.0:  # then it may be what f returned: z itself, say, or a buffer of f's
+        value = BACKEND.map(torch.clone, value)
+    return value
 
 
-def _through_one_step(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoint) -> PyTree:
+def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoint) -> PyTree:
+    """The point h, with the graph of one F, whose cotangent the estimator replaces."""
     h_leaves, structure = BACKEND.flatten(h)
-    try:
-        h_in = tuple(as_leaf(x) for x in h_leaves)
-    except RuntimeError as error:  # within a transform of torch.func
-        raise NotImplementedError(NO_TRANSFORM) from error
+    h_in = tuple(as_leaf(x) for x in h_leaves)
     with torch.enable_grad():
-        value = problem.f(BACKEND.unflatten(structure, list(h_in)), z)
+        value, seen = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z)
     checks.like(BACKEND, "the result of f", value, h, "h0")
     outputs = tuple(BACKEND.flatten(value)[0])
-    if _has_tangents(value):
-        raise NotImplementedError(NO_TRANSFORM)
-    if not _reaches_beyond(outputs, h_in):
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in outputs):
+        raise NotImplementedError(PLAIN_FORWARD)
+    externals, hidden = _frontier(outputs, h_in, seen, tensors(z))
+    if not externals and not hidden:
         return h
 
-    def replace(cotangents: list[Tensor]) -> list[Tensor]:
-        def vjp_h(v: PyTree) -> PyTree:
-            return BACKEND.unflatten(structure, vector_jacobian(outputs, h_in, BACKEND.flatten(v)[0]))
+    f = pure(problem.f, structure, z, seen, externals)
 
-        w = gradient.inverse(vjp_h, BACKEND.unflatten(structure, cotangents), problem.batch_ndim)
-        return list(BACKEND.flatten(w)[0])
+    def vjp_h(*v: Tensor) -> list[Tensor]:
+        return vector_jacobian(outputs, h_in, list(v))
 
-    return BACKEND.unflatten(structure, _with_pullback(replace, h_leaves, outputs))
+    rule = Rule(f, gradient, structure, problem.batch_ndim, vjp_h, hidden)
+    return BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, externals)))
 
 
-def _reaches_beyond(outputs: Sequence[Tensor], h_in: Sequence[Tensor]) -> bool:
-    """Whether the graph of ``outputs`` begins anywhere but at ``h_in``: whether there is anything to differentiate."""
-    own = {get_gradient_edge(leaf).node for leaf in h_in}
-    pending = [out.grad_fn for out in outputs if out.grad_fn is not None]
-    seen = set(pending)
+def _frontier(
+    outputs: Sequence[Tensor], h_in: Sequence[Tensor], seen: Sequence[Tensor], z: Sequence[Tensor]
+) -> tuple[Tensors, bool]:
+    """Which of the tensors that F has seen its graph begins at, and whether it also begins where none was seen."""
+    edges = {_edge(x): x for x in seen if x.requires_grad}
+    own = {_edge(x) for x in h_in}
+    reached: list[Tensor] = []
+    hidden = False
+    for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], edges.keys() | own):
+        if edge in edges:
+            reached.append(edges[edge])
+        elif edge not in own and not any(parent for parent, _ in edge[0].next_functions):
+            hidden = True
+    # What came out of an autograd.Function, or of scripted code, looks like a tensor from outside.
+    explicit = {id(x) for x in z}
+    doubtful = [x for x in reached if x.grad_fn is not None and id(x) not in explicit]
+    hidden = hidden or any(isinstance(x.grad_fn, BackwardCFunction) for x in doubtful)
+    hidden = hidden or not own.isdisjoint(_ancestors([_edge(x) for x in doubtful], own))
+    return tuple(reached), hidden
+
+
+def _edge(x: Tensor) -> Edge:
+    return get_gradient_edge(x)[:2]
+
+
+def _ancestors(edges: list[Edge], stop: Set[Edge]) -> list[Edge]:
+    """``edges`` and all that they lead to, up to and with those in ``stop``."""
+    found, pending = set(edges), list(edges)
     while pending:
-        node = pending.pop()
-        following = [parent for parent, _ in node.next_functions if parent is not None]
-        if not following and node not in own:
-            return True
-        for parent in following:
-            if parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return any(out.grad_fn is None and out.requires_grad and get_gradient_edge(out).node not in own for out in outputs)
+        edge = pending.pop()
+        if edge not in stop:
+            following = {parent for parent in edge[0].next_functions if parent[0] is not None} - found
+            found |= following
+            pending += following
+    return list(found)
 
 
-def _through_callbacks(
-    problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, options: dict[str, Any]
-) -> Solution:
-    leaves, structure = BACKEND.flatten_with_none(z)
-    moving = [i for i, leaf in enumerate(leaves) if moves(leaf)]
-    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    z_in = BACKEND.unflatten(structure, detached)
-    if _has_tangents(z):
-        raise NotImplementedError(NO_TRANSFORM)
-    solution = solver_point(problem, h0, z_in, **options)
-    if not torch.is_grad_enabled():
-        return solution._replace(value=gradient.value(problem, solution.value, z_in))
-
-    def closed(h: PyTree, z: PyTree) -> PyTree:
-        value = problem.f(h, z)
-        if _has_tangents(value):
-            raise NotImplementedError(NO_TRANSFORM)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in BACKEND.flatten(value)[0]):
-            raise ValueError(
-                "F closes over tensors that require a gradient, but a Problem's callbacks give gradients to z alone: "
-                "put these tensors in z, or pass the plain function f"
-            )
-        return value
-
-    value, pull = gradient.vjp(problem.replace_f(closed), solution.value, z_in)
-    outputs, h_structure = BACKEND.flatten(value)
-
-    def pullback(cotangents: list[Tensor]) -> list[Tensor | None]:
-        grads = BACKEND.flatten_with_none(pull(BACKEND.unflatten(h_structure, cotangents)))[0]
-        return [grads[i] for i in moving]
-
-    bound = _with_pullback(pullback, outputs, [leaves[i] for i in moving])
-    return solution._replace(value=BACKEND.unflatten(h_structure, bound))
+def _in_dual_level() -> bool:
+    """Whether tangents may be about, so that F has to be asked."""
+    try:
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:
+        return False
+    return True
 
 
-def _with_pullback(
-    pullback: Callable[[list[Tensor]], Sequence[Tensor | None]], values: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> list[Tensor]:
-    """``values``, as functions of ``inputs`` whose cotangents are ``pullback`` of their own."""
-    return list(_Pullback.apply(pullback, tuple(values), *inputs))  # type: ignore[no-untyped-call]  # torch's
+def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, options: dict[str, Any]) -> Solution:
+    """The layer within ``torch.func``: a solve on values, then what the estimator makes of its point."""
+    if isinstance(gradient, Unroll) and gradient.recompute:
+        raise NotImplementedError(RECOMPUTE)
+    checks.state(BACKEND, "h0", h0, problem.batch_ndim)
+    leaves, structure = BACKEND.flatten(h0)
+    with torch.no_grad():
+        value, externals = hoist(problem.f, BACKEND.map(torch.clone, h0), z)
+    checks.like(BACKEND, "the result of f", value, h0, "h0")
+    rule = Rule(pure(problem.f, structure, z, externals, externals), gradient, structure, problem.batch_ndim)
+    n = len(leaves)
+    evaluations: list[Any] = []
+
+    def run(rule: Rule, values: Sequence[Tensor]) -> Tensors:
+        by_id = {id(old): x for old, x in zip(externals, values[n:], strict=True)}
+        solution = solver_point(
+            _on_trees(rule, values[n:]),
+            BACKEND.unflatten(structure, list(values[:n])),
+            BACKEND.map(lambda x: by_id.get(id(x), x), z),
+            **options,
+        )
+        stats = solution.stats
+        evaluations.append(stats.evaluations)
+        trace = () if stats.trace is None else (stats.trace,)
+        return *BACKEND.flatten(solution.value)[0], solution.status, stats.steps, stats.residual, *trace
+
+    axes = (0,) * (n + 3) + (1,) * options["trace"]
+    results = on_values(run, rule, n, (*leaves, *externals), axes)
+    status, steps, residual, *trace = results[n:]
+    h = results[:n]
+    if isinstance(gradient, AtFixedPoint):
+        h = attach(rule, h, (), externals)
+    value = BACKEND.unflatten(structure, list(h))
+    if not isinstance(gradient, AtFixedPoint):
+        value = _unrolled(problem, value, z, gradient)
+    return Solution(value, status, Stats(steps, evaluations[0], residual, trace[0] if trace else None))
 
 
-class _Pullback(torch.autograd.Function):
-    """Known values whose gradient with respect to the inputs is a given function of the cotangents."""
-
-    @staticmethod
-    def forward(pullback: Callable[..., Any], values: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.clone() for value in values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.pullback = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        # Not `once_differentiable`: its error is skipped by torch.autograd.grad, which then returns a wrong result.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(NO_SECOND_DERIVATIVE)
-        return None, None, *ctx.pullback(list(cotangents))
+def _on_trees(rule: Rule, externals: Sequence[Tensor]) -> Problem:
+    return problem(
+        lambda h, _: BACKEND.unflatten(rule.structure, list(rule.f(BACKEND.flatten(h)[0], externals))),
+        batch_ndim=rule.batch_ndim,
+    )

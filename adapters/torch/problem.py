@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Linearization, Map, Problem
@@ -77,11 +76,16 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
 
         def jvp(dh: PyTree, dz: PyTree) -> PyTree:
             dz_leaves = BACKEND.flatten_with_none(dz)[0]
-            with forward_ad.dual_level():
-                h_dual = map(forward_ad.make_dual, h_leaves, BACKEND.flatten(dh)[0])
-                z_dual = (forward_ad.make_dual(z_leaves[i], _or_zeros(dz_leaves[i], z_leaves[i])) for i in moving)
-                duals = [forward_ad.unpack_dual(out) for out in call(tuple(h_dual), tuple(z_dual))]
-            return BACKEND.unflatten(structures[0], [_or_zeros(dual.tangent, dual.primal) for dual in duals])
+            tangents = (
+                *BACKEND.flatten(dh)[0],
+                *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving),
+            )
+            n = len(h_leaves)
+            # Not forward_ad: an autograd.Function switches that off within its forward, where a solve may be running.
+            tangent = torch.func.jvp(
+                lambda *at: call(at[:n], at[n:]), (*h_leaves, *(z_leaves[i] for i in moving)), tangents
+            )[1]
+            return BACKEND.unflatten(structures[0], list(tangent))
 
         return Linearization(
             BACKEND.unflatten(structures[0], [leaf.detach() for leaf in outputs]),

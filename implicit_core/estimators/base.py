@@ -90,6 +90,10 @@ class AtFixedPoint(Estimator):
     The value is the solver's point itself, where F is linearized once. A new one writes ``inverse`` alone.
     """
 
+    exact: ClassVar[bool] = False
+    """Whether ``inverse`` solves (I - ∂F/∂h) w = v, by iterations that are not to be differentiated. Its derivatives
+    are then those of the solution; otherwise they are those of the operations it consists of."""
+
     @abstractmethod
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """D v, given products with ∂F/∂h, or with its transpose for Dᵀ v; both shaped as h."""

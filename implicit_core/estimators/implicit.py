@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .. import checks
 from ..backend import PyTree
 from ..linear_solvers import GMRES, LinearSolver
 from ..registry import find_backend
-from ..solution import SolveError, Status, describe, find_failures
+from ..solution import Failure, SolveError, Status, describe, find_failures
 from ..space import Space
 from .base import AtFixedPoint
 
@@ -34,7 +34,8 @@ class Implicit(AtFixedPoint):
         A :class:`LinearSolver`.
     on_failure
         What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
-        use what was reached, or make their part of the gradient ``"nan"``.
+        use what was reached, or make their part of the gradient ``"nan"``. A cotangent that is not finite is no such
+        failure: it gives NaN.
 
     Raises
     ------
@@ -54,6 +55,8 @@ class Implicit(AtFixedPoint):
     linear_solver: LinearSolver = field(default=GMRES())
     on_failure: Literal["raise", "warn", "nan"] = "raise"
 
+    exact: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
         if self.on_failure not in ("raise", "warn", "nan"):
@@ -66,20 +69,24 @@ class Implicit(AtFixedPoint):
             result = self.linear_solver.run(
                 space, lambda w: space.sub(w, space.pack(jacobian(space.unpack(w)))), space.pack(v)
             )
-        failed = result.status != 0
-        if self.on_failure == "nan":
-            return space.unpack(space.where(failed, space.scale(float("nan"), result.x), result.x))
-        failures = find_failures(space.per_sample(result.status), space.per_sample(result.residual))
-        if failures:
-            if all(failure.status is Status.NONFINITE for failure in failures):
-                advice = "The vector it was given is not finite: look at the loss, and at the statuses of the solve"
-            else:
-                advice = (
-                    f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, "
-                    "or use Neumann or Unroll, which need none"
-                )
-            message = f"the linear solve of Implicit did not converge: {describe(failures, space.samples)}. {advice}"
-            if self.on_failure == "raise":
-                raise SolveError(message, failures)
-            warnings.warn(message, InexactGradientWarning, stacklevel=3)
-        return space.unpack(result.x)
+        # A vector that is not finite has no solution to miss. Its NaN goes on, as through any other operation, to whoever
+        # looks for it: a gradient scaler skips the step.
+        hopeless = result.status == Status.NONFINITE.value
+        failed = (result.status != Status.CONVERGED.value) & ~hopeless
+        lost = hopeless | failed if self.on_failure == "nan" else hopeless
+        x = space.where(lost, space.scale(float("nan"), result.x), result.x)
+        if self.on_failure != "nan":
+            status = space.xp.where(hopeless, space.full(Status.CONVERGED.value, space.xp.int32), result.status)
+            self._report(find_failures(space.per_sample(status), space.per_sample(result.residual)), space.samples)
+        return space.unpack(x)
+
+    def _report(self, failures: tuple[Failure, ...], samples: int) -> None:
+        if not failures:
+            return
+        message = (
+            f"the linear solve of Implicit did not converge: {describe(failures, samples)}. Raise max_steps or rtol of "
+            f"{self.linear_solver!r}, try another linear solver, or use Neumann or Unroll, which need none"
+        )
+        if self.on_failure == "raise":
+            raise SolveError(message, failures)
+        warnings.warn(message, InexactGradientWarning, stacklevel=4)

@@ -1,0 +1,171 @@
+"""What a function closes over, and the same function with that as an argument."""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from implicit_core.backends.torch import BACKEND
+from implicit_core.problem import Map
+
+PyTree = Any
+Tensors = tuple[Tensor, ...]
+OnLeaves = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensors]
+
+ANOTHER = (
+    "f used another parameter when it was called again for a derivative than in the solve; if functional_call replaced "
+    "it for a while, pass the module to fixed_point itself, or its parameters in z"
+)
+
+
+def hoist(f: Map, h: PyTree, z: PyTree) -> tuple[PyTree, Tensors]:
+    """F(h, z), and all the tensors beside h that it is a function of: the leaves of z, and what f closes over.
+
+    The latter are seen as arguments of PyTorch's functions in this one evaluation. Hidden from it is what compiled and
+    scripted code, or an ``autograd.Function``, holds by itself.
+    """
+    with _Watch(tensors(h)) as watch:
+        value = f(h, z)
+    found = {id(x): x for x in tensors(z)} | watch.outside
+    return value, tuple(found.values())
+
+
+def pure(f: Map, structure: Any, z: PyTree, seen: Sequence[Tensor], externals: Sequence[Tensor]) -> OnLeaves:
+    """``f`` as a function of the leaves of h, and of tensors in the place of ``externals``.
+
+    Parameters
+    ----------
+    f
+        F.
+    structure
+        That of h.
+    z
+        Where the tensors of z stand.
+    seen
+        Those that :func:`hoist` found.
+    externals
+        Some of them.
+    """
+    known = {id(x) for x in seen}
+    f = _with_modules_as_they_are(f, tensors(z), seen)
+
+    def call(h_leaves: Sequence[Tensor], replacements: Sequence[Tensor]) -> Tensors:
+        new = {id(old): x for old, x in zip(externals, replacements, strict=True)}
+
+        def replace(x: Any) -> Any:
+            if isinstance(x, nn.Parameter) and id(x) not in known:
+                raise RuntimeError(ANOTHER)
+            return new.get(id(x), x)
+
+        with _Replace(replace):
+            value = f(BACKEND.unflatten(structure, list(h_leaves)), BACKEND.map(replace, z))
+        return tuple(new.get(id(x), x) for x in BACKEND.flatten(value)[0])
+
+    return call
+
+
+def tensors(tree: PyTree) -> list[Tensor]:
+    """The leaves that are tensors."""
+    return [leaf for leaf in BACKEND.flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _with_modules_as_they_are(f: Map, z: Sequence[Tensor], seen: Sequence[Tensor]) -> Map:
+    """``f`` with the parameters its modules have now: ``functional_call`` gives them others for the time of a call."""
+    explicit = {id(x) for x in z}
+    if all(isinstance(x, nn.Parameter) or id(x) in explicit for x in seen):
+        return f
+    call = _Call(f)
+    state = dict(call.named_parameters(remove_duplicate=False)) | dict(call.named_buffers(remove_duplicate=False))
+    return lambda h, z: functional_call(call, state, (h, z))
+
+
+class _Call(nn.Module):
+    """A function, with the modules it refers to."""
+
+    def __init__(self, f: Map) -> None:
+        super().__init__()
+        self.f = f
+        self.modules_of_f = nn.ModuleList(_modules(f))
+
+    def forward(self, h: PyTree, z: PyTree) -> PyTree:
+        return self.f(h, z)
+
+
+def _modules(f: Any) -> list[nn.Module]:
+    """The modules among the variables of a function, and of the functions among them."""
+    found: list[nn.Module] = []
+    pending: list[Any] = [f]
+    visited: dict[int, Any] = {}  # with the objects, so that no id is given out anew
+    while pending:
+        a = pending.pop()
+        if id(a) in visited:
+            continue
+        visited[id(a)] = a
+        if isinstance(a, nn.Module):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            pending += a
+        elif isinstance(a, dict):
+            pending += a.values()
+        elif isinstance(a, functools.partial):
+            pending += [a.func, a.args, a.keywords]
+        elif inspect.ismethod(a):
+            pending += [a.__self__, a.__func__]
+        elif inspect.isfunction(a):
+            variables = inspect.getclosurevars(a)
+            pending += [variables.nonlocals, variables.globals]
+    return found
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the tensors that enter PyTorch's functions without having come out of one."""
+
+    def __init__(self, inside: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.outside: dict[int, Tensor] = {}
+        self._inside = {id(x): weakref.ref(x) for x in inside}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for x in _nested((args, tuple(kwargs.values()))):
+            # An id alone may be that of a tensor that is gone.
+            made = self._inside.get(id(x))
+            if made is None or made() is not x:
+                self.outside[id(x)] = x
+        result = func(*args, **kwargs)
+        for x in _nested(result):
+            self._inside[id(x)] = weakref.ref(x)
+        return result
+
+
+class _Replace(TorchFunctionMode):
+    """Hands PyTorch's functions other tensors than they are called with."""
+
+    def __init__(self, replace: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._replace = replace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(
+            *(self._in(a) for a in args),
+            **{name: self._in(a) for name, a in kwargs.items()},
+        )
+
+    def _in(self, a: Any) -> Any:
+        if type(a) in (list, tuple):
+            return type(a)(self._in(b) for b in a)
+        return self._replace(a)
+
+
+def _nested(a: Any) -> Iterator[Tensor]:
+    if isinstance(a, Tensor):
+        yield a
+    elif isinstance(a, (list, tuple)):
+        for b in a:
+            yield from _nested(b)
