@@ -75,6 +75,9 @@ def fixed_point(
     >>> z.grad.shape
     torch.Size([2])
     """
+    if torch.compiler.is_compiling():  # the solve's loop depends on data: one graph break here instead of many below
+        eager = torch.compiler.disable(fixed_point)
+        return eager(f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace)
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
     options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
     given = as_problem(f, batch_ndim)
@@ -116,9 +119,10 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
     outputs = tuple(BACKEND.flatten(value)[0])
     if any(forward_ad.unpack_dual(x).tangent is not None for x in outputs):
         raise NotImplementedError(PLAIN_FORWARD)
-    externals, hidden = _frontier(outputs, h_in, seen, tensors(z))
-    if not externals and not hidden:
+    frontier = _frontier(outputs, h_in, seen, tensors(z))
+    if frontier is None:
         return h
+    externals, hidden = frontier
 
     f = pure(problem.f, structure, z, seen, externals)
 
@@ -131,23 +135,28 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
 
 def _frontier(
     outputs: Sequence[Tensor], h_in: Sequence[Tensor], seen: Sequence[Tensor], z: Sequence[Tensor]
-) -> tuple[Tensors, bool]:
-    """Which of the tensors that F has seen its graph begins at, and whether it also begins where none was seen."""
+) -> tuple[Tensors, bool] | None:
+    """Which of the tensors that F has seen its graph begins at, and whether it also begins where none was seen.
+
+    None if it begins at h alone.
+    """
     edges = {_edge(x): x for x in seen if x.requires_grad}
     own = {_edge(x) for x in h_in}
     reached: list[Tensor] = []
-    hidden = False
+    hidden = opaque = False
     for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], edges.keys() | own):
         if edge in edges:
             reached.append(edges[edge])
         elif edge not in own and not any(parent for parent, _ in edge[0].next_functions):
             hidden = True
+        # A reentrant checkpoint, for one, has parameters and no edge to them.
+        opaque = opaque or isinstance(edge[0], BackwardCFunction)
     # What came out of an autograd.Function, or of scripted code, looks like a tensor from outside.
     explicit = {id(x) for x in z}
     doubtful = [x for x in reached if x.grad_fn is not None and id(x) not in explicit]
     hidden = hidden or any(isinstance(x.grad_fn, BackwardCFunction) for x in doubtful)
     hidden = hidden or not own.isdisjoint(_ancestors([_edge(x) for x in doubtful], own))
-    return tuple(reached), hidden
+    return (tuple(reached), hidden) if reached or hidden or opaque else None
 
 
 def _edge(x: Tensor) -> Edge:

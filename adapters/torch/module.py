@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from implicit_core import checks
 from implicit_core.estimators import Estimator, Unroll
@@ -48,6 +49,8 @@ class ImplicitLayer(nn.Module):
     ------
     TypeError, ValueError
         If an argument is of a wrong kind; at the call, if what the cell returns is not shaped as h.
+    RuntimeError
+        At the call, if the cell, instead of the layer, was handed to ``fully_shard`` or ``DistributedDataParallel``.
 
     Examples
     --------
@@ -106,6 +109,8 @@ class ImplicitLayer(nn.Module):
         h0
             Where to start; the layer's own start if None.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _check_not_sharded(self.cell)
         solution = fixed_point(
             self.cell,
             self._start(x) if h0 is None else h0,
@@ -134,3 +139,16 @@ class ImplicitLayer(nn.Module):
         if self.eval_solver is not None:
             settings.append(f"eval_solver={self.eval_solver!r}")
         return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
+
+
+def _check_not_sharded(cell: Any) -> None:
+    from torch.distributed.fsdp import FSDPModule  # takes long, and is needed in a group of processes alone
+
+    if isinstance(cell, nn.Module) and any(
+        isinstance(m, (FSDPModule, DistributedDataParallel)) for m in cell.modules()
+    ):
+        raise RuntimeError(
+            "the cell is distributed over processes, and would communicate at every evaluation, but each process stops "
+            "after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
+            "DistributedDataParallel, not the cell or a part of it"
+        )

@@ -69,8 +69,8 @@ class Implicit(AtFixedPoint):
             result = self.linear_solver.run(
                 space, lambda w: space.sub(w, space.pack(jacobian(space.unpack(w)))), space.pack(v)
             )
-        # A vector that is not finite has no solution to miss. Its NaN goes on, as through any other operation, to whoever
-        # looks for it: a gradient scaler skips the step.
+        # A vector that is not finite has no solution to miss. Its NaN goes on, as through other operations, to whoever
+        # looks for it: a gradient scaler then skips the step.
         hopeless = result.status == Status.NONFINITE.value
         failed = (result.status != Status.CONVERGED.value) & ~hopeless
         lost = hopeless | failed if self.on_failure == "nan" else hopeless

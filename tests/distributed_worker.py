@@ -1,0 +1,91 @@
+"""One of several processes that train a model with an implicit layer, and compare its gradients with those of one.
+
+Run by test_torch_training.py: ``python distributed_worker.py STRATEGY RANK WORLD FILE``.
+"""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+
+SOLVER = ic.Anderson(rtol=1e-12, max_steps=200)
+ESTIMATORS = [
+    ic.Implicit(ic.GMRES(rtol=1e-12)),
+    ic.Neumann(5, 0.5),
+    ic.OneStep(),
+    ic.Unroll(3, 0.5),
+    ic.Unroll(3, 0.5, recompute=True),
+]
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+        for linear in (self.first, self.second):
+            nn.init.orthogonal_(linear.weight, gain=0.7)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(h))) + x)
+
+
+class Model(nn.Module):
+    def __init__(self, gradient: ic.Estimator) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.layer = ict.ImplicitLayer(Cell(), solver=SOLVER, gradient=gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.encoder(x)))
+
+
+def distributed(model: Model, strategy: str) -> nn.Module:
+    """``model``, in its hands."""
+    if strategy == "ddp-cell":
+        model.layer.cell = DistributedDataParallel(model.layer.cell)
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if strategy == "fsdp-cell":
+        fully_shard(model.layer.cell, mesh=mesh)
+    if strategy == "fsdp-layer":
+        fully_shard(model.layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def main(strategy: str, rank: int, world: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    for estimator in ESTIMATORS:
+        torch.manual_seed(0)
+        alone = Model(estimator).double()
+        x = torch.randn(4 * world, 4, dtype=torch.float64)
+        together = distributed(copy.deepcopy(alone), strategy)
+        for model, batch in ((alone, x), (together, x.chunk(world)[rank])):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (model(batch) ** 2).mean().backward()
+                optimizer.step()
+        ours = dict(together.named_parameters())
+        for name, expected in alone.named_parameters():
+            parameter = ours[("module." if strategy == "ddp" else "") + name]
+            for got, wanted in ((parameter, expected), (parameter.grad, expected.grad)):
+                got = got.full_tensor() if hasattr(got, "full_tensor") else got
+                torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+        print(f"{strategy} rank {rank}: {estimator} agrees")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,338 @@
+"""The PyTorch layer under the conditions of real training."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+
+ESTIMATORS = [
+    ic.Implicit(ic.GMRES(rtol=1e-6)),
+    ic.Neumann(5, 0.5),
+    ic.OneStep(),
+    ic.Unroll(3, 0.5),
+    ic.Unroll(3, 0.5, recompute=True),
+    ic.BPTT(6),
+]
+COMPILER_WARNINGS = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+class Cell(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.orthogonal_(self.linear.weight, gain=0.5)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(h) + x)
+
+
+class Model(nn.Module):
+    def __init__(self, gradient: ic.Estimator, cell: Any = None, **options: Any) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.layer = ict.ImplicitLayer(Cell() if cell is None else cell, gradient=gradient, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.encoder(x)))
+
+
+def model(gradient: ic.Estimator, **options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(gradient, **options)
+
+
+def inputs(batch: int = 5) -> Tensor:
+    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_autocast(estimator: ic.Estimator, dtype: torch.dtype) -> None:
+    """F in half precision, in the solve, in its graph and where the backward calls it again; the state in float32."""
+    net = model(estimator, solver=ic.Anderson(rtol=1e-2))
+    seen = set()
+
+    def spy(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.add(output.dtype)
+
+    net.layer.cell.linear.register_forward_hook(spy)
+    expected = gradients(copy.deepcopy(net), inputs())
+    seen.clear()
+    with torch.autocast("cpu", dtype=dtype):
+        output = net(inputs())
+        h = net.layer(torch.zeros(2, 8))
+    assert h.dtype == torch.float32
+    assert output.dtype == dtype
+    assert seen == {dtype}
+    output.float().square().sum().backward()
+    assert seen == {dtype}
+    for p, gradient in zip(net.parameters(), expected, strict=True):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, gradient, atol=0.04 * float(gradient.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("estimator", [ic.Implicit(), ic.Implicit(ic.BiCGSTAB()), ic.Neumann(5, 0.5)], ids=repr)
+def test_the_estimator_is_not_autocast(estimator: ic.Estimator) -> None:
+    """Whatever the state backward() is called in: F is elementwise, so only products of a linear solver could be."""
+
+    def gradient(enabled: bool) -> Tensor:
+        x = torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_()
+        value = ict.fixed_point(lambda h, x: torch.tanh(0.9 * h + x), torch.zeros(3, 8), x, gradient=estimator).value
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(value.square().sum(), x)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("solver", [ic.Anderson(), ic.Broyden(), ic.NewtonKrylov()], ids=repr)
+def test_the_solver_is_not_autocast(solver: ic.Solver) -> None:
+    """Its Gram matrices and small solves stay in float32: the cell is excluded from autocast, so nothing is rounded."""
+
+    def f(h: Tensor, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch.tanh(0.9 * h + x)
+
+    plain = ict.fixed_point(f, torch.zeros(3, 8), torch.ones(3, 8), solver=solver, batch_ndim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = ict.fixed_point(f, torch.zeros(3, 8), torch.ones(3, 8), solver=solver, batch_ndim=1)
+    assert torch.equal(plain.value, mixed.value)
+    assert torch.equal(plain.stats.residual, mixed.stats.residual)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_a_gradient_scaler_skips_steps_that_overflow(estimator: ic.Estimator) -> None:
+    net = model(estimator, solver=ic.Anderson(rtol=1e-2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # float16 ends at 2**16
+    before = copy.deepcopy(net.state_dict())
+    losses, scales = [], []
+    for step in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = (net(inputs()).float() - 1.0).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+        if step == 0:
+            assert all(torch.equal(a, before[name]) for name, a in net.state_dict().items())
+    assert scales[0] == 2.0**39
+    assert scales[-1] < 2.0**30
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+# Checkpointing and compilation
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_activation_checkpointing_of_the_cell(estimator: ic.Estimator) -> None:
+    net = model(estimator)
+    net.layer.cell = Checkpointed(net.layer.cell)
+    for got, wanted in zip(gradients(net, inputs()), gradients(model(estimator), inputs()), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.inner = cell
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, h, x, use_reentrant=False)
+
+
+def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
+    """It has no edge to its parameters, and can't be asked for one gradient alone."""
+    cell = Cell()
+    h0, x = torch.zeros(3, 8), torch.randn(3, 8)
+
+    def f(h: Tensor, x: Tensor) -> Tensor:
+        return checkpoint(cell, h, x, use_reentrant=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        value = ict.fixed_point(f, h0, x, gradient=ic.OneStep(), batch_ndim=1).value
+        value.sum().backward()
+        got = cell.linear.weight.grad.clone()
+        cell.zero_grad()
+        ict.fixed_point(cell, h0, x, gradient=ic.OneStep(), batch_ndim=1).value.sum().backward()
+        torch.testing.assert_close(got, cell.linear.weight.grad)
+        value = ict.fixed_point(f, h0, x, gradient=ic.Neumann(3, 0.5), batch_ndim=1).value
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            value.sum().backward()
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    from torch._dynamo.utils import counters  # there is no public count of compilations
+
+    torch.compiler.reset()
+    counters.clear()
+    yield counters
+    torch.compiler.reset()
+
+
+@COMPILER_WARNINGS
+@pytest.mark.parametrize(
+    ("what", "estimator"),
+    [("model", estimator) for estimator in ESTIMATORS]
+    + [(what, estimator) for what in ("cell", "both") for estimator in (ESTIMATORS[0], ESTIMATORS[4])],
+    ids=str,
+)
+def test_compile(what: str, estimator: ic.Estimator, counters: Any) -> None:
+    """The same gradients, and nothing is compiled again once the second step has been."""
+    net, plain = model(estimator), model(estimator)
+    if what != "model":
+        net.layer.cell = torch.compile(net.layer.cell, backend="aot_eager")
+    compiled = net if what == "cell" else torch.compile(net, backend="aot_eager")
+    graphs = []
+    for seed in range(5):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        for got, wanted in zip(gradients(compiled, x), gradients(plain, x), strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 1
+    assert graphs[1] == graphs[-1]
+
+
+@COMPILER_WARNINGS
+def test_compile_around_the_dispatcher(counters: Any) -> None:
+    w = torch.full((3,), 0.5, requires_grad=True)
+
+    @torch.compile(backend="eager")
+    def loss(x: Tensor) -> Tensor:
+        solution = ic.fixed_point(lambda h, z: torch.tanh(w * h + z), torch.zeros(3), 2 * x, gradient=ic.Neumann())
+        return solution.value.square().sum()
+
+    graphs = []
+    for seed in range(4):
+        x = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+        got = torch.autograd.grad(loss(x), w)[0]
+        solution = ic.fixed_point(lambda h, z: torch.tanh(w * h + z), torch.zeros(3), 2 * x, gradient=ic.Neumann())
+        torch.testing.assert_close(got, torch.autograd.grad(solution.value.square().sum(), w)[0])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1]
+
+
+# Many processes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-layer"])
+def test_two_processes_train_as_one(strategy: str, tmp_path: Path) -> None:
+    for output in processes(strategy, tmp_path):
+        assert output.count("agrees") == 5, output
+
+
+def test_a_distributed_cell_is_refused(tmp_path: Path) -> None:
+    """Its processes would wait for each other for ever."""
+    for strategy in ("fsdp-cell", "ddp-cell"):
+        for output in processes(strategy, tmp_path):
+            assert "RuntimeError: the cell is distributed over processes" in output, output
+        (tmp_path / "store").unlink(missing_ok=True)
+
+
+def processes(strategy: str, folder: Path, world: int = 2) -> list[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), strategy, str(rank), str(world), str(folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world)
+    ]
+    try:
+        return [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+# The module
+
+
+def test_deepcopy_and_pickle_after_a_call() -> None:
+    net = model(ic.Neumann())
+    x = inputs()
+    expected = gradients(net, x)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert copied.layer.gradient == net.layer.gradient
+        for got, wanted in zip(gradients(copied, x), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_the_state_dict_is_the_cells() -> None:
+    cell = Cell()
+    own = cell.state_dict()
+    layer = ict.ImplicitLayer(cell)
+    layer(torch.zeros(2, 8))
+    assert layer.state_dict().keys() == {f"cell.{name}" for name in own}
+    assert layer.cell.state_dict().keys() == own.keys()
+
+
+def test_modes_choose_the_solver_and_nothing_else() -> None:
+    layer = ict.ImplicitLayer(
+        Cell(), solver=ic.FixedPointIteration(max_steps=3), eval_solver=ic.FixedPointIteration(max_steps=5)
+    )
+    x = torch.randn(3, 8, requires_grad=True)
+    for train, steps in ((True, 3), (False, 5)):
+        layer.train(train)
+        value = layer(x)
+        assert layer.stats.steps.tolist() == [steps] * 3
+        assert torch.all(layer.status == ic.MAX_STEPS)
+        assert torch.autograd.grad(value.sum(), x)[0].abs().sum() > 0
+    text = repr(layer)
+    for part in ("FixedPointIteration", "max_steps=5", "Unroll(k=5, lam=0.5", "batch_ndim=1", "(cell): Cell("):
+        assert part in text
+
+
+def test_starts() -> None:
+    cell = Cell()
+    x = torch.randn(3, 8)
+    layer = ict.ImplicitLayer(cell, solver=ic.Anderson(rtol=1e-6))
+    h = layer(x)
+    layer(x, h0=h.detach())
+    assert layer.stats.evaluations == 1
+    wide = ict.ImplicitLayer(lambda h, x: torch.tanh(0.5 * h + x[:, :1]), h0=lambda x: torch.zeros(len(x), 5))
+    assert wide(x).shape == (3, 5)
+    with pytest.raises(TypeError, match="h0, a function of x"):
+        ict.ImplicitLayer(lambda h, x: h)({"x": x})
+    with pytest.raises(TypeError, match="gradient"):
+        ict.ImplicitLayer(cell, gradient="unroll")
+    with pytest.raises(TypeError, match="cell"):
+        ict.ImplicitLayer(3)
+
+
+def test_throw() -> None:
+    layer = ict.ImplicitLayer(lambda h, x: 2 * h + x, throw=True, solver=ic.FixedPointIteration(max_steps=5))
+    with pytest.raises(ic.SolveError, match="2 of 2 samples"):
+        layer(torch.ones(2, 3))
