@@ -1,6 +1,7 @@
 """The PyTorch binding: the same layer, with autograd around it."""
 
 import inspect
+import warnings
 import weakref
 from typing import Any
 
@@ -10,6 +11,7 @@ import scipy.optimize
 import torch
 from libraries import LIBRARIES, NUMPY
 from problems import Case, layer, symmetric_layer
+from torch.overrides import TorchFunctionMode
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
@@ -398,6 +400,66 @@ def test_numpy_arrays_keep_the_same_call() -> None:
     unrolled = ic.fixed_point(case.problem(), case.h0, case.z, gradient=ic.BPTT(2))
     twice = case.f(NUMPY.xp, case.f(NUMPY.xp, case.h0, case.z), case.z)
     np.testing.assert_array_equal(unrolled.value, twice)
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize("estimator", ESTIMATORS[:-1], ids=repr)
+def test_a_layer_reads_the_stop_flag_and_nothing_else(estimator: ic.Estimator, check_every: int) -> None:
+    """Forward and backward; on a GPU every read waits for the device."""
+    with Reads() as reads:
+        evaluations = one_step(estimator, check_every, "cpu")
+    assert reads.count == flags(evaluations, check_every)
+
+
+class Reads(TorchFunctionMode):
+    """Counts the numbers that Python reads out of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in {
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "item",
+            "tolist",
+        }
+        return func(*args, **(kwargs or {}))
+
+
+def one_step(estimator: ic.Estimator, check_every: int, device: str) -> int:
+    case = symmetric_layer()
+    w, x = (torch.asarray(case.z[name], device=device, dtype=torch.float32).requires_grad_() for name in ("w", "x"))
+    solver = ic.Anderson(check_every=check_every)
+    solution = ic.fixed_point(layer_of(w), torch.zeros_like(x), x, solver=solver, gradient=estimator, batch_ndim=1)
+    solution.value.square().mean().backward()
+    return solution.stats.evaluations
+
+
+def flags(evaluations: int, check_every: int) -> int:
+    """One in check_every steps, one before the first, and one look at whether f left h0 alone."""
+    return (evaluations - 1) // check_every + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize("estimator", ESTIMATORS[:-1], ids=repr)
+def test_on_a_gpu_nothing_else_waits_for_the_device(estimator: ic.Estimator, check_every: int) -> None:
+    one_step(estimator, check_every, "cuda")  # libraries are loaded in the first
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            evaluations = one_step(estimator, check_every, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    copies = 2  # W and x, to the device
+    assert len(waits) <= flags(evaluations, check_every) + copies, waits
 
 
 @pytest.mark.gpu

@@ -391,3 +391,62 @@ def test_integer_tensors_can_be_mapped_over() -> None:
     index = torch.tensor([0, 3, 3])
     mapped = func.vmap(run, (0, None))(index, table)
     torch.testing.assert_close(mapped, torch.stack([run(i, table) for i in index]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["create_graph", "hessian"])
+def test_second_derivatives_of_a_layer_within_a_layer(way: str) -> None:
+    a = torch.tensor([0.5, 0.3], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def solved(f: Any, x: torch.Tensor) -> torch.Tensor:
+        return ic.fixed_point(f, torch.zeros(2).double(), x, solver=SOLVER, gradient=EXACT).value
+
+    def looped(f: Any, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(2).double()
+        for _ in range(60):
+            h = f(h, x)
+        return h
+
+    def nested(root: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        def outer(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(a * root(lambda g, h: 0.5 * torch.sin(b * g) + h, h)) + x
+
+        return (root(outer, torch.ones(2).double()) ** 3).sum()
+
+    results = []
+    for root in (solved, looped):
+        if way == "hessian":
+            results += [func.hessian(lambda a, b, root=root: nested(root, a, b), (0, 1))(a.detach(), b.detach())]
+        else:
+            first = torch.autograd.grad(nested(root, a, b), (a, b), create_graph=True)
+            results += [torch.autograd.grad((first[0] ** 2).sum() + first[1] ** 2, (a, b))]
+    assert difference(*results) < 1e-9
+
+
+def test_a_cell_replaced_by_functional_call_in_second_order() -> None:
+    """As in meta-learning: after the call the module has its own parameters again, which must not be used."""
+    _, x = data()
+    cell = torch.nn.Linear(3, 3).double()
+    layer = ict.ImplicitLayer(lambda h, x: torch.tanh(cell(h) + x), solver=SOLVER, gradient=EXACT)
+    layer.inner = cell
+    fast = {"inner.weight": data()[0].requires_grad_(), "inner.bias": torch.zeros(3).double().requires_grad_()}
+
+    def second(output: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad((output() ** 3).sum(), list(fast.values()), create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), list(fast.values()))
+
+    ours = second(lambda: func.functional_call(layer, fast, (x,)))
+    theirs = second(lambda: loop(fast["inner.weight"], x + fast["inner.bias"]))
+    assert difference(ours, theirs) < 1e-9
+
+
+def test_parameters_that_are_gone_are_not_replaced_by_others() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.w = torch.nn.Parameter(torch.full((2,), 0.5))
+
+    holder = Holder()
+    h = ic.fixed_point(lambda h, _: torch.tanh(holder.w * h) + 1, torch.zeros(2), None, gradient=ic.Neumann()).value
+    w, holder.w = holder.w, torch.nn.Parameter(torch.full((2,), 0.1))
+    with pytest.raises(RuntimeError, match="another parameter"):
+        torch.autograd.grad(h.sum(), w, create_graph=True)

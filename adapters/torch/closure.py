@@ -4,7 +4,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,16 +23,33 @@ ANOTHER = (
 )
 
 
-def hoist(f: Map, h: PyTree, z: PyTree) -> tuple[PyTree, Tensors]:
-    """F(h, z), and all the tensors beside h that it is a function of: the leaves of z, and what f closes over.
+class Hoisted(NamedTuple):
+    """One evaluation of F.
 
-    The latter are seen as arguments of PyTorch's functions in this one evaluation. Hidden from it is what compiled and
-    scripted code, or an ``autograd.Function``, holds by itself.
+    Attributes
+    ----------
+    value
+        F(h, z).
+    externals
+        All the tensors beside h that it is a function of: the leaves of z, and what f closes over.
+    leaves
+        Tells the leaves of autograd's graph that f made itself, as a layer within a layer does.
+    """
+
+    value: PyTree
+    externals: Tensors
+    leaves: Callable[[], list[Tensor]]
+
+
+def hoist(f: Map, h: PyTree, z: PyTree) -> Hoisted:
+    """Evaluate F, and see what it is a function of.
+
+    What f closes over is seen as it enters PyTorch's functions. Hidden is what compiled and scripted code holds.
     """
     with _Watch(tensors(h)) as watch:
         value = f(h, z)
     found = {id(x): x for x in tensors(z)} | watch.outside
-    return value, tuple(found.values())
+    return Hoisted(value, tuple(found.values()), watch.leaves)
 
 
 def pure(f: Map, structure: Any, z: PyTree, seen: Sequence[Tensor], externals: Sequence[Tensor]) -> OnLeaves:
@@ -141,6 +158,11 @@ class _Watch(TorchFunctionMode):
         for x in _nested(result):
             self._inside[id(x)] = weakref.ref(x)
         return result
+
+    def leaves(self) -> list[Tensor]:
+        """Tensors that came out of one, and require a gradient of their own."""
+        alive = [x for made in self._inside.values() if (x := made()) is not None]
+        return [x for x in alive if x.requires_grad and x.is_leaf]
 
 
 class _Replace(TorchFunctionMode):

@@ -1,13 +1,11 @@
 """The differentiable layer on tensors."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from implicit_core import checks
@@ -21,14 +19,12 @@ from implicit_core.solvers import Anderson
 
 from .callbacks import through_callbacks
 from .closure import Tensors, hoist, pure, tensors
+from .frontier import frontier
 from .function import PLAIN_FORWARD, Rule, attach, on_values, transforming
 from .precision import autocasted, full_precision
 from .problem import AutogradProblem, as_leaf, problem, vector_jacobian
 
 PyTree = Any
-Edge = tuple[Any, int]
-"""A node of autograd's graph, and which of its outputs."""
-
 RECOMPUTE = (
     "Unroll(recompute=True) frees a graph by torch.utils.checkpoint, which the transforms of torch.func don't support: "
     "take recompute=False there"
@@ -114,65 +110,22 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
     h_leaves, structure = BACKEND.flatten(h)
     h_in = tuple(as_leaf(x) for x in h_leaves)
     with torch.enable_grad():
-        value, seen = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z)
-    checks.like(BACKEND, "the result of f", value, h, "h0")
-    outputs = tuple(BACKEND.flatten(value)[0])
+        once = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z)
+    checks.like(BACKEND, "the result of f", once.value, h, "h0")
+    outputs = tuple(BACKEND.flatten(once.value)[0])
     if any(forward_ad.unpack_dual(x).tangent is not None for x in outputs):
         raise NotImplementedError(PLAIN_FORWARD)
-    frontier = _frontier(outputs, h_in, seen, tensors(z))
-    if frontier is None:
+    beginnings = frontier(once, outputs, h_in, tensors(z))
+    if beginnings is None:
         return h
-    externals, hidden = frontier
-
-    f = pure(problem.f, structure, z, seen, externals)
+    externals, hidden = beginnings
+    f = pure(problem.f, structure, z, once.externals, externals)
 
     def vjp_h(*v: Tensor) -> list[Tensor]:
         return vector_jacobian(outputs, h_in, list(v))
 
     rule = Rule(f, gradient, structure, problem.batch_ndim, vjp_h, hidden)
     return BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, externals)))
-
-
-def _frontier(
-    outputs: Sequence[Tensor], h_in: Sequence[Tensor], seen: Sequence[Tensor], z: Sequence[Tensor]
-) -> tuple[Tensors, bool] | None:
-    """Which of the tensors that F has seen its graph begins at, and whether it also begins where none was seen.
-
-    None if it begins at h alone.
-    """
-    edges = {_edge(x): x for x in seen if x.requires_grad}
-    own = {_edge(x) for x in h_in}
-    reached: list[Tensor] = []
-    hidden = opaque = False
-    for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], edges.keys() | own):
-        if edge in edges:
-            reached.append(edges[edge])
-        elif edge not in own and not any(parent for parent, _ in edge[0].next_functions):
-            hidden = True
-        # A reentrant checkpoint, for one, has parameters and no edge to them.
-        opaque = opaque or isinstance(edge[0], BackwardCFunction)
-    # What came out of an autograd.Function, or of scripted code, looks like a tensor from outside.
-    explicit = {id(x) for x in z}
-    doubtful = [x for x in reached if x.grad_fn is not None and id(x) not in explicit]
-    hidden = hidden or any(isinstance(x.grad_fn, BackwardCFunction) for x in doubtful)
-    hidden = hidden or not own.isdisjoint(_ancestors([_edge(x) for x in doubtful], own))
-    return (tuple(reached), hidden) if reached or hidden or opaque else None
-
-
-def _edge(x: Tensor) -> Edge:
-    return get_gradient_edge(x)[:2]
-
-
-def _ancestors(edges: list[Edge], stop: Set[Edge]) -> list[Edge]:
-    """``edges`` and all that they lead to, up to and with those in ``stop``."""
-    found, pending = set(edges), list(edges)
-    while pending:
-        edge = pending.pop()
-        if edge not in stop:
-            following = {parent for parent in edge[0].next_functions if parent[0] is not None} - found
-            found |= following
-            pending += following
-    return list(found)
 
 
 def _in_dual_level() -> bool:
@@ -191,7 +144,7 @@ def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, o
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     leaves, structure = BACKEND.flatten(h0)
     with torch.no_grad():
-        value, externals = hoist(problem.f, BACKEND.map(torch.clone, h0), z)
+        value, externals, _ = hoist(problem.f, BACKEND.map(torch.clone, h0), z)
     checks.like(BACKEND, "the result of f", value, h0, "h0")
     rule = Rule(pure(problem.f, structure, z, externals, externals), gradient, structure, problem.batch_ndim)
     n = len(leaves)
