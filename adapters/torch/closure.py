@@ -97,7 +97,7 @@ def _with_modules_as_they_are(f: Map, z: Sequence[Tensor], seen: Sequence[Tensor
     if all(isinstance(x, nn.Parameter) or id(x) in explicit for x in seen):
         return f
     call = _Call(f)
-    state = dict(call.named_parameters(remove_duplicate=False)) | dict(call.named_buffers(remove_duplicate=False))
+    state = dict(call.named_parameters()) | dict(call.named_buffers())
     return lambda h, z: functional_call(call, state, (h, z))
 
 

@@ -12,6 +12,7 @@ from implicit_core.estimators import Estimator, Unroll
 from implicit_core.solution import Stats
 from implicit_core.solvers import Anderson
 
+from .constant import constant_within_solve
 from .layer import fixed_point
 
 PyTree = Any
@@ -21,7 +22,8 @@ class ImplicitLayer(nn.Module):
     """A layer whose output h is the fixed point of its cell, ``h = cell(h, x)`` (Eq. 1 of the paper).
 
     Gradients reach x, the cell's parameters and whatever else the cell uses; in train mode and in eval mode alike, as
-    autograd's own state says. The layer adds nothing to the state dict: its entries are the cell's, under ``cell.``.
+    autograd's own state says. Normalized weights and the masks of :class:`VariationalDropout` stay the same through a
+    call and its backward. The layer adds nothing to the state dict: its entries are the cell's, under ``cell.``.
 
     Parameters
     ----------
@@ -112,7 +114,7 @@ class ImplicitLayer(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_not_sharded(self.cell)
         solution = fixed_point(
-            self.cell,
+            constant_within_solve(self.cell),
             self._start(x) if h0 is None else h0,
             x,
             solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,

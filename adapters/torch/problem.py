@@ -76,14 +76,13 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
 
         def jvp(dh: PyTree, dz: PyTree) -> PyTree:
             dz_leaves = BACKEND.flatten_with_none(dz)[0]
-            tangents = (
-                *BACKEND.flatten(dh)[0],
-                *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving),
-            )
-            n = len(h_leaves)
+            tangents = (*BACKEND.flatten(dh)[0], *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
             # Not forward_ad: an autograd.Function switches that off within its forward, where a solve may be running.
+            # And contiguous: forward mode refuses expanded tensors.
+            at = [x.contiguous() for x in (*h_leaves, *(z_leaves[i] for i in moving))]
+            n = len(h_leaves)
             tangent = torch.func.jvp(
-                lambda *at: call(at[:n], at[n:]), (*h_leaves, *(z_leaves[i] for i in moving)), tangents
+                lambda *at: call(at[:n], at[n:]), tuple(at), tuple(t.contiguous() for t in tangents)
             )[1]
             return BACKEND.unflatten(structures[0], list(tangent))
 

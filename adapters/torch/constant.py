@@ -1,0 +1,188 @@
+"""What must stay as it is while F is solved for: normalized weights and dropout masks."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from implicit_core import checks
+from implicit_core.backend import PyTree
+from implicit_core.problem import Map
+
+Masks = dict[tuple["VariationalDropout", tuple[int, ...]], Tensor]
+
+MAX_AXES = 64
+"""Of a tensor in PyTorch."""
+
+_masks: ContextVar[Masks | None] = ContextVar("masks", default=None)
+
+
+def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
+    """``cell`` as one function: its parametrized tensors and dropout masks are those of the first evaluation.
+
+    A parametrized weight (``weight_norm``, ``spectral_norm``, ``orthogonal`` and others of
+    :mod:`torch.nn.utils.parametrize`) is computed here, once, and every evaluation of the result finds it: those of the
+    solve, of the gradient estimator, and of a backward pass that recomputes. It carries its graph, so that gradients
+    reach what it was made from, and ``spectral_norm`` makes one power iteration however often F is evaluated. The masks
+    of :class:`VariationalDropout` are drawn at the first evaluation and kept alike. Call this anew for each solve, as
+    :class:`ImplicitLayer` does.
+
+    Parameters
+    ----------
+    cell
+        ``cell(h, z)``, a module or a function.
+    modules
+        Those that ``cell`` uses beside itself, or beside its submodules; all of them where it is a function. A
+        parametrized weight of a module that is not known here is computed at every evaluation.
+
+    Returns
+    -------
+    Callable
+        ``f(h, z)``; ``cell`` itself where it is a module that has nothing to hold.
+
+    Raises
+    ------
+    TypeError
+        If ``cell`` is not callable, or one of ``modules`` is not a module.
+
+    Notes
+    -----
+    Inside another such function, as where a cell holds an implicit layer, the masks are those of the outer one:
+    otherwise the outer F would differ from evaluation to evaluation. Weights normalized by the older
+    ``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm`` are recomputed by hooks, and not seen.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.utils.parametrizations import spectral_norm
+    >>> from implicit_core.adapters import torch as ict
+    >>> inner = spectral_norm(torch.nn.Linear(3, 3))
+    >>> dropout = ict.VariationalDropout(0.2)
+    >>> f = ict.constant_within_solve(lambda h, x: 0.9 * torch.tanh(dropout(inner(h)) + x), inner, dropout)
+    >>> h, x = torch.zeros(4, 3), torch.ones(4, 3)
+    >>> torch.equal(f(h, x), f(h, x))
+    True
+    >>> ict.fixed_point(f, h, x, batch_ndim=1).value.sum().backward()
+    >>> inner.parametrizations.weight.original.grad.shape
+    torch.Size([3, 3])
+    """
+    checks.function("cell", cell)
+    for module in modules:
+        checks.instance("each of modules", module, nn.Module, "torch.nn.Linear(3, 3)")
+    roots = (cell, *modules) if isinstance(cell, nn.Module) else modules
+    parts = list(dict.fromkeys(part for root in roots for part in root.modules()))
+    # Not parametrize.cached(): it is over when a backward pass evaluates F again, and a weight it first meets in the
+    # solve, of a module that nobody told it of, would be kept without a graph.
+    held = [(part, lambda value=value: value) for part, value in _parametrized(parts)]
+    if isinstance(cell, nn.Module) and not held and not any(isinstance(part, VariationalDropout) for part in parts):
+        return cell
+    outer = _masks.get()
+    masks: Masks = {} if outer is None else outer
+
+    def constant(h: PyTree, z: PyTree) -> PyTree:
+        before = [vars(part).get("forward") for part, _ in held]
+        token = _masks.set(masks)
+        try:
+            _set_forward(held)
+            return cell(h, z)
+        finally:
+            _masks.reset(token)
+            _set_forward((part, forward) for (part, _), forward in zip(held, before, strict=True))
+
+    return constant
+
+
+class VariationalDropout(nn.Module):
+    """Dropout whose mask is the same in every evaluation of F within one solve, and fresh in the next.
+
+    With :class:`torch.nn.Dropout` in a cell F differs from evaluation to evaluation, so that there is no fixed point
+    and no solver converges. Inside :func:`constant_within_solve`, which :class:`ImplicitLayer` uses, this one keeps a
+    mask for each shape it meets; elsewhere it draws one at every call. In eval mode it is the identity.
+
+    Parameters
+    ----------
+    p
+        Probability in [0, 1] of a number to be zeroed; the others are multiplied by 1 / (1 - p).
+    dims
+        Axes along which the mask is the same, as ``dims=(-2, -1)`` for whole feature maps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong kind; at the call, if the input has no such axis.
+
+    References
+    ----------
+    Y. Gal and Z. Ghahramani, A theoretically grounded application of dropout in recurrent neural networks, NIPS 2016;
+    in equilibrium models: S. Bai, J. Z. Kolter and V. Koltun, Deep equilibrium models, NeurIPS 2019.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from implicit_core.adapters import torch as ict
+    >>> dropout = ict.VariationalDropout(0.5, dims=(1,))
+    >>> sorted(set(dropout(torch.ones(64, 3)).sum(1).tolist()))
+    [0.0, 6.0]
+    >>> dropout.eval()(torch.ones(2))
+    tensor([1., 1.])
+    """
+
+    def __init__(self, p: float = 0.5, dims: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.p = checks.real("p", p, 0.0, 1.0)
+        if not isinstance(dims, Sequence):
+            raise TypeError(f"dims must be a sequence of axes, such as (-2, -1), got {dims!r}")
+        self.dims = tuple(checks.integer("each of dims", dim, -MAX_AXES) for dim in dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` times the mask, of the shape of ``x``."""
+        if not self.training or self.p == 0.0:
+            return x
+        masks = _masks.get()
+        if masks is None:
+            return x * self._draw(x)
+        key = self, tuple(x.shape)
+        if key not in masks:
+            masks[key] = self._draw(x)
+        return x * masks[key].to(dtype=x.dtype, device=x.device)
+
+    def _draw(self, x: Tensor) -> Tensor:
+        shape = list(x.shape)
+        for dim in self.dims:
+            if not -x.ndim <= dim < x.ndim:
+                raise ValueError(f"dims={self.dims} needs an axis {dim}, which an input of shape {(*x.shape,)} lacks")
+            shape[dim] = 1
+        keep = 1.0 - self.p
+        with torch.inference_mode(False):  # a mask may be saved for a pullback that a solver asks for
+            mask = torch.bernoulli(torch.full(shape, keep, dtype=x.dtype, device=x.device))
+            return mask / keep if keep else mask
+
+    def extra_repr(self) -> str:
+        """Settings, as they were given."""
+        return f"p={self.p}, dims={self.dims}" if self.dims else f"p={self.p}"
+
+
+def _parametrized(parts: Sequence[nn.Module]) -> list[tuple[ParametrizationList, Tensor]]:
+    """The parametrized tensors of modules, under the caller's grad mode, and what computes them."""
+    if not any(isinstance(part, ParametrizationList) for part in parts):
+        return []
+    grad = torch.is_grad_enabled()
+    found = []
+    # A tensor of inference mode could not be saved for a pullback that a solver asks for.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        for owner in parts:
+            lists = getattr(owner, "parametrizations", None)
+            if isinstance(lists, nn.ModuleDict):
+                found += [(x, getattr(owner, name)) for name, x in lists.items() if isinstance(x, ParametrizationList)]
+    return found
+
+
+def _set_forward(functions: Iterable[tuple[ParametrizationList, Callable[[], Tensor] | None]]) -> None:
+    """Let these answer for their parametrizations; None, the parametrizations themselves."""
+    for part, forward in functions:
+        if forward is None:
+            vars(part).pop("forward", None)
+        else:
+            vars(part)["forward"] = forward

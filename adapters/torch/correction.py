@@ -1,0 +1,175 @@
+"""Fixed-point correction: losses on states that a solve passes through."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from implicit_core import checks
+from implicit_core.backend import PyTree
+from implicit_core.estimators import Estimator, Unroll
+from implicit_core.problem import Map, Problem
+from implicit_core.solution import Solution
+from implicit_core.solvers import Anderson, Solver
+from implicit_core.solvers.base import Point
+from implicit_core.space import State
+from implicit_core.system import System
+
+from .layer import fixed_point
+
+
+class Trajectory(NamedTuple):
+    """A solution, and states that its solve passed through, all of them differentiable.
+
+    Attributes
+    ----------
+    solution
+        As :func:`fixed_point` returns it.
+    states
+        The estimator's value at each requested step that the solve passed, by that step; in ascending order.
+    """
+
+    solution: Solution
+    states: dict[int, PyTree]
+
+    def loss(self, criterion: Callable[[PyTree], Tensor], gamma: float = 0.8) -> Tensor:
+        r"""The weighted loss :math:`\sum_{i=1}^n γ^{n-i} \ell(h_i)` over the n - 1 states and the solution, in order.
+
+        Parameters
+        ----------
+        criterion
+            The loss of one state, shaped as h0.
+        gamma
+            γ in [0, 1]: what an earlier state counts beside the next.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is of a wrong kind.
+        """
+        checks.function("criterion", criterion)
+        gamma = checks.real("gamma", gamma, 0.0, 1.0)
+        total = criterion(self.solution.value)
+        for age, state in enumerate(reversed(self.states.values()), start=1):
+            total = total + gamma**age * criterion(state)
+        return total
+
+
+def fixed_point_correction(
+    f: Problem | Map,
+    h0: PyTree,
+    z: PyTree,
+    *,
+    at: Sequence[int],
+    solver: Solver = Anderson(),
+    gradient: Estimator = Unroll(k=5, lam=0.5),
+    batch_ndim: int | None = None,
+    throw: bool = False,
+    trace: bool = False,
+) -> Trajectory:
+    """:func:`fixed_point`, and beside its solution the states that the solve passed through ``at`` some steps.
+
+    The gradient estimator sets in at each of these states as it does at the solution, so that losses on them train z
+    and all that f closes over. They pull the whole path of the solver towards the target, which makes later solves
+    shorter and steadier. The solve is the one :func:`fixed_point` makes; each state costs one more evaluation of F and
+    the estimator's value.
+
+    Parameters
+    ----------
+    f, h0, z, gradient, batch_ndim, throw, trace
+        As for :func:`fixed_point`.
+    at
+        Steps, at least 1 and ascending: ``at=(2, 5)`` takes h_2 and h_5, counted from h_0 = h0; h_i is where the solver
+        evaluates F after i steps. A step at or behind which the whole batch was finished yields no state. A sample that
+        was finished earlier than the others stays where it was.
+    solver
+        A :class:`Solver`. A callable's steps can't be seen.
+
+    Returns
+    -------
+    Trajectory
+        The solution, the states, and a method for their weighted loss.
+
+    Raises
+    ------
+    SolveError
+        With ``throw``, if a sample did not converge.
+    TypeError, ValueError
+        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device; for an estimator that
+        makes no solve.
+
+    References
+    ----------
+    S. Bai, Z. Geng, Y. Savani and J. Z. Kolter, Deep equilibrium optical flow estimation, CVPR 2022.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import implicit_core as ic
+    >>> from implicit_core.adapters import torch as ict
+    >>> cell = torch.nn.Linear(3, 3)
+    >>> x, target = torch.ones(4, 3), torch.zeros(4, 3)
+    >>> trajectory = ict.fixed_point_correction(
+    ...     lambda h, z: torch.tanh(0.3 * cell(h) + z), torch.zeros(4, 3), x, at=(1, 2), batch_ndim=1
+    ... )
+    >>> list(trajectory.states)
+    [1, 2]
+    >>> trajectory.loss(lambda h: (h - target).square().mean()).backward()
+    >>> cell.weight.grad.shape
+    torch.Size([3, 3])
+    """
+    steps = _ascending(at)
+    checks.instance("solver", solver, Solver, "Anderson(), whose steps can be seen")
+    checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    if gradient.starts_from_h0:
+        raise ValueError(f"gradient={gradient!r} makes no solve, and so has no states to correct")
+    points: dict[int, PyTree] = {}
+    observed = _Observed(solver=solver, steps=frozenset(steps), points=points)
+    solution = fixed_point(
+        f, h0, z, solver=observed, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
+    )
+    states = {
+        step: fixed_point(f, h, z, solver=_stay, gradient=gradient, batch_ndim=batch_ndim).value
+        for step, h in points.items()
+    }
+    return Trajectory(solution, states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observed(Solver):
+    """A solver whose points at some steps are kept, unless the solve ends there."""
+
+    solver: Solver
+    steps: frozenset[int]
+    points: dict[int, PyTree]
+
+    def __post_init__(self) -> None:
+        settings = ("rtol", "atol", "max_steps", "check_every", "keeps_best", "uses_jacobian", "retries_nonfinite")
+        for name in settings:
+            object.__setattr__(self, name, getattr(self.solver, name))
+
+    @property
+    def absolute_tolerance(self) -> float:
+        return self.solver.absolute_tolerance
+
+    def init(self, system: System, x: State) -> Any:
+        return self.solver.init(system, x)
+
+    def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
+        if point.index in self.steps:
+            self.points[point.index] = system.space.unpack(point.x)
+        return self.solver.step(system, memory, point)
+
+
+def _stay(_problem: Problem, h0: PyTree, _z: PyTree) -> PyTree:
+    return h0
+
+
+def _ascending(at: Any) -> list[int]:
+    if not isinstance(at, Sequence) or isinstance(at, str):
+        raise TypeError(f"at must be a sequence of integers, such as (2, 5), got {at!r} of type {type(at).__name__}")
+    steps = [checks.integer("each step of at", step, 1) for step in at]
+    if not steps or sorted(set(steps)) != steps:
+        raise ValueError(f"at must hold at least one step, in ascending order and each once, got {at!r}")
+    return steps
