@@ -33,7 +33,7 @@ def test_what_users_call_has_an_example(name: str) -> None:
     assert ">>> " in getattr(implicit_core, name).__doc__
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/pytorch.md"])
 def test_blocks_of_python_in_pages(page: str) -> None:
     """In order, and in one namespace, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

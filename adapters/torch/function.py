@@ -119,10 +119,11 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Any, ...]:
         rule = ctx.rule
-        h, outputs, externals = ([None] * len(part) for part in rule.split(ctx.needs_input_grad[1:]))
+        nothing: list[list[Any]] = [[None] * len(part) for part in rule.split(ctx.needs_input_grad[1:])]
+        h, outputs, externals = nothing
         with full_precision(v[0]):
             if rule.vjp_h is not None and not torch.is_grad_enabled() and not transforming():
-                outputs = rule.inverse(rule.vjp_h, v)
+                outputs = list(rule.inverse(rule.vjp_h, v))
             else:
                 externals = _cotangents(rule, ctx.saved_tensors, v)
         return None, *h, *outputs, *externals

@@ -72,8 +72,10 @@ def fixed_point(
     torch.Size([2])
     """
     if torch.compiler.is_compiling():  # the solve's loop depends on data: one graph break here instead of many below
-        eager = torch.compiler.disable(fixed_point)
-        return eager(f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace)
+        solution: Solution = torch.compiler.disable(fixed_point)(
+            f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
+        )
+        return solution
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
     options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
     given = as_problem(f, batch_ndim)
