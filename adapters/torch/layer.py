@@ -22,7 +22,7 @@ from .closure import Tensors, hoist, pure, tensors
 from .frontier import frontier
 from .function import PLAIN_FORWARD, Rule, attach, on_values, transforming
 from .precision import autocasted, full_precision
-from .problem import AutogradProblem, as_leaf, problem, vector_jacobian
+from .problem import AutogradProblem, as_leaf, edges, problem, vector_jacobian
 
 PyTree = Any
 RECOMPUTE = (
@@ -121,10 +121,10 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
     if beginnings is None:
         return h
     externals, hidden = beginnings
-    f = pure(problem.f, structure, z, once.externals, externals)
+    f, ends = pure(problem.f, structure, z, once.externals, externals), edges(outputs)
 
     def vjp_h(*v: Tensor) -> list[Tensor]:
-        return vector_jacobian(outputs, h_in, list(v))
+        return vector_jacobian(ends, h_in, v)
 
     rule = Rule(f, gradient, structure, problem.batch_ndim, vjp_h, hidden)
     return BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, externals)))

@@ -1,9 +1,11 @@
 """A :class:`Problem` whose derivatives autograd gives."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Linearization, Map, Problem
@@ -62,9 +64,11 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
             h_in = tuple(as_leaf(x) for x in h_leaves)
             z_in = tuple(as_leaf(z_leaves[i]) for i in moving)
             outputs = call(h_in, z_in)
+        value = [out.detach() for out in outputs]
+        ends = edges(outputs)
 
         def pull(v: PyTree, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            return vector_jacobian(outputs, inputs, BACKEND.flatten(v)[0])
+            return vector_jacobian(ends, inputs, BACKEND.flatten(v)[0])
 
         def as_z(grads: list[Tensor]) -> PyTree:
             by_leaf = dict(zip(moving, grads, strict=True))
@@ -87,7 +91,7 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
             return BACKEND.unflatten(structures[0], list(tangent))
 
         return Linearization(
-            BACKEND.unflatten(structures[0], [leaf.detach() for leaf in outputs]),
+            BACKEND.unflatten(structures[0], value),
             vjp_h=lambda v: BACKEND.unflatten(h_structure, pull(v, h_in)),
             vjp_z=lambda v: as_z(pull(v, z_in)),
             vjp=vjp,
@@ -97,14 +101,21 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
     return AutogradProblem(f, linearize=linearize, batch_ndim=batch_ndim)
 
 
-def vector_jacobian(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], v: list[Tensor]) -> list[Tensor]:
+def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Where the graphs of ``outputs`` end, without the outputs; None for one without a graph."""
+    return [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
+
+
+def vector_jacobian(
+    outputs: Sequence[GradientEdge | None], inputs: Sequence[Tensor], v: Sequence[Tensor]
+) -> list[Tensor]:
     """``v`` pulled back along the graph from ``outputs`` to ``inputs``, which is kept."""
-    pairs = [(out, cotangent) for out, cotangent in zip(outputs, v, strict=True) if out.requires_grad]
+    pairs = [(edge, cotangent) for edge, cotangent in zip(outputs, v, strict=True) if edge is not None]
     if not pairs or not inputs:
         return [torch.zeros_like(leaf) for leaf in inputs]
     return list(
         torch.autograd.grad(
-            [out for out, _ in pairs],
+            [edge for edge, _ in pairs],
             inputs,
             [cotangent for _, cotangent in pairs],
             retain_graph=True,

@@ -1,0 +1,408 @@
+"""Time and memory of one training step of a convolution block in PyTorch on the CPU, beside TorchDEQ's.
+
+Every row solves the same cell with the same weights from the same start by the same number of steps, then takes the
+gradient of one loss with respect to the input and all parameters. README.md tells how to read the table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+from memory import LiveTensors
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import implicit_core as ic
+
+WIDTH = 80
+MB = 1e6
+LAM = 0.5
+GAIN = 2.0
+"""Of the second convolution: 20 steps of plain iteration reach a relative residual of 2e-4."""
+SOLVERS = {
+    "fixed-point": (ic.FixedPointIteration, "fixed_point_iter"),
+    "anderson": (ic.Anderson, "anderson"),
+}
+LEGEND = """\
+F      evaluations of F in the forward pass + in the backward pass
+VJP    pullbacks through F
+ms     time of a step: median, and quartiles
+/ F    that over the time of as many bare evaluations of F, without a graph
+held   MB of tensors that wait for the backward pass
+peak   MB of tensors alive at once, at most
+RSS    MB of resident memory that a step needs beyond one bare F"""
+
+
+class Block(nn.Module):
+    """Convolution, group normalization, ReLU and convolution; x is injected before the normalization."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(min(4, channels), channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.normal_(self.second.weight, std=GAIN / (3 * channels**0.5))
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """F(h, x), all of them (batch, channels, height, width)."""
+        return self.second(torch.relu(self.norm(self.first(h) + x)))
+
+
+Cell = Callable[[Tensor, Tensor], Tensor]
+Layer = Callable[[Cell, Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """What was measured of one way to take the gradient; times in seconds, memory in bytes."""
+
+    name: str
+    forward_evaluations: int
+    backward_evaluations: int
+    vjps: int
+    held: int
+    peak: int
+    rss: int | None = None
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+
+def ours(gradient: ic.Estimator, solver: ic.Solver) -> Layer:
+    """A layer of this library."""
+
+    def layer(cell: Cell, x: Tensor) -> Tensor:
+        h0 = torch.zeros_like(x)
+        return ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1).value
+
+    return layer
+
+
+def torchdeqs(solver: str, steps: int, **gradient: Any) -> Layer:
+    """A layer of TorchDEQ, whose backward solve is plain iteration."""
+    import torchdeq
+
+    deq = torchdeq.get_deq(f_solver=solver, f_max_iter=steps, f_tol=0.0, b_max_iter=steps, b_tol=0.0, **gradient)
+
+    def layer(cell: Cell, x: Tensor) -> Tensor:
+        return deq(lambda h: cell(h, x), torch.zeros_like(x))[0][-1]
+
+    return layer
+
+
+def layers(solver: str, steps: int, k: int) -> dict[str, Layer]:
+    """The rows: what to call them, and how they are computed."""
+    make, theirs = SOLVERS[solver]
+    forced = make(rtol=0.0, atol=0.0, max_steps=steps)
+    richardson = ic.Richardson(rtol=0.0, max_steps=steps)
+    rows = {
+        "Implicit(GMRES)": ours(ic.Implicit(ic.GMRES(rtol=1e-4)), forced),
+        "Implicit(Richardson)": ours(ic.Implicit(richardson, on_failure="warn"), forced),
+        f"Unroll({k})": ours(ic.Unroll(k, LAM), forced),
+        f"Unroll({k}, recompute)": ours(ic.Unroll(k, LAM, recompute=True), forced),
+        f"Neumann({k})": ours(ic.Neumann(k, LAM), forced),
+        "OneStep": ours(ic.OneStep(), forced),
+        f"BPTT({steps})": ours(ic.BPTT(steps), forced),
+    }
+    try:
+        rows["TorchDEQ IFT"] = torchdeqs(theirs, steps, ift=True)
+        rows["TorchDEQ IFT (hook)"] = torchdeqs(theirs, steps, hook_ift=True)
+        rows[f"TorchDEQ UPG({k})"] = torchdeqs(theirs, steps, grad=k, tau=LAM)
+    except ModuleNotFoundError:
+        pass
+    return rows
+
+
+def loss(h: Tensor) -> Tensor:
+    """A loss with a gradient everywhere."""
+    return h.square().mean()
+
+
+def build(options: argparse.Namespace) -> tuple[Block, Tensor]:
+    """The cell and an input, the same in every process."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    shape = (options.batch, options.channels, options.size, options.size)
+    return Block(options.channels), torch.randn(shape).requires_grad_()
+
+
+def step(layer: Layer, cell: Block, x: Tensor) -> None:
+    """Forward, loss and backward."""
+    for leaf in (x, *cell.parameters()):
+        leaf.grad = None
+    loss(layer(cell, x)).backward()
+
+
+def bare(cell: Block, x: Tensor, steps: int) -> float:
+    """Seconds for one evaluation of F without a graph."""
+    h = torch.zeros_like(x)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            h = cell(h, x)
+    return (time.perf_counter() - begin) / steps
+
+
+def count(name: str, layer: Layer, cell: Block, x: Tensor) -> Row:
+    """A row without times: one step, its evaluations, pullbacks and bytes counted."""
+    evaluations = vjps = 0
+
+    def pulled(_: Tensor) -> None:
+        nonlocal vjps
+        vjps += 1
+
+    def counted(h: Tensor, x: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        value = cell(h, x)
+        if value.requires_grad:
+            value.register_hook(pulled)
+        return value
+
+    with LiveTensors() as live:
+        h = layer(counted, x)
+        forward, held = evaluations, live.bytes
+        loss(h).backward()
+    return Row(name, forward, evaluations - forward, vjps, held, live.peak)
+
+
+def grown(options: argparse.Namespace) -> int | None:
+    """Bytes by which the resident memory of this process grows in the first step of ``options.only``, at most."""
+    cell, x = build(options)
+    layer = layers(options.solver, options.steps, options.k)[options.only]
+    bare(cell, x, 1)
+    before = high_water()
+    step(layer, cell, x)
+    after = high_water()
+    return None if before is None or after is None else after - before
+
+
+def high_water() -> int | None:
+    """Most resident bytes of this process so far, where the system tells.
+
+    ``getrusage`` will not do: a child begins with its parent's.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
+    return found[0] if found else None
+
+
+def grown_elsewhere(name: str, arguments: Sequence[str]) -> int | None:
+    """``grown`` in a fresh process."""
+    command = [sys.executable, __file__, *arguments, "--only", name]
+    # glibc then gives the memory of every tensor back at once, and two runs agree to 0.2 %.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    result: int | None = json.loads(done.stdout)
+    return result
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> list[Row]:
+    """All rows; repetitions are interleaved, and each is divided by the bare evaluations measured in its turn."""
+    cell, x = build(options)
+    variants = layers(options.solver, options.steps, options.k)
+    columns = TextColumn("{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(variants) * (options.repetitions + 1 + options.rss))
+
+        def announce(name: str) -> None:
+            progress.update(task, description=name, advance=1)
+
+        rows = {}
+        for name, layer in variants.items():
+            announce(name)
+            rows[name] = count(name, layer, cell, x)
+            if options.rss:
+                announce(name)
+                rows[name].rss = grown_elsewhere(name, arguments)
+        for _ in range(options.repetitions):
+            for name, layer in variants.items():
+                announce(name)
+                unit = bare(cell, x, options.steps)
+                begin = time.perf_counter()
+                step(layer, cell, x)
+                taken = time.perf_counter() - begin
+                evaluations = rows[name].forward_evaluations + rows[name].backward_evaluations
+                rows[name].times.append(taken)
+                rows[name].ratios.append(taken / (evaluations * unit))
+    return list(rows.values())
+
+
+HEAD = ("gradient", "F", "VJP", "ms", "quartiles", "/ F", "quartiles", "held", "peak", "RSS")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text."""
+    low, middle, high = quartiles(row.times)
+    digits = 0 if middle >= 0.1 else 1
+    ratio_low, ratio, ratio_high = quartiles(row.ratios)
+    return (
+        row.name,
+        f"{row.forward_evaluations}+{row.backward_evaluations}",
+        str(row.vjps),
+        f"{1e3 * middle:.{digits}f}",
+        f"{1e3 * low:.{digits}f}-{1e3 * high:.{digits}f}",
+        f"{ratio:.2f}",
+        f"{ratio_low:.2f}-{ratio_high:.2f}",
+        f"{row.held / MB:.1f}",
+        f"{row.peak / MB:.1f}",
+        "-" if row.rss is None else f"{row.rss / MB:.0f}",
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The three quartiles; of one value, that value."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, middle, high
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """What a number of this run means nothing without."""
+    versions = {}
+    for package in ("implicit-core", "torch", "torchdeq"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "-"
+    names = ("batch", "channels", "size", "solver", "steps", "k", "repetitions", "threads", "seed")
+    return {
+        "settings": {name: getattr(options, name) for name in names} | {"lam": LAM, "dtype": "float32"},
+        "versions": {"python": platform.python_version()} | versions,
+        "machine": {"cpu": cpu(), "system": f"{platform.system()} {platform.machine()}"},
+    }
+
+
+def cpu() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def title(found: dict[str, Any]) -> list[str]:
+    """The facts in lines."""
+    s, v = found["settings"], found["versions"]
+    return [
+        f"batch {s['batch']}, {s['channels']} channels, {s['size']} x {s['size']}, float32; lambda = {s['lam']}",
+        f"{s['steps']} forced steps of {s['solver']}; {s['repetitions']} repetitions",
+        f"{found['machine']['cpu']}, threads: {s['threads']}",
+        f"implicit_core {v['implicit-core']}, torch {v['torch']}, TorchDEQ {v['torchdeq']}",
+    ]
+
+
+def show(console: Console, rows: Sequence[Row], found: dict[str, Any]) -> None:
+    """Print the table with its legend."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in HEAD:
+        table.add_column(name, justify="left" if name == "gradient" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    for line in title(found):
+        console.print(line, highlight=False)
+    console.print(table)
+    console.print(LEGEND, style="dim", highlight=False)
+
+
+def markdown(rows: Sequence[Row], found: dict[str, Any]) -> str:
+    """The table as a page."""
+    lines = [
+        *(f"{line}  " for line in title(found)),
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|---" + "|--:" * (len(HEAD) - 1) + "|",
+    ]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    return "\n".join([*lines, "", "```", LEGEND, "```", ""])
+
+
+def save(path: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
+    """Write a page, or all that was measured as JSON, as the suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        path.write_text(markdown(rows, found))
+    else:
+        path.write_text(json.dumps(found | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def output(text: str) -> Path:
+    """A path whose suffix names a format, for argparse."""
+    path = Path(text)
+    if path.suffix not in (".json", ".md"):
+        raise argparse.ArgumentTypeError(f"must end in .json or .md, got {text}")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = options.add_argument
+    add("--batch", type=positive, default=32, help="samples")
+    add("--channels", type=positive, default=32, help="channels of input and state")
+    add("--size", type=positive, default=32, help="height and width")
+    add("--solver", choices=SOLVERS, default="fixed-point", help="of the forward pass, in both libraries")
+    add("--steps", type=positive, default=20, help="evaluations of F in every solve; TorchDEQ's and Richardson's VJPs")
+    add("--k", type=positive, default=5, help="terms and steps of the phantom gradients")
+    add("--repetitions", type=positive, default=5, help="timed steps of each row")
+    add("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
+    add("--seed", type=int, default=0, help="of weights and input")
+    add("--rss", action=argparse.BooleanOptionalAction, default=True, help="measure RSS, in a process for each row")
+    add("--output", type=output, action="append", default=[], help="save as .json or .md; may be given again")
+    add("--only", help=argparse.SUPPRESS)  # what a process for one row is told
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code.
+
+    Parameters
+    ----------
+    arguments
+        Those of the command line if None.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    console = Console(width=WIDTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ic.InexactGradientWarning)  # Richardson's steps are forced, not to a tolerance
+        if options.only:
+            print(json.dumps(grown(options)))
+            return 0
+        rows = measure(options, arguments, console)
+    found = facts(options)
+    show(console, rows, found)
+    for path in options.output:
+        save(path, rows, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

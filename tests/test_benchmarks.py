@@ -1,0 +1,58 @@
+"""The benchmarks run, and what they count is right; their times are nobody's promise."""
+
+import doctest
+import json
+from pathlib import Path
+
+import memory
+import pytest
+import torch_step
+
+TINY = ["--batch", "2", "--channels", "4", "--size", "6", "--steps", "7", "--k", "3", "--threads", "1"]
+COUNTS = {
+    "Implicit(Richardson)": (8, 0, 8),
+    "Unroll(3)": (10, 0, 3),
+    "Unroll(3, recompute)": (10, 3, 3),
+    "Neumann(3)": (8, 0, 3),
+    "OneStep": (8, 0, 1),
+    "BPTT(7)": (8, 0, 7),
+    "TorchDEQ IFT": (8, 1, 8),
+    "TorchDEQ IFT (hook)": (8, 0, 8),
+    "TorchDEQ UPG(3)": (10, 0, 3),
+}
+
+
+def test_the_table_of_a_training_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "step.json", tmp_path / "step.md"]
+    saved = [argument for file in files for argument in ("--output", str(file))]
+    assert torch_step.main([*TINY, "--repetitions", "2", "--no-rss", *saved]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    record = json.loads(files[0].read_text())
+    assert record["settings"]["steps"] == 7
+    rows = {row["name"]: row for row in record["rows"]}
+    for name, counts in COUNTS.items():
+        assert name in printed
+        assert f"| {name} |" in files[1].read_text()
+        found = rows[name]["forward_evaluations"], rows[name]["backward_evaluations"], rows[name]["vjps"]
+        assert found == counts, name
+        assert len(rows[name]["times"]) == len(rows[name]["ratios"]) == 2
+    assert rows["OneStep"]["held"] == rows["Neumann(3)"]["held"] < rows["Unroll(3)"]["held"] < rows["BPTT(7)"]["held"]
+
+
+def test_resident_memory_is_that_of_a_process_of_its_own() -> None:
+    grown = torch_step.grown_elsewhere("OneStep", TINY)
+    assert grown is None if torch_step.high_water() is None else grown > 0
+
+
+@pytest.mark.parametrize("arguments", [["--output", "table.txt"], ["--steps", "0"], ["--solver", "newton"]])
+def test_wrong_arguments_are_told_before_anything_runs(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        torch_step.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_live_tensors() -> None:
+    assert doctest.testmod(memory) == (0, 4)
