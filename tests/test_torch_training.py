@@ -42,6 +42,13 @@ class Cell(nn.Module):
         return torch.tanh(self.linear(h) + x)
 
 
+class EndsInALinear(Cell):
+    """Under autocast it returns half precision."""
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(h + x))
+
+
 class Model(nn.Module):
     def __init__(self, gradient: ic.Estimator, cell: Any = None, **options: Any) -> None:
         super().__init__()
@@ -74,19 +81,19 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_autocast(estimator: ic.Estimator, dtype: torch.dtype) -> None:
     """F in half precision, in the solve, in its graph and where the backward calls it again; the state in float32."""
-    net = model(estimator, solver=ic.Anderson(rtol=1e-2))
-    seen = set()
+    net = model(estimator, cell=EndsInALinear(), solver=ic.Anderson(rtol=1e-2))
+    states, seen = set(), set()
 
     def spy(module: nn.Module, args: Any, output: Tensor) -> None:
         seen.add(output.dtype)
 
     net.layer.cell.linear.register_forward_hook(spy)
+    net.layer.register_forward_hook(lambda module, args, output: states.add((args[0].dtype, output.dtype)))
     expected = gradients(copy.deepcopy(net), inputs())
     seen.clear()
     with torch.autocast("cpu", dtype=dtype):
         output = net(inputs())
-        h = net.layer(torch.zeros(2, 8))
-    assert h.dtype == torch.float32
+    assert states == {(torch.float32, torch.float32), (dtype, torch.float32)}
     assert output.dtype == dtype
     assert seen == {dtype}
     output.float().square().sum().backward()

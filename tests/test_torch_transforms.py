@@ -1,5 +1,6 @@
 """Second derivatives, and every transform of ``torch.func``, through the PyTorch layer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,16 @@ def loss(fixed_point: Layer) -> Layer:
     return lambda w, x: (fixed_point(w, x) ** 3).sum()
 
 
+def mapped_pullback(f: Layer) -> Layer:
+    def jacobian(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        y = f(w, x)
+        basis = torch.eye(y.numel(), dtype=y.dtype).reshape(-1, *y.shape)
+        return func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(basis)
+
+    return jacobian
+
+
 TRANSFORMS: dict[str, Callable[[Layer], Layer]] = {
     "grad": lambda f: func.grad(loss(f), (0, 1)),
     "jacrev": lambda f: func.jacrev(f, (0, 1)),
@@ -67,6 +78,7 @@ TRANSFORMS: dict[str, Callable[[Layer], Layer]] = {
     "vmap(vmap)": lambda f: lambda w, x: func.vmap(func.vmap(f, (None, 0)), (0, None))(torch.stack([w, -w]), x),
     "vmap(grad)": lambda f: func.vmap(func.grad(loss(f), (0, 1)), (None, 0)),
     "grad(vmap)": lambda f: func.grad(lambda w, x: (func.vmap(f, (None, 0))(w, x) ** 3).sum(), (0, 1)),
+    "vmap of plain autograd": mapped_pullback,
     "vmap(hessian)": lambda f: func.vmap(func.hessian(loss(f), (0, 1)), (None, 0)),
     "jvp(vmap)": lambda f: lambda w, x: func.jvp(func.vmap(f, (None, 0)), (w, x), (w, x))[1],
 }
@@ -393,6 +405,77 @@ def test_integer_tensors_can_be_mapped_over() -> None:
     torch.testing.assert_close(mapped, torch.stack([run(i, table) for i in index]), atol=1e-12, rtol=0)
 
 
+def unpacked(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    a, b = h
+    u, v = w
+    return torch.stack((torch.tanh(0.5 * a * u), 0.3 * torch.sin(b + v) + 0.1 * a))
+
+
+def in_place(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = h.clone()
+    y *= 0.3
+    y[0] += w[0] ** 2
+    return torch.tanh(y + w)
+
+
+SPELLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "lists": lambda h, w: torch.cat(
+        [torch.tanh(0.5 * h[:1] * w[:1]), 0.5 * torch.sin(torch.cat((w[1:], h[1:])).sum(0, True))]
+    ),
+    "keywords": lambda h, w: torch.tanh(torch.add(input=0.3 * h, other=w, alpha=2)),
+    "operands": lambda h, w: torch.tanh(torch.einsum("i,i,j->j", h, w, w)) * 0.3,
+    "unpacking": unpacked,
+    "in place": in_place,
+    "w itself": lambda h, w: w,
+    "constant parts": lambda h, w: 0.3 * h.detach() * w + torch.no_grad()(torch.sin)(w),
+}
+
+
+@pytest.mark.parametrize("way", ["create_graph", "hessian"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_second_derivatives_however_f_is_written(name: str, way: str) -> None:
+    f = SPELLINGS[name]
+
+    def solved(w: torch.Tensor) -> torch.Tensor:
+        start = torch.zeros_like(w)
+        h = ic.fixed_point(lambda h, _: f(h, w), start, None, solver=SOLVER, gradient=EXACT).value
+        return (h**3).sum()
+
+    def looped(w: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros_like(w)
+        for _ in range(100):
+            h = f(h, w)
+        return (h**3).sum()
+
+    w = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    if way == "hessian":
+        torch.testing.assert_close(func.hessian(solved)(w), func.hessian(looped)(w), atol=1e-9, rtol=0)
+    else:
+        w.requires_grad_()
+        results = []
+        for root in (solved, looped):
+            first = torch.autograd.grad(root(w), w, create_graph=True)[0]
+            results.append(torch.autograd.grad((first**2).sum(), w)[0])
+        torch.testing.assert_close(*results, atol=1e-9, rtol=0)
+
+
+def test_what_an_autograd_function_made_must_be_in_z_for_a_second_derivative() -> None:
+    """By its looks it may have been made within f."""
+    w = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    made = Scaled.apply(torch.zeros_like(w), w)
+
+    def gradient(f: Any, z: Any, create_graph: bool) -> torch.Tensor:
+        h = ic.fixed_point(f, torch.zeros(2).double(), z, solver=SOLVER, gradient=EXACT).value
+        return torch.autograd.grad((h**2).sum(), w, create_graph=create_graph, retain_graph=True)[0]
+
+    def closed(h: torch.Tensor, _: Any) -> torch.Tensor:
+        return 0.5 * torch.sin(h) + made
+
+    torch.testing.assert_close(gradient(closed, None, False), gradient(plain, made, True).detach())
+    with pytest.raises(NotImplementedError, match="pass them in z"):
+        gradient(closed, None, True)
+
+
 @pytest.mark.parametrize("way", ["create_graph", "hessian"])
 def test_second_derivatives_of_a_layer_within_a_layer(way: str) -> None:
     a = torch.tensor([0.5, 0.3], dtype=torch.float64, requires_grad=True)
@@ -423,11 +506,34 @@ def test_second_derivatives_of_a_layer_within_a_layer(way: str) -> None:
     assert difference(*results) < 1e-9
 
 
-def test_a_cell_replaced_by_functional_call_in_second_order() -> None:
+class Affine:
+    """Holds a module, and is none."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        self.inner = [inner]
+
+    def method(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner[0](h) + x)
+
+
+HOLDERS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "closure": lambda cell: lambda h, x: torch.tanh(cell(h) + x),
+    "list": lambda cell: (lambda cells: lambda h, x: torch.tanh(cells[0](h) + x))([cell]),
+    "dict": lambda cell: (lambda cells: lambda h, x: torch.tanh(cells["a"](h) + x))({"a": (cell,)[0]}),
+    "partial": lambda cell: functools.partial(lambda cell, h, x: torch.tanh(cell(h) + x), cell),
+    "method": lambda cell: Affine(cell).method,
+    "module and its part": lambda cell: (lambda both: lambda h, x: torch.tanh(both[0](h) + 0 * cell(h) + x))(
+        torch.nn.ModuleList([cell])
+    ),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_cell_replaced_by_functional_call_in_second_order(holder: str) -> None:
     """As in meta-learning: after the call the module has its own parameters again, which must not be used."""
     _, x = data()
     cell = torch.nn.Linear(3, 3).double()
-    layer = ict.ImplicitLayer(lambda h, x: torch.tanh(cell(h) + x), solver=SOLVER, gradient=EXACT)
+    layer = ict.ImplicitLayer(HOLDERS[holder](cell), solver=SOLVER, gradient=EXACT)
     layer.inner = cell
     fast = {"inner.weight": data()[0].requires_grad_(), "inner.bias": torch.zeros(3).double().requires_grad_()}
 

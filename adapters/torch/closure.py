@@ -3,7 +3,7 @@
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ def hoist(f: Map, h: PyTree, z: PyTree) -> Hoisted:
     """
     with _Watch(tensors(h)) as watch:
         value = f(h, z)
+    watch.enter(tensors(value))  # f may return what it closes over, untouched
     found = {id(x): x for x in tensors(z)} | watch.outside
     return Hoisted(value, tuple(found.values()), watch.leaves)
 
@@ -132,7 +133,7 @@ def _modules(f: Any) -> list[nn.Module]:
         elif isinstance(a, functools.partial):
             pending += [a.func, a.args, a.keywords]
         elif inspect.ismethod(a):
-            pending += [a.__self__, a.__func__]
+            pending += [a.__func__, a.__self__ if isinstance(a.__self__, nn.Module) else vars(a.__self__)]
         elif inspect.isfunction(a):
             variables = inspect.getclosurevars(a)
             pending += [variables.nonlocals, variables.globals]
@@ -149,15 +150,18 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for x in _nested((args, tuple(kwargs.values()))):
-            # An id alone may be that of a tensor that is gone.
-            made = self._inside.get(id(x))
-            if made is None or made() is not x:
-                self.outside[id(x)] = x
+        self.enter(_nested((args, tuple(kwargs.values()))))
         result = func(*args, **kwargs)
         for x in _nested(result):
             self._inside[id(x)] = weakref.ref(x)
         return result
+
+    def enter(self, arguments: Iterable[Tensor]) -> None:
+        """Note those from outside."""
+        for x in arguments:
+            made = self._inside.get(id(x))  # an id alone may be that of a tensor that is gone
+            if made is None or made() is not x:
+                self.outside[id(x)] = x
 
     def leaves(self) -> list[Tensor]:
         """Tensors that came out of one, and require a gradient of their own."""

@@ -21,7 +21,7 @@ from .callbacks import through_callbacks
 from .closure import Tensors, hoist, pure, tensors
 from .frontier import frontier
 from .function import PLAIN_FORWARD, Rule, attach, on_values, transforming
-from .precision import autocasted, full_precision
+from .precision import autocasted, full_precision, within_reach
 from .problem import AutogradProblem, as_leaf, edges, problem, vector_jacobian
 
 PyTree = Any
@@ -77,9 +77,11 @@ def fixed_point(
         )
         return solution
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
     given = as_problem(f, batch_ndim)
-    if isinstance(f, Problem) and not isinstance(f, AutogradProblem):
+    own = isinstance(f, Problem) and not isinstance(f, AutogradProblem)
+    gradient = gradient if own else within_reach(gradient, h0)
+    options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
+    if own:
         with full_precision(h0):
             return through_callbacks(given, h0, z, gradient, options)
     plain = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)

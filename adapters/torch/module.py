@@ -14,6 +14,7 @@ from implicit_core.solvers import Anderson
 
 from .constant import constant_within_solve
 from .layer import fixed_point
+from .precision import state_dtype
 
 PyTree = Any
 
@@ -36,7 +37,8 @@ class ImplicitLayer(nn.Module):
     eval_solver
         The solver in eval mode; ``solver`` if None.
     h0
-        ``h0(x)``, where a solve starts unless the call says so; zeros shaped as x if None.
+        ``h0(x)``, where a solve starts unless the call says so; zeros shaped as x if None, of its dtype, or of float32
+        where x is half precision under autocast.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
     throw
@@ -133,7 +135,7 @@ class ImplicitLayer(nn.Module):
                 f"x is of type {type(x).__name__}, which does not tell the shape of h: "
                 "give ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call"
             )
-        return torch.zeros_like(x)
+        return torch.zeros_like(x, dtype=state_dtype(x))
 
     def extra_repr(self) -> str:
         """Settings, as they were given."""

@@ -1,12 +1,15 @@
 """Automatic mixed precision: F runs under the autocast state of the call, everything around it in full precision."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_core.backends.torch import BACKEND
+from implicit_core.estimators import Estimator
+from implicit_core.linear_solvers import LinearSolver
 from implicit_core.problem import Map
 
 PyTree = Any
@@ -34,12 +37,28 @@ def autocasted(f: Map, h: PyTree) -> Map:
     return call
 
 
+def within_reach(gradient: Estimator, h: PyTree) -> Estimator:
+    """The estimator, its linear solver's tolerance no finer than 8 ε of the precision that F has under autocast."""
+    device, solver = _device(h), getattr(gradient, "linear_solver", None)
+    if device is None or not isinstance(solver, LinearSolver) or not torch.is_autocast_enabled(device):
+        return gradient
+    reach = 8 * torch.finfo(torch.get_autocast_dtype(device)).eps
+    changes: dict[str, Any] = {"linear_solver": replace(solver, rtol=max(solver.rtol, reach))}
+    return replace(gradient, **changes)
+
+
 def full_precision(h: PyTree) -> AbstractContextManager[Any]:
     """No autocast: a Gram matrix in half precision is none."""
     device = _device(h)
     if device is None or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a state as precise as ``x``: what autocast made half precision is not meant to stay so."""
+    halved = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.get_autocast_dtype(x.device.type)
+    return torch.float32 if halved else x.dtype
 
 
 def _device(h: PyTree) -> str | None:
