@@ -3,20 +3,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+EXAMPLES_VENV ?= .venv-examples
 WORKERS ?= auto
 PYTEST_ARGS ?=
+MNIST1D_ARGS ?=
 
 INSTALL = -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 REQUIREMENTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel check-wheel clean
+.PHONY: help demo mnist1d test lint format types wheel check-wheel clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(DEMO_VENV)/.demo ## Run the demo, in an environment of its own.
+demo: $(DEMO_VENV)/.demo ## Run the demo, NumPy beside PyTorch, in an environment of its own.
 	$(DEMO_VENV)/bin/python -m implicit_core demo
+
+mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_ARGS="--gradient neumann".
+	$(EXAMPLES_VENV)/bin/python -m implicit_core.examples.torch_mnist1d $(MNIST1D_ARGS)
 
 test: $(VENV)/.test ## Run the tests. More options: PYTEST_ARGS="-k anderson", WORKERS=4.
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -44,12 +49,12 @@ check-wheel: wheel ## Install the wheel into an empty environment and use it the
 	$(VENV)/bin/python .ci/check_wheel.py
 
 clean: ## Remove the environments and all that was built.
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. Stamps say what is installed; they are renewed when the requirements change.
 
-$(VENV)/.pip $(DEMO_VENV)/.pip: constraints.txt
+$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	@touch $@
@@ -63,5 +68,9 @@ $(VENV)/.dev: $(VENV)/.test
 	@touch $@
 
 $(DEMO_VENV)/.demo: $(DEMO_VENV)/.pip $(REQUIREMENTS)
-	$(DEMO_VENV)/bin/python $(INSTALL) --editable ".[demo]"
+	$(DEMO_VENV)/bin/python $(INSTALL) --editable ".[demo,torch]"
+	@touch $@
+
+$(EXAMPLES_VENV)/.examples: $(EXAMPLES_VENV)/.pip $(REQUIREMENTS)
+	$(EXAMPLES_VENV)/bin/python $(INSTALL) --editable ".[examples]"
 	@touch $@

@@ -109,6 +109,15 @@ def test_newton_solves_an_autograd_problem_with_one_evaluation_a_step() -> None:
     assert int(solution.stats.evaluations) <= 8 < calls, "the pushforwards evaluate F in forward mode"
 
 
+def test_pushforwards_at_expanded_tensors() -> None:
+    """Forward mode itself refuses them."""
+    problem = ict.problem(lambda h, z: torch.sin(h) * z)
+    h, z = torch.ones(1).expand(3), torch.full((1,), 0.5).expand(3)
+    tangent = ic.Neumann(2, 1.0).jvp(problem, h, z, torch.ones(1).expand(3))[1]
+    slope = 0.5 * torch.cos(h)
+    torch.testing.assert_close(tangent, (1 + slope) * torch.sin(h))
+
+
 def test_integer_and_unused_leaves_of_z() -> None:
     problem = ict.problem(lambda h, z: 0.5 * h + z["x"][z["index"]])
     z = {"x": torch.ones(4, dtype=torch.float64), "index": torch.tensor([1, 1, 3]), "unused": torch.ones(2), "n": None}

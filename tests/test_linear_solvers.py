@@ -201,7 +201,7 @@ def test_a_huge_x_does_not_hide_a_residual() -> None:
 
     diagonal = np.asarray([1.0, 1e-7], dtype=np.float32)
     solution = ic.solve_linear(lambda v: diagonal * v, np.ones(2, dtype=np.float32), solver=Bad(max_steps=1))
-    assert 4 * np.finfo(np.float32).eps * np.linalg.norm(solution.value) > solution.stats.residual
+    assert 16 * np.finfo(np.float32).eps * np.linalg.norm(solution.value) > solution.stats.residual
     assert not solution.converged
 
 

@@ -343,3 +343,26 @@ def test_throw() -> None:
     layer = ict.ImplicitLayer(lambda h, x: 2 * h + x, throw=True, solver=ic.FixedPointIteration(max_steps=5))
     with pytest.raises(ic.SolveError, match="2 of 2 samples"):
         layer(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_normalized_weights_and_masks_stay_the_same_through_a_call(estimator: ic.Estimator) -> None:
+    """Forward and backward: a mask drawn anew would keep any solver from converging."""
+    torch.manual_seed(0)
+    cell = Cell()
+    nn.utils.parametrizations.spectral_norm(cell.linear)
+    dropout = ict.VariationalDropout(0.3)
+    net = nn.Module()
+    net.cell, net.dropout = cell, dropout
+    net.forward = lambda h, x: dropout(0.8 * cell(h, x))
+    layer = ict.ImplicitLayer(net, solver=ic.Anderson(rtol=1e-6), gradient=estimator)
+    once = copy.deepcopy(cell)
+    assert once.linear.weight.shape == (8, 8)  # reads it, which is one power iteration
+    h = layer(torch.randn(3, 8))
+    if not isinstance(estimator, ic.BPTT):
+        assert torch.all(layer.status == ic.CONVERGED)
+    h.sum().backward()
+    (ours,), (one,) = ([*m.linear.parametrizations.weight] for m in (cell, once))
+    assert torch.equal(ours._u, one._u)
+    assert cell.linear.parametrizations.weight.original.grad.abs().sum() > 0
+    assert not torch.equal(layer(torch.ones(3, 8)), layer(torch.ones(3, 8))), "the next call has masks of its own"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .model import Array
-from .result import Result
+from .result import Result, groups
 
 # Colours of Okabe and Ito, told apart with any colour vision; the dashes tell curves apart that coincide.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -18,6 +18,13 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "--", "linewidth": 2.0},
     {"color": "#CC79A7", "linestyle": "-.", "linewidth": 2.0},
 )
+CIRCLES: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 4,
+    "markerfacecolor": "none",
+    "linestyle": "-",
+    "linewidth": 0.5,
+}
 FORMATS = (".pdf", ".png", ".svg")
 
 
@@ -45,29 +52,39 @@ def picture_path(output: str | Path | None, framework: str) -> Path:
     return path
 
 
-def save(path: Path, results: list[Result], framework: str) -> None:
-    """Draw loss, accuracy and cosine of all estimators."""
-    figure = Figure(figsize=(13, 4.4), dpi=150, layout="constrained")
-    figure.suptitle(f"Deep equilibrium classifier of handwritten digits, four gradient estimators ({framework})")
+def save(path: Path, results: list[Result]) -> None:
+    """Draw loss, accuracy and cosine of all estimators: a first framework as lines, a second one as circles on them."""
+    frameworks = list(dict.fromkeys(result.framework for result in results))
+    figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
+    figure.suptitle(
+        f"Deep equilibrium classifier of handwritten digits, four gradient estimators ({' and '.join(frameworks)})"
+    )
     loss, accuracy, angle = figure.subplots(1, 3)
     epoch = len(results[0].losses) // len(results[0].accuracies)
     steps = np.arange(epoch, len(results[0].losses) + 1, epoch)
 
-    draw(loss, results, lambda r: smooth(r.losses, epoch))
+    draw(loss, results, lambda r: smooth(r.losses, epoch), epoch)
     loss.set(title=f"Training loss, mean of the last {epoch} steps", xlabel="step", ylabel="cross-entropy")
     loss.set_yscale("log")
     draw(accuracy, results, lambda r: (1e-3 * r.step_ms * steps, 100 * r.accuracies))
     accuracy.set(title="Test accuracy", xlabel="training time [s], steps × median step", ylabel="correct [%]")
     draw(angle, results, lambda r: (steps, r.cosines))
     angle.set(title="Gradient of W, U, b against the exact one", xlabel="step", ylabel="cosine")
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES) + 2)
     figure.savefig(path)
 
 
-def draw(axes: Axes, results: list[Result], curve: Callable[[Result], tuple[Array, Array]]) -> None:
-    """One curve for each estimator."""
-    for result, style in zip(results, STYLES, strict=True):
-        axes.plot(*curve(result), label=result.name, **style)
+def draw(axes: Axes, results: list[Result], curve: Callable[[Result], tuple[Array, Array]], every: int = 1) -> None:
+    """A curve for each estimator, with a circle at every so many points of the second framework's."""
+    for (name, group), style in zip(groups(results).items(), STYLES, strict=True):
+        first, *others = group
+        axes.plot(*curve(first), label=name, **style)
+        for other in others:
+            axes.plot(*curve(other), color=style["color"], **CIRCLES, markevery=every)
+    if len(results) > len(STYLES):
+        lines, circles = (results[index].framework for index in (0, 1))
+        axes.plot([], [], label=f"lines: {lines}", color="#666666")
+        axes.plot([], [], label=f"circles: {circles}", color="#666666", **CIRCLES)
     axes.grid(alpha=0.3)
 
 

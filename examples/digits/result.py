@@ -1,13 +1,21 @@
 """What training with one estimator gave, and what it cost."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .model import Array, Counts
+from .model import RTOL, Array, Counts, Parameters
 
 TARGET = 0.95
 """Test accuracy that every estimator is to exceed."""
+
+TOLERANCE = RTOL
+"""How far a parameter may differ between NumPy and PyTorch after training, which started from equal ones.
+
+Rounding leaves some 1e-7. But where it moves a residual across the tolerance of the solve, one framework takes a step
+more, and its fixed point differs within that tolerance, RTOL; up to 4e-6 was seen. A wrong derivative leaves 1e-2.
+"""
 
 
 @dataclass(frozen=True)
@@ -16,8 +24,8 @@ class Result:
 
     Attributes
     ----------
-    name
-        The estimator.
+    framework, name
+        What computed, and the estimator.
     losses, seconds
         Training loss of each step, and the time it took; (steps,).
     accuracies, cosines
@@ -25,14 +33,23 @@ class Result:
         one on the first training images; (epochs,).
     counts
         What the training steps cost.
+    parameters
+        Those at the end.
     """
 
+    framework: str
     name: str
     losses: Array
     seconds: Array
     accuracies: Array
     cosines: Array
     counts: Counts
+    parameters: Parameters
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss in the last epoch."""
+        return float(np.mean(self.losses[-(len(self.losses) // len(self.accuracies)) :]))
 
     @property
     def accuracy(self) -> float:
@@ -68,3 +85,34 @@ class Result:
     def vjps(self) -> float:
         """Pullbacks through F, a training step."""
         return self.counts.vjps / len(self.losses)
+
+
+def difference(a: Result, b: Result) -> float:
+    """The largest difference between parameters of two results."""
+    return float(np.max([np.max(np.abs(a.parameters[name] - b.parameters[name])) for name in a.parameters]))
+
+
+def groups(results: Iterable[Result]) -> dict[str, tuple[Result, ...]]:
+    """The results of each estimator, by its name."""
+    by_name: dict[str, tuple[Result, ...]] = {}
+    for result in results:
+        by_name[result.name] = (*by_name.get(result.name, ()), result)
+    return by_name
+
+
+def failures(results: Iterable[Result]) -> list[str]:
+    """What went wrong, each in a sentence: accuracies below TARGET, parameters further apart than TOLERANCE."""
+    found = []
+    for name, group in groups(results).items():
+        found += [
+            f"{name}, {result.framework}: test accuracy {result.accuracy:.1%} is not above {TARGET:.0%}."
+            for result in group
+            if not result.passed
+        ]
+        found += [
+            f"{name}: {group[0].framework} and {other.framework} differ by {difference(group[0], other):.1e}, "
+            f"which is more than {TOLERANCE:.0e}."
+            for other in group[1:]
+            if not difference(group[0], other) <= TOLERANCE
+        ]
+    return found

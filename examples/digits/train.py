@@ -1,4 +1,4 @@
-"""The training loop: all estimators take each step in turn, so that a busy machine slows them alike."""
+"""The training loop: all models take each step in turn, so that a busy machine slows them alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +18,14 @@ from .model_numpy import NumPyModel, exact_gradient
 from .result import Result
 
 BATCH_SIZE, PROBE_SIZE = 64, 128
+FRAMEWORKS = {"numpy": ("numpy",), "torch": ("torch",), "both": ("numpy", "torch")}
 
 
 @dataclass
 class Training:
-    """One estimator's model, and what is recorded while it trains."""
+    """One estimator's model in one framework, and what is recorded while it trains."""
 
+    framework: str
     name: str
     model: Model
     losses: list[float] = field(default_factory=list)
@@ -49,12 +51,14 @@ class Training:
     def result(self) -> Result:
         """The record so far."""
         return Result(
+            self.framework,
             self.name,
             np.asarray(self.losses),
             np.asarray(self.durations),
             np.asarray(self.accuracies),
             np.asarray(self.cosines),
             self.model.counts,
+            {name: value.copy() for name, value in self.model.parameters().items()},
         )
 
 
@@ -64,19 +68,20 @@ def cosine(a: Parameters, b: Parameters) -> float:
     return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
-def model_class(framework: str) -> Callable[[Parameters, ic.Estimator], Model]:
-    """The classifier of a framework, which is imported now."""
-    if framework == "numpy":
-        return NumPyModel
-    if framework == "torch":
+def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimator], Model]]:
+    """The classifiers of a framework, or of both; PyTorch is imported now."""
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
+    classes: dict[str, Callable[[Parameters, ic.Estimator], Model]] = {"numpy": NumPyModel}
+    if "torch" in FRAMEWORKS[framework]:
         from .model_torch import TorchModel
 
-        return TorchModel
-    raise ValueError(f"framework must be 'numpy' or 'torch', got {framework!r}")
+        classes["torch"] = TorchModel
+    return {name: classes[name] for name in FRAMEWORKS[framework]}
 
 
 def run(
-    framework: str = "numpy",
+    framework: str = "both",
     epochs: int = 20,
     seed: int = 0,
     output: str | Path | None = None,
@@ -87,7 +92,7 @@ def run(
     Parameters
     ----------
     framework
-        ``"numpy"`` or ``"torch"``.
+        ``"numpy"``, ``"torch"`` or ``"both"``.
     epochs
         Passes over the training set, at least 1.
     seed
@@ -100,7 +105,7 @@ def run(
     Returns
     -------
     list of Result
-        One for each estimator.
+        One for each estimator in each framework.
 
     Raises
     ------
@@ -109,15 +114,22 @@ def run(
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    create = model_class(framework)
+    classes = model_classes(framework)
     console = Console() if console is None else console
     path = picture.picture_path(output, framework)
     digits, rng = load(seed), np.random.default_rng(seed)
-    trainings = [Training(name, create(initial_parameters(seed), e)) for name, e in ESTIMATORS.items()]
+    trainings = [
+        Training(library, name, create(initial_parameters(seed), estimator))
+        for name, estimator in ESTIMATORS.items()
+        for library, create in classes.items()
+    ]
     steps = epochs * (len(digits.train_labels) // BATCH_SIZE)
     # Threads slow down products of matrices this small, and by far where other programs keep the cores busy.
     with threadpool_limits(1), report.progress(console) as bars:
-        tasks = [bars.add_task(training.name, total=steps, loss=float("nan")) for training in trainings]
+        tasks = [
+            bars.add_task(f"{training.name:<15} {training.framework}", total=steps, loss=float("nan"))
+            for training in trainings
+        ]
         for _ in range(epochs):
             for images, labels in batches(digits, BATCH_SIZE, rng):
                 for task, training in zip(tasks, trainings, strict=True):
@@ -125,7 +137,7 @@ def run(
             for training in trainings:
                 training.measure(digits)
     results = [training.result() for training in trainings]
-    report.show(console, results, framework)
-    picture.save(path, results, framework)
+    report.show(console, results)
+    picture.save(path, results)
     console.print(f"Curves: {path}", soft_wrap=True, markup=False, highlight=False)
     return results

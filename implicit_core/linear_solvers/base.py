@@ -43,7 +43,7 @@ class LinearSolver(ABC):
     ----------
     rtol, atol
         A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is rounding error of x,
-        4 ε (‖x‖₂ + ‖b‖₂), below which no solver in that precision gets; never with one above ‖b‖₂ / 1000, or 8 ε ‖b‖₂
+        16 ε (‖x‖₂ + ‖b‖₂), below which products with A need not be right; never with one above ‖b‖₂ / 1000, or 8 ε ‖b‖₂
         where the products are that coarse. ε is that of the coarsest leaf.
     max_steps
         No cycle starts after this many products with A.
@@ -80,7 +80,7 @@ class LinearSolver(ABC):
         target = backend.axpy(self.rtol, size, space.scalar(self.atol) / scale)
 
         def goal(x: State) -> Array:
-            rounding = 4 * space.coarsest_eps * (space.norm(x) + size)
+            rounding = 16 * space.coarsest_eps * (space.norm(x) + size)
             return xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * space.coarsest_eps) * size))
 
         def body(c: _Carry) -> _Carry:
