@@ -483,3 +483,71 @@ def test_on_a_gpu_a_solve_reads_one_flag_a_step() -> None:
         assert torch.all(solution.status == ic.CONVERGED)
         reads = sum(e.count for e in profile.key_averages() if e.key == "aten::_local_scalar_dense")
         assert reads == int(solution.stats.evaluations) + 1  # and one look at whether f left h0 alone
+
+
+class JacobianFree(ic.Estimator):
+    """One that is not of the family AtFixedPoint."""
+
+    def value(self, problem: ic.Problem, h: Any, z: Any) -> Any:
+        return h
+
+    def vjp(self, problem: ic.Problem, h: Any, z: Any) -> Any:
+        at = problem.linearize(h, z)
+        return h, lambda v: at.vjp_z(v)
+
+    def jvp(self, problem: ic.Problem, h: Any, z: Any, dz: Any) -> Any:
+        return h, problem.linearize(h, z).jvp_z(dz)
+
+
+def test_an_estimator_of_the_users_own_is_asked_for_its_vjp() -> None:
+    h0, w, x = tensors(layer())
+    f = lambda h, z: torch.tanh(h @ z[0].T + z[1])  # noqa: E731
+    gradients = [
+        torch.autograd.grad(loss(ic.fixed_point(f, h0, (w, x), solver=SOLVER, gradient=g, batch_ndim=1).value), (w, x))
+        for g in (JacobianFree(), ic.OneStep())
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    with pytest.raises(ValueError, match="put these tensors in z"):
+        ic.fixed_point(layer_of(w), h0, x, gradient=JacobianFree(), batch_ndim=1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[:-1], ids=repr)
+def test_hooks_on_parameters_are_called_once_with_the_whole_gradient(estimator: ic.Estimator) -> None:
+    h0, w, x = tensors(layer())
+    seen: list[Any] = []
+    w.register_hook(seen.append)
+    w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    loss(ic.fixed_point(layer_of(w), h0, x, gradient=estimator, batch_ndim=1).value).backward()
+    assert len(seen) == 2
+    assert torch.equal(seen[0], w.grad)
+
+
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(5, 0.5), ic.OneStep()], ids=repr)
+def test_sparse_parameters(estimator: ic.Estimator) -> None:
+    h0, w, x = tensors(layer())
+    sparse = w.detach().to_sparse().requires_grad_()
+    dense = ic.fixed_point(layer_of(w), h0, x, solver=SOLVER, gradient=estimator, batch_ndim=1).value
+    value = ic.fixed_point(
+        lambda h, z: torch.tanh(torch.sparse.mm(sparse, h.T).T + z),
+        h0,
+        x,
+        solver=SOLVER,
+        gradient=estimator,
+        batch_ndim=1,
+    ).value
+    for root in (dense, value):
+        loss(root).backward()
+    torch.testing.assert_close(sparse.grad.to_dense(), w.grad, atol=1e-10, rtol=0)
+
+
+def test_a_variable_that_is_yet_to_be_assigned() -> None:
+    h0, w, x = tensors(layer())
+    scaled = 1.0 * w  # no parameter: the modules among f's variables are looked for
+
+    def f(h: Any, z: Any) -> Any:
+        return torch.tanh(h @ scaled.T + z) if early else later
+
+    early = True
+    value = ic.fixed_point(f, h0, x, gradient=ic.Neumann(3), batch_ndim=1).value
+    later = None
+    assert torch.autograd.grad(loss(value), x, create_graph=True)[0].requires_grad

@@ -1,6 +1,7 @@
 """What must stay as it is while F is solved for: normalized weights and dropout masks."""
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -474,3 +475,52 @@ def test_bad_arguments() -> None:
         VariationalDropout(0.5, dims=(2,))(torch.ones(3, 4))
     assert repr(VariationalDropout(0.2, dims=(1,))) == "VariationalDropout(p=0.2, dims=(1,))"
     assert repr(VariationalDropout(0.2)) == "VariationalDropout(p=0.2)"
+
+
+def test_threads_hold_weights_of_their_own_and_leave_none_behind() -> None:
+    """Evaluations of several threads overlap; each must find its own weight, and the last must restore the module."""
+    linear = parametrizations.weight_norm(nn.Linear(3, 3).double())
+    part = linear.parametrizations.weight
+    inside = threading.Barrier(2, timeout=20)
+
+    def solve(results: list[Any], scale: float) -> None:
+        f = ict.constant_within_solve(lambda h, x: (inside.wait(), linear.weight * 1.0, inside.wait())[1], linear)
+        held = linear.weight.detach().clone()
+        inside.wait()
+        if scale != 1.0:
+            with torch.no_grad():
+                linear.parametrizations.weight.original0.mul_(scale)
+        inside.wait()
+        results.append((held, f(torch.zeros(3).double(), None).detach()))
+
+    found: list[list[Any]] = [[], []]
+    threads = [threading.Thread(target=solve, args=(found[i], scale)) for i, scale in enumerate((1.0, 3.0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ((held, seen),) in found:
+        assert torch.equal(held, seen)
+    assert "forward" not in vars(part)
+    before = linear.weight.detach().clone()
+    with torch.no_grad():
+        part.original0.mul_(0.5)
+    torch.testing.assert_close(linear.weight, 0.5 * before)
+
+
+@pytest.mark.parametrize("estimator", [ic.Neumann(3, 0.5), ic.Unroll(3, 0.5, recompute=True)], ids=repr)
+def test_the_mask_outlives_train_mode(estimator: ic.Estimator) -> None:
+    """A model is often in eval mode by the time its gradient is asked for."""
+    dropout = ict.VariationalDropout(0.5)
+    x = torch.linspace(0.1, 1, 12, dtype=torch.float64).reshape(2, 6).requires_grad_()
+
+    def gradient(mode_in_backward: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        f = ict.constant_within_solve(lambda h, x: dropout(torch.tanh(0.5 * h + x)), dropout)
+        value = ict.fixed_point(f, torch.zeros_like(x), x, gradient=estimator, batch_ndim=1).value
+        dropout.train(mode_in_backward)
+        first = torch.autograd.grad(value.sum(), x, create_graph=not getattr(estimator, "recompute", False))[0]
+        dropout.train()
+        return first.detach()
+
+    assert torch.equal(gradient(True), gradient(False))

@@ -327,8 +327,9 @@ def test_starts() -> None:
     x = torch.randn(3, 8)
     layer = ict.ImplicitLayer(cell, solver=ic.Anderson(rtol=1e-6))
     h = layer(x)
-    layer(x, h0=h.detach())
-    assert layer.stats.evaluations == 1
+    for call in (lambda: layer(x, h0=h.detach()), lambda: layer(x, h.detach())):
+        call()
+        assert layer.stats.evaluations == 1
     wide = ict.ImplicitLayer(lambda h, x: torch.tanh(0.5 * h + x[:, :1]), h0=lambda x: torch.zeros(len(x), 5))
     assert wide(x).shape == (3, 5)
     with pytest.raises(TypeError, match="h0, a function of x"):

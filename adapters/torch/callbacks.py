@@ -23,6 +23,11 @@ ONCE = (
     "a Problem's own callbacks are differentiated by loss.backward() or torch.autograd.grad, once, without "
     "create_graph, torch.func and forward mode: pass the plain function f, whose derivatives autograd knows"
 )
+CLOSED = (
+    "F closes over tensors that require a gradient, but a Problem's callbacks, and an estimator that is neither Unroll "
+    "nor BPTT nor an AtFixedPoint, give gradients to z alone: put these tensors in z, or pass the plain function f and "
+    "one of these estimators"
+)
 
 
 def through_callbacks(
@@ -44,10 +49,7 @@ def through_callbacks(
         if _has_tangents(value):
             raise NotImplementedError(ONCE)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in BACKEND.flatten(value)[0]):
-            raise ValueError(
-                "F closes over tensors that require a gradient, but a Problem's callbacks give gradients to z alone: "
-                "put these tensors in z, or pass the plain function f"
-            )
+            raise ValueError(CLOSED)
         return value
 
     value, pull = gradient.vjp(problem.replace_f(closed), solution.value, z_in)

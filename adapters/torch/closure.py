@@ -1,7 +1,9 @@
 """What a function closes over, and the same function with that as an argument."""
 
+import contextlib
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,16 +43,17 @@ class Hoisted(NamedTuple):
     leaves: Callable[[], list[Tensor]]
 
 
-def hoist(f: Map, h: PyTree, z: PyTree) -> Hoisted:
+def hoist(f: Map, h: PyTree, z: PyTree, usable: Callable[[Tensor], bool]) -> Hoisted:
     """Evaluate F, and see what it is a function of.
 
     What f closes over is seen as it enters PyTorch's functions. Hidden is what compiled and scripted code holds.
+    Tensors that are not ``usable``, as those that a vmap within f has wrapped, are nothing that f closes over.
     """
     with _Watch(tensors(h)) as watch:
         value = f(h, z)
     watch.enter(tensors(value))  # f may return what it closes over, untouched
     found = {id(x): x for x in tensors(z)} | watch.outside
-    return Hoisted(value, tuple(found.values()), watch.leaves)
+    return Hoisted(value, tuple(x for x in found.values() if usable(x)), watch.leaves)
 
 
 def pure(f: Map, structure: Any, z: PyTree, seen: Sequence[Tensor], externals: Sequence[Tensor]) -> OnLeaves:
@@ -87,6 +90,24 @@ def pure(f: Map, structure: Any, z: PyTree, seen: Sequence[Tensor], externals: S
     return call
 
 
+def has_storage(x: Tensor) -> bool:
+    """Whether ``x`` is a dense tensor, and none that ``torch.func`` has wrapped."""
+    try:
+        x.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def is_alive(x: Tensor) -> bool:
+    """Whether ``x`` can be computed with: one that a vmap has wrapped can't be after it."""
+    try:
+        x.detach()
+    except RuntimeError:
+        return False
+    return True
+
+
 def tensors(tree: PyTree) -> list[Tensor]:
     """The leaves that are tensors."""
     return [leaf for leaf in BACKEND.flatten(tree)[0] if isinstance(leaf, Tensor)]
@@ -98,6 +119,9 @@ def _with_modules_as_they_are(f: Map, z: Sequence[Tensor], seen: Sequence[Tensor
     if all(isinstance(x, nn.Parameter) or id(x) in explicit for x in seen):
         return f
     call = _Call(f)
+    parts = [part for _, part in call.named_modules(remove_duplicate=False)]
+    if len(parts) > len(set(parts)):  # functional_call restores a module of two names wrongly: better not found at all
+        return f
     state = dict(call.named_parameters()) | dict(call.named_buffers())
     return lambda h, z: functional_call(call, state, (h, z))
 
@@ -107,11 +131,13 @@ class _Call(nn.Module):
 
     def __init__(self, f: Map) -> None:
         super().__init__()
-        self.f = f
-        self.modules_of_f = nn.ModuleList(_modules(f))
+        self.functions = (f,)  # not an attribute of its own: a module would have one more name
+        found = _modules(f)
+        inner = {part for module in found for part in module.modules() if part is not module}
+        self.modules_of_f = nn.ModuleList(module for module in found if module not in inner)
 
     def forward(self, h: PyTree, z: PyTree) -> PyTree:
-        return self.f(h, z)
+        return self.functions[0](h, z)
 
 
 def _modules(f: Any) -> list[nn.Module]:
@@ -135,9 +161,21 @@ def _modules(f: Any) -> list[nn.Module]:
         elif inspect.ismethod(a):
             pending += [a.__func__, a.__self__ if isinstance(a.__self__, nn.Module) else vars(a.__self__)]
         elif inspect.isfunction(a):
-            variables = inspect.getclosurevars(a)
-            pending += [variables.nonlocals, variables.globals]
+            pending += _variables(a)
+        elif callable(a) and not isinstance(a, type) and hasattr(a, "__dict__"):
+            pending.append(vars(a))
     return found
+
+
+def _variables(f: types.FunctionType) -> list[Any]:
+    """What the names in a function of the user's stand for."""
+    if f.__module__.partition(".")[0] == "torch":
+        return []
+    values = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
+    for cell in f.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a variable that is yet to be assigned
+            values.append(cell.cell_contents)
+    return values
 
 
 class _Watch(TorchFunctionMode):
@@ -148,7 +186,7 @@ class _Watch(TorchFunctionMode):
         self.outside: dict[int, Tensor] = {}
         self._inside = {id(x): weakref.ref(x) for x in inside}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.enter(_nested((args, tuple(kwargs.values()))))
         result = func(*args, **kwargs)
@@ -176,7 +214,7 @@ class _Replace(TorchFunctionMode):
         super().__init__()
         self._replace = replace
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return func(
             *(self._in(a) for a in args),
@@ -184,14 +222,20 @@ class _Replace(TorchFunctionMode):
         )
 
     def _in(self, a: Any) -> Any:
-        if type(a) in (list, tuple):
-            return type(a)(self._in(b) for b in a)
-        return self._replace(a)
+        if isinstance(a, Tensor):
+            return self._replace(a)
+        if next(_nested(a), None) is None:
+            return a
+        if isinstance(a, dict):
+            return {name: self._in(b) for name, b in a.items()}
+        parts = [self._in(b) for b in a]
+        return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)
 
 
 def _nested(a: Any) -> Iterator[Tensor]:
+    """The tensors in an argument, or in a result."""
     if isinstance(a, Tensor):
         yield a
-    elif isinstance(a, (list, tuple)):
-        for b in a:
+    elif isinstance(a, (list, tuple, dict)):
+        for b in a.values() if isinstance(a, dict) else a:
             yield from _nested(b)

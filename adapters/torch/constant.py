@@ -1,7 +1,10 @@
 """What must stay as it is while F is solved for: normalized weights and dropout masks."""
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from threading import Lock
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +14,18 @@ from implicit_core import checks
 from implicit_core.backend import PyTree
 from implicit_core.problem import Map
 
+Weights = Mapping[ParametrizationList, Tensor]
 Masks = dict[tuple["VariationalDropout", tuple[int, ...]], Tensor]
 
 MAX_AXES = 64
 """Of a tensor in PyTorch."""
 
 _masks: ContextVar[Masks | None] = ContextVar("masks", default=None)
+_weights: ContextVar[Weights] = ContextVar("weights", default=MappingProxyType({}))
+
+_lock = Lock()
+_users: dict[ParametrizationList, int] = {}
+"""How many evaluations under way, in all threads, have asked a parametrization to give what they hold."""
 
 
 def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
@@ -75,21 +84,21 @@ def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
     parts = list(dict.fromkeys(part for root in roots for part in root.modules()))
     # Not parametrize.cached(): it is over when a backward pass evaluates F again, and a weight it first meets in the
     # solve, of a module that nobody told it of, would be kept without a graph.
-    held = [(part, lambda value=value: value) for part, value in _parametrized(parts)]
+    held = dict(_parametrized(parts))
     if isinstance(cell, nn.Module) and not held and not any(isinstance(part, VariationalDropout) for part in parts):
         return cell
     outer = _masks.get()
     masks: Masks = {} if outer is None else outer
 
     def constant(h: PyTree, z: PyTree) -> PyTree:
-        before = [vars(part).get("forward") for part, _ in held]
-        token = _masks.set(masks)
+        tokens = _masks.set(masks), _weights.set({**_weights.get(), **held})
+        _answer_for(held)
         try:
-            _set_forward(held)
             return cell(h, z)
         finally:
-            _masks.reset(token)
-            _set_forward((part, forward) for (part, _), forward in zip(held, before, strict=True))
+            _no_longer(held)
+            _masks.reset(tokens[0])
+            _weights.reset(tokens[1])
 
     return constant
 
@@ -138,14 +147,14 @@ class VariationalDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` times the mask, of the shape of ``x``."""
-        if not self.training or self.p == 0.0:
-            return x
-        masks = _masks.get()
-        if masks is None:
-            return x * self._draw(x)
-        key = self, tuple(x.shape)
-        if key not in masks:
+        masks, key = _masks.get(), (self, tuple(x.shape))
+        if masks is None or key not in masks:
+            if not self.training or self.p == 0.0:
+                return x
+            if masks is None:
+                return x * self._draw(x)
             masks[key] = self._draw(x)
+        # Whatever the mode is by now: a backward pass evaluates the F that was solved.
         return x * masks[key].to(dtype=x.dtype, device=x.device)
 
     def _draw(self, x: Tensor) -> Tensor:
@@ -179,10 +188,24 @@ def _parametrized(parts: Sequence[nn.Module]) -> list[tuple[ParametrizationList,
     return found
 
 
-def _set_forward(functions: Iterable[tuple[ParametrizationList, Callable[[], Tensor] | None]]) -> None:
-    """Let these answer for their parametrizations; None, the parametrizations themselves."""
-    for part, forward in functions:
-        if forward is None:
-            vars(part).pop("forward", None)
-        else:
-            vars(part)["forward"] = forward
+def _answer_for(held: Weights) -> None:
+    """Let parametrizations give the held tensors, in whichever thread and scope holds some."""
+    with _lock:
+        for part in held:
+            _users[part] = _users.get(part, 0) + 1
+            vars(part)["forward"] = functools.partial(_weight, part)
+
+
+def _no_longer(held: Weights) -> None:
+    with _lock:
+        for part in held:
+            _users[part] -= 1
+            if not _users[part]:
+                del _users[part]
+                del vars(part)["forward"]
+
+
+def _weight(part: ParametrizationList) -> Tensor:
+    held = _weights.get().get(part)
+    weight: Tensor = type(part).forward(part) if held is None else held
+    return weight

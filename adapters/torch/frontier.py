@@ -20,8 +20,13 @@ def frontier(
 
     None if it begins at h alone.
     """
-    edges = {_edge(x): x for x in once.externals if x.requires_grad}
     own = {_edge(x) for x in h_in}
+    explicit = {id(x) for x in z}
+    edges = {_edge(x): x for x in once.externals if x.requires_grad}
+    doubtful = [edge for edge, x in edges.items() if x.grad_fn is not None and id(x) not in explicit]
+    for edge in doubtful:  # what comes out of scripted code, or of torch.vmap, looks like a tensor from outside
+        if not own.isdisjoint(_ancestors([edge], own)):
+            del edges[edge]
     reached: list[Tensor] = []
     ends: set[Edge] = set()
     opaque = False
@@ -33,11 +38,8 @@ def frontier(
         # A reentrant checkpoint, for one, has parameters and no edge to them.
         opaque = opaque or isinstance(edge[0], BackwardCFunction)
     hidden = bool(ends) and not ends <= {_edge(x) for x in once.leaves()}
-    # What came out of an autograd.Function, or of scripted code, may look like a tensor from outside.
-    explicit = {id(x) for x in z}
-    doubtful = [x for x in reached if x.grad_fn is not None and id(x) not in explicit]
-    hidden = hidden or any(isinstance(x.grad_fn, BackwardCFunction) for x in doubtful)
-    hidden = hidden or not own.isdisjoint(_ancestors([_edge(x) for x in doubtful], own))
+    # What came out of an autograd.Function may have been made by f: not every version of PyTorch shows such a call.
+    hidden = hidden or any(edge in edges and isinstance(edge[0], BackwardCFunction) for edge in doubtful)
     return (tuple(reached), hidden) if reached or ends or opaque else None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_core.backends.torch import BACKEND
+from implicit_core.solution import SolveError
 
 from .closure import OnLeaves, Tensors
 from .precision import full_precision
@@ -21,8 +22,13 @@ PyTree = Any
 Linear = Callable[[PyTree], PyTree]
 
 HIDDEN = (
-    "a derivative of this gradient (create_graph=True) needs every tensor that F is a function of, but some are held "
-    "by compiled or scripted code, or by an autograd.Function: pass them in z"
+    "a derivative of this gradient (create_graph=True), or one by torch.func, needs every tensor that F is a function "
+    "of. Some can't be seen: compiled or scripted code holds them, f hands them to torch.vmap itself, or they came out "
+    "of an autograd.Function, as those of another implicit layer do. Pass them in z"
+)
+AGAIN = (
+    "a derivative of this gradient (create_graph=True) evaluates F again within torch.func, which F doesn't allow; "
+    "Unroll(k, lam) and BPTT(k) have every derivative that F has. PyTorch says: "
 )
 FORWARD_TWICE = (
     "PyTorch's forward mode does not nest through an autograd.Function: in the place of jacfwd(jacfwd(f)), take "
@@ -112,20 +118,26 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.rule = inputs[0]
+        ctx.set_materialize_grads(False)  # zeros for a buffer would ask for derivatives that it does not have
         saved = (*output, *ctx.rule.split(inputs[1:])[2])
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, *v: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         rule = ctx.rule
-        nothing: list[list[Any]] = [[None] * len(part) for part in rule.split(ctx.needs_input_grad[1:])]
-        h, outputs, externals = nothing
-        with full_precision(v[0]):
-            if rule.vjp_h is not None and not torch.is_grad_enabled() and not transforming():
-                outputs = list(rule.inverse(rule.vjp_h, v))
+        wanted = rule.split(ctx.needs_input_grad[1:])
+        h, outputs, externals = ([None] * len(part) for part in wanted)
+        given = next((v for v in cotangents if v is not None), None)
+        if given is None:
+            return None, *h, *outputs, *externals
+        saved = ctx.saved_tensors if any(v is None for v in cotangents) or _again(rule) else ()
+        v = tuple(torch.zeros_like(saved[i]) if v is None else v for i, v in enumerate(cotangents))
+        with full_precision(given):
+            if _again(rule):
+                externals = _cotangents(rule, saved, v, wanted[2])
             else:
-                externals = _cotangents(rule, ctx.saved_tensors, v)
+                outputs = list(rule.inverse(rule.vjp_h, v))
         return None, *h, *outputs, *externals
 
     @staticmethod
@@ -145,15 +157,25 @@ class _FixedPoint(torch.autograd.Function):
             return _solve(rule, _forward, h, externals, df)
 
 
-def _cotangents(rule: Rule, saved: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor | None]:
+def _again(rule: Rule) -> bool:
+    """Whether the derivative is itself to be differentiated, or transformed."""
+    return rule.vjp_h is None or torch.is_grad_enabled() or transforming()
+
+
+def _cotangents(rule: Rule, saved: Sequence[Tensor], v: Sequence[Tensor], wanted: Sequence[bool]) -> list[Any]:
     """The cotangents of the externals, as differentiable functions of h, the externals and v."""
     if rule.hidden:
         raise NotImplementedError(HIDDEN)
     h, externals = saved[: len(v)], saved[len(v) :]
-    w = _solve(rule, _transposed, h, externals, v)
-    moving = [i for i, x in enumerate(externals) if moves(x)]
-    pull = torch.func.vjp(_of_externals(rule, h, externals, moving), *(externals[i] for i in moving))[1]
-    by_index = dict(zip(moving, pull(w), strict=True))
+    moving = [i for i, x in enumerate(externals) if wanted[i] and moves(x)]
+    try:
+        w = _solve(rule, _transposed, h, externals, v)
+        pull = torch.func.vjp(_of_externals(rule, h, externals, moving), *(externals[i] for i in moving))[1]
+        by_index = dict(zip(moving, pull(w), strict=True))
+    except (RuntimeError, TypeError) as error:
+        if rule.vjp_h is None or isinstance(error, (NotImplementedError, SolveError)):
+            raise
+        raise NotImplementedError(AGAIN + str(error)) from error
     return [by_index.get(i) for i in range(len(externals))]
 
 

@@ -10,17 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_core import checks
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
 from implicit_core.fixed_point import solver_point
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution, Stats
 from implicit_core.solve import as_problem
 from implicit_core.solvers import Anderson
 
-from .callbacks import through_callbacks
-from .closure import Tensors, hoist, pure, tensors
+from .callbacks import CLOSED, through_callbacks
+from .closure import Tensors, has_storage, hoist, is_alive, pure, tensors
 from .frontier import frontier
-from .function import PLAIN_FORWARD, Rule, attach, on_values, transforming
+from .function import HIDDEN, PLAIN_FORWARD, Rule, attach, on_values, transforming
 from .precision import autocasted, full_precision, within_reach
 from .problem import AutogradProblem, as_leaf, edges, problem, vector_jacobian
 
@@ -79,12 +79,14 @@ def fixed_point(
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
     given = as_problem(f, batch_ndim)
     own = isinstance(f, Problem) and not isinstance(f, AutogradProblem)
+    plain = given if own else problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)
     gradient = gradient if own else within_reach(gradient, h0)
     options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
-    if own:
+    if own or not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
         with full_precision(h0):
-            return through_callbacks(given, h0, z, gradient, options)
-    plain = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)
+            if not own:
+                _check_all_in_z(plain, h0, z)
+            return through_callbacks(plain, h0, z, gradient, options)
     with full_precision(h0):
         if transforming():
             return _transformed(plain, h0, z, gradient, options)
@@ -104,7 +106,9 @@ def _unrolled(problem: Problem, h: PyTree, z: PyTree, gradient: Estimator) -> Py
         recomputed = problem.replace_f(lambda h, z: checkpoint(problem.f, h, z, use_reentrant=False))
         return gradient.value(recomputed, h, z)
     value = gradient.value(problem, h, z)
-    if getattr(gradient, "lam", 1.0) == 1.0:  # then it may be what f returned: z itself, say, or a buffer of f's
+    if isinstance(gradient, BPTT) or (
+        isinstance(gradient, Unroll) and gradient.lam == 1.0
+    ):  # then it may be what f returned: z itself, say, or a buffer of f's
         value = BACKEND.map(torch.clone, value)
     return value
 
@@ -114,10 +118,10 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
     h_leaves, structure = BACKEND.flatten(h)
     h_in = tuple(as_leaf(x) for x in h_leaves)
     with torch.enable_grad():
-        once = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z)
+        once = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z, has_storage)
     checks.like(BACKEND, "the result of f", once.value, h, "h0")
     outputs = tuple(BACKEND.flatten(once.value)[0])
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in outputs):
+    if any(_has_tangent(x) for x in outputs):
         raise NotImplementedError(PLAIN_FORWARD)
     beginnings = frontier(once, outputs, h_in, tensors(z))
     if beginnings is None:
@@ -148,9 +152,14 @@ def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, o
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     leaves, structure = BACKEND.flatten(h0)
     with torch.no_grad():
-        value, externals, _ = hoist(problem.f, BACKEND.map(torch.clone, h0), z)
+        problem.f(
+            BACKEND.map(torch.clone, h0), z
+        )  # what f makes once and keeps, as a dropout mask, is an external then
+        value, externals, _ = hoist(problem.f, BACKEND.map(torch.clone, h0), z, is_alive)
     checks.like(BACKEND, "the result of f", value, h0, "h0")
     rule = Rule(pure(problem.f, structure, z, externals, externals), gradient, structure, problem.batch_ndim)
+    if isinstance(gradient, AtFixedPoint):
+        _check_nothing_is_hidden(rule, leaves, externals)
     n = len(leaves)
     evaluations: list[Any] = []
 
@@ -168,7 +177,11 @@ def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, o
         return *BACKEND.flatten(solution.value)[0], solution.status, stats.steps, stats.residual, *trace
 
     axes = (0,) * (n + 3) + (1,) * options["trace"]
-    results = on_values(run, rule, n, (*leaves, *externals), axes)
+    try:
+        results = on_values(run, rule, n, (*leaves, *externals), axes)
+    except RuntimeError:
+        _check_nothing_is_hidden(rule, leaves, externals)  # then values of a transform have got into the solve
+        raise
     status, steps, residual, *trace = results[n:]
     h = results[:n]
     if isinstance(gradient, AtFixedPoint):
@@ -177,6 +190,30 @@ def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, o
     if not isinstance(gradient, AtFixedPoint):
         value = _unrolled(problem, value, z, gradient)
     return Solution(value, status, Stats(steps, evaluations[0], residual, trace[0] if trace else None))
+
+
+def _check_all_in_z(problem: Problem, h0: PyTree, z: PyTree) -> None:
+    """For an estimator whose own ``vjp`` gives the gradients, which are in z alone."""
+    with torch.no_grad():
+        seen = hoist(problem.f, BACKEND.map(torch.clone, h0), z, has_storage).externals
+    explicit = {id(x) for x in tensors(z)}
+    if torch.is_grad_enabled() and any(x.requires_grad and id(x) not in explicit for x in seen):
+        raise ValueError(CLOSED)
+
+
+def _check_nothing_is_hidden(rule: Rule, h: Sequence[Tensor], externals: Sequence[Tensor]) -> None:
+    """Without derivatives of what F was seen to be a function of, it has none."""
+    with torch.enable_grad():
+        values = rule.f([x.detach() for x in h], [x.detach() for x in externals])
+    if any(x.requires_grad or _has_tangent(x) for x in values):
+        raise NotImplementedError(HIDDEN)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # not to be had within vmap
+        return False
 
 
 def _on_trees(rule: Rule, externals: Sequence[Tensor]) -> Problem:

@@ -13,6 +13,7 @@ from implicit_core.solution import Stats
 from implicit_core.solvers import Anderson
 
 from .constant import constant_within_solve
+from .function import transforming
 from .layer import fixed_point
 from .precision import state_dtype
 
@@ -47,7 +48,8 @@ class ImplicitLayer(nn.Module):
     Attributes
     ----------
     status, stats
-        Those of the last call (see :class:`~implicit_core.Solution`), None before the first; they hold no graph.
+        Those of the last call (see :class:`~implicit_core.Solution`); they hold no graph. None before the first, and
+        after one within ``torch.func``.
 
     Raises
     ------
@@ -103,7 +105,7 @@ class ImplicitLayer(nn.Module):
         self.throw = throw
         self.status = self.stats = None
 
-    def forward(self, x: PyTree, *, h0: PyTree | None = None) -> PyTree:
+    def forward(self, x: PyTree, h0: PyTree | None = None) -> PyTree:
         """The fixed point h, shaped as h0.
 
         Parameters
@@ -124,7 +126,8 @@ class ImplicitLayer(nn.Module):
             batch_ndim=self.batch_ndim,
             throw=self.throw,
         )
-        self.status, self.stats = solution.status, solution.stats
+        # Within torch.func they are tensors that no one can look at afterwards.
+        self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value
 
     def _start(self, x: PyTree) -> PyTree:
