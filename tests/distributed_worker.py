@@ -4,6 +4,7 @@ Run by test_torch_training.py: ``python distributed_worker.py STRATEGY RANK WORL
 """
 
 import copy
+import datetime
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
+TIMEOUT = datetime.timedelta(seconds=60)
 SOLVER = ic.Anderson(rtol=1e-12, max_steps=200)
 ESTIMATORS = [
     ic.Implicit(ic.GMRES(rtol=1e-12)),
@@ -64,7 +66,7 @@ def distributed(model: Model, strategy: str) -> nn.Module:
 
 
 def main(strategy: str, rank: int, world: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=TIMEOUT)
     torch.set_num_threads(1)
     for estimator in ESTIMATORS:
         torch.manual_seed(0)
@@ -84,6 +86,7 @@ def main(strategy: str, rank: int, world: int, file: str) -> None:
                 got = got.full_tensor() if hasattr(got, "full_tensor") else got
                 torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
         print(f"{strategy} rank {rank}: {estimator} agrees")
+    dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
 
 
