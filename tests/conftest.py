@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from libraries import LIBRARIES, Library
 
@@ -16,3 +17,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 @pytest.fixture(params=LIBRARIES, ids=lambda library: library.name)
 def library(request: pytest.FixtureRequest) -> Library:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """PyTorch's initial parameters are the same in every run, and in every order of the tests."""
+    torch.manual_seed(0)
