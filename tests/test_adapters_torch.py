@@ -501,7 +501,10 @@ class JacobianFree(ic.Estimator):
 
 def test_an_estimator_of_the_users_own_is_asked_for_its_vjp() -> None:
     h0, w, x = tensors(layer())
-    f = lambda h, z: torch.tanh(h @ z[0].T + z[1])  # noqa: E731
+
+    def f(h: torch.Tensor, z: Any) -> torch.Tensor:
+        return torch.tanh(h @ z[0].T + z[1])
+
     gradients = [
         torch.autograd.grad(loss(ic.fixed_point(f, h0, (w, x), solver=SOLVER, gradient=g, batch_ndim=1).value), (w, x))
         for g in (JacobianFree(), ic.OneStep())

@@ -27,6 +27,7 @@ ESTIMATORS = [
     ic.Unroll(3, 0.5, recompute=True),
     ic.BPTT(6),
 ]
+# The compiler reads .grad of whatever it meets, and uses what Python and PyTorch have deprecated.
 COMPILER_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
 )

@@ -692,7 +692,9 @@ def test_what_f_hands_to_vmap_itself_is_refused() -> None:
     w, x = data()
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        f = lambda h, _: func.vmap(lambda r, y: torch.tanh(w @ r + y))(h, x)  # noqa: E731
+        def f(h: torch.Tensor, _: Any) -> torch.Tensor:
+            return func.vmap(lambda r, y: torch.tanh(w @ r + y))(h, x)
+
         return ic.fixed_point(f, torch.zeros_like(x), None, gradient=EXACT, batch_ndim=1).value.sum()
 
     with pytest.raises(NotImplementedError, match=r"hands them to torch\.vmap"):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator
@@ -15,7 +14,7 @@ from implicit_core.solution import Solution
 
 from .function import transforming
 from .precision import full_precision
-from .problem import moves
+from .problem import has_tangents, moves
 
 PyTree = Any
 
@@ -34,7 +33,7 @@ def through_callbacks(
     problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, options: dict[str, Any]
 ) -> Solution:
     """The layer, differentiated once, in z alone, by the callbacks."""
-    if transforming() or _has_tangents(z):
+    if transforming() or has_tangents(z):
         raise NotImplementedError(ONCE)
     leaves, structure = BACKEND.flatten_with_none(z)
     moving = [i for i, leaf in enumerate(leaves) if moves(leaf)]
@@ -46,7 +45,7 @@ def through_callbacks(
 
     def closed(h: PyTree, z: PyTree) -> PyTree:
         value = problem.f(h, z)
-        if _has_tangents(value):
+        if has_tangents(value):
             raise NotImplementedError(ONCE)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in BACKEND.flatten(value)[0]):
             raise ValueError(CLOSED)
@@ -61,11 +60,6 @@ def through_callbacks(
 
     bound = _with_pullback(pullback, outputs, [leaves[i] for i in moving])
     return solution._replace(value=BACKEND.unflatten(h_structure, bound))
-
-
-def _has_tangents(tree: PyTree) -> bool:
-    leaves = BACKEND.flatten(tree)[0]
-    return any(isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
 
 
 def _with_pullback(

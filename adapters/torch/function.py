@@ -19,7 +19,6 @@ from .precision import full_precision
 from .problem import moves
 
 PyTree = Any
-Linear = Callable[[PyTree], PyTree]
 
 HIDDEN = (
     "a derivative of this gradient (create_graph=True), or one by torch.func, needs every tensor that F is a function "
@@ -131,10 +130,12 @@ class _FixedPoint(torch.autograd.Function):
         given = next((v for v in cotangents if v is not None), None)
         if given is None:
             return None, *h, *outputs, *externals
-        saved = ctx.saved_tensors if any(v is None for v in cotangents) or _again(rule) else ()
+        # Whether the derivative is itself to be differentiated, or transformed.
+        again = rule.vjp_h is None or torch.is_grad_enabled() or transforming()
+        saved = ctx.saved_tensors if again or any(v is None for v in cotangents) else ()
         v = tuple(torch.zeros_like(saved[i]) if v is None else v for i, v in enumerate(cotangents))
         with full_precision(given):
-            if _again(rule):
+            if again:
                 externals = _cotangents(rule, saved, v, wanted[2])
             else:
                 outputs = list(rule.inverse(rule.vjp_h, v))
@@ -155,11 +156,6 @@ class _FixedPoint(torch.autograd.Function):
             primals, d = tuple(externals[i] for i in moving), tuple(d_externals[i] for i in moving)
             df = torch.func.jvp(_of_externals(rule, h, externals, moving), primals, d)[1]
             return _solve(rule, _forward, h, externals, df)
-
-
-def _again(rule: Rule) -> bool:
-    """Whether the derivative is itself to be differentiated, or transformed."""
-    return rule.vjp_h is None or torch.is_grad_enabled() or transforming()
 
 
 def _cotangents(rule: Rule, saved: Sequence[Tensor], v: Sequence[Tensor], wanted: Sequence[bool]) -> list[Any]:

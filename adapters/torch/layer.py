@@ -22,7 +22,7 @@ from .closure import Tensors, has_storage, hoist, is_alive, pure, tensors
 from .frontier import frontier
 from .function import HIDDEN, PLAIN_FORWARD, Rule, attach, on_values, transforming
 from .precision import autocasted, full_precision, within_reach
-from .problem import AutogradProblem, as_leaf, edges, problem, vector_jacobian
+from .problem import AutogradProblem, as_leaf, edges, has_tangents, problem, vector_jacobian
 
 PyTree = Any
 RECOMPUTE = (
@@ -84,7 +84,7 @@ def fixed_point(
     options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
     if own or not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
         with full_precision(h0):
-            if not own:
+            if not own and torch.is_grad_enabled():
                 _check_all_in_z(plain, h0, z)
             return through_callbacks(plain, h0, z, gradient, options)
     with full_precision(h0):
@@ -106,9 +106,8 @@ def _unrolled(problem: Problem, h: PyTree, z: PyTree, gradient: Estimator) -> Py
         recomputed = problem.replace_f(lambda h, z: checkpoint(problem.f, h, z, use_reentrant=False))
         return gradient.value(recomputed, h, z)
     value = gradient.value(problem, h, z)
-    if isinstance(gradient, BPTT) or (
-        isinstance(gradient, Unroll) and gradient.lam == 1.0
-    ):  # then it may be what f returned: z itself, say, or a buffer of f's
+    # Undamped, it may be what f returned: z itself, say, or a buffer of f's.
+    if isinstance(gradient, BPTT) or (isinstance(gradient, Unroll) and gradient.lam == 1.0):
         value = BACKEND.map(torch.clone, value)
     return value
 
@@ -121,7 +120,7 @@ def _at_fixed_point(problem: Problem, h: PyTree, z: PyTree, gradient: AtFixedPoi
         once = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z, has_storage)
     checks.like(BACKEND, "the result of f", once.value, h, "h0")
     outputs = tuple(BACKEND.flatten(once.value)[0])
-    if any(_has_tangent(x) for x in outputs):
+    if has_tangents(once.value):
         raise NotImplementedError(PLAIN_FORWARD)
     beginnings = frontier(once, outputs, h_in, tensors(z))
     if beginnings is None:
@@ -152,9 +151,8 @@ def _transformed(problem: Problem, h0: PyTree, z: PyTree, gradient: Estimator, o
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     leaves, structure = BACKEND.flatten(h0)
     with torch.no_grad():
-        problem.f(
-            BACKEND.map(torch.clone, h0), z
-        )  # what f makes once and keeps, as a dropout mask, is an external then
+        # Twice: what f makes once and keeps, as a dropout mask, is an external by then.
+        problem.f(BACKEND.map(torch.clone, h0), z)
         value, externals, _ = hoist(problem.f, BACKEND.map(torch.clone, h0), z, is_alive)
     checks.like(BACKEND, "the result of f", value, h0, "h0")
     rule = Rule(pure(problem.f, structure, z, externals, externals), gradient, structure, problem.batch_ndim)
@@ -197,7 +195,7 @@ def _check_all_in_z(problem: Problem, h0: PyTree, z: PyTree) -> None:
     with torch.no_grad():
         seen = hoist(problem.f, BACKEND.map(torch.clone, h0), z, has_storage).externals
     explicit = {id(x) for x in tensors(z)}
-    if torch.is_grad_enabled() and any(x.requires_grad and id(x) not in explicit for x in seen):
+    if any(x.requires_grad and id(x) not in explicit for x in seen):
         raise ValueError(CLOSED)
 
 
@@ -205,15 +203,8 @@ def _check_nothing_is_hidden(rule: Rule, h: Sequence[Tensor], externals: Sequenc
     """Without derivatives of what F was seen to be a function of, it has none."""
     with torch.enable_grad():
         values = rule.f([x.detach() for x in h], [x.detach() for x in externals])
-    if any(x.requires_grad or _has_tangent(x) for x in values):
+    if has_tangents(values) or any(x.requires_grad for x in values):
         raise NotImplementedError(HIDDEN)
-
-
-def _has_tangent(x: Tensor) -> bool:
-    try:
-        return forward_ad.unpack_dual(x).tangent is not None
-    except RuntimeError:  # not to be had within vmap
-        return False
 
 
 def _on_trees(rule: Rule, externals: Sequence[Tensor]) -> Problem:

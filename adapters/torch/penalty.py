@@ -12,7 +12,7 @@ from implicit_core.problem import Map
 from implicit_core.space import Space, State
 
 from .monitors import plain_function
-from .problem import as_leaf, problem
+from .problem import as_leaf, edges, problem, vector_jacobian
 
 
 def jacobian_penalty(
@@ -101,19 +101,10 @@ def _differentiable_vjp(f: Map, h: PyTree, z: PyTree) -> Callable[[PyTree], PyTr
     inputs = [leaf.view_as(leaf) if leaf.requires_grad else as_leaf(leaf) for leaf in leaves]
     value = f(BACKEND.unflatten(structure, inputs), z)
     checks.like(BACKEND, "the result of f", value, h, "h")
-    outputs = BACKEND.flatten(value)[0]
+    ends = edges(BACKEND.flatten(value)[0])
 
     def pull(v: PyTree) -> PyTree:
-        pairs = [(out, part) for out, part in zip(outputs, BACKEND.flatten(v)[0], strict=True) if out.requires_grad]
-        grads = torch.autograd.grad(
-            [out for out, _ in pairs],
-            inputs,
-            [part for _, part in pairs],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return BACKEND.unflatten(structure, list(grads))
+        return BACKEND.unflatten(structure, vector_jacobian(ends, inputs, BACKEND.flatten(v)[0], create_graph=True))
 
     return pull
 

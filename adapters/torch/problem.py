@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit_core.backends.torch import BACKEND
@@ -107,7 +108,11 @@ def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
 
 
 def vector_jacobian(
-    outputs: Sequence[GradientEdge | None], inputs: Sequence[Tensor], v: Sequence[Tensor]
+    outputs: Sequence[GradientEdge | None],
+    inputs: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
 ) -> list[Tensor]:
     """``v`` pulled back along the graph from ``outputs`` to ``inputs``, which is kept."""
     pairs = [(edge, cotangent) for edge, cotangent in zip(outputs, v, strict=True) if edge is not None]
@@ -119,10 +124,20 @@ def vector_jacobian(
             inputs,
             [cotangent for _, cotangent in pairs],
             retain_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
     )
+
+
+def has_tangents(tree: PyTree) -> bool:
+    """Whether forward mode has a tangent for a tensor of ``tree``."""
+    leaves = [leaf for leaf in BACKEND.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    try:
+        return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
+    except RuntimeError:  # not to be had within vmap
+        return False
 
 
 def moves(x: Any) -> bool:
