@@ -44,7 +44,8 @@ class TorchBackend(Backend):
     def axpy(self, a: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, a, x) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
 
-    def gram(self, history: Tensor) -> Tensor:
+    def gram(self, gram: Tensor, history: Tensor, index: int) -> Tensor:
+        # Anew: one product where the update of a row takes seven operations.
         return torch.bmm(history, history.mT)
 
     def products(self, row: Tensor, history: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class Backend:
         """Limits of a floating dtype, as in the array API."""
         return self.xp.finfo(dtype)
 
+    def isdtype(self, dtype: Any, kind: str | tuple[str, ...]) -> bool:
+        """Whether a dtype is of a kind, as in the array API."""
+        return bool(self.xp.isdtype(dtype, kind))
+
     # Pytrees.
 
     def flatten(self, tree: PyTree) -> tuple[list[Any], Hashable]:
@@ -108,6 +112,34 @@ class Backend:
         """The state a solve runs in: nothing recorded for autodiff, no warning for what the statuses report."""
         return nullcontext()
 
+    def readable(self, x: Array) -> bool:
+        """Whether the numbers in ``x`` can be read now; those of a traced array can't."""
+        return True
+
+    def check_later(self, ok: Array, message: str, **numbers: Array) -> None:
+        """For arrays that are not readable: raise once they are, unless ``ok``. The message names the numbers."""
+        raise NotImplementedError(f"{self} has no arrays that can't be read")
+
+    def call_later(self, function: Callable[..., None], *arrays: Array) -> None:
+        """For arrays that are not readable: ``function(*arrays)`` once they are."""
+        raise NotImplementedError(f"{self} has no arrays that can't be read")
+
+    def undifferentiated(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """``f`` as a solve calls it, for a framework where :meth:`solving` can't switch autodiff off."""
+        return f
+
+    def placement(self, x: Array) -> Any:
+        """How ``x``, (N, D), is spread over devices, where that is part of an array's type."""
+        return None
+
+    def spread(self, x: Array, placement: Any) -> Array:
+        """``x``, (N, ..., D), spread in the same way."""
+        return x
+
+    def spread_numbers(self, x: Array, placement: Any) -> Array:
+        """Per-sample numbers ``x``, (N, ...), spread as the samples are."""
+        return x
+
     def unchanged(self, x: Array, before: Array) -> bool:
         """Whether ``x`` still holds what it held ``before``; True where that can't be read."""
         return bool(self.xp.all((x == before) | (x != x)))
@@ -138,12 +170,23 @@ class Backend:
         """Euclidean norm over the last axis, which is kept."""
         return self.xp.linalg.vector_norm(x, axis=-1, keepdims=True)
 
+    def largest(self, x: Array) -> Array:
+        """Largest absolute value over the last axis, which is kept and not empty."""
+        return self.xp.max(self.xp.abs(x), axis=-1, keepdims=True)
+
+    def total(self, numbers: Array) -> Array:
+        """Sums over a sample, where parts of one may be held elsewhere: the sums over these too."""
+        return numbers
+
     def axpy(self, a: Array | float, x: Array, y: Array) -> Array:
         """``a x + y``."""
         return a * x + y
 
-    def gram(self, history: Array) -> Array:
-        """Inner products of the rows of a history with each other, (N, m, D) -> (N, m, m)."""
+    def gram(self, gram: Array, history: Array, index: Any) -> Array:
+        """Inner products of the rows of a history with each other, (N, m, D) -> (N, m, m).
+
+        ``gram`` holds them as they were before the row at ``index`` was replaced.
+        """
         return history @ self.xp.matrix_transpose(history)
 
     def products(self, row: Array, history: Array) -> Array:
@@ -159,7 +202,10 @@ class Backend:
         return row + weights @ history
 
     def solve_rows(self, matrix: Array, row: Array) -> Array:
-        """The x with ``x matrix = row``, per sample; (N, m, m) and (N, 1, m). ``matrix`` must be regular."""
+        """The x with ``x matrix = row``, per sample; (N, m, m) and (N, 1, m).
+
+        ``matrix`` is symmetric and positive definite, or triangular and regular: no pivots are needed.
+        """
         transpose = self.xp.matrix_transpose
         return transpose(self.xp.linalg.solve(transpose(matrix), transpose(row)))
 

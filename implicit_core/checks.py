@@ -50,10 +50,12 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
 def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
     """``value`` can be iterated on: real floating arrays that share their ``batch_ndim`` first axes, returned."""
     leaves, _ = backend.flatten(value)
+    if not leaves:
+        raise TypeError(f"{name} must hold arrays of {backend.name}, got {value!r}")
     for leaf in leaves:
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(leaf)}")
-        if not backend.xp.isdtype(leaf.dtype, "real floating"):
+        if not backend.isdtype(leaf.dtype, "real floating"):
             raise TypeError(
                 f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; "
                 "split a complex state in real and imaginary parts, cast an integer one to float"
@@ -102,7 +104,7 @@ def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if leaf is None or not backend.is_array(reference):
             continue
-        if not backend.xp.isdtype(reference.dtype, ("real floating", "complex floating")):
+        if not backend.isdtype(reference.dtype, ("real floating", "complex floating")):
             continue
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, or None; got a leaf {_kind(leaf)}")

@@ -7,7 +7,7 @@ from . import checks
 from .backend import PyTree
 from .estimators import Estimator, Unroll
 from .problem import Map, Problem
-from .registry import find_backend, load_adapter
+from .registry import find_adapter, find_backend, load_adapter
 from .solution import Solution
 from .solve import as_problem, solve
 from .solvers import Anderson, FixedPointIteration, Solver
@@ -23,6 +23,7 @@ def fixed_point(
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
+    has_aux: bool = False,
 ) -> Solution:
     """The fixed point h = F(h, z) as a layer: solved by ``solver``, differentiated by ``gradient``.
 
@@ -47,6 +48,9 @@ def fixed_point(
         Raise where a sample did not converge.
     trace
         Record every residual in ``stats.trace``.
+    has_aux
+        f returns a pair ``(h, aux)``. It is evaluated once more at the value, and ``aux`` from there is in the result,
+        as a function of the value and of z.
 
     Returns
     -------
@@ -70,12 +74,28 @@ def fixed_point(
     True
     """
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    adapter = load_adapter(find_backend(h0).name)
-    layer = undifferentiated if adapter is None else adapter.fixed_point
-    solution: Solution = layer(
-        f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
-    )
-    return solution
+    # NumPy's h0 will do where z is of a framework with autodiff, if that takes it.
+    adapter = load_adapter(find_backend(h0).name) or find_adapter(z)
+    layer: Callable[..., Solution] = undifferentiated if adapter is None else adapter.fixed_point
+    options = {"solver": solver, "gradient": gradient, "batch_ndim": batch_ndim, "throw": throw, "trace": trace}
+    return with_aux(layer, f, h0, z, options) if has_aux else layer(f, h0, z, **options)
+
+
+def with_aux(
+    layer: Callable[..., Solution], f: Problem | Map, h0: PyTree, z: PyTree, options: dict[str, Any]
+) -> Solution:
+    """``layer`` for an f that returns a pair (h, aux)."""
+    if isinstance(f, Problem):
+        raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
+
+    def both(h: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        pair = f(h, z)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(pair).__name__}")
+        return pair
+
+    solution = layer(lambda h, z: both(h, z)[0], h0, z, **options)
+    return solution._replace(aux=both(solution.value, z)[1])
 
 
 def undifferentiated(
@@ -91,8 +111,14 @@ def solver_point(
     problem: Problem, h0: PyTree, z: PyTree, *, gradient: Estimator, solver: Any, throw: bool, trace: bool
 ) -> Solution:
     """The point at which ``gradient`` sets in: the solver's, or h0 itself, judged by one evaluation of F."""
+    if throw:
+        refuse_throw(gradient)
     if gradient.starts_from_h0:
-        if throw:
-            raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")
         solver = FixedPointIteration(max_steps=1)
     return solve(problem, h0, z, solver=solver, throw=throw, trace=trace)
+
+
+def refuse_throw(gradient: Estimator) -> None:
+    """``throw=True`` is for estimators that follow a solve."""
+    if gradient.starts_from_h0:
+        raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")

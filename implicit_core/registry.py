@@ -13,10 +13,12 @@ from .backend import Backend, PyTree
 _BACKENDS = {
     "numpy": "implicit_core.backends.numpy",
     "torch": "implicit_core.backends.torch",
+    "jax": "implicit_core.backends.jax",
     "array_api_strict": "implicit_core.backends.array_api_strict",
 }
 _ADAPTERS = {
     "torch": "implicit_core.adapters.torch",
+    "jax": "implicit_core.adapters.jax",
 }
 
 
@@ -64,6 +66,12 @@ def load_adapter(framework: str) -> ModuleType | None:
     """The adapter that binds a framework's autodiff, or None for a framework without one."""
     module = _ADAPTERS.get(framework) or _modules("adapters", _ADAPTERS).get(framework)
     return None if module is None else importlib.import_module(module)
+
+
+def find_adapter(tree: PyTree) -> ModuleType | None:
+    """The adapter of the arrays in ``tree``, or None where they have none."""
+    backend = _owner(tree, _ADAPTERS) or _owner(tree, _modules("adapters", _ADAPTERS))
+    return None if backend is None else load_adapter(backend.name)
 
 
 def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:

@@ -1,5 +1,6 @@
 """What a solve returns, for every solver."""
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from .backend import Array, PyTree
+from .registry import find_backend
 
 
 class Status(IntEnum):
@@ -36,7 +38,8 @@ class Stats(NamedTuple):
     steps
         Evaluations of F until each sample was finished, integers of the batch's shape.
     evaluations
-        Evaluations of F, each for the whole batch.
+        Evaluations of F, each for the whole batch. How many a callable solver made is not known where JAX traced it:
+        then it is one, that which judges the result.
     residual
         ‖F(h) - h‖₂ at each sample's returned point, of the batch's shape.
     trace
@@ -60,11 +63,14 @@ class Solution(NamedTuple):
         A :class:`Status` for each sample, integers of the batch's shape.
     stats
         Steps, evaluations and residuals.
+    aux
+        What F returned beside h, evaluated once more at ``value``; None without ``has_aux``.
     """
 
     value: PyTree
     status: Array
     stats: Stats
+    aux: PyTree = None
 
     @property
     def converged(self) -> Array:
@@ -73,6 +79,8 @@ class Solution(NamedTuple):
 
     def raise_for_status(self) -> "Solution":
         """Return this solution if every sample converged.
+
+        Within ``jax.jit`` the statuses can't be read: there it is a check for ``jax.experimental.checkify``.
 
         Raises
         ------
@@ -108,9 +116,21 @@ class SolveError(RuntimeError):
 
 def check_statuses(what: str, status: Array, residual: Array) -> None:
     """Raise :class:`SolveError` unless every status is CONVERGED."""
+    backend = find_backend(status, "status")
+    if not backend.readable(status):
+        failed = status != Status.CONVERGED.value
+        xp = backend.xp
+        samples = math.prod(status.shape)
+        backend.check_later(
+            ~xp.any(failed),
+            f"{what} did not converge: {{failed}} of {samples} samples, largest residual {{residual}}",
+            failed=xp.sum(xp.astype(failed, xp.int32)),
+            residual=xp.max(xp.where(failed, residual, xp.zeros_like(residual))),
+        )
+        return
     failures = find_failures(status, residual)
     if failures:
-        raise SolveError(f"{what} did not converge: {describe(failures, _count(status))}", failures)
+        raise SolveError(f"{what} did not converge: {describe(failures, math.prod(status.shape))}", failures)
 
 
 def find_failures(status: Array, residual: Array) -> tuple[Failure, ...]:
@@ -148,7 +168,3 @@ def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     for size in shape:
         indices = [(*index, i) for index in indices for i in range(size)]
     return indices
-
-
-def _count(status: Array) -> int:
-    return len(_indices(tuple(status.shape)))

@@ -84,15 +84,21 @@ def solve(
     array([ True,  True])
     """
     problem = as_problem(problem, batch_ndim)
-    if isinstance(solver, Solver):
-        solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
-    elif isinstance(solver, CallableSolver):
+    solver = as_solver(solver)
+    if isinstance(solver, CallableSolver):
         solution = _judge(problem, h0, z, solver)
     else:
-        if isinstance(solver, type) or not callable(solver):
-            checks.instance("solver", solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
-        solution = _judge(problem, h0, z, CallableSolver(solver))
+        solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
     return solution.raise_for_status() if throw else solution
+
+
+def as_solver(solver: Any) -> Solver | CallableSolver:
+    """A solver, or a callable as one."""
+    if isinstance(solver, (Solver, CallableSolver)):
+        return solver
+    if isinstance(solver, type) or not callable(solver):
+        checks.instance("solver", solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
+    return CallableSolver(solver)
 
 
 def as_problem(problem: Problem | Map, batch_ndim: int | None) -> Problem:
@@ -129,6 +135,7 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         if solver.retries_nonfinite and best is not None:
             retry = ~xp.isfinite(point.norm) & xp.isfinite(best.norm) & (steps - best.steps < PATIENCE)
             point = point._replace(active=point.active | retry)
+        memory = solver.observe(system, memory, point)
         record = None if carry.trace is None else _record(space, carry.trace, point, was_active)
         return _Carry(point, tolerance, steps, best, record, memory)
 
@@ -136,6 +143,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         atol = space.scalar(solver.absolute_tolerance)
         start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
         point, tolerance = measure(start, 0)
+        space.spread_as(point.f)
+        point = point._replace(x=space.spread(point.x))
         steps = space.full(1, xp.int32)
         nothing = _Best(point.x, space.full(float("inf")), steps)
         best = _better(space, nothing, point, steps) if solver.keeps_best else None
@@ -143,7 +152,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         if trace:
             unknown = space.full(float("nan"))[:, None, :] + space.matrices(solver.max_steps, 1)
             record = _record(space, (unknown,), point, space.full(True, xp.bool))
-        carry = _Carry(point, tolerance, steps, best, record, solver.init(system, point.x))
+        memory = solver.observe(system, solver.init(system, point.x), point)
+        carry = _Carry(point, tolerance, steps, best, record, memory)
         carry = backend.while_loop(
             lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every
         )
@@ -192,13 +202,14 @@ def _solution(system: System, carry: _Carry) -> Solution:
 def _judge(problem: Problem, h0: PyTree, z: PyTree, solver: CallableSolver) -> Solution:
     """What a foreign solver found, measured by one more evaluation of F."""
     calls = 0
+    like = System(problem, h0, z).space
 
     def counted(h: PyTree, z: PyTree) -> PyTree:
         nonlocal calls
-        calls += 1
+        # How often a traced call is carried out can't be known.
+        calls += all(like.backend.readable(leaf) for leaf in like.backend.flatten(h)[0])
         return problem.f(h, z)
 
-    like = System(problem, h0, z).space
     with like.backend.solving():
         h = solver.function(problem.replace_f(counted), like.backend.map(like.backend.stop_gradient, h0), z)
     checks.like(like.backend, "the result of the solver", h, h0, "h0")

@@ -48,6 +48,7 @@ class Space:
         self.dtype = _widest(backend, self.dtypes)
         self.device = backend.device(leaves[0])
         self.eps = float(backend.finfo(self.dtype).eps)
+        self._placements: list[Any] = [None] * len(leaves)
         self.coarsest_eps = max(float(backend.finfo(dtype).eps) for dtype in self.dtypes)
 
     # Between the user's pytrees and states.
@@ -59,6 +60,18 @@ class Space:
             self._cast(leaf if tuple(leaf.shape) == flat else self.xp.reshape(leaf, flat), self.dtype)
             for leaf, flat in zip(leaves, self.flat_shapes, strict=True)
         )
+
+    def spread_as(self, x: State) -> None:
+        """From now on, what is made here is spread over devices as ``x`` is."""
+        self._placements = [self.backend.placement(a) for a in x]
+
+    def spread(self, x: State) -> State:
+        """``x``, spread so."""
+        result = tuple(self.backend.spread(a, where) for a, where in zip(x, self._placements, strict=True))
+        return x if all(a is b for a, b in zip(x, result, strict=True)) else result
+
+    def _spread(self, numbers: Array) -> Array:
+        return self.backend.spread_numbers(numbers, self._placements[0])
 
     def copy(self, x: State) -> State:
         """``x`` in memory of its own."""
@@ -90,7 +103,7 @@ class Space:
 
     def full(self, value: float | int | bool, dtype: Any = None) -> Array:
         """A number for each sample, (N, 1)."""
-        return self.xp.full((self.samples, 1), value, dtype=dtype or self.dtype, device=self.device)
+        return self._spread(self.xp.full((self.samples, 1), value, dtype=dtype or self.dtype, device=self.device))
 
     def scalar(self, value: float) -> Array:
         """A number as an array without axes."""
@@ -102,13 +115,15 @@ class Space:
 
     def matrices(self, m: int, n: int) -> Array:
         """A zero matrix for each sample, (N, m, n)."""
-        return self.xp.zeros((self.samples, m, n), dtype=self.dtype, device=self.device)
+        return self._spread(self.xp.zeros((self.samples, m, n), dtype=self.dtype, device=self.device))
 
     # Vectors.
 
     def zeros(self) -> State:
         """The zero state."""
-        return tuple(self.xp.zeros(shape, dtype=self.dtype, device=self.device) for shape in self.flat_shapes)
+        return self.spread(
+            tuple(self.xp.zeros(shape, dtype=self.dtype, device=self.device) for shape in self.flat_shapes)
+        )
 
     def sub(self, x: State, y: State) -> State:
         """``x - y``."""
@@ -149,18 +164,21 @@ class Space:
         largest = self.full(0.0)
         for a in x:
             if a.shape[-1]:
-                largest = self.xp.maximum(largest, self.xp.max(self.xp.abs(a), axis=-1, keepdims=True))
+                largest = self.xp.maximum(largest, self.backend.largest(a))
         return largest
 
     def dot(self, x: State, y: State) -> Array:
         """Inner product of each sample, (N, 1)."""
-        return _sum([self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True)])
+        products = [self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True)]
+        return self.backend.total(_sum(products))
 
     # Histories: the last m states, (N, m, D) for each leaf, and rows that stand beside them, (N, 1, D).
 
     def history(self, m: int) -> History:
         """A history of m zero states."""
-        return tuple(self.xp.zeros((n, m, d), dtype=self.dtype, device=self.device) for n, d in self.flat_shapes)
+        return self.spread(
+            tuple(self.xp.zeros((n, m, d), dtype=self.dtype, device=self.device) for n, d in self.flat_shapes)
+        )
 
     def row(self, x: State) -> Row:
         """A state as a row."""
@@ -174,13 +192,21 @@ class Space:
         """The history with one row replaced; the one passed in is given up."""
         return tuple(self.backend.set_row(a, index, b) for a, b in zip(history, x, strict=True))
 
-    def gram(self, history: History) -> Array:
-        """Inner products of the rows of a history with each other, (N, m, m)."""
-        return _sum([self.backend.gram(a) for a in history])
+    def grams(self, m: int) -> History:
+        """The inner products, of each leaf, of a history of m zero states, (N, m, m)."""
+        return tuple(self.matrices(m, m) for _ in self.flat_shapes)
+
+    def gram(self, grams: History, history: History, index: Any) -> History:
+        """Inner products of the rows of a history with each other, of each leaf; the row at ``index`` is new."""
+        return tuple(self.backend.gram(a, b, index) for a, b in zip(grams, history, strict=True))
+
+    def sum(self, numbers: History) -> Array:
+        """The sum over all leaves."""
+        return _sum(list(numbers))
 
     def products(self, row: Row, history: History) -> Array:
         """Inner products of a row with those of a history, (N, 1, m)."""
-        return _sum([self.backend.products(a, b) for a, b in zip(row, history, strict=True)])
+        return self.backend.total(_sum([self.backend.products(a, b) for a, b in zip(row, history, strict=True)]))
 
     def combine(self, weights: Array, history: History) -> Row:
         """Weighted sum of the rows of a history; weights (N, 1, m)."""

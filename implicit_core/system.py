@@ -24,6 +24,7 @@ class System:
         self.z = z
         self.space = Space(find_backend(h0), h0, problem.batch_ndim)
         self.extra_evaluations = 0
+        self._f = self.space.backend.undifferentiated(problem.f)
         self._linearizing = linearizing and not problem.has_jvp
         self._last: tuple[State, BoundLinearization] | None = None
         self._first = True
@@ -36,7 +37,7 @@ class System:
             self._last = (x, linearization)
             value = linearization.value
         else:
-            value = self.problem.f(h, self.z)
+            value = self._f(h, self.z)
         self._check_purity(h)
         checks.like(self.space.backend, "the result of f", value, self.space.like, "h0")
         return self.space.pack(value)

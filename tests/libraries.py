@@ -8,9 +8,14 @@ from typing import Any
 import array_api_compat.numpy
 import array_api_compat.torch
 import array_api_strict
+import jax
 import numpy as np
 import optree
 import torch
+
+# Before JAX makes its first array. Eager computations use the first device, tests of sharding all four.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 4)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ LIBRARIES = [
     Library("numpy-readonly", array_api_compat.numpy, lambda x: read_only(np.array(x)), np.asarray),
     Library("array_api_strict", array_api_strict, array_api_strict.asarray, lambda x: np.asarray(np.from_dlpack(x))),
     Library("torch", array_api_compat.torch, lambda x: torch.asarray(np.array(x)), lambda x: x.detach().numpy()),
+    Library("jax", jax.numpy, jax.numpy.array, np.asarray),
 ]
-NUMPY = LIBRARIES[0]
+NUMPY, TORCH, JAX = (next(x for x in LIBRARIES if x.name == name) for name in ("numpy", "torch", "jax"))
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from libraries import LIBRARIES, NUMPY
+from libraries import NUMPY, TORCH
 from problems import Case, layer, symmetric_layer
 from torch.overrides import TorchFunctionMode
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
-TORCH = LIBRARIES[-1]
 SOLVER = ic.Anderson(rtol=1e-13, max_steps=200)
 EXACT = ic.Implicit(ic.GMRES(rtol=1e-13, max_steps=400))
 ESTIMATORS = [ic.OneStep(), ic.Neumann(5, 0.5), ic.Unroll(5, 0.5), ic.Unroll(5, 0.5, recompute=True), EXACT]

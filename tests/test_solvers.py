@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from libraries import LIBRARIES, NUMPY, Library, flat, unflat
+from libraries import NUMPY, TORCH, Library, flat, unflat
 from problems import CASES, Case, affine, layer, pytree, rotation, scalar, symmetric_layer
 
 import implicit_core as ic
@@ -470,7 +470,7 @@ def test_the_result_shares_no_memory_with_what_was_passed_in(solver: ic.Solver, 
     solution = ic.solve(case.problem(), h0, case.z, solver=solver)
     assert not np.shares_memory(solution.value, h0)
     tensor = torch.asarray(h0.copy())
-    again = ic.solve(case.problem(LIBRARIES[-1]), tensor, LIBRARIES[-1].array(case.z), solver=solver)
+    again = ic.solve(case.problem(TORCH), tensor, TORCH.array(case.z), solver=solver)
     again.value.zero_()
     np.testing.assert_array_equal(tensor.numpy(), h0)
 

@@ -156,6 +156,9 @@ class _Observed(Solver):
     def init(self, system: System, x: State) -> Any:
         return self.solver.init(system, x)
 
+    def observe(self, system: System, memory: Any, point: Point) -> Any:
+        return self.solver.observe(system, memory, point)
+
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
         if point.index in self.steps:
             self.points[point.index] = system.space.unpack(point.x)

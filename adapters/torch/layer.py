@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from implicit_core import checks
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
-from implicit_core.fixed_point import solver_point
+from implicit_core.fixed_point import solver_point, with_aux
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution, Stats
 from implicit_core.solve import as_problem
@@ -41,6 +41,7 @@ def fixed_point(
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
+    has_aux: bool = False,
 ) -> Solution:
     """The layer on tensors; parameters and result as for :func:`implicit_core.fixed_point`.
 
@@ -73,15 +74,26 @@ def fixed_point(
     """
     if torch.compiler.is_compiling():  # the solve's loop depends on data: one graph break here instead of many below
         solution: Solution = torch.compiler.disable(fixed_point)(
-            f, h0, z, solver=solver, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
+            f,
+            h0,
+            z,
+            solver=solver,
+            gradient=gradient,
+            batch_ndim=batch_ndim,
+            throw=throw,
+            trace=trace,
+            has_aux=has_aux,
         )
         return solution
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
+    if has_aux:
+        return with_aux(fixed_point, f, h0, z, {**options, "batch_ndim": batch_ndim})
     given = as_problem(f, batch_ndim)
     own = isinstance(f, Problem) and not isinstance(f, AutogradProblem)
     plain = given if own else problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)
     gradient = gradient if own else within_reach(gradient, h0)
-    options = {"gradient": gradient, "solver": solver, "throw": throw, "trace": trace}
+    options["gradient"] = gradient
     if own or not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
         with full_precision(h0):
             if not own and torch.is_grad_enabled():

@@ -93,6 +93,9 @@ class AtFixedPoint(Estimator):
     exact: ClassVar[bool] = False
     """Whether ``inverse`` solves (I - ∂F/∂h) w = v, by iterations that are not to be differentiated. Its derivatives
     are then those of the solution; otherwise they are those of the operations it consists of."""
+    adaptive: ClassVar[bool] = False
+    """Whether the number of products depends on data, so that a framework that transposes what it has traced can't
+    transpose ``inverse``. Of no account for an exact one, which transposes itself."""
 
     @abstractmethod
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:

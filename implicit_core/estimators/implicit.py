@@ -1,12 +1,13 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from .. import checks
-from ..backend import PyTree
+from ..backend import Array, PyTree
 from ..linear_solvers import GMRES, LinearSolver
 from ..registry import find_backend
 from ..solution import Failure, SolveError, Status, describe, find_failures
@@ -35,7 +36,7 @@ class Implicit(AtFixedPoint):
     on_failure
         What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
         use what was reached, or make their part of the gradient ``"nan"``. A cotangent that is not finite is no such
-        failure: it gives NaN.
+        failure: it gives NaN. What JAX has traced can't raise: there ``"raise"`` is ``"nan"``.
 
     Raises
     ------
@@ -73,16 +74,23 @@ class Implicit(AtFixedPoint):
         # looks for it: a gradient scaler then skips the step.
         hopeless = result.status == Status.NONFINITE.value
         failed = (result.status != Status.CONVERGED.value) & ~hopeless
-        lost = hopeless | failed if self.on_failure == "nan" else hopeless
-        x = space.where(lost, space.scale(float("nan"), result.x), result.x)
-        if self.on_failure != "nan":
+        readable = space.backend.readable(result.status)
+        reported = self.on_failure == "warn" or (self.on_failure == "raise" and readable)
+        x = space.where(hopeless if reported else hopeless | failed, space.scale(float("nan"), result.x), result.x)
+        if reported:
             status = space.xp.where(hopeless, space.full(Status.CONVERGED.value, space.xp.int32), result.status)
-            self._report(find_failures(space.per_sample(status), space.per_sample(result.residual)), space.samples)
+            outcome = space.per_sample(status), space.per_sample(result.residual)
+            if readable:
+                self._report(*outcome)
+            else:
+                space.backend.call_later(self._report, *outcome)
         return space.unpack(x)
 
-    def _report(self, failures: tuple[Failure, ...], samples: int) -> None:
+    def _report(self, status: Array, residual: Array) -> None:
+        failures: tuple[Failure, ...] = find_failures(status, residual)
         if not failures:
             return
+        samples = math.prod(status.shape)
         message = (
             f"the linear solve of Implicit did not converge: {describe(failures, samples)}. Raise max_steps or rtol of "
             f"{self.linear_solver!r}, try another linear solver, or use Neumann or Unroll, which need none"

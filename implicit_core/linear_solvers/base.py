@@ -72,6 +72,7 @@ class LinearSolver(ABC):
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
         """Solve A x = b from x = 0."""
         xp, backend = space.xp, space.backend
+        space.spread_as(b)
         # At unit scale squares neither underflow nor overflow: a cotangent of 1e-25 is not zero in float32.
         largest = space.largest(b)
         scale = xp.where(xp.isfinite(largest) & (largest > 0), largest, xp.ones_like(largest))

@@ -11,10 +11,11 @@ from .base import Point, Solver
 
 
 class Memory(NamedTuple):
-    """The last m evaluations: the damped steps they propose, and their residuals; and constants."""
+    """The last m evaluations: the damped steps they propose, their residuals and these' products; and constants."""
 
     proposals: History
     residuals: History
+    products: History
     filled: Any
     scaling: Array
     floor: Array
@@ -65,9 +66,8 @@ class Anderson(Solver):
         slots = space.xp.arange(m, device=space.device)
         filled = space.xp.astype(slots[None, :] <= slots[:, None], space.dtype)
         rows = space.xp.broadcast_to(filled[:, None, None, :], (m, space.samples, 1, m))
-        return Memory(
-            space.history(m), space.history(m), space.backend.table(rows), *ridge(space, m, self.regularization)
-        )
+        constants = space.backend.table(rows), *ridge(space, m, self.regularization)
+        return Memory(space.history(m), space.history(m), space.grams(m), *constants)
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         space, slot = system.space, point.index % self.memory
@@ -75,9 +75,10 @@ class Anderson(Solver):
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, point.residual)
         filled = memory.filled[space.backend.minimum(point.index, self.memory - 1)]
-        weights = mixing_weights(space, space.gram(residuals), filled, (memory.scaling, memory.floor))
+        products = space.gram(memory.products, residuals, slot)
+        weights = mixing_weights(space, space.sum(products), filled, (memory.scaling, memory.floor))
         x = space.state(space.combine(weights, proposals))
-        return x, memory._replace(proposals=proposals, residuals=residuals)
+        return x, memory._replace(proposals=proposals, residuals=residuals, products=products)
 
 
 def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:

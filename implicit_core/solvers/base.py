@@ -60,7 +60,7 @@ class Solver(ABC):
     keeps_best: ClassVar[bool] = True
     """Whether to return the point of least residual where none meets the tolerance; False: the last one."""
     uses_jacobian: ClassVar[bool] = False
-    """Whether ``step`` asks for the Jacobian at the point it is given."""
+    """Whether ``observe`` asks for the Jacobian at the point it is given."""
     retries_nonfinite: ClassVar[bool] = False
     """Whether ``step`` can go back from a point where F is not finite, and so wants to be asked."""
 
@@ -80,6 +80,10 @@ class Solver(ABC):
     @abstractmethod
     def init(self, system: System, x: State) -> Any:
         """What the method remembers, before the first step from ``x``."""
+
+    def observe(self, system: System, memory: Any, point: Point) -> Any:
+        """What is remembered once F was evaluated at a point: here, with ``uses_jacobian``, ask for its Jacobian."""
+        return memory
 
     @abstractmethod
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:

@@ -17,7 +17,7 @@ SHORTEST = 1e-3
 
 
 class Memory(NamedTuple):
-    """Where the current line search starts, its residual norm and direction, and the fraction of it just tried."""
+    """Where the current line search starts, its residual norm and direction, and the fraction of it to be tried."""
 
     x: State
     norm: Array
@@ -66,11 +66,12 @@ class NewtonKrylov(Solver):
         space = system.space
         return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0))
 
-    def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
+    def observe(self, system: System, memory: Memory, point: Point) -> Memory:
         space, where = system.space, system.space.xp.where
         jacobian = system.jacobian(point.x)
         enough = point.norm <= (1 - SUFFICIENT * memory.fraction) * memory.norm
-        accept = point.active & (enough | (memory.fraction < SHORTEST))
+        another = point.active & (point.index + 1 < self.max_steps)
+        accept = another & (enough | (memory.fraction < SHORTEST))
 
         rhs = space.where(accept, point.residual, space.zeros())
         newton = self.linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
@@ -78,4 +79,7 @@ class NewtonKrylov(Solver):
         x = space.where(accept, point.x, memory.x)
         direction = space.where(accept, newton, memory.direction)
         norm = where(accept, point.norm, memory.norm)
-        return space.axpy(fraction, direction, x), Memory(x, norm, direction, fraction)
+        return Memory(x, norm, direction, fraction)
+
+    def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
+        return system.space.axpy(memory.fraction, memory.direction, memory.x), memory

@@ -1,0 +1,50 @@
+"""The solve, with an axis of ``jax.vmap`` as one more axis of the batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from implicit_core.backends.jax import staging
+from implicit_core.solution import Solution
+
+PyTree = Any
+Arrays = list[Any]
+Map = Callable[[PyTree, Arrays], PyTree]
+
+
+def batched(
+    run: Callable[[Map, PyTree, Arrays, int], Solution], f: Map, h0: PyTree, externals: Arrays, batch_ndim: int
+) -> Solution:
+    """``run(f, h0, externals, batch_ndim)``, where samples of ``jax.vmap`` are samples of the batch.
+
+    JAX would run the loop until the last of them is finished too, but select between the old and the new of all that it
+    carries, histories included, and compile the loop at each call outside of ``jit``.
+    """
+    if not staging() and not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((h0, externals))):
+        return run(f, h0, externals, batch_ndim)
+
+    @custom_vmap
+    def solve(h0: PyTree, externals: Arrays) -> Solution:
+        solution: Solution = jax.tree.map(jnp.asarray, run(f, h0, externals, batch_ndim))
+        return solution
+
+    @solve.def_vmap
+    def rule(size: int, in_batched: Any, h0: PyTree, externals: Arrays) -> tuple[Solution, Solution]:
+        h0 = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape)), h0, in_batched[0]
+        )
+        axes = [0 if is_batched else None for is_batched in in_batched[1]]
+        solution = batched(run, jax.vmap(f, in_axes=(0, axes), axis_size=size), h0, externals, batch_ndim + 1)
+        trace = solution.stats.trace
+        if trace is not None:
+            trace = jnp.moveaxis(trace, 1, 0)
+        stats = solution.stats._replace(evaluations=jnp.asarray(solution.stats.evaluations), trace=trace)
+        solution = solution._replace(stats=stats)
+        everywhere = jax.tree.map(lambda _: True, solution)
+        return solution, everywhere._replace(stats=everywhere.stats._replace(evaluations=False))
+
+    result: Solution = solve(h0, externals)
+    return result

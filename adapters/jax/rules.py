@@ -1,0 +1,87 @@
+"""The derivative of a fixed point, of every order and in both modes, as a ``jax.custom_jvp``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from implicit_core.backends.jax import BACKEND, joint
+from implicit_core.estimators import AtFixedPoint
+
+from .closure import linear_in
+from .problem import pushforwards
+
+PyTree = Any
+Arrays = list[Any]
+
+
+def at_fixed_point(
+    f: Callable[[PyTree, Arrays], PyTree],
+    gradient: AtFixedPoint,
+    batch_ndim: int,
+    h: PyTree,
+    externals: Arrays,
+    axes: Sequence[str] = (),
+) -> PyTree:
+    """``h`` as the differentiable fixed point it is.
+
+    Its tangent is D (∂F/∂z) dz, a linear recursion that JAX transposes; for an exact estimator the solution of a linear
+    system, whose transpose is solved and not transposed. F is linearized at the result itself, so that the second
+    derivative takes the first one for the derivative of h.
+
+    Parameters
+    ----------
+    f
+        F; closes over nothing that is traced.
+    gradient
+        The estimator.
+    batch_ndim
+        The state's batch axes.
+    h
+        The solver's point.
+    externals
+        All other arrays that F is a function of.
+    axes
+        Named axes that F communicates over.
+    """
+
+    def inverse(jacobian: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        with joint(axes):
+            return gradient.inverse(jacobian, v, batch_ndim)
+
+    @jax.custom_jvp
+    def root(h: PyTree, _externals: Arrays) -> PyTree:
+        return h
+
+    def rule(primals: tuple[PyTree, Arrays], tangents: tuple[PyTree, Arrays]) -> tuple[PyTree, PyTree]:
+        externals, directions = primals[1], tangents[1]
+        h = root(*primals)
+        places = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
+        if not places:
+            return h, jax.tree.map(jnp.zeros_like, h)
+
+        def on_moving(h: PyTree, moving: Arrays) -> PyTree:
+            new = list(externals)
+            for i, value in zip(places, moving, strict=True):
+                new[i] = value
+            return f(h, new)
+
+        moving = [externals[i] for i in places]
+        _, push = jax.linearize(on_moving, h, moving)
+        push_h, push_z = pushforwards(push, h, moving)
+        tangents_in = [directions[i] for i in places]
+        b = push_z(tangents_in)
+        if not gradient.exact:
+            return h, inverse(push_h, b)
+        return h, jax.lax.custom_linear_solve(
+            lambda w: BACKEND.map(jnp.subtract, w, push_h(w)),
+            linear_in(tangents_in, b),
+            solve=lambda _, b: inverse(push_h, b),
+            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v),
+        )
+
+    root.defjvp(rule, symbolic_zeros=True)
+    value: PyTree = root(h, externals)
+    return value

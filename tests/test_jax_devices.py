@@ -1,0 +1,184 @@
+"""The JAX layer on several devices: sharded arrays and ``shard_map`` give what one device gives."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax_layers import assert_close, cell, data, few_optimizations, iterate, loop, loss  # noqa: F401
+
+import implicit_core as ic
+from implicit_core.adapters import jax as icj
+
+TIGHT = {"rtol": 1e-13, "max_steps": 300}
+EXACT = ic.Implicit(ic.Richardson(rtol=1e-12))
+PAIRS = [
+    (ic.FixedPointIteration(**TIGHT), ic.Neumann(200, 1.0)),
+    (ic.Anderson(**TIGHT), EXACT),
+    (ic.Anderson(**TIGHT), ic.Implicit(ic.GMRES(rtol=1e-12))),
+    (ic.Anderson(**TIGHT), ic.Unroll(200, 1.0)),
+    (ic.Anderson(**TIGHT), ic.Unroll(200, 1.0, recompute=True)),
+    (ic.Anderson(**TIGHT), ic.BPTT(200)),
+    (ic.Broyden(**TIGHT), ic.OneStep()),
+    (ic.NewtonKrylov(**TIGHT), ic.Neumann(4, 0.5)),
+]
+IDS = [f"{type(solver).__name__}-{gradient!r}" for solver, gradient in PAIRS]
+KINDS = [AxisType.Auto, AxisType.Explicit]
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    assert jax.device_count() == 4
+    return jax.make_mesh((4,), ("d",), axis_types=(kind,))
+
+
+def total(solver: Any, gradient: Any, w: Any, x: Any, **options: Any) -> Any:
+    solution = icj.fixed_point(
+        cell, jnp.zeros_like(x), {"w": w, "x": (x,)}, solver=solver, gradient=gradient, batch_ndim=1, **options
+    )
+    return jnp.sum(solution.value**3)
+
+
+@functools.cache
+def expected(gradient: ic.Estimator) -> Any:
+    """On one device; of a long loop where the estimator has converged."""
+    w, x = data(batch=4)
+    if isinstance(gradient, ic.OneStep) or getattr(gradient, "k", 200) < 200:
+        return jax.value_and_grad(functools.partial(total, ic.Anderson(**TIGHT), gradient), (0, 1))(w, x)
+    return jax.value_and_grad(loss(loop), (0, 1))(w, x)
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("solver", "gradient"), PAIRS, ids=IDS)
+def test_sharded_arrays(solver: Any, gradient: Any, kind: AxisType) -> None:
+    mesh, (w, x) = mesh_of(kind), data(batch=4)
+    run = jax.jit(jax.value_and_grad(functools.partial(total, solver, gradient), (0, 1)))
+    sharded = jax.device_put(w, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P("d")))
+    value, gradients = run(*sharded)
+    assert_close(on_host((value, gradients)), on_host(expected(gradient)), 1e-9)
+    if kind is AxisType.Explicit:
+        assert gradients[1].sharding.spec[0] == "d"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_sharded_arrays_in_a_mesh_that_is_set(kind: AxisType) -> None:
+    """With h0 and the parameters made there, on no axis."""
+    mesh, (w, x) = mesh_of(kind), data(batch=4)
+    solver, gradient = PAIRS[3]
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(functools.partial(total, solver, gradient), (0, 1)))
+        ours = on_host(run(w, jax.device_put(x, P("d"))))
+    assert_close(ours, on_host(expected(gradient)), 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_sharded_state(kind: AxisType) -> None:
+    """The state's last axis on the devices, and the weights' rows."""
+    mesh, (w, x) = mesh_of(kind), data(batch=2, width=4)
+    sharded = jax.device_put(w, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P(None, "d")))
+
+    def f(h: Any, z: Any) -> Any:
+        spread = NamedSharding(mesh, P(None, "d"))
+        product = jnp.matmul(h, z[0].T, out_sharding=spread) if kind is AxisType.Explicit else h @ z[0].T
+        return jnp.tanh(product + z[1])
+
+    def run(w: Any, x: Any) -> Any:
+        options = {"solver": ic.Anderson(**TIGHT), "gradient": ic.Neumann(200, 1.0), "batch_ndim": 1}
+        return jnp.sum(icj.fixed_point(f, jnp.zeros_like(x), (w, x), **options).value ** 3)
+
+    ours = on_host(jax.jit(jax.value_and_grad(run, (0, 1)))(*sharded))
+    assert_close(ours, on_host(jax.value_and_grad(loss(loop), (0, 1))(w, x)), 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("solver", "gradient"), PAIRS, ids=IDS)
+def test_shard_map(solver: Any, gradient: Any, kind: AxisType) -> None:
+    mesh = mesh_of(kind)
+    w, x = data(batch=4)
+    sharded = jax.device_put(w, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P("d")))
+
+    def run(w: Any, x: Any) -> Any:
+        return jax.lax.psum(total(solver, gradient, w, x), "d")
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    ours = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*sharded)
+    assert_close(on_host(ours), on_host(expected(gradient)), 1e-9)
+
+
+@pytest.mark.parametrize("solver", [PAIRS[i][0] for i in (0, 1, 6, 7)], ids=lambda solver: type(solver).__name__)
+def test_each_device_takes_its_own_steps(solver: Any) -> None:
+    """A start that all devices share, and samples from zero slope to one."""
+    mesh = mesh_of(AxisType.Explicit)
+    slopes = jnp.asarray([0.0, 0.3, 0.6, 0.9])[:, None]
+
+    def run(slope: Any) -> Any:
+        solution = icj.fixed_point(
+            lambda h, a: a * jnp.tanh(h) + 1.0,
+            jnp.zeros((1, 2)),
+            slope,
+            solver=solver,
+            gradient=ic.OneStep(),
+            batch_ndim=1,
+        )
+        return solution.value, solution.stats.steps, jnp.reshape(solution.stats.evaluations, 1)
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    sharded = jax.device_put(slopes, NamedSharding(mesh, P("d")))
+    value, steps, evaluations = map(np.asarray, jax.jit(mapped)(sharded))
+    assert evaluations[0] < evaluations[3]
+    assert steps[0] < steps[3]
+    for i in range(4):
+        alone = jax.jit(run)(slopes[i : i + 1])
+        assert_close(on_host((value[i : i + 1], steps[i : i + 1], evaluations[i : i + 1])), on_host(alone), 1e-12)
+
+
+LINEAR = [
+    *(ic.Implicit(solver(rtol=1e-12)) for solver in (ic.Richardson, ic.GMRES, ic.BiCGSTAB)),
+    ic.Neumann(200, 1.0),
+    ic.Unroll(200, 1.0),
+]
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["varying axes checked", "unchecked"])
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [
+        *[(ic.Anderson(**TIGHT), gradient) for gradient in LINEAR],
+        *[(PAIRS[i][0], LINEAR[1]) for i in (0, 6, 7)],
+    ],
+    ids=repr,
+)
+def test_an_f_that_devices_compute_together(solver: Any, gradient: Any, check_vma: bool) -> None:
+    """Then no device may stop before the others, and a sample is one system with its like on them."""
+    mesh = mesh_of(AxisType.Auto)
+    w, x = data(batch=4)
+    x = x * jnp.asarray([[0.0], [0.1], [1.0], [3.0]])
+
+    def f(h: Any, z: Any, mean: Any) -> Any:
+        return 0.5 * jnp.tanh(h @ z[0].T + z[1]) + 0.2 * mean
+
+    def together(w: Any, x: Any) -> Any:
+        options = {"solver": solver, "gradient": gradient, "batch_ndim": 1}
+        step = lambda h, z: f(h, z, jax.lax.pmean(h, "d"))  # noqa: E731
+        solution = icj.fixed_point(step, jnp.zeros_like(x), (w, x), **options)
+        return solution.value, solution.stats.steps
+
+    def long(w: Any, x: Any) -> Any:
+        return iterate(lambda h: f(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x))
+
+    mapped = jax.shard_map(together, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"), check_vma=check_vma)
+    value, steps = jax.jit(mapped)(w, x)
+    assert_close(np.asarray(value), np.asarray(long(w, x)), 1e-9)
+    assert len(set(steps.tolist())) == 1
+    ours, theirs = (
+        jax.jit(jax.grad(lambda w, x, f=f: jnp.sum(f(w, x) ** 3), (0, 1)))(w, x)
+        for f in (lambda w, x: mapped(w, x)[0], long)
+    )
+    assert_close(on_host(ours), on_host(theirs), 1e-9)
