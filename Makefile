@@ -17,7 +17,7 @@ REQUIREMENTS = pyproject.toml constraints.txt
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(DEMO_VENV)/.demo ## Run the demo, NumPy beside PyTorch, in an environment of its own.
+demo: $(DEMO_VENV)/.demo ## Run the demo, NumPy beside PyTorch and JAX, in an environment of its own.
 	$(DEMO_VENV)/bin/python -m implicit_core demo
 
 mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_ARGS="--gradient neumann".
@@ -68,7 +68,7 @@ $(VENV)/.dev: $(VENV)/.test
 	@touch $@
 
 $(DEMO_VENV)/.demo: $(DEMO_VENV)/.pip $(REQUIREMENTS)
-	$(DEMO_VENV)/bin/python $(INSTALL) --editable ".[demo,torch]"
+	$(DEMO_VENV)/bin/python $(INSTALL) --editable ".[jax-demo,torch]"
 	@touch $@
 
 $(EXAMPLES_VENV)/.examples: $(EXAMPLES_VENV)/.pip $(REQUIREMENTS)

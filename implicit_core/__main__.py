@@ -14,8 +14,18 @@ from .registry import installed, load_backend
 from .solution import SolveError
 
 COLUMNS = 80
-EXTRAS = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn", "torch": "torch"}
+MODULES = {
+    "jax": "jax",
+    "matplotlib": "matplotlib",
+    "optax": "optax",
+    "rich": "rich",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "threadpoolctl",
+    "torch": "torch",
+}
 """Modules that the demo needs beyond the core's dependencies, and what their distributions are called."""
+EXTRAS = {"numpy": "demo", "torch": "demo,torch", "jax": "jax-demo", "all": "jax-demo,torch"}
+"""What installs them, for each choice of frameworks."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,16 +87,16 @@ def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
         results = digits.run(options.framework, options.epochs, options.seed, output)
     except ModuleNotFoundError as problem:
         module = (problem.name or "").partition(".")[0]
-        if module not in EXTRAS:
+        if module not in MODULES:
             raise
-        extras = "demo" if options.framework == "numpy" else "demo,torch"
+        extras = EXTRAS[options.framework]
         print(
-            f"The demo needs {EXTRAS[module]}, which is not installed; "
+            f"The demo needs {MODULES[module]}, which is not installed; "
             f'in a checkout: pip install ".[{extras}]", elsewhere: pip install "implicit-core[{extras}]".',
             file=sys.stderr,
         )
-        if module == "torch":
-            print("With --framework numpy it needs no torch.", file=sys.stderr)
+        if module in ("torch", "jax", "optax"):
+            print(f"With --framework numpy it needs no {module}.", file=sys.stderr)
         return 2
     except SolveError as problem:
         print(f"The demo stopped: {problem}", file=sys.stderr)
@@ -107,11 +117,11 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help=about,
         description=f"{about.capitalize()}\non scikit-learn's handwritten digits, "
-        "in NumPy and PyTorch side by side;\nprint a table and save the curves.",
+        "in NumPy, PyTorch and JAX side by side;\nprint a table and save the curves.",
         epilog="example:\n  python -m implicit_core demo --framework torch --output curves.png",
         formatter_class=_Formatter,
     )
-    trial.add_argument("--framework", choices=("numpy", "torch", "both"), default="both", help="what to compute with")
+    trial.add_argument("--framework", choices=tuple(EXTRAS), default="all", help="what to compute with")
     trial.add_argument("--epochs", type=partial(_integer, 1), default=20, metavar="N", help="passes over the data")
     trial.add_argument("--seed", type=partial(_integer, 0), default=0, metavar="S", help="seed of all that is random")
     trial.add_argument("--output", default="outputs", metavar="PATH", help="picture of the curves, or a folder for it")

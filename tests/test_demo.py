@@ -1,8 +1,9 @@
-"""The command line and the demo, in both frameworks."""
+"""The command line and the demo, in all frameworks."""
 
 import importlib
 import io
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,11 @@ ESTIMATORS = ["Implicit", "Unroll(5, 0.5)", "Neumann(5, 0.5)", "OneStep"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("demo") / "curves.png"
     console = Console(file=io.StringIO(), width=80)
-    results = digits.run("both", epochs=4, seed=1, output=path, console=console)
+    results = digits.run("all", epochs=4, seed=1, output=path, console=console)
     return results, console.file.getvalue(), path
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(params=["numpy", "torch", "jax"])
 def one(request: pytest.FixtureRequest, trained: Any) -> list[Result]:
     """The results in one framework."""
     return [result for result in trained[0] if result.framework == request.param]
@@ -59,22 +60,25 @@ def test_the_cosines_are_ordered_as_the_estimators_are(one: list[Result]) -> Non
 def test_table_and_picture(trained: Any) -> None:
     results, text, path = trained
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("Curves"))
-    assert len(results) == 8
-    for ours, theirs in zip(results[::2], results[1::2], strict=True):
+    assert len(results) == 12
+    for group in zip(results[::3], results[1::3], results[2::3], strict=True):
         cells = [
             rf"{result.framework} +{result.accuracy:.1%} +{result.loss:.4f} .* {result.cosine:.4f} *"
-            for result in (ours, theirs)
+            for result in group
         ]
-        assert re.search(rf"^{re.escape(ours.name)} +{cells[0]}\n +{cells[1]} \de-0\d$", text, re.MULTILINE)
+        rows = rf"^{re.escape(group[0].name)} +{cells[0]}\n +{cells[1]} \de-\d\d\n +{cells[2]} \de-\d\d$"
+        assert re.search(rows, text, re.MULTILINE)
+    assert "counted in a second, untimed run" in text
     for result in results:
         assert result.passed == (f"{result.name}, {result.framework}: test accuracy" not in text)
     assert str(path) in text
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_frameworks_train_the_same_model(trained: Any) -> None:
-    for a, b in zip(trained[0][::2], trained[0][1::2], strict=True):
-        assert (a.framework, b.framework, a.name) == ("numpy", "torch", b.name)
+@pytest.mark.parametrize(("index", "framework"), [(1, "torch"), (2, "jax")])
+def test_all_frameworks_train_the_same_model(index: int, framework: str, trained: Any) -> None:
+    for a, b in zip(trained[0][::3], trained[0][index::3], strict=True):
+        assert (a.framework, b.framework, a.name) == ("numpy", framework, b.name)
         np.testing.assert_allclose(a.losses, b.losses, rtol=1e-3)
         assert a.parameters.keys() == b.parameters.keys() == set("WUbVc")
         assert digits.result.difference(a, b) < digits.result.TOLERANCE
@@ -87,10 +91,10 @@ def test_failures_are_of_accuracy_and_of_agreement(trained: Any) -> None:
     assert digits.failures(results) == []
     low = replace(results[0], accuracies=np.array([0.95]))
     assert digits.failures([low, *results[1:]]) == ["Implicit, numpy: test accuracy 95.0% is not above 95%."]
-    parameters = results[7].parameters
+    parameters = results[10].parameters
     for offset, shown in ((2e-4, "2.0e-04"), (np.nan, "nan")):
-        apart = replace(results[7], parameters={**parameters, "c": parameters["c"] + np.float32(offset)})
-        (message,) = digits.failures([*results[:7], apart])
+        apart = replace(results[10], parameters={**parameters, "c": parameters["c"] + np.float32(offset)})
+        (message,) = digits.failures([*results[:10], apart, results[11]])
         assert message == f"OneStep: numpy and torch differ by {shown}, which is more than 1e-04."
 
 
@@ -112,16 +116,14 @@ def test_a_wrong_derivative_is_a_disagreement(monkeypatch: pytest.MonkeyPatch, t
         return v_h, {**v_z, "b": 1.01 * v_z["b"]}
 
     monkeypatch.setattr(module, "vjp", wrong)
-    code = command_line.main(["demo", "--epochs", "1", "--output", str(tmp_path)])
-    results = digits.run("both", epochs=1, output=tmp_path, console=Console(file=io.StringIO()))
-    assert code == 1
-    assert sum("numpy and torch differ" in failure for failure in digits.failures(results)) == len(ESTIMATORS)
+    found = digits.failures(digits.run("all", epochs=1, output=tmp_path, console=Console(file=io.StringIO())))
+    for other in ("torch", "jax"):
+        assert sum(f"numpy and {other} differ" in failure for failure in found) == len(ESTIMATORS)
 
 
 def test_solves_that_fail_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     starved = model.ic.FixedPointIteration(rtol=1e-6, max_steps=2)
-    for name in ("model_numpy", "model_torch"):
-        monkeypatch.setattr(importlib.import_module(f"implicit_core.examples.digits.{name}"), "SOLVER", starved)
+    monkeypatch.setattr(importlib.import_module("implicit_core.examples.digits.model_numpy"), "SOLVER", starved)
     console = Console(file=io.StringIO(), width=80)
     digits.run("numpy", epochs=1, output=tmp_path, console=console)
     assert "OneStep, numpy: " in console.file.getvalue()
@@ -131,14 +133,14 @@ def test_solves_that_fail_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_demo_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = command_line.main(["demo", "--epochs", "1", "--output", str(tmp_path / "new" / "curves.svg")])
     assert code == 1  # one epoch is too little, and the demo says for whom
-    assert capsys.readouterr().out.count("is not above 95%") == 8
+    assert capsys.readouterr().out.count("is not above 95%") == 12
     assert (tmp_path / "new" / "curves.svg").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--framework", "jax"], "invalid choice: 'jax'"),
+        (["demo", "--framework", "both"], "invalid choice: 'both'"),
         (["demo", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["demo", "--epochs", "many"], "--epochs: must be an integer, got 'many'"),
         (["demo", "--output", "curves.gif"], "--output: .*curves.gif"),
@@ -158,7 +160,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["demo", "--help"])
     shown = capsys.readouterr().out
-    assert "--framework {numpy,torch,both}" in shown
+    assert "--framework {numpy,torch,jax,all}" in shown
     assert "(default: 20)" in shown
 
 
@@ -172,7 +174,13 @@ def test_info_names_every_framework(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("framework", "module", "extras"),
-    [("both", "torch", "demo,torch"), ("torch", "rich", "demo,torch"), ("numpy", "rich", "demo")],
+    [
+        ("all", "torch", "jax-demo,torch"),
+        ("all", "optax", "jax-demo,torch"),
+        ("jax", "jax", "jax-demo"),
+        ("torch", "rich", "demo,torch"),
+        ("numpy", "rich", "demo"),
+    ],
 )
 def test_a_missing_extra_is_named(
     framework: str, module: str, extras: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -186,18 +194,31 @@ def test_a_missing_extra_is_named(
     assert f"The demo needs {module}, which is not installed; " in told
     assert f'pip install ".[{extras}]"' in told
     assert f'pip install "implicit-core[{extras}]"' in told
-    assert ("--framework numpy" in told) == (module == "torch")
+    assert (f"With --framework numpy it needs no {module}." in told) == (module != "rich")
 
 
-@pytest.mark.parametrize(("framework", "code"), [("both", 2), ("numpy", 1)])
-def test_numpy_alone_needs_no_torch(
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_only_what_was_chosen_is_imported(framework: str) -> None:
+    """In a process of its own, where nothing has imported it yet."""
+    code = (
+        "import sys; from implicit_core.examples.digits.train import model_classes\n"
+        f"print(*model_classes({framework!r}), *{{'torch', 'jax', 'optax'}} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    loaded = {"numpy": [], "torch": ["torch"], "jax": ["jax", "optax"]}
+    assert sorted(shown.split()) == sorted([framework, *loaded[framework]])
+
+
+@pytest.mark.parametrize(("framework", "code"), [("all", 2), ("numpy", 1)])
+def test_numpy_alone_needs_no_other_framework(
     framework: str, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "implicit_core.examples.digits.model_torch", raising=False)
-    monkeypatch.delattr(digits, "model_torch", raising=False)
-    monkeypatch.setitem(sys.modules, "torch", None)
+    for module in ("torch", "jax"):
+        monkeypatch.delitem(sys.modules, f"implicit_core.examples.digits.model_{module}", raising=False)
+        monkeypatch.delattr(digits, f"model_{module}", raising=False)
+        monkeypatch.setitem(sys.modules, module, None)
     arguments = ["demo", "--framework", framework, "--epochs", "1", "--output", str(tmp_path)]
     assert command_line.main(arguments) == code
     shown = capsys.readouterr()
-    assert ("needs torch" in shown.err) == (framework == "both")
+    assert ("needs torch" in shown.err) == (framework == "all")
     assert ("%" in shown.out) == (framework == "numpy")  # found before any training

@@ -1,4 +1,4 @@
-"""What the NumPy and the PyTorch classifier have in common: parameters, settings and what is counted."""
+"""What the classifiers of all frameworks have in common: parameters, settings and what is counted."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,6 +79,9 @@ class Model(Protocol):
 
     def train_step(self, images: Array, labels: Array) -> float:
         """One step of stochastic gradient descent; returns the loss before it."""
+
+    def count(self, images: Array, labels: Array) -> None:
+        """Count what the next step takes, a step on this batch, where that can't be counted as it runs."""
 
     def gradient(self, images: Array, labels: Array) -> Parameters:
         """The estimator's gradient of the loss with respect to every parameter."""

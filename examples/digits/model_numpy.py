@@ -103,6 +103,9 @@ class NumPyModel:
         self._parameters = updated
         return loss
 
+    def count(self, images: Array, labels: Array) -> None:
+        """See :class:`Model`: the step counts itself."""
+
     def gradient(self, images: Array, labels: Array) -> Parameters:
         """See :class:`Model`."""
         return loss_and_gradient(PROBLEM, self._parameters, images, labels, SOLVER, self._estimator)[1]

@@ -49,6 +49,9 @@ class TorchModel:
         self.counts.solved(solution)
         return loss.item()
 
+    def count(self, images: Array, labels: Array) -> None:
+        """See :class:`Model`: the step counts itself."""
+
     def gradient(self, images: Array, labels: Array) -> Parameters:
         """See :class:`Model`."""
         logits, _ = self._logits(images, f)

@@ -18,13 +18,11 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "--", "linewidth": 2.0},
     {"color": "#CC79A7", "linestyle": "-.", "linewidth": 2.0},
 )
-CIRCLES: dict[str, Any] = {
-    "marker": "o",
-    "markersize": 4,
-    "markerfacecolor": "none",
-    "linestyle": "-",
-    "linewidth": 0.5,
-}
+MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("circles", {"marker": "o", "markersize": 4, "markerfacecolor": "none", "linestyle": "-", "linewidth": 0.5}),
+    ("crosses", {"marker": "x", "markersize": 4, "linestyle": "-", "linewidth": 0.5}),
+)
+"""How the second and the third framework are drawn over the lines of the first."""
 FORMATS = (".pdf", ".png", ".svg")
 
 
@@ -53,12 +51,12 @@ def picture_path(output: str | Path | None, framework: str) -> Path:
 
 
 def save(path: Path, results: list[Result]) -> None:
-    """Draw loss, accuracy and cosine of all estimators: a first framework as lines, a second one as circles on them."""
+    """Draw loss, accuracy and cosine of all estimators: one framework as lines, others as marks on them."""
     frameworks = list(dict.fromkeys(result.framework for result in results))
+    *before, last = frameworks
+    named = f"{', '.join(before)} and {last}" if before else last
     figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
-    figure.suptitle(
-        f"Deep equilibrium classifier of handwritten digits, four gradient estimators ({' and '.join(frameworks)})"
-    )
+    figure.suptitle(f"Deep equilibrium classifier of handwritten digits, four gradient estimators ({named})")
     loss, accuracy, angle = figure.subplots(1, 3)
     epoch = len(results[0].losses) // len(results[0].accuracies)
     steps = np.arange(epoch, len(results[0].losses) + 1, epoch)
@@ -67,24 +65,26 @@ def save(path: Path, results: list[Result]) -> None:
     loss.set(title=f"Training loss, mean of the last {epoch} steps", xlabel="step", ylabel="cross-entropy")
     loss.set_yscale("log")
     draw(accuracy, results, lambda r: (1e-3 * r.step_ms * steps, 100 * r.accuracies))
+    accuracy.set_xscale("log")
     accuracy.set(title="Test accuracy", xlabel="training time [s], steps × median step", ylabel="correct [%]")
     draw(angle, results, lambda r: (steps, r.cosines))
     angle.set(title="Gradient of W, U, b against the exact one", xlabel="step", ylabel="cosine")
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES) + 2)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES) + 3)
     figure.savefig(path)
 
 
 def draw(axes: Axes, results: list[Result], curve: Callable[[Result], tuple[Array, Array]], every: int = 1) -> None:
-    """A curve for each estimator, with a circle at every so many points of the second framework's."""
+    """A curve for each estimator, with a mark at every so many points of the other frameworks'."""
     for (name, group), style in zip(groups(results).items(), STYLES, strict=True):
         first, *others = group
         axes.plot(*curve(first), label=name, **style)
-        for other in others:
-            axes.plot(*curve(other), color=style["color"], **CIRCLES, markevery=every)
-    if len(results) > len(STYLES):
-        lines, circles = (results[index].framework for index in (0, 1))
-        axes.plot([], [], label=f"lines: {lines}", color="#666666")
-        axes.plot([], [], label=f"circles: {circles}", color="#666666", **CIRCLES)
+        for other, (_, mark) in zip(others, MARKS, strict=False):
+            axes.plot(*curve(other), color=style["color"], **mark, markevery=every)
+    first, *others = next(iter(groups(results).values()))
+    if others:
+        axes.plot([], [], label=f"lines: {first.framework}", color="#666666")
+    for other, (name, mark) in zip(others, MARKS, strict=False):
+        axes.plot([], [], label=f"{name}: {other.framework}", color="#666666", **mark)
     axes.grid(alpha=0.3)
 
 

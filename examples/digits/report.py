@@ -15,9 +15,11 @@ F       evaluations of F a step: in the solve + for the layer's value
 VJPs    pullbacks through F a step: of h, of z, or of both at once
 cosine  between the estimated and the exact gradient of W, U and b,
         on one fixed batch; mean over the ends of the epochs"""
+COUNTED = """\
+jax     F and VJPs are counted in a second, untimed run of each gradient"""
 APART = """\
-apart   largest difference between a parameter in numpy and in torch
-        after training; they start equal and see equal batches"""
+apart   largest difference between a parameter there and in numpy
+        after training; all start equal and see equal batches"""
 
 
 def progress(console: Console) -> Progress:
@@ -35,7 +37,8 @@ def progress(console: Console) -> Progress:
 def table(results: list[Result]) -> Table:
     """The estimators side by side, each in every framework."""
     several = len({result.framework for result in results}) > 1
-    rows = Table(title="Deep equilibrium classifier of digits", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    title = "Deep equilibrium classifier of digits"
+    rows = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     rows.add_column("gradient", overflow="fold")
     rows.add_column("with", overflow="fold")
     for name in ("acc", "loss", "ms", "F", "VJPs", "cosine", *["apart"] * several):
@@ -73,7 +76,10 @@ def show(console: Console, results: list[Result]) -> None:
     console.print(table(results))
     console.print()
     console.print(LEGEND, style="dim", highlight=False)
-    if len({result.framework for result in results}) > 1:
+    frameworks = {result.framework for result in results}
+    if "jax" in frameworks:
+        console.print(COUNTED, style="dim", highlight=False)
+    if len(frameworks) > 1:
         console.print(APART, style="dim", highlight=False)
     for remark in remarks(results):
         console.print(remark, highlight=False)

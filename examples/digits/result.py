@@ -11,7 +11,7 @@ TARGET = 0.95
 """Test accuracy that every estimator is to exceed."""
 
 TOLERANCE = RTOL
-"""How far a parameter may differ between NumPy and PyTorch after training, which started from equal ones.
+"""How far a parameter may differ between NumPy and another framework after training, which started from equal ones.
 
 Rounding leaves some 1e-7. But where it moves a residual across the tolerance of the solve, one framework takes a step
 more, and its fixed point differs within that tolerance, RTOL; up to 4e-6 was seen. A wrong derivative leaves 1e-2.

@@ -18,7 +18,7 @@ from .model_numpy import NumPyModel, exact_gradient
 from .result import Result
 
 BATCH_SIZE, PROBE_SIZE = 64, 128
-FRAMEWORKS = {"numpy": ("numpy",), "torch": ("torch",), "both": ("numpy", "torch")}
+FRAMEWORKS = {"numpy": ("numpy",), "torch": ("torch",), "jax": ("jax",), "all": ("numpy", "torch", "jax")}
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Training:
 
     def step(self, images: Array, labels: Array) -> float:
         """Train on one batch; returns the loss."""
+        self.model.count(images, labels)
         start = perf_counter()
         loss = self.model.train_step(images, labels)
         self.durations.append(perf_counter() - start)
@@ -69,7 +70,7 @@ def cosine(a: Parameters, b: Parameters) -> float:
 
 
 def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimator], Model]]:
-    """The classifiers of a framework, or of both; PyTorch is imported now."""
+    """The classifiers of a framework, or of all; what they compute with is imported now."""
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
     classes: dict[str, Callable[[Parameters, ic.Estimator], Model]] = {"numpy": NumPyModel}
@@ -77,11 +78,15 @@ def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimato
         from .model_torch import TorchModel
 
         classes["torch"] = TorchModel
+    if "jax" in FRAMEWORKS[framework]:
+        from .model_jax import JAXModel
+
+        classes["jax"] = JAXModel
     return {name: classes[name] for name in FRAMEWORKS[framework]}
 
 
 def run(
-    framework: str = "both",
+    framework: str = "all",
     epochs: int = 20,
     seed: int = 0,
     output: str | Path | None = None,
@@ -92,7 +97,7 @@ def run(
     Parameters
     ----------
     framework
-        ``"numpy"``, ``"torch"`` or ``"both"``.
+        ``"numpy"``, ``"torch"``, ``"jax"`` or ``"all"``.
     epochs
         Passes over the training set, at least 1.
     seed
