@@ -7,28 +7,23 @@ gradient of one loss with respect to the input and all parameters. README.md tel
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
 from memory import LiveTensors
+from report import Table, environment, output, positive, progress, quartiles
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 import implicit_core as ic
 
-WIDTH = 80
 MB = 1e6
 LAM = 0.5
 GAIN = 2.0
@@ -217,13 +212,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str], console: Cons
     """All rows; repetitions are interleaved, and each is divided by the bare evaluations measured in its turn."""
     cell, x = build(options)
     variants = layers(options.solver, options.steps, options.k)
-    columns = TextColumn("{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(variants) * (options.repetitions + 1 + options.rss))
-
-        def announce(name: str) -> None:
-            progress.update(task, description=name, advance=1)
-
+    with progress(console, len(variants) * (options.repetitions + 1 + options.rss)) as announce:
         rows = {}
         for name, layer in variants.items():
             announce(name)
@@ -266,36 +255,12 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The three quartiles; of one value, that value."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    return low, middle, high
-
-
 def facts(options: argparse.Namespace) -> dict[str, Any]:
     """What a number of this run means nothing without."""
-    versions = {}
-    for package in ("implicit-core", "torch", "torchdeq"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "-"
     names = ("batch", "channels", "size", "solver", "steps", "k", "repetitions", "threads", "seed")
     return {
         "settings": {name: getattr(options, name) for name in names} | {"lam": LAM, "dtype": "float32"},
-        "versions": {"python": platform.python_version()} | versions,
-        "machine": {"cpu": cpu(), "system": f"{platform.system()} {platform.machine()}"},
-    }
-
-
-def cpu() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    } | environment("torch", "torchdeq")
 
 
 def title(found: dict[str, Any]) -> list[str]:
@@ -307,56 +272,6 @@ def title(found: dict[str, Any]) -> list[str]:
         f"{found['machine']['cpu']}, threads: {s['threads']}",
         f"implicit_core {v['implicit-core']}, torch {v['torch']}, TorchDEQ {v['torchdeq']}",
     ]
-
-
-def show(console: Console, rows: Sequence[Row], found: dict[str, Any]) -> None:
-    """Print the table with its legend."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in HEAD:
-        table.add_column(name, justify="left" if name == "gradient" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    for line in title(found):
-        console.print(line, highlight=False)
-    console.print(table)
-    console.print(LEGEND, style="dim", highlight=False)
-
-
-def markdown(rows: Sequence[Row], found: dict[str, Any]) -> str:
-    """The table as a page."""
-    lines = [
-        *(f"{line}  " for line in title(found)),
-        "",
-        f"| {' | '.join(HEAD)} |",
-        "|---" + "|--:" * (len(HEAD) - 1) + "|",
-    ]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    return "\n".join([*lines, "", "```", LEGEND, "```", ""])
-
-
-def save(path: Path, rows: Sequence[Row], found: dict[str, Any]) -> None:
-    """Write a page, or all that was measured as JSON, as the suffix says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".md":
-        path.write_text(markdown(rows, found))
-    else:
-        path.write_text(json.dumps(found | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def output(text: str) -> Path:
-    """A path whose suffix names a format, for argparse."""
-    path = Path(text)
-    if path.suffix not in (".json", ".md"):
-        raise argparse.ArgumentTypeError(f"must end in .json or .md, got {text}")
-    return path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -390,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    console = Console(width=WIDTH)
+    console = Console(width=80)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ic.InexactGradientWarning)  # Richardson's steps are forced, not to a tolerance
         if options.only:
@@ -398,9 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         rows = measure(options, arguments, console)
     found = facts(options)
-    show(console, rows, found)
-    for path in options.output:
-        save(path, rows, found)
+    table = Table(HEAD, [cells(row) for row in rows], title(found), LEGEND)
+    table.present(console, found | {"rows": [asdict(row) for row in rows]}, options.output)
     return 0
 
 

@@ -4,6 +4,7 @@ import doctest
 import json
 from pathlib import Path
 
+import jax_layer
 import memory
 import pytest
 import torch_step
@@ -52,6 +53,23 @@ def test_wrong_arguments_are_told_before_anything_runs(
     with pytest.raises(SystemExit, match="2"):
         torch_step.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_table_of_a_layer_in_jax(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "layer.json", tmp_path / "layer.md"]
+    saved = [argument for file in files for argument in ("--output", str(file))]
+    tiny = ["--batch", "4", "--width", "8", "--repetitions", "2", "--compiles", "1", "--k", "3"]
+    assert jax_layer.main([*tiny, *saved]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = {row["name"]: row for row in json.loads(files[0].read_text())["rows"]}
+    assert {"plain, Neumann(3)", "plain, GMRES", "jaxopt plain, GMRES", "optimistix plain, GMRES"} <= rows.keys()
+    for name, row in rows.items():
+        assert name in printed
+        assert f"| {name} |" in files[1].read_text()
+        assert row["residual"] <= 1e-4
+        assert len(row["forward"]) == len(row["gradient"]) == 2
+        assert (row["cosine"] > 0.9999) == ("Neumann" not in name and "Unroll" not in name)
 
 
 def test_live_tensors() -> None:
