@@ -81,22 +81,19 @@ class JAXBackend(Backend):
             return (state[0] < chunks) & cond(state[1])
 
         def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
-            return state[0] + 1, self.repeat(body, state[1], check_every)
+            return state[0] + 1, _scan(body, state[1], check_every)
 
         start = 0, jax.tree.map(jnp.asarray, carry)
         carry = jax.lax.while_loop(more, chunk, start)[1]
         if rest:
-            carry = jax.lax.cond(cond(carry), lambda c: self.repeat(body, c, rest), lambda c: c, carry)
+            carry = jax.lax.cond(cond(carry), lambda c: _scan(body, c, rest), lambda c: c, carry)
         return carry
 
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
         if times <= 1 or not staging():
             return super().repeat(body, carry, times)
         # The first apart: a constant start has no tangent there, and needs no cotangent, which a scan would not know.
-        times -= 1
-        unroll = times if times <= UNROLLED else 1
-        carry, _ = jax.lax.scan(lambda c, _: (body(c), None), body(carry), length=times, unroll=unroll)
-        return carry
+        return _scan(body, body(carry), times - 1)
 
     # Traced arrays.
 
@@ -204,6 +201,14 @@ class JAXBackend(Backend):
 
     def table(self, rows: jax.Array) -> jax.Array:
         return rows
+
+
+def _scan(body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+    if times == 1:
+        return body(carry)
+    unroll = times if times <= UNROLLED else 1
+    carry, _ = jax.lax.scan(lambda c, _: (body(c), None), carry, length=times, unroll=unroll)
+    return carry
 
 
 def staging() -> bool:

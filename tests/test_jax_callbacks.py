@@ -163,6 +163,55 @@ def test_second_derivatives_of_a_vjp_alone_raise() -> None:
         jax.jit(ORDERS["reverse over reverse"](loss_of("vjp", EXACT)))(arguments())
 
 
+@jax.custom_vjp
+def opaque(x: Any) -> Any:
+    return jnp.tanh(x)
+
+
+opaque.defvjp(lambda x: (jnp.tanh(x), x), lambda x, v: (v * (1 - jnp.tanh(x) ** 2),))
+
+
+def additive(h: Any, z: Any) -> Any:
+    """Its Jacobians do not depend on z: only the value does, which JAX takes for a constant."""
+    return 0.5 * jnp.tanh(h) + z
+
+
+ADDITIVE: dict[str, Any] = {
+    "vjp": {"vjp": lambda h, z, v: (0.5 * v * (1 - jnp.tanh(h) ** 2), v)},
+    "jvp": {"jvp": lambda h, z, dh, dz: 0.5 * dh * (1 - jnp.tanh(h) ** 2) + dz},
+}
+ADDITIVES = {
+    "vjp": ic.Problem(additive, **ADDITIVE["vjp"]),
+    "jvp": ic.Problem(additive, **ADDITIVE["jvp"]),
+    "both": ic.Problem(additive, **ADDITIVE["vjp"], **ADDITIVE["jvp"]),
+    "custom_vjp": lambda h, z: 0.5 * opaque(h) + z,
+}
+IN_LOOPS: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda f: f,
+    "scan": lambda f: lambda a: jax.lax.scan(lambda c, s: (c + f(s * a), None), 0.0, jnp.ones(2))[0],
+    "map": lambda f: lambda a: jnp.sum(jax.lax.map(lambda s: f(s * a), jnp.ones(2))),
+}
+
+
+@pytest.mark.parametrize("loop_kind", IN_LOOPS)
+@pytest.mark.parametrize("problem", ADDITIVES)
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(30, 1.0)], ids=repr)
+def test_second_derivatives_raise_also_where_no_product_depends_on_z(
+    estimator: ic.Estimator, problem: str, loop_kind: str
+) -> None:
+    def total(a: Any) -> Any:
+        h = icj.fixed_point(ADDITIVES[problem], jnp.zeros(()), a, solver=SOLVER, gradient=estimator).value
+        return h**3
+
+    looped = IN_LOOPS[loop_kind](total)
+    if problem != "jvp":
+        with pytest.raises(NotImplementedError, match=ONCE):
+            jax.jit(ORDERS["reverse over reverse"](looped))(jnp.asarray(0.7))
+    if problem in ("jvp", "both"):
+        with pytest.raises(NotImplementedError, match=ONCE):
+            jax.jit(ORDERS["forward over forward"](looped))(jnp.asarray(0.7))
+
+
 @pytest.mark.parametrize("mode", ["grad", "jit(grad)", "grad(jit)"])
 @pytest.mark.parametrize(
     "callbacks", [{"vjp": None}, {"jvp": None}, {"vjp": None, "jvp": None}], ids=lambda c: "+".join(c)

@@ -194,7 +194,10 @@ def test_f_may_speak_with_the_other_samples_of_a_vmap(estimator: ic.Estimator, s
     solution = jax.jit(mapped)(w, x)
     assert_close(solution.value, joint(w, x), 1e-10)
     assert np.all(solution.status == ic.CONVERGED)
-    assert len(set(solution.stats.steps.tolist())) == 1
+    stacked = icj.fixed_point(
+        lambda h, z: coupled(h, z, jnp.mean(h, 0)), jnp.zeros_like(x), (w, x), solver=solver, gradient=ic.OneStep()
+    )
+    assert np.all(solution.stats.steps == stacked.stats.steps)
     both = [jax.grad(loss(f), BOTH) for f in (lambda w, x: mapped(w, x).value, joint)]
     ours, theirs = (jax.jit(gradient)(w, x) for gradient in both)
     assert_close(ours, theirs, 1e-7)
@@ -202,6 +205,96 @@ def test_f_may_speak_with_the_other_samples_of_a_vmap(estimator: ic.Estimator, s
         jax.jit(lambda f=f: jax.jvp(f, (w, x), (w, jnp.cos(x)))[1])() for f in (lambda w, x: mapped(w, x).value, joint)
     )
     assert_close(ours, theirs, 1e-7)
+
+
+def test_f_may_ask_which_sample_it_is() -> None:
+    """Which is no communication: samples stay apart."""
+
+    def solve(x: Any) -> Any:
+        f = lambda h, z: 0.5 * jnp.tanh(h) + z + 0.1 * jax.lax.axis_index("samples")  # noqa: E731
+        return icj.fixed_point(f, jnp.zeros(2), x).status
+
+    x = jnp.asarray([[jnp.nan, 0.0], [0.1, 0.2], [0.3, 0.4]])
+    found = jax.vmap(solve, axis_name="samples")(x)
+    assert found.tolist() == [ic.NONFINITE, ic.CONVERGED, ic.CONVERGED]
+
+
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
+def test_a_layer_within_an_f_that_speaks_with_other_samples(estimator: ic.Estimator) -> None:
+    options = {"solver": SOLVER, "gradient": estimator}
+
+    def inner(h: Any) -> Any:
+        return icj.fixed_point(lambda u, q: 0.3 * jnp.tanh(u) + q, jnp.zeros(3), h, **options).value
+
+    def ours(x: Any) -> Any:
+        f = lambda h, z: 0.2 * jax.lax.pmean(h, "samples") + 0.1 * z * inner(h) + z  # noqa: E731
+        return icj.fixed_point(f, jnp.zeros(3), x, **options).value
+
+    def theirs(x: Any) -> Any:
+        inner = lambda h: iterate(lambda u: 0.3 * jnp.tanh(u) + h, jnp.zeros_like(h), 60)  # noqa: E731
+        return iterate(lambda h: 0.2 * jnp.mean(h, 0) + 0.1 * x * inner(h) + x, jnp.zeros_like(x), 60)
+
+    x = jnp.sin(jnp.arange(6.0).reshape(2, 3))
+    mapped = jax.vmap(ours, axis_name="samples")
+    assert_close(*(jax.jit(f)(x) for f in (mapped, theirs)), 1e-10)
+    assert_close(*(jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x) ** 3)))(x) for f in (mapped, theirs)), 1e-7)
+
+
+LOOPS: dict[str, Callable[[Any], Any]] = {
+    "scan": lambda f: lambda a: jax.lax.scan(lambda c, s: (c + f(s * a) ** 3, None), 0.0, jnp.asarray([1.0, 2.0]))[0],
+    "map": lambda f: lambda a: jnp.sum(jax.lax.map(lambda s: f(s * a) ** 3, jnp.asarray([1.0, 2.0]))),
+    "fori_loop": lambda f: lambda a: jax.lax.fori_loop(1, 3, lambda i, c: c + f(i * a) ** 3, 0.0),
+    "checkpointed scan": lambda f: jax.checkpoint(LOOPS["scan"](f)),
+    "scan of a checkpoint": lambda f: LOOPS["scan"](jax.checkpoint(f)),
+}
+SECOND: dict[str, Callable[[Any], Any]] = {
+    "hessian": jax.hessian,
+    "grad(grad)": lambda f: jax.grad(jax.grad(f)),
+    "jit(grad(grad))": lambda f: jax.jit(jax.grad(jax.grad(f))),
+    "jacfwd(jacfwd)": lambda f: jax.jacfwd(jax.jacfwd(f)),
+    "grad(jacfwd)": lambda f: jax.grad(jax.jacfwd(f)),
+    "vmap(hessian)": lambda f: lambda a: jax.vmap(jax.hessian(f))(a[None])[0],
+    "grad(grad(grad))": lambda f: jax.grad(jax.grad(jax.grad(f))),
+}
+
+
+@pytest.mark.parametrize("order", SECOND)
+@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
+def test_higher_derivatives_of_layers_in_loops(estimator: ic.Estimator, kind: str, order: str) -> None:
+    """JAX takes a differentiated loop apart, and must not lose the layer's rule on the way."""
+
+    def layer(a: Any) -> Any:
+        f = lambda h, a: 0.5 * jnp.tanh(h) + a  # noqa: E731
+        return icj.fixed_point(f, jnp.zeros(()), a, solver=SOLVER, gradient=estimator).value
+
+    def long(a: Any) -> Any:
+        return iterate(lambda h: 0.5 * jnp.tanh(h) + a, jnp.zeros(()), 60)
+
+    ours, theirs = (SECOND[order](LOOPS[kind](f))(jnp.asarray(0.7)) for f in (layer, long))
+    assert abs(theirs) > 1.0
+    assert_close(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("outer", [ic.Unroll(60, 1.0), ic.BPTT(60), ic.Neumann(60, 1.0), EXACT], ids=repr)
+@pytest.mark.parametrize("inner", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
+def test_second_derivatives_of_layers_within_layers(inner: ic.Estimator, outer: ic.Estimator) -> None:
+    def nested(solve: Callable[..., Any], again: Callable[..., Any]) -> Callable[[Any], Any]:
+        def within(h: Any, a: Any) -> Any:
+            return again(lambda u, q: 0.3 * jnp.tanh(u) + q, h + a)
+
+        return lambda a: solve(lambda h, a: 0.2 * jnp.sin(within(h, a)) + a, a) ** 3
+
+    def ours(estimator: ic.Estimator) -> Callable[..., Any]:
+        options = {"solver": SOLVER, "gradient": estimator}
+        return lambda f, z: icj.fixed_point(f, jnp.zeros(()), z, **options).value
+
+    def theirs(f: Any, z: Any) -> Any:
+        return iterate(lambda h: f(h, z), jnp.zeros(()), 60)
+
+    a = jnp.asarray(0.7)
+    expected = jax.jit(jax.hessian(nested(theirs, theirs)))(a)
+    assert_close(jax.jit(jax.hessian(nested(ours(outer), ours(inner))))(a), expected, 1e-6)
 
 
 @pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)

@@ -13,6 +13,7 @@ from implicit_core.estimators import Estimator
 from implicit_core.problem import Problem
 
 from .closure import Hoisted, hoist, linear_in, moves, split
+from .ruled import ruled
 
 PyTree = Any
 Arrays = list[Any]
@@ -107,9 +108,9 @@ def reverse_mode(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, 
     def forward(h: PyTree, arrays: Arrays, closed: Any) -> tuple[PyTree, Arrays]:
         if any(x.perturbed for x in jax.tree.leaves(closed)):
             raise ValueError(CLOSED)
-        h, arrays, closed = jax.tree.map(lambda x: x.value, (h, arrays, closed))
+        h, arrays, closed = _once(jax.tree.map(lambda x: x.value, (h, arrays, closed)))
         value, residual = layer.pulled.function(h, arrays, closed[1])
-        return value, _once(residual)
+        return value, residual
 
     def backward(residual: Arrays, v: PyTree) -> tuple[None, Arrays, None]:
         cotangents: Arrays = [None] * count
@@ -139,7 +140,7 @@ def both_modes(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, ..
             return layer.pushed.function(h, arrays, directions, closed[2])
 
         if layer.pulled.jaxpr is None:
-            value, residual = call(*primals), []
+            value, residual = layer.value.function(h, arrays, closed[0]), []
         else:
             value, residual = layer.pulled.function(h, arrays, closed[1])
 
@@ -165,14 +166,12 @@ def both_modes(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, ..
     return value
 
 
-@jax.custom_jvp
 def _once(arrays: PyTree) -> PyTree:
     """``arrays``, which are not to be differentiated."""
-    return arrays
+    return ruled(arrays, jax.tree.leaves(arrays), _refuse)
 
 
-@_once.defjvp
-def _raise(primals: Any, tangents: Any) -> Any:
+def _refuse(*_: Any) -> PyTree:
     raise NotImplementedError(ONCE)
 
 

@@ -40,8 +40,18 @@ class Hoisted(NamedTuple):
     @property
     def axes(self) -> tuple[str, ...]:
         """The named axes that it communicates over."""
-        effects = () if self.jaxpr is None else self.jaxpr.effects
-        return tuple(sorted(str(effect.name) for effect in effects if hasattr(effect, "name")))
+        return () if self.jaxpr is None else tuple(sorted(_axes(self.jaxpr)))
+
+
+def _axes(jaxpr: Any) -> set[str]:
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        inner = list(jaxprs_in_params(eqn.params))
+        if inner:
+            found = found.union(*map(_axes, inner))
+        elif eqn.primitive.name != "axis_index":  # which only asks where it is
+            found |= {str(effect.name) for effect in eqn.effects if hasattr(effect, "name")}
+    return found
 
 
 def hoist(function: Callable[..., PyTree], *arguments: PyTree) -> Hoisted:

@@ -87,7 +87,7 @@ def fixed_point(
     h0, once = _trace(lambda h, arrays: given.f(h, join(arrays)), h0, arrays)
     externals = [*arrays, *once.closed]
     # JAX keeps the functions below with what it traces here: they must not refer to arrays, nor to the user's f.
-    n, function, batch_ndim = len(arrays), once.function, given.batch_ndim
+    n, function, batch_ndim, axes = len(arrays), once.function, given.batch_ndim, once.axes
 
     def on_externals(h: PyTree, externals: Arrays) -> PyTree:
         return function(h, externals[:n], externals[n:])
@@ -110,11 +110,11 @@ def fixed_point(
         options["solver"] = replace(solver, function=_stay)
 
     def solve(f: Map, h0: PyTree, externals: Arrays, batch_ndim: int) -> Solution:
-        return solver_point(on_z(f, externals, batch_ndim), h0, join(externals[:n]), **{**options, "throw": False})
+        with joint(axes):
+            return solver_point(on_z(f, externals, batch_ndim), h0, join(externals[:n]), **{**options, "throw": False})
 
     if once.has_effects:  # among them collectives over an axis of vmap, which then has to stay one
-        with joint(once.axes):
-            solution = solve(on_externals, start, constants, batch_ndim)
+        solution = solve(on_externals, start, constants, batch_ndim)
     else:
         solution = batched(solve, on_externals, start, constants, batch_ndim)
     if throw:
@@ -128,9 +128,9 @@ def fixed_point(
         step = jax.checkpoint(on_externals) if recompute else on_externals
         value = gradient.value(on(lambda h, _: step(h, externals)), solution.value, None)
     elif isinstance(gradient, AtFixedPoint) and _has_both_modes(gradient, once):
-        value = at_fixed_point(on_externals, gradient, batch_ndim, solution.value, externals, once.axes)
+        value = at_fixed_point(on_externals, gradient, batch_ndim, solution.value, externals, axes)
     else:
-        with joint(once.axes):
+        with joint(axes):
             value = through_callbacks(on(on_externals), gradient, solution.value, externals)
     return solution._replace(value=value)
 

@@ -1,17 +1,17 @@
-"""The derivative of a fixed point, of every order and in both modes, as a ``jax.custom_jvp``."""
+"""The derivative of a fixed point, of every order and in both modes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from implicit_core.backends.jax import BACKEND, joint
 from implicit_core.estimators import AtFixedPoint
 
 from .closure import linear_in
 from .problem import pushforwards
+from .ruled import ruled
 
 PyTree = Any
 Arrays = list[Any]
@@ -51,17 +51,7 @@ def at_fixed_point(
         with joint(axes):
             return gradient.inverse(jacobian, v, batch_ndim)
 
-    @jax.custom_jvp
-    def root(h: PyTree, _externals: Arrays) -> PyTree:
-        return h
-
-    def rule(primals: tuple[PyTree, Arrays], tangents: tuple[PyTree, Arrays]) -> tuple[PyTree, PyTree]:
-        externals, directions = primals[1], tangents[1]
-        h = root(*primals)
-        places = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
-        if not places:
-            return h, jax.tree.map(jnp.zeros_like, h)
-
+    def rule(h: PyTree, externals: Arrays, places: list[int], directions: Arrays) -> PyTree:
         def on_moving(h: PyTree, moving: Arrays) -> PyTree:
             new = list(externals)
             for i, value in zip(places, moving, strict=True):
@@ -71,17 +61,14 @@ def at_fixed_point(
         moving = [externals[i] for i in places]
         _, push = jax.linearize(on_moving, h, moving)
         push_h, push_z = pushforwards(push, h, moving)
-        tangents_in = [directions[i] for i in places]
-        b = push_z(tangents_in)
+        b = push_z(directions)
         if not gradient.exact:
-            return h, inverse(push_h, b)
-        return h, jax.lax.custom_linear_solve(
+            return inverse(push_h, b)
+        return jax.lax.custom_linear_solve(
             lambda w: BACKEND.map(jnp.subtract, w, push_h(w)),
-            linear_in(tangents_in, b),
+            linear_in(directions, b),
             solve=lambda _, b: inverse(push_h, b),
             transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v),
         )
 
-    root.defjvp(rule, symbolic_zeros=True)
-    value: PyTree = root(h, externals)
-    return value
+    return ruled(h, externals, rule)
