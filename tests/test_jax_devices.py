@@ -182,3 +182,22 @@ def test_an_f_that_devices_compute_together(solver: Any, gradient: Any, check_vm
         for f in (lambda w, x: mapped(w, x)[0], long)
     )
     assert_close(on_host(ours), on_host(theirs), 1e-9)
+
+
+@pytest.mark.parametrize("gradient", [ic.Neumann(200, 1.0), ic.Unroll(200, 1.0), ic.BPTT(200)], ids=repr)
+@pytest.mark.parametrize("start", [lambda x: jnp.zeros(3), jnp.zeros_like], ids=["shared start", "own start"])
+def test_vmap_over_an_axis_that_devices_share(start: Any, gradient: ic.Estimator) -> None:
+    """In an explicit mesh, where each array knows how it is spread."""
+    mesh, (w, x) = mesh_of(AxisType.Explicit), data(batch=4)
+
+    def run(w: Any, x: Any) -> Any:
+        def solve(x: Any) -> Any:
+            f = lambda h, z: jnp.tanh(h @ z[0].T + z[1])  # noqa: E731
+            return icj.fixed_point(f, start(x), (w, x), solver=ic.Anderson(**TIGHT), gradient=gradient).value
+
+        return jnp.sum(jax.vmap(solve)(x) ** 3)
+
+    with jax.set_mesh(mesh):
+        ours = jax.jit(jax.value_and_grad(run, (0, 1)))(w, jax.device_put(x, P("d")))
+    assert ours[1][1].sharding.spec[0] == "d"
+    assert_close(on_host(ours), on_host(jax.value_and_grad(loss(loop), (0, 1))(w, x)), 1e-9)

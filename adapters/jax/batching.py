@@ -33,9 +33,9 @@ def batched(
 
     @solve.def_vmap
     def rule(size: int, in_batched: Any, h0: PyTree, externals: Arrays) -> tuple[Solution, Solution]:
-        h0 = jax.tree.map(
-            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape)), h0, in_batched[0]
-        )
+        mapped = jax.tree.map(lambda x, is_batched: x if is_batched else None, (h0, externals), tuple(in_batched))
+        like = jax.typeof(jax.tree.leaves(mapped)[0]).sharding
+        h0 = jax.tree.map(lambda x, is_batched: x if is_batched else _repeated(x, size, like), h0, in_batched[0])
         axes = [0 if is_batched else None for is_batched in in_batched[1]]
         solution = batched(run, jax.vmap(f, in_axes=(0, axes), axis_size=size), h0, externals, batch_ndim + 1)
         trace = solution.stats.trace
@@ -48,3 +48,10 @@ def batched(
 
     result: Solution = solve(h0, externals)
     return result
+
+
+def _repeated(x: jax.Array, size: int, like: Any) -> jax.Array:
+    """``x``, ``size`` times, spread over devices along the new axis as ``like`` is along its first."""
+    spec = jax.sharding.PartitionSpec(like.spec[0], *jax.typeof(x).sharding.spec)
+    where = jax.sharding.NamedSharding(like.mesh, spec) if like.spec[0] is not None else None
+    return jnp.broadcast_to(x, (size, *x.shape), out_sharding=where)

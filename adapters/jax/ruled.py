@@ -58,7 +58,7 @@ def _jvp(operands: Arrays, tangents: Arrays, *, count: int, rule: Any) -> tuple[
     directions = tangents[count:]
     places = [i for i, direction in enumerate(directions) if not isinstance(direction, ad.Zero)]
     if not places:
-        return value, [ad.Zero.from_primal_value(leaf) for leaf in value]
+        return value, [ad.Zero(jax.typeof(leaf).to_tangent_aval()) for leaf in value]
     return value, rule([*value, *operands[count:]], places, [directions[i] for i in places])
 
 
