@@ -121,9 +121,7 @@ def calibrated(setting: Setting, make: Callable[..., Layer], *arguments: Any) ->
 def layers(setting: Setting, k: int) -> dict[str, Layer]:
     """The rows: what to call them, and how they are computed."""
     plain, anderson = ic.FixedPointIteration, ic.Anderson
-    gmres, bicgstab, richardson = (
-        ic.Implicit(solver(rtol=1e-5)) for solver in (ic.GMRES, ic.BiCGSTAB, ic.Richardson)
-    )
+    gmres, bicgstab, richardson = (ic.Implicit(solver(rtol=1e-5)) for solver in (ic.GMRES, ic.BiCGSTAB, ic.Richardson))
     rows = {
         f"plain, Neumann({k})": ours(setting, plain, ic.Neumann(k, LAM)),
         f"plain, Unroll({k})": ours(setting, plain, ic.Unroll(k, LAM)),
