@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from implicit_core.backends.jax import staging
 from implicit_core.solution import Solution
+
+from .closure import is_traced
 
 PyTree = Any
 Arrays = list[Any]
@@ -23,7 +24,7 @@ def batched(
     JAX would run the loop until the last of them is finished too, but select between the old and the new of all that it
     carries, histories included, and compile the loop at each call outside of ``jit``.
     """
-    if not staging() and not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((h0, externals))):
+    if not is_traced((h0, externals)):
         return run(f, h0, externals, batch_ndim)
 
     @custom_vmap

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer, eval_jaxpr
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 
-from implicit_core.backends.jax import staging
 from implicit_core.estimators import Estimator
 from implicit_core.problem import Problem
 
-from .closure import Hoisted, hoist, linear_in, moves, split
+from .closure import Hoisted, hoist, is_traced, linear_in, moves, replaced, split
 from .ruled import ruled
 
 PyTree = Any
@@ -29,16 +28,16 @@ ONCE = (
 )
 
 
-def through_callbacks(problem: Problem, gradient: Estimator, h: PyTree, z: PyTree) -> PyTree:
+def through_callbacks(problem: Problem, gradient: Estimator, h: PyTree, z: PyTree, closed: Arrays) -> PyTree:
     """The estimator's value at the solver's point h, differentiable once, in z.
 
-    In reverse mode by the estimator's ``vjp``, in forward mode by its ``jvp``, as far as the problem has them.
+    In reverse mode by the estimator's ``vjp``, in forward mode by its ``jvp``, as far as the problem has them. What
+    ``problem.f`` closes over, the traced arrays ``closed``, must not be differentiated.
     """
     arrays, join, pick = split(z)
     places = [i for i, array in enumerate(arrays) if moves(array)]
     value = hoist(lambda h, arrays: gradient.value(problem, h, join(arrays)), h, arrays)
-    of_f = hoist(lambda h, arrays: problem.f(h, join(arrays)), h, arrays)
-    if not (staging() or of_f.closed or any(isinstance(x, Tracer) for x in jax.tree.leaves((h, arrays)))):
+    if not (closed or is_traced((h, arrays))):
         return gradient.value(problem, h, z)
     traced_pullback: list[Any] = []
 
@@ -55,10 +54,7 @@ def through_callbacks(problem: Problem, gradient: Estimator, h: PyTree, z: PyTre
         return value, list(traced.consts)
 
     def push(h: PyTree, arrays: Arrays, tangents: Arrays) -> PyTree:
-        dz = list(arrays)
-        for i, tangent in zip(places, tangents, strict=True):
-            dz[i] = tangent
-        return gradient.jvp(problem, h, join(arrays), join(dz))[1]
+        return gradient.jvp(problem, h, join(arrays), join(replaced(arrays, places, tangents)))[1]
 
     def backward(residual: Arrays, v: PyTree) -> Arrays:
         cotangents: Arrays = eval_jaxpr(traced_pullback[0], residual, *jax.tree.leaves(v))
@@ -70,7 +66,7 @@ def through_callbacks(problem: Problem, gradient: Estimator, h: PyTree, z: PyTre
     parts = value._replace(closed=[]), pulled._replace(closed=[]), pushed._replace(closed=[])
     layer = Layer(*parts, backward, places)
     bind = both_modes if pushed.jaxpr is not None else reverse_mode
-    return bind(layer, h, arrays, (value.closed, pulled.closed, pushed.closed, of_f.closed))
+    return bind(layer, h, arrays, (value.closed, pulled.closed, pushed.closed, closed))
 
 
 class Layer(NamedTuple):
@@ -109,14 +105,11 @@ def reverse_mode(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, 
         if any(x.perturbed for x in jax.tree.leaves(closed)):
             raise ValueError(CLOSED)
         h, arrays, closed = _once(jax.tree.map(lambda x: x.value, (h, arrays, closed)))
-        value, residual = layer.pulled.function(h, arrays, closed[1])
-        return value, residual
+        pulled: tuple[PyTree, Arrays] = layer.pulled.function(h, arrays, closed[1])
+        return pulled
 
     def backward(residual: Arrays, v: PyTree) -> tuple[None, Arrays, None]:
-        cotangents: Arrays = [None] * count
-        for i, cotangent in zip(layer.places, layer.backward(residual, _dense(v)), strict=True):
-            cotangents[i] = cotangent
-        return None, cotangents, None
+        return None, replaced([None] * count, layer.places, layer.backward(residual, _dense(v))), None
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     value: PyTree = call(h, arrays, closed)

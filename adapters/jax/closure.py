@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from implicit_core.backends.jax import staging
+
 PyTree = Any
 Arrays = Sequence[Any]
 
@@ -68,9 +70,7 @@ def hoist(function: Callable[..., PyTree], *arguments: PyTree) -> Hoisted:
 
     def call(*inputs: PyTree) -> PyTree:
         *arguments, closed = inputs
-        consts = list(known)
-        for i, const in zip(places, closed, strict=True):
-            consts[i] = const
+        consts = replaced(known, places, closed)
         return jax.tree.unflatten(structure, eval_jaxpr(jaxpr, consts, *jax.tree.leaves(arguments)))
 
     result = jax.tree.unflatten(structure, traced.out_avals)
@@ -103,16 +103,26 @@ def split(tree: PyTree) -> Split:
     others = [None if i in arrays else leaf for i, leaf in enumerate(leaves)]
 
     def join(arrays: Arrays) -> PyTree:
-        new = list(others)
-        for i, array in zip(places, arrays, strict=True):
-            new[i] = array
-        return jax.tree.unflatten(structure, new)
+        return jax.tree.unflatten(structure, replaced(others, places, arrays))
 
     def pick(tree: PyTree) -> list[Any]:
         found = with_none(tree)
         return [found[i] for i in places]
 
     return Split(list(arrays.values()), join, pick)
+
+
+def replaced(items: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """``items`` with ``values`` in these places."""
+    new = list(items)
+    for i, value in zip(places, values, strict=True):
+        new[i] = value
+    return new
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether operations on the arrays of ``tree`` are traced, not carried out."""
+    return staging() or any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def linear_in(sources: Arrays, tree: PyTree) -> PyTree:

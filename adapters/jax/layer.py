@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from implicit_core import checks
-from implicit_core.backends.jax import BACKEND, joint, staging
+from implicit_core.backends.jax import BACKEND, joint
 from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
 from implicit_core.fixed_point import refuse_throw, solver_point, with_aux
 from implicit_core.problem import Map, Problem
@@ -18,7 +18,7 @@ from implicit_core.solvers import Anderson, CallableSolver
 
 from .batching import batched
 from .callbacks import through_callbacks
-from .closure import Hoisted, has_only_a_pullback, hoist, split
+from .closure import Hoisted, has_only_a_pullback, hoist, is_traced, split
 from .problem import JAXProblem, problem
 from .rules import at_fixed_point
 
@@ -78,12 +78,13 @@ def fixed_point(
     given = as_problem(f, batch_ndim)
     h0 = jax.tree.map(_as_array, h0)
     checks.state(BACKEND, "h0", h0, given.batch_ndim)
-    if isinstance(f, Problem) and not isinstance(f, JAXProblem):
-        with joint(hoist(lambda h: given.f(h, z), h0).axes):
-            solution = solver_point(given, *_constants((h0, z)), **options)
-            return solution._replace(value=through_callbacks(given, gradient, solution.value, z))
-
     arrays, join, pick = split(z)
+    if isinstance(f, Problem) and not isinstance(f, JAXProblem):
+        once = hoist(lambda h, arrays: given.f(h, join(arrays)), h0, arrays)
+        with joint(once.axes):
+            solution = solver_point(given, *_constants((h0, z)), **options)
+            return solution._replace(value=through_callbacks(given, gradient, solution.value, z, once.closed))
+
     h0, once = _trace(lambda h, arrays: given.f(h, join(arrays)), h0, arrays)
     externals = [*arrays, *once.closed]
     # JAX keeps the functions below with what it traces here: they must not refer to arrays, nor to the user's f.
@@ -99,7 +100,7 @@ def fixed_point(
     if throw:
         refuse_throw(gradient)
     start, constants = _constants((h0, externals))
-    if isinstance(solver, CallableSolver) and not gradient.starts_from_h0 and _is_traced((start, constants)):
+    if isinstance(solver, CallableSolver) and not gradient.starts_from_h0 and is_traced((start, constants)):
         start = _search(
             solver,
             lambda externals: on_z(on_externals, externals, batch_ndim),
@@ -131,7 +132,7 @@ def fixed_point(
         value = at_fixed_point(on_externals, gradient, batch_ndim, solution.value, externals, axes)
     else:
         with joint(axes):
-            value = through_callbacks(on(on_externals), gradient, solution.value, externals)
+            value = through_callbacks(on(on_externals), gradient, solution.value, externals, [])
     return solution._replace(value=value)
 
 
@@ -155,10 +156,6 @@ def _search(
 
 def _stay(_problem: Problem, h0: PyTree, _z: PyTree) -> PyTree:
     return h0
-
-
-def _is_traced(tree: PyTree) -> bool:
-    return staging() or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _trace(f: Map, h0: PyTree, arrays: Arrays) -> tuple[PyTree, Hoisted]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from implicit_core.problem import Linearization, Map, Problem
 
-from .closure import has_only_a_pullback, hoist, moves, with_none
+from .closure import has_only_a_pullback, hoist, moves, replaced, with_none
 
 PyTree = Any
 
@@ -50,10 +50,7 @@ def linearize(f: Map, h: PyTree, z: PyTree) -> Linearization:
     moving = [leaves[i] for i in places]
 
     def at(values: list[Any], others: list[Any]) -> PyTree:
-        new = list(others)
-        for i, value in zip(places, values, strict=True):
-            new[i] = value
-        return jax.tree.unflatten(structure, new)
+        return jax.tree.unflatten(structure, replaced(others, places, values))
 
     def tangents(dz: PyTree) -> list[Any]:
         given = [d for d, leaf in zip(with_none(dz), with_none(z), strict=True) if leaf is not None]

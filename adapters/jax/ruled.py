@@ -27,7 +27,7 @@ def ruled(value: PyTree, others: Arrays, rule: Rule) -> PyTree:
         The arrays it is a function of.
     rule
         ``rule(value, others, places, tangents)``, the tangent of the value for these tangents of the others in these
-        places, all more being zero. It refers to no arrays. The value it is given has this rule too.
+        places; those of all others are zero. It refers to no arrays. The value it is given has this rule too.
     """
     leaves, structure = jax.tree.flatten(value)
     count = len(leaves)

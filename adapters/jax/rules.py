@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from implicit_core.backends.jax import BACKEND, joint
 from implicit_core.estimators import AtFixedPoint
 
-from .closure import linear_in
+from .closure import linear_in, replaced
 from .problem import pushforwards
 from .ruled import ruled
 
@@ -23,7 +23,7 @@ def at_fixed_point(
     batch_ndim: int,
     h: PyTree,
     externals: Arrays,
-    axes: Sequence[str] = (),
+    axes: Sequence[str],
 ) -> PyTree:
     """``h`` as the differentiable fixed point it is.
 
@@ -53,10 +53,7 @@ def at_fixed_point(
 
     def rule(h: PyTree, externals: Arrays, places: list[int], directions: Arrays) -> PyTree:
         def on_moving(h: PyTree, moving: Arrays) -> PyTree:
-            new = list(externals)
-            for i, value in zip(places, moving, strict=True):
-                new[i] = value
-            return f(h, new)
+            return f(h, replaced(externals, places, moving))
 
         moving = [externals[i] for i in places]
         _, push = jax.linearize(on_moving, h, moving)
