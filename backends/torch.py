@@ -1,13 +1,16 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from implicit_core.backend import Backend
+from implicit_core.backend import Backend, Stream
+
+SPECIAL_STREAMS = (1, 2)
+"""Numbers in the place of addresses: CUDA's names for its legacy and its per-thread default stream."""
 
 
 class TorchBackend(Backend):
@@ -15,6 +18,14 @@ class TorchBackend(Backend):
 
     def device(self, x: Tensor) -> torch.device:
         return x.device
+
+    def on_stream(self, stream: Stream | None) -> AbstractContextManager[Any]:
+        # Memory that a framework gives back is its stream's: on another stream it might still be read.
+        if stream is None or stream.address in SPECIAL_STREAMS:
+            return nullcontext()  # DLPack orders the two by events
+        if stream.address == 0:
+            return torch.cuda.stream(torch.cuda.default_stream(stream.device))
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream.address, stream.device))
 
     def devices(self) -> list[str]:
         found = ["cpu"]

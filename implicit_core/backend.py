@@ -8,7 +8,7 @@ the history it is given.
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import array_api_extra as xpx
 import optree
@@ -17,6 +17,13 @@ from array_api_compat import device as device_of
 Array = Any
 PyTree = Any
 Carry = TypeVar("Carry")
+
+
+class Stream(NamedTuple):
+    """A CUDA stream: the number of its device, and its address."""
+
+    device: int
+    address: int
 
 
 class Backend:
@@ -49,6 +56,31 @@ class Backend:
     def device(self, x: Array) -> Any:
         """The device ``x`` lives on; None where that can't be known (a traced array)."""
         return device_of(x)
+
+    def beside(self, tree: PyTree) -> AbstractContextManager[Any]:
+        """Within it arrays are made, and computed with, where those of ``tree`` are.
+
+        For frameworks with a current device: the core, and the user's functions, run on that of the arrays.
+        """
+        return nullcontext()
+
+    def from_dlpack(self, x: Any) -> Array:
+        """An array of another framework as one of this, in the same memory.
+
+        Raises
+        ------
+        TypeError, BufferError
+            If its device or dtype is not known here.
+        """
+        return self.xp.from_dlpack(x)
+
+    def stream(self, tree: PyTree) -> Stream | None:
+        """The stream that work with the arrays of ``tree`` goes to; None where there are no streams to choose from."""
+        return None
+
+    def on_stream(self, stream: Stream | None) -> AbstractContextManager[Any]:
+        """Within it, work goes to a stream of another framework, as far as this one can choose."""
+        return nullcontext()
 
     def devices(self) -> list[str]:
         """Devices found on this machine, in words."""
@@ -140,9 +172,12 @@ class Backend:
         """Per-sample numbers ``x``, (N, ...), spread as the samples are."""
         return x
 
-    def unchanged(self, x: Array, before: Array) -> bool:
-        """Whether ``x`` still holds what it held ``before``; True where that can't be read."""
-        return bool(self.xp.all((x == before) | (x != x)))
+    def unchanged(self, x: Array, before: Array) -> Any:
+        """Whether ``x`` still holds what it held ``before``, a boolean array without axes; True where that is certain.
+
+        It is not read here: each look at a number waits for the device.
+        """
+        return self.xp.all((x == before) | (x != x))
 
     def fresh(self, x: Array) -> Array:
         """``x`` in memory that the user's functions can't write to."""

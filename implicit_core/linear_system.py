@@ -64,8 +64,9 @@ def solve_linear(
         checks.like(backend, "the result of operator", product, b, "b")
         return space.pack(product)
 
-    with backend.solving():
-        result = solver.run(space, on_states, space.pack(b))
-    stats = Stats(space.per_sample(result.steps), result.applications, space.per_sample(result.residual))
-    solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
-    return solution.raise_for_status() if throw else solution
+    with backend.beside(b):
+        with backend.solving():
+            result = solver.run(space, on_states, space.pack(b))
+        stats = Stats(space.per_sample(result.steps), result.applications, space.per_sample(result.residual))
+        solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
+        return solution.raise_for_status() if throw else solution

@@ -217,11 +217,9 @@ class Problem:
         """
         backend = find_backend(h, "h")
         checks.state(backend, "h", h, self.batch_ndim)
-        if self._linearize is not None:
-            raw = self._linearize(h, z)
-            checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
-        else:
-            raw = self._from_callbacks(h, z)
+        with backend.beside(h):
+            raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
+        checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
         checks.like(backend, "the result of f", raw.value, h, "h")
         return BoundLinearization(raw, backend, h, z)
 

@@ -14,6 +14,7 @@ _BACKENDS = {
     "numpy": "implicit_core.backends.numpy",
     "torch": "implicit_core.backends.torch",
     "jax": "implicit_core.backends.jax",
+    "cupy": "implicit_core.backends.cupy",
     "array_api_strict": "implicit_core.backends.array_api_strict",
 }
 _ADAPTERS = {

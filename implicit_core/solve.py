@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from . import checks
 from .backend import Array, PyTree
 from .problem import Map, Problem
+from .registry import find_backend
 from .solution import Solution, Stats, Status
 from .solvers import Anderson, CallableSolver, Solver
 from .solvers.base import Point
@@ -85,11 +86,12 @@ def solve(
     """
     problem = as_problem(problem, batch_ndim)
     solver = as_solver(solver)
-    if isinstance(solver, CallableSolver):
-        solution = _judge(problem, h0, z, solver)
-    else:
-        solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
-    return solution.raise_for_status() if throw else solution
+    with find_backend(h0).beside(h0):
+        if isinstance(solver, CallableSolver):
+            solution = _judge(problem, h0, z, solver)
+        else:
+            solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
+        return solution.raise_for_status() if throw else solution
 
 
 def as_solver(solver: Any) -> Solver | CallableSolver:
@@ -143,6 +145,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         atol = space.scalar(solver.absolute_tolerance)
         start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
         point, tolerance = measure(start, 0)
+        if system.pure is not True:  # nothing is active then: the loop's first look tells, and costs no other
+            point = point._replace(active=point.active & system.pure)
         space.spread_as(point.f)
         point = point._replace(x=space.spread(point.x))
         steps = space.full(1, xp.int32)
@@ -157,6 +161,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         carry = backend.while_loop(
             lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every
         )
+        if system.pure is not True and carry.point.index == 0:
+            system.check_purity()
         return _solution(system, carry)
 
 
@@ -176,14 +182,14 @@ def _solution(system: System, carry: _Carry) -> Solution:
     space, xp, point = system.space, system.space.xp, carry.point
     finite = xp.isfinite(point.norm) & xp.isfinite(carry.tolerance)
     converged = finite & ~point.active
-    status = xp.where(finite, space.full(Status.MAX_STEPS, xp.int32), space.full(Status.NONFINITE, xp.int32))
+    status = xp.where(finite, space.full(Status.MAX_STEPS.value, xp.int32), space.full(Status.NONFINITE, xp.int32))
     x, norm = point.x, point.norm
     if carry.best is not None:
         stagnated = finite & (carry.steps - carry.best.steps >= PATIENCE)
-        status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
+        status = xp.where(stagnated, space.full(Status.STAGNATED.value, xp.int32), status)
         x = space.where(converged, point.x, carry.best.x)
         norm = xp.where(converged | ~xp.isfinite(carry.best.norm), point.norm, carry.best.norm)
-    status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
+    status = xp.where(converged, space.full(Status.CONVERGED.value, xp.int32), status)
     trace = None
     if carry.trace is not None:
         rows = xp.permute_dims(carry.trace[0][:, :, 0], (1, 0))

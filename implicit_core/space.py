@@ -107,7 +107,8 @@ class Space:
 
     def scalar(self, value: float) -> Array:
         """A number as an array without axes."""
-        return self.xp.asarray(value, dtype=self.dtype, device=self.device)
+        # Not `asarray`, which copies a number from the host.
+        return self.xp.full((), value, dtype=self.dtype, device=self.device)
 
     def eye(self, m: int) -> Array:
         """The identity matrix (m, m)."""

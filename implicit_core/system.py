@@ -1,5 +1,7 @@
 """A problem at one z, as the solvers see it: a map from states to states."""
 
+from typing import Any
+
 from . import checks
 from .backend import PyTree
 from .problem import BoundLinearization, Problem
@@ -27,7 +29,8 @@ class System:
         self._f = self.space.backend.undifferentiated(problem.f)
         self._linearizing = linearizing and not problem.has_jvp
         self._last: tuple[State, BoundLinearization] | None = None
-        self._first = True
+        self.pure: Any = None
+        """Whether f at the start left it as it was, which an array says; True where that is certain."""
 
     def evaluate(self, x: State) -> State:
         """F(x, z)."""
@@ -38,18 +41,22 @@ class System:
             value = linearization.value
         else:
             value = self._f(h, self.z)
-        self._check_purity(h)
+        if self.pure is None:
+            self.pure = self._left_alone(h)
         checks.like(self.space.backend, "the result of f", value, self.space.like, "h0")
         return self.space.pack(value)
 
-    def _check_purity(self, h: PyTree) -> None:
-        """Once: f at the start left it as it was. One that returns its argument changed would look converged."""
-        if not self._first:
-            return
-        self._first = False
+    def check_purity(self) -> None:
+        """Raise if f wrote to the start. One that returns its argument changed would look converged."""
+        if not self.pure:
+            raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
+
+    def _left_alone(self, h: PyTree) -> Any:
+        pure: Any = True
         for x, before in zip(self.space.pack(h), self.space.pack(self.space.like), strict=True):
-            if not self.space.backend.unchanged(x, before):
-                raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
+            unchanged = self.space.backend.unchanged(x, before)
+            pure = unchanged if pure is True else pure & unchanged
+        return pure
 
     def jacobian(self, x: State) -> Operator:
         """``v -> (∂F/∂h) v`` at ``x``."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import has_only_a_pullback, hoist, moves, replaced, with_none
+from .compiled import Compiled
 
 PyTree = Any
 
@@ -17,7 +18,7 @@ class JAXProblem(Problem):
     """A problem whose callbacks are made by JAX from F."""
 
 
-def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
+def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
     """A :class:`Problem` whose derivatives JAX makes.
 
     Parameters
@@ -26,6 +27,9 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
         ``f(h, z)``, the equilibrium map, in functions that JAX can differentiate.
     batch_ndim
         As for :class:`Problem`.
+    jit
+        Compile F and its derivatives, each once for all calls, where these are not within ``jax.jit`` anyway. Leaves of
+        z that are not arrays are then constants of the program, and must be hashable.
 
     Examples
     --------
@@ -37,6 +41,9 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
     >>> pullback(jnp.array([1.0]))  # 1 + 1/2 + 1/4
     Array([1.75], dtype=float32)
     """
+    if jit:
+        compiled = Compiled(f)
+        return JAXProblem(compiled.value, linearize=compiled.linearize, batch_ndim=batch_ndim)
     return JAXProblem(f, linearize=lambda h, z: linearize(f, h, z), batch_ndim=batch_ndim)
 
 

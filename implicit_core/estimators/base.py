@@ -112,15 +112,18 @@ class AtFixedPoint(Estimator):
 
         def pullback(h_bar: PyTree) -> PyTree:
             check_cotangent(backend, h_bar, h)
-            return at.vjp_z(self.inverse(at.vjp_h, h_bar, problem.batch_ndim))
+            with backend.beside(h):
+                return at.vjp_z(self.inverse(at.vjp_h, h_bar, problem.batch_ndim))
 
         return h, pullback
 
     def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
         """See :meth:`Estimator.jvp`."""
-        check_tangent(bind(problem, h), dz, z)
+        backend = bind(problem, h)
+        check_tangent(backend, dz, z)
         at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-        return h, self.inverse(at.jvp_h, at.jvp_z(dz), problem.batch_ndim)
+        with backend.beside(h):
+            return h, self.inverse(at.jvp_h, at.jvp_z(dz), problem.batch_ndim)
 
 
 def bind(problem: Problem, h: PyTree) -> Backend:

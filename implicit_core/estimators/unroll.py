@@ -56,7 +56,8 @@ class Unroll(Estimator):
 
     def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
         backend = bind(problem, h)
-        return backend.repeat(lambda h: _step(backend, self.lam, problem.f(h, z), h), h, self.k)
+        with backend.beside(h):
+            return backend.repeat(lambda h: _step(backend, self.lam, problem.f(h, z), h), h, self.k)
 
     def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
         return unrolled_vjp(problem, h, z, self.k, self.lam, recompute=self.recompute)
@@ -72,10 +73,11 @@ def unrolled_vjp(
     backend = bind(problem, h)
     h_0 = h
     steps: list[Any] = []
-    for _ in range(k):
-        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
-        steps.append(h if recompute else at)
-        h = _step(backend, lam, at.value, h)
+    with backend.beside(h):
+        for _ in range(k):
+            at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+            steps.append(h if recompute else at)
+            h = _step(backend, lam, at.value, h)
 
     def linearization(t: int) -> BoundLinearization:
         return problem.linearize(steps[t], z) if recompute else steps[t]
@@ -83,14 +85,12 @@ def unrolled_vjp(
     def pullback(h_bar: PyTree) -> PyTree:
         check_cotangent(backend, h_bar, h_0)
         g, z_bar = h_bar, None
-        for t in reversed(range(k)):
-            at, lam_g = linearization(t), backend.map(lambda g: lam * g, g)
-            if t == 0:
-                return _add(backend, z_bar, at.vjp_z(lam_g))
-            g_h, g_z = at.vjp(lam_g)
-            z_bar = _add(backend, z_bar, g_z)
-            g = backend.map(lambda g_h, g: g_h + (1 - lam) * g, g_h, g)
-        raise AssertionError("k is at least 1")
+        with backend.beside(h_0):
+            for t in reversed(range(1, k)):
+                g_h, g_z = linearization(t).vjp(backend.map(lambda g: lam * g, g))
+                z_bar = _add(backend, z_bar, g_z)
+                g = backend.map(lambda g_h, g: g_h + (1 - lam) * g, g_h, g)
+            return _add(backend, z_bar, linearization(0).vjp_z(backend.map(lambda g: lam * g, g)))
 
     return h, pullback
 
@@ -100,11 +100,12 @@ def unrolled_jvp(problem: Problem, h: PyTree, z: PyTree, dz: PyTree, k: int, lam
     backend = bind(problem, h)
     check_tangent(backend, dz, z)
     tangent = None
-    for _ in range(k):
-        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-        df = at.jvp_z(dz) if tangent is None else at.jvp(tangent, dz)
-        tangent = backend.map(lambda a: lam * a, df) if tangent is None else _step(backend, lam, df, tangent)
-        h = _step(backend, lam, at.value, h)
+    with backend.beside(h):
+        for _ in range(k):
+            at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+            df = at.jvp_z(dz) if tangent is None else at.jvp(tangent, dz)
+            tangent = backend.map(lambda a: lam * a, df) if tangent is None else _step(backend, lam, df, tangent)
+            h = _step(backend, lam, at.value, h)
     return h, tangent
 
 

@@ -1,0 +1,7 @@
+"""CuPy: F and its derivatives as callbacks: fused kernels, or borrowed from PyTorch or JAX."""
+
+from .borrowed import from_jax, from_torch
+from .pointwise import Pointwise
+from .problem import problem
+
+__all__ = ["Pointwise", "from_jax", "from_torch", "problem"]
