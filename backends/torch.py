@@ -1,7 +1,9 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import array_api_compat.torch as xp
 import torch
@@ -9,8 +11,38 @@ from torch import Tensor
 
 from implicit_core.backend import Backend, Stream
 
+Carry = TypeVar("Carry")
+
 SPECIAL_STREAMS = (1, 2)
 """Numbers in the place of addresses: CUDA's names for its legacy and its per-thread default stream."""
+
+
+Loop = Callable[[Callable[[Any], Tensor], Callable[[Any], Any], Any, int, int], Any]
+
+_LOOP: ContextVar[Loop | None] = ContextVar("what records a loop, in the place of carrying it out", default=None)
+
+
+@contextmanager
+def looping(loop: Loop) -> Iterator[None]:
+    """Within it operations are being recorded, and ``loop`` stands for :meth:`TorchBackend.while_loop`.
+
+    The counter that a loop's body gets may then be a tensor without axes.
+    """
+    token = _LOOP.set(loop)
+    try:
+        yield
+    finally:
+        _LOOP.reset(token)
+
+
+class Rows:
+    """The rows of a tensor, to be read at a number, or at one that is on the device."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows, self._views = rows, tuple(rows)
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        return self._rows.index_select(0, index)[0] if isinstance(index, Tensor) else self._views[index]
 
 
 class TorchBackend(Backend):
@@ -34,6 +66,34 @@ class TorchBackend(Backend):
 
     def finfo(self, dtype: torch.dtype) -> torch.finfo:
         return torch.finfo(dtype)
+
+    def recorded(self, x: Tensor) -> bool:
+        return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def check_later(self, ok: Tensor, message: str, **numbers: Tensor) -> None:
+        raise NotImplementedError(
+            "throw=True can't look at statuses while a CUDA graph is captured: look at solution.status after a replay"
+        )
+
+    def while_loop(
+        self,
+        cond: Callable[[Carry], Tensor],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        max_steps: int,
+        check_every: int = 1,
+    ) -> Carry:
+        loop = _LOOP.get()
+        if loop is None:
+            return super().while_loop(cond, body, carry, max_steps, check_every)
+        done: Carry = loop(cond, body, carry, max_steps, check_every)
+        return done
+
+    def minimum(self, index: int | Tensor, limit: int) -> int | Tensor:
+        return torch.clamp(index, max=limit) if isinstance(index, Tensor) else min(index, limit)
+
+    def table(self, rows: Tensor) -> Rows:
+        return Rows(rows)
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""
@@ -73,11 +133,13 @@ class TorchBackend(Backend):
         solution: Tensor = torch.linalg.solve_ex(matrix, row, left=False).result
         return solution
 
-    def entry(self, row: Tensor, index: int) -> Tensor:
-        return row.narrow(2, index, 1)
+    def entry(self, row: Tensor, index: int | Tensor) -> Tensor:
+        return row.index_select(2, index) if isinstance(index, Tensor) else row.narrow(2, index, 1)
 
-    def set_row(self, history: Tensor, index: int, row: Tensor) -> Tensor:
+    def set_row(self, history: Tensor, index: int | Tensor, row: Tensor) -> Tensor:
         # In place: a history belongs to one solve, which runs without a graph.
+        if isinstance(index, Tensor):
+            return history.index_copy_(1, index, row[:, None] if row.ndim == 2 else row)
         (history.select(1, index) if row.ndim == 2 else history.narrow(1, index, 1)).copy_(row)
         return history
 

@@ -125,10 +125,15 @@ class Backend:
         """``while cond(carry): carry = body(carry)``, at most ``max_steps`` times.
 
         ``cond`` returns a boolean array without axes. Reading it is the loop's one host sync, made once in
-        ``check_every`` steps.
+        ``check_every`` steps. Where operations are recorded it can't be read: ``max_steps`` are made.
         """
         steps = 0
-        while steps < max_steps and bool(cond(carry)):
+        while steps < max_steps:
+            more = cond(carry)
+            if self.recorded(more):
+                return self.repeat(body, carry, max_steps)
+            if not bool(more):
+                break
             chunk = min(check_every, max_steps - steps)
             carry = self.repeat(body, carry, chunk)
             steps += chunk
@@ -144,9 +149,13 @@ class Backend:
         """The state a solve runs in: nothing recorded for autodiff, no warning for what the statuses report."""
         return nullcontext()
 
+    def recorded(self, x: Array) -> bool:
+        """Whether operations on ``x`` are recorded, to be replayed as they are, instead of carried out."""
+        return False
+
     def readable(self, x: Array) -> bool:
         """Whether the numbers in ``x`` can be read now; those of a traced array can't."""
-        return True
+        return not self.recorded(x)
 
     def check_later(self, ok: Array, message: str, **numbers: Array) -> None:
         """For arrays that are not readable: raise once they are, unless ``ok``. The message names the numbers."""
@@ -175,9 +184,9 @@ class Backend:
     def unchanged(self, x: Array, before: Array) -> Any:
         """Whether ``x`` still holds what it held ``before``, a boolean array without axes; True where that is certain.
 
-        It is not read here: each look at a number waits for the device.
+        It is not read here: each look at a number waits for the device. Where it can't be read later either it is True.
         """
-        return self.xp.all((x == before) | (x != x))
+        return not self.readable(x) or self.xp.all((x == before) | (x != x))
 
     def fresh(self, x: Array) -> Array:
         """``x`` in memory that the user's functions can't write to."""

@@ -23,8 +23,8 @@ def lend(problem: Problem, lender: str) -> Problem:
     -------
     Problem
         Its arguments and results are arrays of the library that its ``h`` is of. Nothing is copied, but what may only
-        be read: the lender's functions work in the same memory. Where both have streams the lender works on the one that is current
-        for the borrower, or waits for it.
+        be read: the lender's functions work in the same memory. Where both have streams the lender works on the one
+        that is current for the borrower, or waits for it.
 
     Raises
     ------

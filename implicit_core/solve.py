@@ -8,7 +8,7 @@ from .backend import Array, PyTree
 from .problem import Map, Problem
 from .registry import find_backend
 from .solution import Solution, Stats, Status
-from .solvers import Anderson, CallableSolver, Solver
+from .solvers import Anderson, CallableSolver, DrivenSolver, Solver
 from .solvers.base import Point
 from .space import History, Space, State
 from .system import System
@@ -37,7 +37,7 @@ def solve(
     h0: PyTree,
     z: PyTree,
     *,
-    solver: Solver | CallableSolver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
+    solver: Solver | CallableSolver | DrivenSolver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
@@ -89,14 +89,16 @@ def solve(
     with find_backend(h0).beside(h0):
         if isinstance(solver, CallableSolver):
             solution = _judge(problem, h0, z, solver)
+        elif isinstance(solver, DrivenSolver):
+            solution = solver.solve(problem, h0, z, trace=trace)
         else:
             solution = _iterate(System(problem, h0, z, linearizing=solver.uses_jacobian), solver, trace)
         return solution.raise_for_status() if throw else solution
 
 
-def as_solver(solver: Any) -> Solver | CallableSolver:
+def as_solver(solver: Any) -> Solver | CallableSolver | DrivenSolver:
     """A solver, or a callable as one."""
-    if isinstance(solver, (Solver, CallableSolver)):
+    if isinstance(solver, (Solver, CallableSolver, DrivenSolver)):
         return solver
     if isinstance(solver, type) or not callable(solver):
         checks.instance("solver", solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")

@@ -2,6 +2,7 @@
 
 from .constant import VariationalDropout, constant_within_solve
 from .correction import Trajectory, fixed_point_correction
+from .graphs import CUDAGraphs, GraphFallbackWarning
 from .layer import fixed_point
 from .module import ImplicitLayer
 from .monitors import contraction, spectral_radius
@@ -9,6 +10,8 @@ from .penalty import jacobian_penalty
 from .problem import problem
 
 __all__ = [
+    "CUDAGraphs",
+    "GraphFallbackWarning",
     "ImplicitLayer",
     "Trajectory",
     "VariationalDropout",

@@ -49,7 +49,7 @@ def hoist(f: Map, h: PyTree, z: PyTree, usable: Callable[[Tensor], bool]) -> Hoi
     What f closes over is seen as it enters PyTorch's functions. Hidden is what compiled and scripted code holds.
     Tensors that are not ``usable``, as those that a vmap within f has wrapped, are nothing that f closes over.
     """
-    with _Watch(tensors(h)) as watch:
+    with Watch(tensors(h)) as watch:
         value = f(h, z)
     watch.enter(tensors(value))  # f may return what it closes over, untouched
     found = {id(x): x for x in tensors(z)} | watch.outside
@@ -178,7 +178,7 @@ def _variables(f: types.FunctionType) -> list[Any]:
     return values
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Notes the tensors that enter PyTorch's functions without having come out of one."""
 
     def __init__(self, inside: Sequence[Tensor]) -> None:
@@ -188,9 +188,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.enter(_nested((args, tuple(kwargs.values()))))
+        self.enter(nested((args, tuple(kwargs.values()))))
         result = func(*args, **kwargs)
-        for x in _nested(result):
+        for x in nested(result):
             self._inside[id(x)] = weakref.ref(x)
         return result
 
@@ -224,7 +224,7 @@ class _Replace(TorchFunctionMode):
     def _in(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             return self._replace(a)
-        if next(_nested(a), None) is None:
+        if next(nested(a), None) is None:
             return a
         if isinstance(a, dict):
             return {name: self._in(b) for name, b in a.items()}
@@ -232,10 +232,10 @@ class _Replace(TorchFunctionMode):
         return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)
 
 
-def _nested(a: Any) -> Iterator[Tensor]:
+def nested(a: Any) -> Iterator[Tensor]:
     """The tensors in an argument, or in a result."""
     if isinstance(a, Tensor):
         yield a
     elif isinstance(a, (list, tuple, dict)):
         for b in a.values() if isinstance(a, dict) else a:
-            yield from _nested(b)
+            yield from nested(b)

@@ -13,6 +13,12 @@ Cycle = tuple[State, Any]
 """A correction, and the products with A spent on it."""
 
 
+RECORDED = (
+    "a linear solver stops by what it finds, which it can't look at while a CUDA graph is captured: take Neumann, "
+    "Unroll or OneStep in the place of Implicit, and another solver than NewtonKrylov"
+)
+
+
 class LinearResult(NamedTuple):
     """The solution of A x = b as a state: x, a status for each sample (N, 1), ‖b - A x‖₂, and what it took."""
 
@@ -72,6 +78,8 @@ class LinearSolver(ABC):
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
         """Solve A x = b from x = 0."""
         xp, backend = space.xp, space.backend
+        if backend.recorded(b[0]):
+            raise NotImplementedError(RECORDED)
         space.spread_as(b)
         # At unit scale squares neither underflow nor overflow: a cotangent of 1e-25 is not zero in float32.
         largest = space.largest(b)

@@ -4,7 +4,17 @@ from .anderson import Anderson
 from .base import Point, Solver
 from .broyden import Broyden
 from .custom import CallableSolver
+from .driven import DrivenSolver
 from .fixed_point_iteration import FixedPointIteration
 from .newton_krylov import NewtonKrylov
 
-__all__ = ["Anderson", "Broyden", "CallableSolver", "FixedPointIteration", "NewtonKrylov", "Point", "Solver"]
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "CallableSolver",
+    "DrivenSolver",
+    "FixedPointIteration",
+    "NewtonKrylov",
+    "Point",
+    "Solver",
+]

@@ -1,0 +1,62 @@
+"""Recording and replaying operations on the processor, by the rules of CUDA graphs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = (torch.ops.aten._local_scalar_dense.default,)
+
+
+class Tape:
+    """Takes down sections of operations with the tensors they read and write; a replay carries them out on these.
+
+    As in a capture, numbers can't be read, and what happened in Python is not repeated. What is not imitated is that
+    nothing is carried out while it is taken down.
+    """
+
+    def __init__(self) -> None:
+        self._section: _Section | None = None
+
+    def warming_up(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def begin(self) -> None:
+        assert self._section is None
+        self._section = _Section()
+        self._section.__enter__()
+
+    def end(self) -> Callable[[], None]:
+        section = self._section
+        assert section is not None
+        self.abandon()
+        return section.replay
+
+    def abandon(self) -> None:
+        section, self._section = self._section, None
+        if section is not None:
+            section.__exit__(None, None, None)
+
+
+class _Section(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in READS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for to, x in zip(optree.tree_leaves(result), optree.tree_leaves(again), strict=True):
+                if isinstance(to, Tensor) and to.data_ptr() != x.data_ptr():
+                    to.copy_(x)

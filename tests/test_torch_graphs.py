@@ -1,0 +1,457 @@
+"""Recorded solves: on the processor by a tape with the rules of CUDA graphs, on a GPU by the graphs themselves."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cells import CELLS, Cell
+from libraries import TORCH
+from problems import CASES, Case
+from tape import Tape
+from test_adapters_torch import Reads
+from torch import Tensor, nn
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+from implicit_core.backends.torch import BACKEND
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")],
+)
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoBack(ic.Solver):
+    """Its memory begins as the start itself, and states move within it."""
+
+    def init(self, system: Any, x: Any) -> Any:
+        return x, x
+
+    def step(self, system: Any, memory: Any, point: Any) -> Any:
+        before, long_before = memory
+        drift = system.space.sub(before, long_before)
+        return system.space.axpy(0.1, drift, point.f), (point.x, before)
+
+
+SOLVERS = [
+    TwoBack(),
+    ic.FixedPointIteration(),
+    ic.FixedPointIteration(damping=0.7, check_every=3),
+    ic.Anderson(),
+    ic.Anderson(memory=3, damping=0.8, check_every=4),
+    ic.Broyden(memory=4),
+    ic.Broyden(),
+    ic.Anderson(max_steps=4, rtol=0.0),
+]
+
+
+class Recorded(ict.CUDAGraphs):
+    """As on a GPU, with a tape in the place of CUDA graphs where there is none."""
+
+    def _recorder(self, device: torch.device) -> Any:
+        return super()._recorder(device) if device.type == "cuda" else Tape()
+
+
+def both(f: Any, h0: Any, z: Any, solver: Any, graphs: ict.CUDAGraphs, **options: Any) -> ic.Solution:
+    """The solution from the recording, which is the solver's own."""
+    plain = ic.solve(f, h0, z, solver=solver, **options)
+    replayed = ic.solve(f, h0, z, solver=graphs, **options)
+    assert graphs.reason is None
+    torch.testing.assert_close(replayed.value, plain.value, rtol=1e-12, atol=1e-12)
+    assert torch.equal(replayed.status, plain.status)
+    assert torch.equal(replayed.stats.steps, plain.stats.steps)
+    torch.testing.assert_close(replayed.stats.residual, plain.stats.residual, rtol=1e-5, atol=1e-12)
+    assert replayed.stats.evaluations == plain.stats.evaluations + 1, "and one that looks what F is"
+    return replayed
+
+
+@DEVICES
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_problem_is_solved_as_without(case: Case, solver: ic.Solver, device: str) -> None:
+    graphs = Recorded(solver)
+    h0, z = (torch.utils._pytree.tree_map(lambda x: x.to(device), TORCH.array(a)) for a in (case.h0, case.z))
+    f = case.problem(TORCH).f
+    for _ in range(2):
+        both(f, h0, z, solver, graphs, batch_ndim=case.batch_ndim)
+
+
+@DEVICES
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_one_recording_serves_all_starts_inputs_and_parameters(cell: Cell, solver: ic.Solver, device: str) -> None:
+    module, h0, x = cell.build()
+    module, graphs = module.to(device), Recorded(solver)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        start, inputs = torch.randn_like(h0).to(device), torch.randn_like(x).to(device)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.95)
+        both(module, start, inputs, solver, graphs, batch_ndim=1)
+    assert len(graphs._recordings) == 1
+
+
+@DEVICES
+def test_a_solution_is_not_changed_by_the_next(device: str) -> None:
+    graphs = Recorded(ic.Anderson(rtol=1e-8))
+    h0 = torch.zeros(3, device=device)
+    solutions = [ic.solve(lambda h, z: torch.cos(h) + z, h0, z * torch.ones_like(h0), solver=graphs) for z in (0, 1.5)]
+    kept = solutions[0].value.clone()
+    ic.solve(lambda h, z: torch.cos(h) + z, h0 + 1, h0 + 0.5, solver=graphs)
+    assert torch.equal(solutions[0].value, kept)
+    torch.testing.assert_close(kept, torch.full_like(kept, 0.739085), rtol=1e-5, atol=0)
+
+
+@DEVICES
+def test_a_trace_of_residuals(device: str) -> None:
+    solver = ic.Anderson(rtol=1e-8, max_steps=30)
+    h0 = torch.zeros(4, 3, dtype=torch.float64, device=device)
+    z = torch.linspace(0, 1, 12, dtype=h0.dtype, device=device).reshape(4, 3)
+    graphs = Recorded(solver)
+    for _ in range(2):
+        replayed = both(lambda h, z: torch.cos(h) + z, h0, z, solver, graphs, batch_ndim=1, trace=True)
+        plain = ic.solve(lambda h, z: torch.cos(h) + z, h0, z, solver=solver, batch_ndim=1, trace=True)
+        torch.testing.assert_close(replayed.stats.trace, plain.stats.trace, equal_nan=True, rtol=1e-6, atol=1e-12)
+
+
+@DEVICES
+def test_samples_that_are_lost_are_told_as_without(device: str) -> None:
+    solver = ic.Anderson(max_steps=30)
+    z = torch.tensor([[0.5], [float("nan")], [3.0]], dtype=torch.float64, device=device)
+    graphs = Recorded(solver)
+    plain, replayed = (
+        ic.solve(lambda h, z: z * h + 1.0, torch.zeros_like(z), z, solver=s, batch_ndim=1) for s in (solver, graphs)
+    )
+    assert graphs.reason is None
+    assert torch.equal(replayed.status, plain.status)
+    assert int(replayed.status[1]) == ic.NONFINITE
+    with pytest.raises(ic.SolveError):
+        ic.solve(lambda h, z: z * h + 1.0, torch.zeros_like(z), z, solver=graphs, batch_ndim=1, throw=True)
+
+
+@DEVICES
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.OneStep(), ic.Implicit()], ids=repr)
+def test_the_gradients_of_a_layer(gradient: ic.Estimator, device: str) -> None:
+    cell, _, x = CELLS[0].build()
+    cell.to(device)
+    x = x.detach().to(device)
+    solver = ic.Anderson(rtol=1e-9)
+    layers = [ict.ImplicitLayer(cell, solver=s, gradient=gradient) for s in (solver, Recorded(solver))]
+    for step in range(3):
+        gradients = []
+        for layer in layers:
+            inputs = (x + step).requires_grad_()
+            layer(inputs).square().sum().backward()
+            gradients.append([inputs.grad, *(p.grad for p in cell.parameters())])
+            cell.zero_grad()
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-9)
+        with torch.no_grad():
+            cell.hidden.weight.mul_(0.9)
+    assert layers[1].solver.reason is None
+
+
+class Parametrized(nn.Module):
+    """A weight that is computed anew in each call, and a mask that is drawn in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.dropout = ict.VariationalDropout(0.3)
+        self.scale = 0.9
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.scale * self.dropout(self.inner(h)) + x)
+
+
+@DEVICES
+def test_what_is_computed_or_drawn_once_in_a_call_is_read_anew_in_each(device: str) -> None:
+    cell, x = Parametrized().double().to(device), torch.ones(4, 6, dtype=torch.float64, device=device)
+    solver = ic.Anderson(rtol=1e-9)
+    layers = [ict.ImplicitLayer(cell, solver=s) for s in (solver, Recorded(solver))]
+    values = []
+    for seed in range(4):
+        found = []
+        for layer in layers:
+            torch.manual_seed(seed)
+            found.append(layer(x))
+            cell.inner.parametrizations.weight[0].eval()  # one power iteration less to differ by
+        assert layers[1].solver.reason is None
+        torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
+        values.append(found[1])
+        with torch.no_grad():
+            cell.inner.parametrizations.weight.original.mul_(1.0 + seed)
+    assert all(not torch.allclose(values[0], value) for value in values[1:]), "another mask in each call"
+
+
+@DEVICES
+def test_settings_and_modes_that_change_are_followed(device: str) -> None:
+    cell, x = Parametrized().double().to(device), torch.ones(4, 6, dtype=torch.float64, device=device)
+    solver = ic.Anderson(rtol=1e-9)
+    graphs = Recorded(solver)
+    cell.eval()
+    both(cell, torch.zeros_like(x), x, solver, graphs, batch_ndim=1)
+    cell.scale = 0.2
+    both(cell, torch.zeros_like(x), x, solver, graphs, batch_ndim=1)
+    both(lambda h, z: torch.sin(cell(h, z)), torch.zeros_like(x), x, solver, graphs, batch_ndim=1)
+    assert len(graphs._recordings) == 3
+    both(cell, torch.zeros_like(x), x, solver, graphs, batch_ndim=1)
+    assert len(graphs._recordings) == 3
+
+
+@DEVICES
+def test_parameters_that_move_are_found_again(device: str) -> None:
+    module, h0, x = CELLS[0].build()
+    module, h0, x = module.to(device), h0.to(device), x.detach().to(device)
+    solver = ic.Anderson(rtol=1e-9)
+    graphs = Recorded(solver)
+    both(module, h0, x, solver, graphs, batch_ndim=1)
+    for parameter in module.parameters():
+        parameter.data = 0.5 * parameter.data
+    both(module, h0, x, solver, graphs, batch_ndim=1)
+    state = {name: 0.3 * value.detach() for name, value in module.named_parameters()}
+    both(lambda h, z: torch.func.functional_call(module, state, (h, z)), h0, x, solver, graphs, batch_ndim=1)
+    both(module, h0, x, solver, graphs, batch_ndim=1)
+
+
+@DEVICES
+def test_shapes_each_have_a_recording(device: str) -> None:
+    module, _, x = CELLS[0].build()
+    module, x = module.to(device), x.detach().to(device)
+    solver = ic.Anderson(rtol=1e-9)
+    graphs = Recorded(solver)
+    for n in (1, 2, 3, 2, 1):
+        both(module, torch.zeros_like(x[:n]), x[:n], solver, graphs, batch_ndim=1)
+    assert len(graphs._recordings) == 3
+    assert graphs._made.total() == 3
+    wide = torch.randn(20, 5, dtype=x.dtype, device=device)
+    for n in range(1, 21):
+        both(module, torch.zeros_like(wide[:n]), wide[:n], solver, graphs, batch_ndim=1)
+    assert len(graphs._recordings) <= 8, "the memory of each is held"
+
+
+def test_what_is_made_of_one_solve_does_not_outlive_the_call() -> None:
+    import gc
+    import weakref
+
+    graphs = Recorded(ic.Anderson())
+    x = torch.ones(3)
+    seen = weakref.ref(x)
+    ic.solve(lambda h, z: torch.cos(h) + z, torch.zeros(3), x, solver=graphs)
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+# What can't be recorded is solved as usual, and said.
+
+
+def looks(h: Tensor, z: Tensor) -> Tensor:
+    return torch.cos(h) + z * float(z.sum())
+
+
+def of_the_cpu(h: Tensor, z: Tensor) -> Tensor:
+    return torch.cos(h) + z * torch.from_numpy(torch.ones(()).numpy()).to(h.device)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        return 0.3 * self.norm(h) + z
+
+
+class Changing:
+    """Another function at each evaluation."""
+
+    calls = 0
+
+    def __call__(self, h: Tensor, z: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cos(h) + z + 1e-12 * self.calls
+
+
+def scripted() -> Callable[..., Tensor]:
+    def f(h: Tensor, z: Tensor) -> Tensor:
+        return torch.cos(h) + z
+
+    return torch.jit.trace(f, (torch.zeros(4, 3), torch.zeros(4, 3)))
+
+
+UNFIT = {
+    "looks": (lambda: looks, "can't be captured: operation not permitted"),
+    "of the cpu": (lambda: of_the_cpu, "makes tensors in code"),
+    "batch norm": (Counting, "writes to a tensor"),
+    "changing": (Changing, "with other numbers"),
+    "scripted": (scripted, "can't be looked into"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", UNFIT)
+def test_the_reason_why_not(name: str) -> None:
+    make, reason = UNFIT[name]
+    f, z = make(), torch.full((4, 3), 0.1)
+    graphs = Recorded(ic.Anderson())
+    with pytest.warns(ict.GraphFallbackWarning, match=reason):
+        solution = ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)
+    assert reason in str(graphs.reason)
+    assert bool(solution.converged.all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)  # said once
+
+
+def test_on_the_processor_there_are_no_graphs() -> None:
+    graphs = ict.CUDAGraphs()
+    with pytest.warns(ict.GraphFallbackWarning, match="on cpu, not on a CUDA device"):
+        ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, solver=graphs)
+
+
+def test_newtons_method_solves_linear_systems() -> None:
+    graphs = Recorded(ic.NewtonKrylov())
+    with pytest.warns(ict.GraphFallbackWarning, match="NewtonKrylov solves linear systems"):
+        ic.fixed_point(lambda h, z: torch.cos(h), torch.zeros(3), None, solver=graphs)
+
+
+def layer_at(z: Tensor, solver: Any) -> Tensor:
+    h0 = torch.zeros((), dtype=z.dtype, device=z.device)
+    return ic.fixed_point(
+        lambda h, z: torch.tanh(0.5 * h + z), h0, z, solver=solver, gradient=ic.Implicit(ic.GMRES(rtol=1e-10))
+    ).value
+
+
+@DEVICES
+def test_within_torch_func(device: str) -> None:
+    """A layer solves on values, below the derivative. Where vmap has wrapped them the solve is carried out."""
+    solver = ic.Anderson(rtol=1e-10)
+    graphs, zs = Recorded(solver), torch.linspace(-1, 1, 5, dtype=torch.float64, device=device)
+    expected = torch.stack([torch.func.grad(lambda z: layer_at(z, solver))(z) for z in zs])
+    torch.testing.assert_close(torch.func.grad(lambda z: layer_at(z, graphs))(zs[1]), expected[1], rtol=1e-7, atol=0)
+    assert graphs.reason is None
+    with pytest.warns(ict.GraphFallbackWarning, match=r"torch\.func"):
+        got = torch.func.vmap(torch.func.grad(lambda z: layer_at(z, graphs)))(zs)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=0)
+
+
+def test_an_f_that_is_another_in_every_call_is_given_up() -> None:
+    graphs, z = Recorded(ic.Anderson()), torch.full((3,), 0.1)
+    for i in range(8):
+        ic.solve(lambda h, z, i=i: torch.cos(h) + i * 0.01 * z, torch.zeros(3), z, solver=graphs)
+        assert graphs.reason is None
+    with pytest.warns(ict.GraphFallbackWarning, match="another one in each of 8 calls"):
+        ic.solve(lambda h, z: torch.cos(h) + 0.5 * z, torch.zeros(3), z, solver=graphs)
+
+
+@pytest.mark.parametrize(
+    "solver", [lambda problem, h0, z: h0, "anderson", ic.Anderson], ids=["callable", "str", "class"]
+)
+def test_it_takes_a_solver(solver: Any) -> None:
+    with pytest.raises(TypeError, match="solver must be a Solver"):
+        ict.CUDAGraphs(solver)
+
+
+def test_copies_and_pickles_begin_without_recordings() -> None:
+    graphs = Recorded(ic.Broyden(memory=3))
+    ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, solver=graphs)
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert other.solver == graphs.solver
+        assert graphs._recordings
+        assert not other._recordings
+    assert repr(graphs).startswith("CUDAGraphs(Broyden(")
+
+
+def test_in_inference_mode_and_out_of_it() -> None:
+    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            both(lambda h, z: torch.cos(h) + z, torch.zeros(3), z + 0, solver, graphs)
+    assert len(graphs._recordings) == 1
+
+
+# A capture by the user.
+
+
+class Capturing:
+    """Within it operations are taken down."""
+
+    def __enter__(self) -> None:
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(BACKEND, "recorded", lambda x: True)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()], ids=repr)
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.OneStep()], ids=repr)
+def test_a_training_step_within_a_capture_looks_at_nothing(solver: ic.Solver, gradient: ic.Estimator) -> None:
+    cell, h0, x = CELLS[0].build()
+    expected = ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1)
+    expected.value.square().sum().backward()
+    gradients = [p.grad for p in cell.parameters()]
+    cell.zero_grad()
+    with Capturing(), Reads() as reads:
+        solution = ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1)
+        solution.value.square().sum().backward()
+    assert reads.count == 0
+    assert solution.stats.evaluations == solver.max_steps
+    assert torch.equal(solution.status, expected.status)
+    torch.testing.assert_close(solution.value, expected.value)
+    torch.testing.assert_close([p.grad for p in cell.parameters()], gradients)
+
+
+def test_what_has_to_look_says_so_within_a_capture() -> None:
+    z = torch.ones(3, requires_grad=True)
+    with Capturing():
+        value = ic.fixed_point(lambda h, z: torch.cos(h) + z, torch.zeros(3), z, gradient=ic.Implicit()).value.sum()
+        with pytest.raises(NotImplementedError, match="take Neumann, Unroll"):
+            value.backward()
+        with pytest.raises(NotImplementedError, match=r"solution\.status after a replay"):
+            ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, throw=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.OneStep()], ids=repr)
+def test_a_whole_training_step_is_captured_with_pytorchs_own_tools(gradient: ic.Estimator) -> None:
+    cell, h0, x = CELLS[0].build()
+    cell, h0, x = cell.cuda(), h0.cuda(), x.detach().cuda()
+    solver = ic.Anderson(max_steps=20)
+
+    def step() -> Tensor:
+        loss = ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1).value.square().sum()
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            cell.zero_grad()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    cell.zero_grad()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for shift in (0.0, 0.3):
+        x.add_(shift)
+        for parameter in cell.parameters():
+            parameter.grad.zero_()
+        graph.replay()
+        got = [loss.clone(), *(p.grad.clone() for p in cell.parameters())]
+        cell.zero_grad()
+        expected = [step().detach(), *(p.grad for p in cell.parameters())]
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        for parameter, grad in zip(cell.parameters(), got[1:], strict=True):
+            parameter.grad = grad
