@@ -93,7 +93,7 @@ class CuPyBackend(Backend):
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            return [f"no GPU: {error}"]
+            return [f"no CUDA device ({str(error).partition(':')[0]})"]
         names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
         return [f"cuda:{i} ({name})" for i, name in enumerate(names)]
 

@@ -15,6 +15,7 @@ from .solution import SolveError
 
 COLUMNS = 80
 MODULES = {
+    "cupy": "CuPy",
     "jax": "jax",
     "matplotlib": "matplotlib",
     "optax": "optax",
@@ -24,7 +25,7 @@ MODULES = {
     "torch": "torch",
 }
 """Modules that the demo needs beyond the core's dependencies, and what their distributions are called."""
-EXTRAS = {"numpy": "demo", "torch": "demo,torch", "jax": "jax-demo", "all": "jax-demo,torch"}
+EXTRAS = {"numpy": "demo", "torch": "demo,torch", "jax": "jax-demo", "cupy": "demo,cupy12", "all": "jax-demo,torch"}
 """What installs them, for each choice of frameworks."""
 
 
@@ -95,12 +96,18 @@ def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
             f'in a checkout: pip install ".[{extras}]", elsewhere: pip install "implicit-core[{extras}]".',
             file=sys.stderr,
         )
-        if module in ("torch", "jax", "optax"):
+        if module == "cupy":
+            print("cupy12 is for CUDA 12; for CUDA 13 it is cupy13.", file=sys.stderr)
+        if module in ("cupy", "torch", "jax", "optax"):
             print(f"With --framework numpy it needs no {module}.", file=sys.stderr)
         return 2
     except SolveError as problem:
         print(f"The demo stopped: {problem}", file=sys.stderr)
         return 1
+    except digits.NoGPUError as problem:
+        print(f"The demo can't compute with CuPy, which found {problem}.", file=sys.stderr)
+        print("With --framework numpy it needs no GPU.", file=sys.stderr)
+        return 2
     return 1 if digits.failures(results) else 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from gpus import on_gpu_with_torch
 from libraries import NUMPY, TORCH
 from problems import Case, layer, symmetric_layer
 from torch.overrides import TorchFunctionMode
@@ -452,8 +453,7 @@ def flags(evaluations: int, check_every: int) -> int:
     return (evaluations - 1) // check_every + 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@on_gpu_with_torch
 @pytest.mark.parametrize("check_every", [1, 4])
 @pytest.mark.parametrize("estimator", ESTIMATORS[:-1], ids=repr)
 def test_on_a_gpu_nothing_else_waits_for_the_device(estimator: ic.Estimator, check_every: int) -> None:
@@ -470,8 +470,7 @@ def test_on_a_gpu_nothing_else_waits_for_the_device(estimator: ic.Estimator, che
     assert len(waits) <= flags(evaluations, check_every) + copies, waits
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@on_gpu_with_torch
 def test_on_a_gpu_a_solve_reads_one_flag_a_step() -> None:
     case = symmetric_layer()
     w, x = (torch.asarray(case.z[name], device="cuda", dtype=torch.float32) for name in ("w", "x"))

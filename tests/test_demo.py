@@ -5,10 +5,12 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpus
 import numpy as np
 import pytest
 from rich.console import Console
@@ -18,6 +20,15 @@ from implicit_core.examples import digits
 from implicit_core.examples.digits import Result, model
 
 ESTIMATORS = ["Implicit", "Unroll(5, 0.5)", "Neumann(5, 0.5)", "OneStep"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def three_frameworks() -> Iterator[None]:
+    """With or without a GPU: all are NumPy, PyTorch and JAX here."""
+    with pytest.MonkeyPatch.context() as patch:
+        train = importlib.import_module("implicit_core.examples.digits.train")
+        patch.setattr(train, "installed", lambda: {"cupy": False})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +171,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["demo", "--help"])
     shown = capsys.readouterr().out
-    assert "--framework {numpy,torch,jax,all}" in shown
+    assert "--framework {numpy,torch,jax,cupy,all}" in shown
     assert "(default: 20)" in shown
 
 
@@ -180,6 +191,7 @@ def test_info_names_every_framework(capsys: pytest.CaptureFixture[str]) -> None:
         ("jax", "jax", "jax-demo"),
         ("torch", "rich", "demo,torch"),
         ("numpy", "rich", "demo"),
+        ("cupy", "cupy", "demo,cupy12"),
     ],
 )
 def test_a_missing_extra_is_named(
@@ -191,7 +203,8 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(importlib, "import_module", missing)
     assert command_line.main(["demo", "--framework", framework]) == 2
     told = capsys.readouterr().err
-    assert f"The demo needs {module}, which is not installed; " in told
+    assert f"The demo needs {command_line.MODULES[module]}, which is not installed; " in told
+    assert ("for CUDA 13 it is cupy13" in told) == (module == "cupy")
     assert f'pip install ".[{extras}]"' in told
     assert f'pip install "implicit-core[{extras}]"' in told
     assert (f"With --framework numpy it needs no {module}." in told) == (module != "rich")
@@ -222,3 +235,24 @@ def test_numpy_alone_needs_no_other_framework(
     shown = capsys.readouterr()
     assert ("needs torch" in shown.err) == (framework == "all")
     assert ("%" in shown.out) == (framework == "numpy")  # found before any training
+
+
+@pytest.mark.skipif(gpus.WITHOUT_CUPY == "", reason="CuPy has a device")
+def test_without_a_gpu_cupy_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["demo", "--framework", "cupy", "--output", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"can't compute with CuPy, which found no CUDA device \(cudaError\w+\)\.", told)
+    assert "With --framework numpy it needs no GPU." in told
+    with pytest.raises(digits.NoGPUError, match="no CUDA device"):
+        digits.run("cupy", epochs=1, output=tmp_path)
+
+
+@pytest.mark.parametrize("_", [pytest.param("", marks=gpus.CUPY)])
+def test_on_a_gpu_cupy_trains_as_numpy_does(_: str, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    results = {name: digits.run(name, epochs=4, seed=1, output=tmp_path, console=console) for name in ("numpy", "cupy")}
+    for a, b in zip(results["numpy"], results["cupy"], strict=True):
+        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-3)
+        assert digits.result.difference(a, b) < digits.result.TOLERANCE
+        counts = (a.counts.evaluations, a.counts.vjps), (b.counts.evaluations, b.counts.vjps)
+        assert counts[0] == pytest.approx(counts[1], rel=0.01)

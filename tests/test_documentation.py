@@ -5,7 +5,9 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
+import gpus
 import jax
 import pytest
 
@@ -23,7 +25,12 @@ SOLVERS = ["Anderson", "Broyden", "CallableSolver", "FixedPointIteration", "Newt
 ESTIMATORS = ["BPTT", "Implicit", "Neumann", "OneStep", "Unroll"]
 
 
-@pytest.mark.parametrize("name", MODULES)
+def on_a_gpu(name: str) -> Any:
+    """A module, or a page, marked if it is about CuPy."""
+    return pytest.param(name, marks=gpus.CUPY) if "cupy" in name else name
+
+
+@pytest.mark.parametrize("name", map(on_a_gpu, MODULES))
 def test_docstrings(name: str) -> None:
     with jax.enable_x64(False):  # as a reader's JAX is
         result = doctest.testmod(importlib.import_module(name))
@@ -35,7 +42,9 @@ def test_what_users_call_has_an_example(name: str) -> None:
     assert ">>> " in getattr(implicit_core, name).__doc__
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/jax.md", "docs/pytorch.md"])
+@pytest.mark.parametrize(
+    "page", map(on_a_gpu, ["README.md", "CONTRIBUTING.md", "docs/cupy.md", "docs/jax.md", "docs/pytorch.md"])
+)
 def test_blocks_of_python_in_pages(page: str) -> None:
     """In order, and in one namespace, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cells import CELLS, Cell
+from gpus import TORCH as ON_GPU
+from gpus import on_gpu_with_torch
 from libraries import TORCH
 from problems import CASES, Case
 from tape import Tape
@@ -20,10 +22,7 @@ import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.backends.torch import BACKEND
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")],
-)
+CUDA = pytest.param("cuda", marks=ON_GPU)
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 
@@ -420,8 +419,7 @@ def test_what_has_to_look_says_so_within_a_capture() -> None:
             ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, throw=True)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@on_gpu_with_torch
 @pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.OneStep()], ids=repr)
 def test_a_whole_training_step_is_captured_with_pytorchs_own_tools(gradient: ic.Estimator) -> None:
     cell, h0, x = CELLS[0].build()

@@ -1,6 +1,10 @@
-"""The classifier in NumPy: every derivative is written by hand, and reaches the estimators as a callback."""
+"""The classifier in NumPy: every derivative is written by hand, and reaches the estimators as a callback.
+
+But for F and its derivative it would be the same on other libraries' arrays.
+"""
 
 import numpy as np
+from array_api_compat import array_namespace
 
 import implicit_core as ic
 
@@ -21,10 +25,11 @@ def vjp(h: Array, z: Parameters, v: Array) -> tuple[Array, dict[str, Array | Non
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Mean softmax cross-entropy, and its gradient with respect to the logits (n, classes)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    one_hot = np.eye(logits.shape[1], dtype=logits.dtype)[labels]
-    return -np.mean(np.sum(one_hot * log_p, axis=1)), (np.exp(log_p) - one_hot) / len(labels)
+    xp = array_namespace(logits)
+    shifted = logits - xp.max(logits, axis=1, keepdims=True)
+    log_p = shifted - xp.log(xp.sum(xp.exp(shifted), axis=1, keepdims=True))
+    one_hot = xp.take(xp.eye(logits.shape[1], dtype=logits.dtype), labels, axis=0)
+    return -xp.mean(xp.sum(one_hot * log_p, axis=1)), (xp.exp(log_p) - one_hot) / len(labels)
 
 
 def inputs(parameters: Parameters, images: Array) -> Parameters:
@@ -34,7 +39,7 @@ def inputs(parameters: Parameters, images: Array) -> Parameters:
 
 def solve(problem: ic.Problem, z: Parameters, solver: ic.Solver) -> ic.Solution:
     """The fixed points of a batch, from zero."""
-    h0 = np.zeros((len(z["x"]), len(z["b"])), dtype=z["b"].dtype)
+    h0 = array_namespace(z["b"]).zeros((len(z["x"]), len(z["b"])), dtype=z["b"].dtype)
     return ic.solve(problem, h0, z, solver=solver)
 
 
@@ -82,7 +87,7 @@ class NumPyModel:
     def __init__(self, parameters: Parameters, estimator: ic.Estimator) -> None:
         self.counts = Counts()
         self._parameters = parameters
-        self._velocity = {name: np.zeros_like(value) for name, value in parameters.items()}
+        self._velocity = {name: 0 * value for name, value in parameters.items()}
         self._estimator = estimator
         self._counting = ic.Problem(self._f, vjp=self._vjp, batch_ndim=1)
 
@@ -99,7 +104,8 @@ class NumPyModel:
         self.counts.solved(solution)
         self._velocity = {name: MOMENTUM * self._velocity[name] + gradient[name] for name in gradient}
         updated = {name: value - LEARNING_RATE * self._velocity[name] for name, value in self._parameters.items()}
-        updated["W"] *= min(1.0, CONTRACTION / float(np.linalg.norm(updated["W"], 2)))
+        norm = array_namespace(updated["W"]).linalg.matrix_norm(updated["W"], ord=2)
+        updated["W"] *= min(1.0, CONTRACTION / float(norm))
         self._parameters = updated
         return loss
 
@@ -114,7 +120,8 @@ class NumPyModel:
         """See :class:`Model`."""
         solution = solve(PROBLEM, inputs(self._parameters, images), SOLVER)
         self.counts.solved(solution)
-        labels: Array = np.argmax(solution.value @ self._parameters["V"].T + self._parameters["c"], axis=1)
+        logits = solution.value @ self._parameters["V"].T + self._parameters["c"]
+        labels: Array = logits.argmax(axis=1)
         return labels
 
     def _f(self, h: Array, z: Parameters) -> Array:

@@ -21,8 +21,9 @@ STYLES: tuple[dict[str, Any], ...] = (
 MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("circles", {"marker": "o", "markersize": 4, "markerfacecolor": "none", "linestyle": "-", "linewidth": 0.5}),
     ("crosses", {"marker": "x", "markersize": 4, "linestyle": "-", "linewidth": 0.5}),
+    ("squares", {"marker": "s", "markersize": 6, "markerfacecolor": "none", "linestyle": "-", "linewidth": 0.5}),
 )
-"""How the second and the third framework are drawn over the lines of the first."""
+"""How the second framework and those after it are drawn over the lines of the first."""
 FORMATS = (".pdf", ".png", ".svg")
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 import implicit_core as ic
+from implicit_core.registry import installed, load_backend
 
 from . import picture, report
 from .data import Digits, batches, load
@@ -18,7 +19,18 @@ from .model_numpy import NumPyModel, exact_gradient
 from .result import Result
 
 BATCH_SIZE, PROBE_SIZE = 64, 128
-FRAMEWORKS = {"numpy": ("numpy",), "torch": ("torch",), "jax": ("jax",), "all": ("numpy", "torch", "jax")}
+FRAMEWORKS = {
+    "numpy": ("numpy",),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "cupy": ("cupy",),
+    "all": ("numpy", "torch", "jax"),
+}
+"""What is asked for, and what computes then; with all of them CuPy does, too, where it finds a GPU."""
+
+
+class NoGPUError(RuntimeError):
+    """CuPy has no GPU to compute on."""
 
 
 @dataclass
@@ -82,7 +94,21 @@ def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimato
         from .model_jax import JAXModel
 
         classes["jax"] = JAXModel
-    return {name: classes[name] for name in FRAMEWORKS[framework]}
+    names = FRAMEWORKS[framework]
+    if framework == "cupy" or (framework == "all" and installed()["cupy"] and not missing_gpu()):
+        if reason := missing_gpu():
+            raise NoGPUError(reason)
+        from .model_cupy import CuPyModel
+
+        classes["cupy"] = CuPyModel
+        names = tuple(dict.fromkeys([*names, "cupy"]))
+    return {name: classes[name] for name in names}
+
+
+def missing_gpu() -> str | None:
+    """Why CuPy can't compute; None if it can."""
+    devices = load_backend("cupy").devices()
+    return None if devices[0].startswith("cuda") else devices[0]
 
 
 def run(
@@ -97,7 +123,7 @@ def run(
     Parameters
     ----------
     framework
-        ``"numpy"``, ``"torch"``, ``"jax"`` or ``"all"``.
+        ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"`` or ``"all"``: those and, where CuPy finds a GPU, CuPy.
     epochs
         Passes over the training set, at least 1.
     seed
@@ -116,6 +142,8 @@ def run(
     ------
     ValueError
         If an argument has a bad value.
+    NoGPUError
+        For ``"cupy"``, if there is no GPU.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")

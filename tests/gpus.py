@@ -1,0 +1,34 @@
+"""Marks of tests that need a GPU. They say what is missing where they are left out."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+
+
+def without_cupy() -> str:
+    """Why CuPy can't be used here; nothing if it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed"
+    import cupy
+
+    return "" if cupy.cuda.is_available() else "CuPy found no CUDA device"
+
+
+WITHOUT_CUPY = without_cupy()
+CUPY = [pytest.mark.gpu, pytest.mark.skipif(bool(WITHOUT_CUPY), reason=WITHOUT_CUPY or "CuPy has a device")]
+TORCH = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch found no CUDA device"),
+]
+
+Test = TypeVar("Test", bound=Callable[..., object])
+
+
+def on_gpu_with_torch(test: Test) -> Test:
+    """Mark a test."""
+    for mark in TORCH:
+        test = mark(test)
+    return test
