@@ -95,7 +95,8 @@ def with_aux(
         return pair
 
     solution = layer(lambda h, z: both(h, z)[0], h0, z, **options)
-    return solution._replace(aux=both(solution.value, z)[1])
+    with find_backend(h0).beside(h0):
+        return solution._replace(aux=both(solution.value, z)[1])
 
 
 def undifferentiated(

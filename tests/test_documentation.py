@@ -30,7 +30,7 @@ def on_a_gpu(name: str) -> Any:
     return pytest.param(name, marks=gpus.CUPY) if "cupy" in name else name
 
 
-@pytest.mark.parametrize("name", map(on_a_gpu, MODULES))
+@pytest.mark.parametrize("name", [on_a_gpu(name) for name in MODULES])
 def test_docstrings(name: str) -> None:
     with jax.enable_x64(False):  # as a reader's JAX is
         result = doctest.testmod(importlib.import_module(name))
@@ -43,7 +43,7 @@ def test_what_users_call_has_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", map(on_a_gpu, ["README.md", "CONTRIBUTING.md", "docs/cupy.md", "docs/jax.md", "docs/pytorch.md"])
+    "page", ["README.md", "CONTRIBUTING.md", on_a_gpu("docs/cupy.md"), "docs/jax.md", "docs/pytorch.md"]
 )
 def test_blocks_of_python_in_pages(page: str) -> None:
     """In order, and in one namespace, as a reader would type them."""

@@ -13,6 +13,8 @@ from problems import layer
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.backend import Backend
+from implicit_core.registry import find_backend
 
 TIGHT = {"rtol": 1e-11, "max_steps": 400}
 GENERAL = [ic.GMRES(**TIGHT), ic.GMRES(restart=7, **TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(**TIGHT)]
@@ -255,3 +257,33 @@ def test_any_well_conditioned_system_is_solved(seed: int, n: int, batch: int, ra
     solution = ic.solve_linear(apply(NUMPY, a), b, solver=solver, batch_ndim=1, throw=True)
     error = np.linalg.norm(solution.value - np.linalg.solve(a, b[..., None])[..., 0], axis=1)
     assert np.all(error <= 1e-11 * np.linalg.norm(b, axis=1) / (1 - radius) * 1.01 + 1e-15)
+
+
+@pytest.mark.parametrize("method", [ic.GMRES, ic.BiCGSTAB, ic.CG, ic.Richardson])
+def test_fewer_looks_find_the_same_solution(method: Any, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that are done are frozen in the steps that nobody looked at."""
+    a = near_identity(4, 12, 0.8, seed=5, symmetric=True)
+    b = np.random.default_rng(1).normal(size=(4, 12)) * np.asarray([1.0, 1e-3, 0.0, 1e3])[:, None]
+    backend = find_backend(library.array(b))
+    looks, loop = 0, Backend.while_loop
+
+    def counted(self: Backend, cond: Any, *rest: Any) -> Any:
+        def look(carry: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return cond(carry)
+
+        return loop(self, look, *rest)
+
+    monkeypatch.setattr(type(backend), "while_loop", counted)
+    found = []
+    for check_every in (1, 4):
+        looks = 0
+        solver = method(rtol=1e-10, check_every=check_every)
+        solution = ic.solve_linear(apply(library, a), library.array(b), solver=solver, batch_ndim=1)
+        assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+        np.testing.assert_allclose(
+            library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], atol=0, rtol=1e-7
+        )
+        found.append(looks)
+    assert found[1] < 0.6 * found[0]

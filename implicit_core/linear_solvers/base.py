@@ -53,20 +53,26 @@ class LinearSolver(ABC):
         where the products are that coarse. ε is that of the coarsest leaf.
     max_steps
         No cycle starts after this many products with A.
+    check_every
+        Steps of a method between two looks at whether all samples are finished: each look waits for the device.
     """
 
     rtol: float = 1e-6
     atol: float = 0.0
     max_steps: int = 200
+    check_every: int = 1
 
     monotone: ClassVar[bool] = True
     """Whether a cycle that does not reduce a sample's residual is taken back and ends it."""
+    loops: ClassVar[bool] = True
+    """Whether a cycle has steps of its own. Otherwise it is one step."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
         set_field(self, "atol", checks.real("atol", self.atol, 0.0))
         set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
+        set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
 
     @abstractmethod
     def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
@@ -107,7 +113,8 @@ class LinearSolver(ABC):
             return _Carry(x, r, norm, active, steps, applications)
 
         carry = _Carry(space.zeros(), b, size, size > target, space.full(0, xp.int32), 0)
-        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps)
+        check_every = 1 if self.loops else self.check_every
+        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps, check_every)
         finite = xp.isfinite(size)
         status = xp.where(
             carry.steps >= self.max_steps,

@@ -25,7 +25,7 @@ class BiCGSTAB(LinearSolver):
 
     Parameters
     ----------
-    rtol, atol, max_steps
+    rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
     References
@@ -61,5 +61,6 @@ class BiCGSTAB(LinearSolver):
             )
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
-        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, (self.max_steps + 1) // 2)
+        steps = (self.max_steps + 1) // 2
+        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, steps, self.check_every)
         return carry.x, carry.applications

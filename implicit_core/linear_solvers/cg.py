@@ -25,7 +25,7 @@ class CG(LinearSolver):
 
     Parameters
     ----------
-    rtol, atol, max_steps
+    rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
     References
@@ -48,5 +48,5 @@ class CG(LinearSolver):
             return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.applications + 1)
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
-        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps)
+        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps, self.check_every)
         return carry.x, carry.applications

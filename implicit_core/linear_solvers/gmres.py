@@ -31,7 +31,7 @@ class GMRES(LinearSolver):
     ----------
     restart
         Dimension of the Krylov space; restart + 1 states are held.
-    rtol, atol, max_steps
+    rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
     References
@@ -94,7 +94,7 @@ class GMRES(LinearSolver):
             active,
             0,
         )
-        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, steps)
+        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, steps, self.check_every)
         rhs = norm * carry.rotations[:, :, 0] * carry.used
         weights = backend.solve_rows(carry.triangle, rhs[:, None, :])
         return space.state(space.combine(weights, carry.basis)), carry.index

@@ -20,13 +20,14 @@ class Richardson(LinearSolver):
     ----------
     relaxation
         ω in (0, 2).
-    rtol, atol, max_steps
+    rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
     """
 
     relaxation: float = 1.0
 
     monotone: ClassVar[bool] = False
+    loops: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
