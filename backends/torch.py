@@ -129,6 +129,8 @@ class TorchBackend(Backend):
         return torch.baddbmm(row, weights, history)
 
     def solve_rows(self, matrix: Tensor, row: Tensor) -> Tensor:
+        if self.recorded(matrix):
+            return _eliminated(matrix, row)
         # solve_ex: `solve` reads its error code back from the device at every call.
         solution: Tensor = torch.linalg.solve_ex(matrix, row, left=False).result
         return solution
@@ -142,6 +144,16 @@ class TorchBackend(Backend):
             return history.index_copy_(1, index, row[:, None] if row.ndim == 2 else row)
         (history.select(1, index) if row.ndim == 2 else history.narrow(1, index, 1)).copy_(row)
         return history
+
+
+def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
+    """Gauss-Jordan elimination by columns: some of the batched factorizations can't be captured in a CUDA graph."""
+    table = torch.cat([matrix, row], dim=1)
+    for j in range(matrix.shape[-1]):
+        pivot = table.narrow(2, j, 1) / table[:, j : j + 1, j : j + 1]
+        table = torch.baddbmm(table, pivot, table.narrow(1, j, 1), alpha=-1)
+        table.narrow(2, j, 1).copy_(pivot)
+    return table.narrow(1, matrix.shape[-1], 1)
 
 
 BACKEND = TorchBackend("torch", xp, (Tensor,))
