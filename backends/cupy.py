@@ -131,7 +131,7 @@ class CuPyBackend(Backend):
         samples, m, _ = matrix.shape
         if m > LARGEST_SYSTEM:
             return super().solve_rows(matrix, row)
-        return _solve_kernel(m)(matrix, row, cupy.empty_like(row), size=samples)
+        return _solve_kernel(m)(matrix, row, cupy.empty(row.shape, row.dtype), size=samples)
 
     def entry(self, row: Array, index: int) -> Array:
         return row[:, :, index : index + 1]
