@@ -39,6 +39,15 @@ class JAXBackend(Backend):
     def device(self, x: jax.Array) -> None:
         return None  # a traced array has none, and JAX itself says where arrays of two devices meet
 
+    def from_dlpack(self, x: Any) -> jax.Array:
+        array: jax.Array = jnp.from_dlpack(x)
+        if array.dtype.name != str(x.dtype).rpartition(".")[2]:
+            raise TypeError(
+                f"JAX makes {array.dtype} of {x.dtype}; to lend derivatives to such arrays call "
+                'jax.config.update("jax_enable_x64", True) first'
+            )
+        return array
+
     def devices(self) -> list[str]:
         return [str(device) for device in jax.devices()]
 

@@ -94,9 +94,11 @@ class _Loan:
         def array(x: Any) -> Any:
             if not self._here.is_array(x):
                 return x
+            if not hasattr(x, "__dlpack__"):  # as NumPy's scalars
+                x = self._here.xp.asarray(x)
             try:
                 return self._there.from_dlpack(x)
-            except (AttributeError, BufferError):  # NumPy's scalars, and memory that may only be read
+            except BufferError:  # memory that may only be read
                 return self._there.from_dlpack(self._here.xp.asarray(x, copy=True))
 
         return self._here.map(array, tree)

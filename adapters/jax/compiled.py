@@ -99,4 +99,10 @@ def _split(z: PyTree) -> tuple[Arrays, Arrays, _Rest]:
     moving = tuple(i for i, leaf in enumerate(leaves) if moves(leaf))
     still = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and i not in moving)
     others = tuple(None if i in moving + still else leaf for i, leaf in enumerate(leaves))
+    for leaf in others:
+        if not isinstance(leaf, Hashable):
+            raise TypeError(
+                "what z holds beside arrays is part of a compiled program and must be hashable, got a leaf of type "
+                f"{type(leaf).__name__}; without jit=True it may be anything"
+            )
     return [leaves[i] for i in moving], [leaves[i] for i in still], _Rest(structure, others, moving, still)

@@ -247,6 +247,7 @@ def _record(
 
     steady = Problem(f, batch_ndim=problem.batch_ndim)
     begin = BACKEND.unflatten(structure, start)
+
     def loop(cond: Any, body: Any, carry: Any, max_steps: int, check_every: int) -> Any:
         if recording.loop is not None:
             raise UnfitError(f"a step of {type(solver).__name__} has a loop of its own")

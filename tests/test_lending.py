@@ -1,0 +1,286 @@
+"""Derivatives of PyTorch and JAX lent to other libraries' arrays; on the processor, by the code that lends to CuPy."""
+
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from libraries import JAX, LIBRARIES, TORCH, Library, flat, unflat
+from problems import CASES, Case, layer
+from torch import nn
+
+import implicit_core as ic
+from implicit_core.adapters import jax as icj
+from implicit_core.adapters import torch as ict
+from implicit_core.lending import lend
+
+LENDERS: dict[str, Callable[..., ic.Problem]] = {
+    "torch": lambda f, **options: lend(ict.problem(f, **options), "torch"),
+    "jax": lambda f, **options: lend(icj.problem(f, **options), "jax"),
+    "jax, compiled": lambda f, **options: lend(icj.problem(f, jit=True, **options), "jax"),
+}
+LIBRARY = {"torch": TORCH, "jax": JAX, "jax, compiled": JAX}
+BORROWERS = [library for library in LIBRARIES if library.name.startswith(("numpy", "array_api_strict"))]
+ESTIMATORS = [
+    ic.OneStep(),
+    ic.Neumann(4, 0.7),
+    ic.Unroll(3, 0.6),
+    ic.Unroll(3, 0.6, recompute=True),
+    ic.Implicit(ic.GMRES(rtol=1e-12)),
+]
+
+
+def lent(case: Case, lender: str) -> ic.Problem:
+    return LENDERS[lender](lambda h, z: case.f(LIBRARY[lender].xp, h, z), batch_ndim=case.batch_ndim)
+
+
+@pytest.mark.parametrize("borrower", BORROWERS, ids=lambda library: library.name)
+@pytest.mark.parametrize("lender", LENDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_lent_is_what_is_written_by_hand(case: Case, lender: str, borrower: Library) -> None:
+    problem, h, z = lent(case, lender), borrower.array(case.oracle()), borrower.array(case.z)
+    solver = ic.Anderson(rtol=1e-10, max_steps=30)
+    for a, b in zip(
+        *(ic.solve(p, borrower.array(case.h0), z, solver=solver) for p in (problem, case.problem(borrower))),
+        strict=True,
+    ):
+        if a is not None and not isinstance(a, tuple):
+            np.testing.assert_allclose(flat(borrower.numpy(a)), flat(borrower.numpy(b)), rtol=1e-6, atol=1e-8)
+    v = borrower.array(unflat(np.linspace(-1, 1, flat(case.h0).size), case.h0))
+    dz = borrower.array(unflat(np.linspace(1, -1, flat(case.z).size), case.z))
+    for estimator in ESTIMATORS:
+        pulled, pushed = [], []
+        for p in (problem, case.problem(borrower)):
+            pulled.append(estimator.vjp(p, h, z)[1](v))
+            pushed.append(estimator.jvp(p, h, z, dz)[1])
+        for got, expected in (pulled, pushed):
+            np.testing.assert_allclose(
+                flat(borrower.numpy(got)),
+                flat(borrower.numpy(expected)),
+                rtol=1e-8,
+                atol=1e-10,
+                err_msg=repr(estimator),
+            )
+
+
+def aligned(*shape: int) -> np.ndarray:
+    """Zeros at an address that JAX takes as it is."""
+    size = int(np.prod(shape)) * 8
+    raw = np.zeros(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(np.float64).reshape(shape)
+
+
+@pytest.mark.parametrize("lender", ["torch", "jax"])
+def test_nothing_is_copied(lender: str) -> None:
+    seen: list[int] = []
+    made: list[int] = []
+
+    def address(x: Any) -> int:
+        return x.data_ptr() if lender == "torch" else x.unsafe_buffer_pointer()
+
+    def f(h: Any, z: Any) -> Any:
+        value = 0.5 * h + z["x"]
+        if lender == "torch" or not isinstance(value, jax.core.Tracer):
+            seen.extend([address(h), address(z["x"])])
+            made.append(address(value))
+        return value
+
+    h, z = aligned(4, 8), {"x": aligned(4, 8)}
+    value = LENDERS[lender](f, batch_ndim=1).f(h, z)
+    assert seen == [h.ctypes.data, z["x"].ctypes.data]
+    assert made == [value.ctypes.data]
+
+
+def everything(xp: Any) -> Callable[..., Any]:
+    """F of a z with all sorts of leaves."""
+
+    def f(h: Any, z: Any) -> Any:
+        shift = z["table"][z["index"]] if z["flag"] else 0.0
+        assert z["name"] == "cell"
+        assert z["nothing"] is None
+        return xp.tanh(z["scale"] * h + z["x"] + shift)
+
+    return f
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+def test_leaves_of_every_kind(lender: str) -> None:
+    z = {
+        "x": np.linspace(0, 1, 3),
+        "table": np.array([[0.1, 0.2, 0.3], [0.0, 0.5, 1.0]]),
+        "index": 1,
+        "counts": np.arange(3),
+        "mask": np.array([True, False, True]),
+        "scale": 0.5,
+        "flag": True,
+        "name": "cell",
+        "nothing": None,
+    }
+    problem = LENDERS[lender](everything(LIBRARY[lender].xp))
+    root = ic.solve(problem, np.zeros(3), z, solver=ic.Anderson(rtol=1e-12)).value
+    np.testing.assert_allclose(root, np.tanh(0.5 * root + z["x"] + z["table"][1]), rtol=1e-10)
+    z_bar = ic.Implicit(ic.GMRES(rtol=1e-12)).vjp(problem, root, z)[1](np.ones(3))
+    slope = (1 - root**2) / (1 - 0.5 * (1 - root**2))
+    np.testing.assert_allclose(z_bar["x"], slope, rtol=1e-8)
+    np.testing.assert_allclose(z_bar["table"], np.stack([np.zeros(3), slope]), rtol=1e-8)
+    assert all(z_bar[name] is None for name in ("index", "counts", "mask", "flag", "name", "nothing"))
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+def test_scalars_and_what_may_only_be_read(lender: str) -> None:
+    problem = LENDERS[lender](lambda h, z: 0.5 * h + z)
+    frozen = np.ones(())
+    frozen.flags.writeable = False
+    for z in (np.float64(1.0), frozen):
+        assert ic.solve(problem, np.zeros(()), z, solver=ic.Anderson(rtol=1e-9)).value == pytest.approx(2.0)
+        assert ic.Implicit().vjp(problem, np.asarray(2.0), z)[1](np.asarray(1.0)) == pytest.approx(2.0)
+
+
+def test_the_lenders_own_arrays_pass_through() -> None:
+    problem = LENDERS["torch"](lambda h, z: 0.5 * h + z)
+    z = torch.ones(3, requires_grad=True)
+    solution = ic.solve(problem, torch.zeros(3), z)
+    assert isinstance(solution.value, torch.Tensor)
+    torch.testing.assert_close(
+        ic.Neumann(30, 1.0).vjp(problem, solution.value, z)[1](torch.ones(3)), torch.full((3,), 2.0)
+    )
+
+
+def test_what_a_module_holds_is_constant_unless_it_is_in_z() -> None:
+    cell = nn.Linear(4, 4).double()
+    nn.init.orthogonal_(cell.weight, gain=0.5)
+    parameters = {name: value.detach().numpy() for name, value in cell.named_parameters()}
+    x = np.linspace(-1, 1, 12).reshape(3, 4)
+
+    def f(h: Any, z: Any) -> Any:
+        return torch.tanh(torch.func.functional_call(cell, z["parameters"], (h,)) + z["x"])
+
+    closed = LENDERS["torch"](lambda h, x: torch.tanh(cell(h) + x), batch_ndim=1)
+    explicit = LENDERS["torch"](f, batch_ndim=1)
+    z = {"x": x, "parameters": parameters}
+    root = ic.solve(closed, np.zeros_like(x), x, solver=ic.Anderson(rtol=1e-11)).value
+    z_bar = ic.Neumann(5, 0.5).vjp(explicit, root, z)[1](np.ones_like(x))
+    np.testing.assert_allclose(ic.Neumann(5, 0.5).vjp(closed, root, x)[1](np.ones_like(x)), z_bar["x"], rtol=1e-10)
+    assert cell.weight.grad is None
+    value = ic.fixed_point(
+        lambda h, x: torch.tanh(cell(h) + x),
+        torch.zeros(3, 4, dtype=torch.float64),
+        torch.from_numpy(x),
+        solver=ic.Anderson(rtol=1e-11),
+        gradient=ic.Neumann(5, 0.5),
+        batch_ndim=1,
+    ).value
+    value.sum().backward()
+    np.testing.assert_allclose(z_bar["parameters"]["weight"], cell.weight.grad.numpy(), rtol=1e-8, atol=1e-10)
+
+
+def test_compiled_programs_are_made_once() -> None:
+    traced = 0
+
+    def f(h: Any, z: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return jnp.tanh(z["scale"] * h @ z["w"].T + z["x"])
+
+    case = layer()
+    z, problem = {**case.z, "scale": 1.0}, LENDERS["jax, compiled"](f, batch_ndim=1)
+    v = np.ones_like(case.h0)
+
+    def all_there_is(z: Any) -> None:
+        root = ic.solve(problem, case.h0, z).value
+        for estimator in ESTIMATORS:
+            estimator.vjp(problem, root, z)[1](v)
+            estimator.jvp(problem, root, z, z)
+
+    all_there_is(z)
+    once = traced
+    assert once <= 3, "the value, the linearization and the pushforward"
+    for _ in range(3):
+        all_there_is({**z, "x": 2 * z["x"]})
+    assert traced == once
+    all_there_is({**z, "scale": 0.9})
+    assert once < traced <= 2 * once, "a number in z is part of the program"
+
+
+def test_what_the_program_is_made_for_must_be_hashable() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+    problem = LENDERS["jax, compiled"](lambda h, z: 0.5 * h + z[0])
+    with pytest.raises(TypeError, match="must be hashable, got a leaf of type Unhashable"):
+        ic.solve(problem, np.zeros(3), (np.ones(3), Unhashable()))
+
+
+def test_a_derivative_that_the_lender_lacks() -> None:
+    @jax.custom_vjp
+    def g(x: jax.Array) -> jax.Array:
+        return jnp.tanh(x)
+
+    g.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, v: (v * (1 - y**2),))
+    for lender in ("jax", "jax, compiled"):
+        problem = LENDERS[lender](lambda h, z: g(0.5 * h + z))
+        h, z = np.full(3, 0.3), np.linspace(0, 1, 3)
+        z_bar = ic.OneStep().vjp(problem, h, z)[1](np.ones(3))
+        np.testing.assert_allclose(z_bar, 1 - np.tanh(0.5 * h + z) ** 2, rtol=1e-10)
+        with pytest.raises((NotImplementedError, TypeError), match=r"JVP of F|custom_vjp"):
+            ic.OneStep().jvp(problem, h, z, z)
+
+
+def test_an_unknown_lender_is_named() -> None:
+    with pytest.raises(ValueError, match="no backend for 'numppy'"):
+        lend(ic.Problem(lambda h, z: h), "numppy")
+
+
+def test_a_solve_is_refused_in_jaxs_single_precision() -> None:
+    code = (
+        "import numpy as np, jax.numpy as jnp, implicit_core as ic\n"
+        "from implicit_core.adapters import jax as icj\n"
+        "from implicit_core.lending import lend\n"
+        "problem = lend(icj.problem(lambda h, z: 0.5 * h + z), 'jax')\n"
+        "print(ic.solve(problem, np.zeros(2, np.float32), np.ones(2, np.float32)).converged)\n"
+        "ic.solve(problem, np.zeros(2), np.ones(2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n"
+    assert "TypeError: JAX makes float32 of float64; to lend derivatives to such arrays call jax.config" in done.stderr
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+def test_nothing_outlives_its_use(lender: str) -> None:
+    problem = LENDERS[lender](lambda h, z: 0.5 * h + z)
+    z = np.ones(3)
+    value, pullback = ic.Unroll(3, 0.5).vjp(problem, np.zeros(3), z)
+    watched = [weakref.ref(x) for x in (z, value)]
+    pullback(np.ones(3))
+    del z, value, pullback
+    gc.collect()
+    assert [watch() for watch in watched] == [None, None]
+
+
+def test_what_cupys_adapter_lends_is_the_same() -> None:
+    """``from_torch`` and ``from_jax`` take NumPy's arrays as well."""
+    icc = pytest.importorskip("implicit_core.adapters.cupy", reason="CuPy is not installed", exc_type=ImportError)
+    case = layer()
+    roots = [
+        ic.solve(make(lambda h, z, xp=xp: case.f(xp, h, z), batch_ndim=1), case.h0, case.z).value
+        for make, xp in ((icc.from_torch, TORCH.xp), (icc.from_jax, JAX.xp))
+    ]
+    for root in roots:
+        np.testing.assert_allclose(root, case.oracle(), rtol=1e-4, atol=1e-5)
+    assert isinstance(roots[0], np.ndarray)
+
+
+def test_arrays_of_another_device_are_refused() -> None:
+    elsewhere = array_api_strict.zeros(3, device=array_api_strict.Device("device1"))
+    problem = LENDERS["torch"](lambda h, z: 0.5 * h + z)
+    with pytest.raises((BufferError, RuntimeError, ValueError, TypeError)):
+        ic.solve(problem, elsewhere, elsewhere)
