@@ -158,6 +158,23 @@ def test_the_gradients_of_a_layer(gradient: ic.Estimator, device: str) -> None:
     assert layers[1].solver.reason is None
 
 
+@DEVICES
+def test_mixed_precision(device: str) -> None:
+    """What autocast made of a parameter is not kept: the next call has another one."""
+    torch.manual_seed(0)
+    cell, x = nn.Linear(6, 6).to(device), torch.linspace(-1, 1, 24, device=device).reshape(4, 6)
+    nn.init.orthogonal_(cell.weight, gain=0.5)
+    solver = ic.FixedPointIteration(max_steps=12, rtol=0.0)
+    layers = [ict.ImplicitLayer(lambda h, x: torch.tanh(cell(h) + x), solver=s) for s in (solver, Recorded(solver))]
+    for _ in range(3):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            plain, replayed = (layer(x) for layer in layers)
+        assert layers[1].solver.reason is None
+        torch.testing.assert_close(replayed, plain, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            cell.weight.mul_(-0.5)
+
+
 class Parametrized(nn.Module):
     """A weight that is computed anew in each call, and a mask that is drawn in each."""
 

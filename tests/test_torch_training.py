@@ -297,6 +297,7 @@ def run_group(strategy: str, outputs: list[Path], store: Path) -> bool:
         finally:
             for process in running:
                 process.kill()
+                process.wait()
     return True
 
 

@@ -23,10 +23,11 @@ def autocasted(f: Map, h: PyTree) -> Map:
     device = _device(h)
     if device is None or not torch.is_autocast_enabled(device):
         return f
-    dtype, cache = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+    dtype = torch.get_autocast_dtype(device)
 
     def call(h: PyTree, z: PyTree) -> PyTree:
-        with torch.autocast(device, dtype=dtype, cache_enabled=cache):
+        # The cache as it is then: a CUDA graph would go on reading a parameter that was cast for one call.
+        with torch.autocast(device, dtype=dtype, cache_enabled=torch.is_autocast_cache_enabled()):
             value = f(h, z)
         leaves, structure = BACKEND.flatten(value)
         states, expected = BACKEND.flatten(h)
@@ -57,12 +58,15 @@ def full_precision(h: PyTree) -> AbstractContextManager[Any]:
 
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a state as precise as ``x``: what autocast made half precision is not meant to stay so."""
-    halved = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.get_autocast_dtype(x.device.type)
+    device = _device(x)
+    halved = device is not None and torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device)
     return torch.float32 if halved else x.dtype
 
 
 def _device(h: PyTree) -> str | None:
-    return next((x.device.type for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor)), None)
+    """The kind of device, if it knows autocast."""
+    kinds = (x.device.type for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor))
+    return next((kind for kind in kinds if torch.amp.is_autocast_available(kind)), None)
 
 
 def _as(x: Any, state: Any) -> Any:
