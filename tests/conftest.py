@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from gpus import CUPY as ON_CUPY
+from gpus import WITHOUT_CUPY
 from hypothesis import HealthCheck, settings
 from libraries import LIBRARIES, Library
 
@@ -14,7 +16,14 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda library: library.name)
+PARAMS = [pytest.param(library, id=library.name) for library in LIBRARIES]
+if not WITHOUT_CUPY:
+    from libraries import CUPY
+
+    PARAMS.append(pytest.param(CUPY, id="cupy", marks=ON_CUPY))
+
+
+@pytest.fixture(params=PARAMS)
 def library(request: pytest.FixtureRequest) -> Library:
     return request.param
 

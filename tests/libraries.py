@@ -8,6 +8,7 @@ from typing import Any
 import array_api_compat.numpy
 import array_api_compat.torch
 import array_api_strict
+import gpus
 import jax
 import numpy as np
 import optree
@@ -54,6 +55,11 @@ LIBRARIES = [
     Library("torch", array_api_compat.torch, lambda x: torch.asarray(np.array(x)), lambda x: x.detach().numpy()),
     Library("jax", jax.numpy, jax.numpy.array, np.asarray),
 ]
+if not gpus.WITHOUT_CUPY:
+    import array_api_compat.cupy
+    import cupy
+
+    CUPY = Library("cupy", array_api_compat.cupy, cupy.asarray, cupy.asnumpy)
 NUMPY, TORCH, JAX = (next(x for x in LIBRARIES if x.name == name) for name in ("numpy", "torch", "jax"))
 
 
