@@ -72,7 +72,7 @@ class Table:
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+def progress(console: Console, total: int | None) -> Iterator[Callable[[str], None]]:
     """A bar; the function it gives names what is done next."""
     columns = TextColumn("{task.description:<24}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:

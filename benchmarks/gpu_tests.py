@@ -1,0 +1,74 @@
+"""Running the tests that need a GPU, and telling what came of them; what was skipped has not passed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = {"cupy": "CuPy", "jax": "JAX"}
+
+
+@dataclass
+class Outcome:
+    """Of the tests of one framework.
+
+    Attributes
+    ----------
+    passed, failed
+        How many.
+    skipped
+        How many, by the reason given.
+    """
+
+    passed: int = 0
+    failed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def run(seconds: float, arguments: Sequence[str] = ()) -> tuple[dict[str, Outcome], str | None]:
+    """The outcomes by framework, and what is wrong with the run as a whole.
+
+    Parameters
+    ----------
+    seconds
+        When it is stopped.
+    arguments
+        More of pytest's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *arguments]
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {}, f"the tests did not end within {seconds:.0f} s"
+        if not report.exists():
+            return {}, f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
+        found = read(report)
+    return found, None if done.returncode in (0, 1) else f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
+
+
+def read(report: Path) -> dict[str, Outcome]:
+    """The outcomes by framework, from a report in JUnit's format."""
+    found: dict[str, Outcome] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname')}.{case.get('name')}".lower()
+        framework = next((title for word, title in FRAMEWORKS.items() if word in name), "PyTorch")
+        outcome = found.setdefault(framework, Outcome())
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed += 1
+        elif skip is not None:
+            outcome.skipped[(skip.get("message") or "no reason given").strip()] += 1
+        else:
+            outcome.passed += 1
+    return found

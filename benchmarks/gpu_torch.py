@@ -1,0 +1,147 @@
+"""The GPU benchmark in PyTorch, beside TorchDEQ."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
+from torch import Tensor
+from torch_step import Block, torchdeqs
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+
+Forward = Callable[[], Tensor]
+
+
+def missing(device: str) -> str | None:
+    """Why it can't be measured on a device; None if it can."""
+    return None if device == "cpu" or torch.cuda.is_available() else "PyTorch found no CUDA device"
+
+
+def versions() -> dict[str, str]:
+    """Of what is measured."""
+    return {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
+
+
+def card() -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name()
+
+
+def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
+    """Rows of all cases."""
+    tasks: list[Task] = []
+    for batch, width in settings.sizes:
+        case, given = f"tanh {batch} x {width}", layer(batch, width)
+        w, x = (torch.asarray(given[name], device=settings.device).requires_grad_() for name in ("w", "x"))
+        # Bound now: the names are others in the next round.
+        f = partial(_tanh, w)
+        tasks += _tasks(settings, case, f, x, (w, x))
+    batch, channels, size = settings.block
+    torch.manual_seed(0)
+    block = Block(channels).to(settings.device)
+    x = torch.randn(batch, channels, size, size, device=settings.device).requires_grad_()
+    case = f"conv {batch}x{channels}x{size}²"
+    tasks += _tasks(settings, case, block, x, (x, *block.parameters()))
+    yield from carry_out(tasks, settings, announce)
+    if settings.device == "cpu":
+        yield Omission("CUDA graphs", "they need a CUDA device")
+    if not importlib.util.find_spec("torchdeq"):
+        yield Omission("TorchDEQ", "it is not installed")
+
+
+def _tanh(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(h @ w.T + x)
+
+
+def _tasks(settings: Settings, case: str, f: Any, x: Tensor, leaves: tuple[Tensor, ...]) -> list[Task]:
+    found: dict[str, Any] = {name: _ours(f, x, solver, ic.Neumann(5, 0.5)) for name, solver in solvers().items()}
+    found = {f"{name}, Neumann(5)": forward for name, forward in found.items()}
+    anderson = solvers()["Anderson"]
+    for name, gradient in GRADIENTS.items():
+        found[f"Anderson, {name}"] = _ours(f, x, anderson, gradient)
+    found["Anderson, check_every=5"] = _ours(f, x, solvers(check_every=5)["Anderson"], GRADIENTS["Neumann(5)"])
+    if settings.device == "cuda":
+        for name, solver in (("graphs", anderson), ("graphs, check_every=5", solvers(check_every=5)["Anderson"])):
+            found[f"Anderson, {name}"] = _ours(f, x, ict.CUDAGraphs(solver), GRADIENTS["Neumann(5)"])
+    if importlib.util.find_spec("torchdeq"):
+        for name, options in (("IFT", {"ift": True}), ("UPG(5)", {"grad": 5, "tau": 0.5})):
+            found[f"TorchDEQ Anderson, {name}"] = partial(torchdeqs("anderson", STEPS, **options), f, x)
+    return [
+        (case, name, partial(_measure, settings, case, name, forward, f, x, leaves)) for name, forward in found.items()
+    ]
+
+
+def _ours(f: Any, x: Tensor, solver: Any, gradient: ic.Estimator) -> Forward:
+    def forward() -> Tensor:
+        return ic.fixed_point(f, torch.zeros_like(x), x, solver=solver, gradient=gradient, batch_ndim=1).value
+
+    forward.solver = solver  # type: ignore[attr-defined]
+    return forward
+
+
+def _measure(
+    settings: Settings, case: str, name: str, forward: Forward, f: Any, x: Tensor, leaves: tuple[Tensor, ...]
+) -> Row:
+    row = Row(case, name)
+
+    def step() -> tuple[Any, Any, Any]:
+        for leaf in leaves:
+            leaf.grad = None
+        start = _now(settings.device)
+        value = forward()
+        middle = _now(settings.device)
+        value.square().mean().backward()
+        return start, middle, _now(settings.device)
+
+    for _ in range(3):
+        step()
+    reason = getattr(getattr(forward, "solver", None), "reason", None)
+    if reason is not None:
+        raise RuntimeError(f"no CUDA graphs: {reason}")
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        row.memory = torch.cuda.max_memory_allocated() - before
+    marks = [step() for _ in range(settings.repetitions)]
+    row.forward = [_between(settings.device, start, middle) for start, middle, _ in marks]
+    row.backward = [_between(settings.device, middle, end) for _, middle, end in marks]
+    row.step = [_between(settings.device, start, end) for start, _, end in marks]
+    row.bare = _bare(settings, f, x)
+    evaluations = STEPS + (5 if "Unroll" in name or "UPG" in name else 1)
+    row.evaluations = evaluations + ("graphs" in name)
+    return row
+
+
+def _bare(settings: Settings, f: Any, x: Tensor) -> float:
+    with torch.no_grad():
+        h = torch.zeros_like(x)
+        for _ in range(3):
+            h = f(h, x)
+        start = _now(settings.device)
+        for _ in range(FORCED["max_steps"]):
+            h = f(h, x)
+        return _between(settings.device, start, _now(settings.device)) / STEPS
+
+
+def _now(device: str) -> Any:
+    if device == "cpu":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(device: str, start: Any, end: Any) -> float:
+    """Milliseconds."""
+    if device == "cpu":
+        return 1e3 * float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end))
