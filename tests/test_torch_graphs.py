@@ -55,7 +55,7 @@ class Recorded(ict.CUDAGraphs):
     """As on a GPU, with a tape in the place of CUDA graphs where there is none."""
 
     def _recorder(self, device: torch.device) -> Any:
-        return super()._recorder(device) if device.type == "cuda" else Tape()
+        return super()._recorder(device) if device.type == "cuda" else Tape
 
 
 def both(f: Any, h0: Any, z: Any, solver: Any, graphs: ict.CUDAGraphs, **options: Any) -> ic.Solution:

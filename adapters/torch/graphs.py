@@ -3,8 +3,8 @@
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -51,6 +51,9 @@ class Recorder(Protocol):
 
     def abandon(self) -> None:
         """End it after an error."""
+
+    def in_order(self) -> AbstractContextManager[Any]:
+        """Within it a replay follows those before it, on whatever stream these were."""
 
 
 class CUDAGraphs(DrivenSolver):
@@ -136,16 +139,16 @@ class CUDAGraphs(DrivenSolver):
             warnings.warn(f"no CUDA graphs: {reason}", GraphFallbackWarning, stacklevel=5)
         self.reason = reason
 
-    def _recorder(self, device: torch.device) -> Recorder:
+    def _recorder(self, device: torch.device) -> Callable[[], Recorder]:
         if device.type != "cuda":
             raise UnfitError(f"the tensors are on {device}, not on a CUDA device")
-        return _OnDevice(device)
+        return lambda: _OnDevice(device)
 
     def _replayed(self, problem: Problem, h0: PyTree, z: PyTree, traced: bool) -> Solution:
         device = tensors(h0)[0].device
         if self.solver.uses_jacobian:
             raise UnfitError(f"{type(self.solver).__name__} solves linear systems, whose loops stop by what they find")
-        recorder = self._recorder(device)
+        recorder = self._recorder(device)  # made only to record
         if transforming():
             raise UnfitError("a transform of torch.func is at work")
         kind = _kind(h0, z), problem.batch_ndim, traced, device, torch.is_autocast_enabled(device.type)
@@ -160,7 +163,7 @@ class CUDAGraphs(DrivenSolver):
             raise
 
     def _find(
-        self, problem: Problem, h0: PyTree, z: PyTree, kind: Hashable, recorder: Recorder, traced: bool
+        self, problem: Problem, h0: PyTree, z: PyTree, kind: Hashable, recorder: Callable[[], Recorder], traced: bool
     ) -> tuple["_Recording", Trace]:
         """The recording for this F, and what F was seen to be."""
         seen: Trace
@@ -176,7 +179,7 @@ class CUDAGraphs(DrivenSolver):
         self._recordings.pop((kind, seen.calls), None)
         while len(self._recordings) >= MOST:
             del self._recordings[next(iter(self._recordings))]
-        recording = _record(problem, self.solver, h0, z, seen, recorder, traced)
+        recording = _record(problem, self.solver, h0, z, seen, recorder(), traced)
         self._recordings[kind, seen.calls] = recording
         return recording, seen
 
@@ -184,8 +187,10 @@ class CUDAGraphs(DrivenSolver):
 class _Recording:
     """A solve that was recorded: the tensors it reads, its sections, and the tensors it leaves its results in."""
 
-    def __init__(self, start: Sequence[Tensor], seen: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        self.start, self.inputs = start, inputs
+    def __init__(
+        self, recorder: Recorder, start: Sequence[Tensor], seen: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        self.recorder, self.start, self.inputs = recorder, start, inputs
         self._in_place = [x is to for x, to in zip(seen, inputs, strict=True)]
         self.state: PyTree = None
         self.sections: list[Callable[[], None]] = []
@@ -204,11 +209,20 @@ class _Recording:
         loop, solution = self.loop, self.solution
         if loop is None or solution is None:
             raise AssertionError("a recording is replayed when it is complete")
-        for to, x in zip(self.start, h0, strict=True):
-            to.copy_(x)
-        for in_place, to, x in zip(self._in_place, self.inputs, externals, strict=True):
-            if not in_place:
+        stats = solution.stats._replace(evaluations=0)
+        with self.recorder.in_order():
+            for to, x in zip(self.start, h0, strict=True):
                 to.copy_(x)
+            for in_place, to, x in zip(self._in_place, self.inputs, externals, strict=True):
+                if not in_place:
+                    to.copy_(x)
+            steps = self._carry_out(loop)
+            result: Solution = BACKEND.map(
+                lambda x: x.clone() if isinstance(x, Tensor) else x, solution._replace(stats=stats)
+            )
+        return result._replace(stats=result.stats._replace(evaluations=LOOKS + 1 + steps))
+
+    def _carry_out(self, loop: "_Loop") -> int:
         first, step, last = self.sections
         first()
         steps = 0
@@ -218,11 +232,7 @@ class _Recording:
                 step()
             steps += chunk
         last()
-        stats = solution.stats._replace(evaluations=0)
-        result: Solution = BACKEND.map(
-            lambda x: x.clone() if isinstance(x, Tensor) else x, solution._replace(stats=stats)
-        )
-        return result._replace(stats=result.stats._replace(evaluations=LOOKS + 1 + steps))
+        return steps
 
 
 class _Loop(NamedTuple):
@@ -239,7 +249,7 @@ def _record(
     start = [x.clone() for x in h_leaves]
     # Parameters stay where they are, and are read there. All else is another tensor in the next call.
     inputs = [x if isinstance(x, nn.Parameter) else x.clone() for x in seen.externals]
-    recording = _Recording(start, seen.externals, inputs)
+    recording = _Recording(recorder, start, seen.externals, inputs)
     on_leaves = pure(problem.f, structure, z, seen.externals, seen.externals)
 
     def f(h: PyTree, z: PyTree) -> PyTree:
@@ -355,6 +365,8 @@ class _OnDevice:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._current = torch.cuda.current_stream(device)
+        self._done = torch.cuda.Event()
         self._open: Any = None
         self._graph: Any = None
 
@@ -367,6 +379,7 @@ class _OnDevice:
         return stack
 
     def begin(self) -> None:
+        self._current = torch.cuda.current_stream(self._device)
         self._graph = torch.cuda.CUDAGraph()
         self._open = torch.cuda.graph(
             self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -384,5 +397,12 @@ class _OnDevice:
         if section is not None:
             try:
                 section.__exit__(None, None, None)
-            except RuntimeError:  # of a capture that failed
-                torch.cuda.synchronize(self._device)
+            except RuntimeError:  # of a capture that failed, whose stream is still the current one
+                torch.cuda.set_stream(self._current)
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)  # nothing before it was recorded
+        yield
+        self._done.record(stream)
