@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cells import CELLS, Cell
@@ -224,6 +225,16 @@ def test_settings_and_modes_that_change_are_followed(device: str) -> None:
 
 
 @DEVICES
+def test_numbers_of_numpy_are_numbers(device: str) -> None:
+    """A new one may get the address of one that is gone."""
+    solver = ic.Anderson(rtol=1e-9)
+    graphs, z = Recorded(solver), torch.linspace(0, 1, 3, dtype=torch.float64, device=device)
+    for scale in (0.9, 0.5, 0.1, 0.9):
+        both(lambda h, z, scale=scale: torch.tanh(np.float32(scale) * h + z), torch.zeros_like(z), z, solver, graphs)
+    assert len(graphs._recordings) == 3
+
+
+@DEVICES
 def test_parameters_that_move_are_found_again(device: str) -> None:
     module, h0, x = CELLS[0].build()
     module, h0, x = module.to(device), h0.to(device), x.detach().to(device)
@@ -232,6 +243,8 @@ def test_parameters_that_move_are_found_again(device: str) -> None:
     both(module, h0, x, solver, graphs, batch_ndim=1)
     for parameter in module.parameters():
         parameter.data = 0.5 * parameter.data
+    both(module, h0, x, solver, graphs, batch_ndim=1)
+    module.hidden.weight.data = module.hidden.weight.data.T
     both(module, h0, x, solver, graphs, batch_ndim=1)
     state = {name: 0.3 * value.detach() for name, value in module.named_parameters()}
     both(lambda h, z: torch.func.functional_call(module, state, (h, z)), h0, x, solver, graphs, batch_ndim=1)

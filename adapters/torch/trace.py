@@ -1,5 +1,6 @@
 """What an evaluation of F consisted of: which functions of PyTorch it called, on which tensors, with which numbers."""
 
+import numbers
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,23 @@ from .closure import Tensors, Watch, nested, tensors
 PyTree = Any
 
 PLAIN = (
-    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis)),
+    *(numbers.Number, str, bytes, type(None), type(Ellipsis)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 """Types of what is described by itself."""
+
+
+class _Itself:
+    """An object that is equal to none but itself. It is held, so that no other gets its id."""
+
+    def __init__(self, it: object) -> None:
+        self._it = it
+
+    def __hash__(self) -> int:
+        return id(self._it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._it is other._it
 
 
 class Trace(NamedTuple):
@@ -76,4 +90,4 @@ class _Log(Watch):
             return type(a), tuple((name, self.described(b)) for name, b in a.items())
         if isinstance(a, slice):
             return slice, self.described((a.start, a.stop, a.step))
-        return type(a), id(a)
+        return _Itself(a)
