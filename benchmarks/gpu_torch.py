@@ -16,6 +16,9 @@ from implicit_core.adapters import torch as ict
 
 Forward = Callable[[], Tensor]
 
+CAPTURED = "Anderson, step captured"
+"""The training step behind Anderson, with Neumann(5), captured as one CUDA graph."""
+
 
 def missing(device: str) -> str | None:
     """Why it can't be measured on a device; None if it can."""
@@ -71,9 +74,13 @@ def _tasks(settings: Settings, case: str, f: Any, x: Tensor, leaves: tuple[Tenso
     if importlib.util.find_spec("torchdeq"):
         for name, options in (("IFT", {"ift": True}), ("UPG(5)", {"grad": 5, "tau": 0.5})):
             found[f"TorchDEQ Anderson, {name}"] = partial(torchdeqs("anderson", STEPS, **options), f, x)
-    return [
+    tasks: list[Task] = [
         (case, name, partial(_measure, settings, case, name, forward, f, x, leaves)) for name, forward in found.items()
     ]
+    if settings.device == "cuda":
+        whole = found["Anderson, Neumann(5)"]
+        tasks.append((case, CAPTURED, partial(_captured, settings, case, whole, leaves)))
+    return tasks
 
 
 def _ours(f: Any, x: Tensor, solver: Any, gradient: ic.Estimator) -> Forward:
@@ -117,6 +124,35 @@ def _measure(
     row.bare = _bare(settings, f, x)
     evaluations = STEPS + (5 if "Unroll" in name or "UPG" in name else 1)
     row.evaluations = evaluations + ("graphs" in name)
+    return row
+
+
+def _captured(settings: Settings, case: str, forward: Forward, leaves: tuple[Tensor, ...]) -> Row:
+    def step() -> None:
+        forward().square().mean().backward()
+
+    def begin_anew() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            begin_anew()
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    begin_anew()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    row = Row(case, CAPTURED)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(settings.repetitions):
+        start = _now(settings.device)
+        graph.replay()
+        row.step.append(_between(settings.device, start, _now(settings.device)))
     return row
 
 

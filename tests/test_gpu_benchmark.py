@@ -153,12 +153,19 @@ def test_tests_that_take_too_long_are_ended() -> None:
     assert wrong == "the tests did not end within 0 s"
 
 
-def test_the_speed_up_of_cuda_graphs() -> None:
+def test_the_speed_up_by_cuda_graphs() -> None:
     record = gpu.Record()
-    for method, times in (("Anderson, Neumann(5)", [9.0, 8.0, 30.0]), ("Anderson, graphs", [2.0, 3.0, 1.0])):
-        record.rows.setdefault("torch", []).append(gpu_rows.Row("tanh 32 x 128", method, 21, times))
-    assert record.speedup() == 4.5
-    assert "is 4.5 times as fast with CUDA graphs: at least 3.0" in gpu.summary(record)[0]
+    rows = (
+        gpu_rows.Row("tanh 32 x 128", "Anderson, Neumann(5)", 21, forward=[9.0, 8.0, 30.0], step=[12.0]),
+        gpu_rows.Row("tanh 32 x 128", "Anderson, graphs", 22, forward=[2.0, 3.0, 1.0]),
+        gpu_rows.Row("tanh 32 x 128", "Anderson, step captured", step=[6.0]),
+        gpu_rows.Row("tanh 256 x 1024", "Anderson, graphs", 22, forward=[1.0]),
+    )
+    record.rows["torch"] = list(rows)
+    assert record.speedups() == {"a solve": 4.5, "a captured training step": 2.0}
+    said = "\n".join(gpu.summary(record))
+    assert "a solve of the 32 x 128 layer is 4.5 times as fast: at least 3.0." in said
+    assert "a captured training step of the 32 x 128 layer is 2.0 times as fast: short of 3.0." in said
 
 
 @pytest.mark.parametrize("size", [(3, 5), (32, 128)])

@@ -53,7 +53,8 @@ class Recording:
     ) -> None:
         self.recorder, self.start, self.inputs, self._in_place = recorder, start, inputs, in_place
         self.state: PyTree = None
-        self.sections: list[Callable[[], None]] = []
+        self.start_section: Callable[[], None] = _nothing
+        self.end_section: Callable[[], None] = _nothing
         self.loop: _Loop | None = None
         self.solution: Solution | None = None
 
@@ -83,22 +84,27 @@ class Recording:
         return result._replace(stats=result.stats._replace(evaluations=LOOKS + 1 + steps))
 
     def _carry_out(self, loop: "_Loop") -> int:
-        first, step, last = self.sections
-        first()
-        steps = 0
-        while steps < loop.max_steps and bool(loop.flag):
-            chunk = min(loop.check_every, loop.max_steps - steps)
-            for _ in range(chunk):
-                step()
-            steps += chunk
-        last()
-        return steps
+        self.start_section()
+        made = 0
+        while made < loop.max_steps and bool(loop.flag):
+            chunk = min(loop.check_every, loop.max_steps - made)
+            whole = chunk if chunk in loop.steps else 1
+            for _ in range(chunk // whole):
+                loop.steps[whole]()
+            made += chunk
+        self.end_section()
+        return made
+
+
+def _nothing() -> None:
+    """What is not recorded yet."""
 
 
 class _Loop(NamedTuple):
     flag: Tensor
     max_steps: int
     check_every: int
+    steps: dict[int, Callable[[], None]]
 
 
 def record(
@@ -119,18 +125,22 @@ def record(
     begin = BACKEND.unflatten(structure, start)
 
     def loop(cond: Any, body: Any, carry: Any, max_steps: int, check_every: int) -> Any:
-        if recording.loop is not None:
+        if recording.state is not None:
             raise UnfitError(f"a step of {type(solver).__name__} has a loop of its own")
         if max_steps == 0:
             raise UnfitError("a solve of one evaluation has no steps to replay")
         state = recording.state = _state(carry)
         flag = cond(state).clone()
-        recording.loop = _Loop(flag, max_steps, check_every)
-        recording.sections.append(recorder.end())
-        recorder.begin()
-        _overwrite(state, body(state))
-        flag.copy_(cond(state))
-        recording.sections.append(recorder.end())
+        recording.start_section = recorder.end()
+        steps = {}
+        # As many steps as are made without a look, and one, for what is left of them at the end.
+        for chunk in {min(check_every, max_steps), 1}:
+            recorder.begin()
+            new = BACKEND.repeat(body, state, chunk)
+            flag.copy_(cond(new))
+            _overwrite(state, new)
+            steps[chunk] = recorder.end()
+        recording.loop = _Loop(flag, max_steps, check_every, steps)
         recorder.begin()
         return state
 
@@ -142,7 +152,7 @@ def record(
         recorder.begin()
         with looping(loop):
             recording.solution = solve(steady, begin, None, solver=solver, trace=traced)
-        recording.sections.append(recorder.end())
+        recording.end_section = recorder.end()
     except RuntimeError as error:
         recorder.abandon()
         raise UnfitError(f"F can't be captured: {str(error).splitlines()[0]}") from error
