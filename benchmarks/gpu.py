@@ -135,7 +135,11 @@ class Record:
         rows = {row.method: row for row in self.rows.get("torch", ()) if row.case == "tanh 32 x 128"}
         pairs = {
             "a solve": ("Anderson, Neumann(5)", "Anderson, graphs", "forward"),
-            "a solve that looks every 5 steps": ("Anderson, check_every=5", "Anderson, graphs, check_every=5", "forward"),
+            "a solve that looks every 5 steps": (
+                "Anderson, check_every=5",
+                "Anderson, graphs, check_every=5",
+                "forward",
+            ),
             "a captured training step": ("Anderson, Neumann(5)", "Anderson, step captured", "step"),
         }
         return {

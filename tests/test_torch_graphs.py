@@ -260,7 +260,6 @@ def test_shapes_each_have_a_recording(device: str) -> None:
     for n in (1, 2, 3, 2, 1):
         both(module, torch.zeros_like(x[:n]), x[:n], solver, graphs, batch_ndim=1)
     assert len(graphs._recordings) == 3
-    assert graphs._made.total() == 3
     wide = torch.randn(20, 5, dtype=x.dtype, device=device)
     for n in range(1, 21):
         both(module, torch.zeros_like(wide[:n]), wide[:n], solver, graphs, batch_ndim=1)
@@ -339,6 +338,29 @@ def test_the_reason_why_not(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)  # said once
+
+
+def test_what_could_not_be_recorded_is_tried_again_after_a_reset() -> None:
+    cell, z = Counting().double(), torch.full((4, 3), 0.1, dtype=torch.float64)
+    graphs = Recorded(ic.Anderson())
+    with pytest.warns(ict.GraphFallbackWarning, match="writes to a tensor"):
+        ic.solve(cell, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)
+    cell.eval()
+    ic.solve(cell, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)
+    assert graphs.reason is not None
+    graphs.reset()
+    both(cell, torch.zeros_like(z), z, ic.Anderson(), graphs, batch_ndim=1)
+    graphs.reset()
+    assert not graphs._recordings
+
+
+def test_recordings_are_given_up_for_an_f_that_changes_not_for_one_that_changes_now_and_then() -> None:
+    graphs, z = Recorded(ic.Anderson()), torch.full((3,), 0.1)
+    for i in range(20):
+        for _ in range(2):
+            ic.solve(lambda h, z, i=i: torch.cos(h) + i * 0.01 * z, torch.zeros(3), z, solver=graphs)
+            assert graphs.reason is None
+    assert len(graphs._recordings) == 8
 
 
 def test_on_the_processor_there_are_no_graphs() -> None:

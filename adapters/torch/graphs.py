@@ -24,7 +24,7 @@ from .trace import Trace, trace
 PyTree = Any
 
 MOST = 8
-"""Recordings that are kept; and those made for arguments of one kind, before F counts as another one in every call."""
+"""Recordings that are kept; and those made one after the other, before F counts as another one in every call."""
 
 
 class GraphFallbackWarning(RuntimeWarning):
@@ -43,9 +43,10 @@ class CUDAGraphs(DrivenSolver):
     numbers, and the tensors it closes over. If it is not what was recorded, it is recorded anew. So parameters may be
     updated, modules switch their mode, and settings change.
 
-    Where a solve can't be recorded it is carried out as usual, with a :class:`GraphFallbackWarning` that says why, once
-    for each reason: tensors that are not on one CUDA device, a solver that solves linear systems on the way, an F that
-    looks at numbers, uses tensors of the CPU, holds compiled or scripted code, or writes to a buffer.
+    Where a solve can't be recorded it is carried out as usual, with a :class:`GraphFallbackWarning` that says why, and
+    so are those with arguments of the same kind from then on, until :meth:`reset`. Reasons are: tensors that are not on
+    one CUDA device, a solver that solves linear systems on the way, an F that looks at numbers, uses tensors of the
+    CPU, holds compiled or scripted code, or writes to a buffer.
 
     Parameters
     ----------
@@ -65,8 +66,9 @@ class CUDAGraphs(DrivenSolver):
     Notes
     -----
     Recordings belong to this object: give each layer its own. Each holds the memory of one solve. They are not part of
-    a copy or a pickle. ``stats.evaluations`` counts the evaluation that looks. The gradient is not recorded; a training
-    step of a fixed number of steps can be captured as a whole with PyTorch's own tools, see the guide.
+    a copy or a pickle. ``stats.evaluations`` counts the evaluation that looks, not the few of a recording. The gradient
+    is not recorded; a training step of a fixed number of steps can be captured as a whole with PyTorch's own tools, see
+    the guide.
 
     Examples
     --------
@@ -109,6 +111,14 @@ class CUDAGraphs(DrivenSolver):
                 self._tell(str(unfit))
         return solve(problem, h0, z, solver=self.solver, trace=trace)
 
+    def reset(self) -> None:
+        """Forget the recordings, and give back their memory; and what could not be recorded, which may be by now."""
+        with self._lock:
+            self._recordings.clear()
+            self._unfit.clear()
+            self._made.clear()
+            self.reason = None
+
     def _tell(self, reason: str) -> None:
         if reason != self.reason:
             warnings.warn(f"no CUDA graphs: {reason}", GraphFallbackWarning, stacklevel=5)
@@ -146,6 +156,7 @@ class CUDAGraphs(DrivenSolver):
             seen = trace(problem.f, BACKEND.map(torch.clone, h0), z)
             found = self._recordings.get((kind, seen.calls))
             if found is not None and found.fits(seen.externals):
+                self._made[kind] = 0
                 return found, seen
         if self._made[kind] == MOST:
             raise UnfitError(f"F was another one in each of {MOST} calls")
