@@ -137,6 +137,7 @@ def test_what_is_skipped_has_not_passed(tmp_path: Path) -> None:
     assert (found["JAX"].passed, found["JAX"].failed) == (0, 1)
     assert found["JAX"].skipped == {"JAX found no GPU": 1}
     assert found["CuPy"].passed == 0
+    assert found["CuPy"].skipped == {"CuPy found no CUDA device": 1}
     record = gpu.Record()
     record.add_tests(found, None)
     assert record.failures == ["JAX: 1 tests failed"]
