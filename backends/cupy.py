@@ -95,7 +95,7 @@ class CuPyBackend(Backend):
         except cupy.cuda.runtime.CUDARuntimeError as error:
             return [f"no CUDA device ({str(error).partition(':')[0]})"]
         names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
-        return [f"cuda:{i} ({name})" for i, name in enumerate(names)]
+        return [f"cuda:{i} ({name})" for i, name in enumerate(names)] or ["no CUDA device"]
 
     def tally(self, counts: Array, mask: Array) -> Array:
         return counts + mask
