@@ -284,3 +284,19 @@ def test_arrays_of_another_device_are_refused() -> None:
     problem = LENDERS["torch"](lambda h, z: 0.5 * h + z)
     with pytest.raises((BufferError, RuntimeError, ValueError, TypeError)):
         ic.solve(problem, elsewhere, elsewhere)
+
+
+@pytest.mark.parametrize(
+    "gradient", [ic.Neumann(4, 0.5), ic.Unroll(3, 0.5), ic.Implicit(ic.GMRES(rtol=1e-11))], ids=repr
+)
+def test_a_compiled_problem_is_one_of_the_layer_too(gradient: ic.Estimator) -> None:
+    case = layer()
+    h0, z = JAX.array(case.h0), JAX.array(case.z)
+
+    def loss(w: jax.Array, jit: bool) -> jax.Array:
+        problem = icj.problem(lambda h, z: case.f(JAX.xp, h, z), batch_ndim=1, jit=jit)
+        solver = ic.Anderson(rtol=1e-11)
+        return (icj.fixed_point(problem, h0, {**z, "w": w}, solver=solver, gradient=gradient).value ** 2).sum()
+
+    for derivative in (jax.grad(loss), jax.jit(jax.grad(loss), static_argnums=1), jax.hessian(loss)):
+        np.testing.assert_allclose(derivative(z["w"], True), derivative(z["w"], False), rtol=1e-8, atol=1e-10)
