@@ -363,6 +363,68 @@ def test_recordings_are_given_up_for_an_f_that_changes_not_for_one_that_changes_
     assert len(graphs._recordings) == 8
 
 
+class Fading(ic.Solver):
+    """Its memory is a number."""
+
+    def init(self, system: Any, x: Any) -> float:
+        return 1.0
+
+    def step(self, system: Any, memory: float, point: Any) -> Any:
+        return system.space.axpy(memory, point.residual, point.x), 0.7 * memory
+
+
+class Keeping(nn.Module):
+    """Writes what it has written already, if it is evaluated twice at one point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        self.last.copy_(h)
+        return torch.cos(h) + z
+
+
+def test_a_memory_that_is_no_tensor() -> None:
+    graphs = Recorded(Fading())
+    with pytest.warns(ict.GraphFallbackWarning, match="remembers a float that changes"):
+        ic.solve(lambda h, z: 0.5 * h + 1, torch.zeros(3), None, solver=graphs)
+
+
+def test_a_buffer_that_is_written_to() -> None:
+    cell, graphs = Keeping(), Recorded(ic.Anderson())
+    with pytest.warns(ict.GraphFallbackWarning, match="writes to a tensor"):
+        value = ic.solve(cell, torch.zeros(3), torch.zeros(3), solver=graphs).value
+    torch.testing.assert_close(cell.last, value, rtol=1e-2, atol=1e-2)
+
+
+def test_signs_of_zero_strides_settings_and_other_solvers_are_told_apart() -> None:
+    graphs, z = Recorded(ic.Anderson(rtol=1e-9)), torch.arange(1.0, 13.0, dtype=torch.float64).reshape(3, 4) / 20
+    h0 = torch.zeros(12, dtype=torch.float64)
+    for zero in (0.0, -0.0):
+        both(lambda h, z, v=zero: torch.cos(h) + z.copysign(v).reshape(12), h0, z, graphs.solver, graphs)
+    for given in (z, z.T.contiguous().T):
+        both(lambda h, z: torch.cos(h) + torch.as_strided(z, (12,), (1,)), h0, given, graphs.solver, graphs)
+    scale = np.array(0.5)
+    for number in (0.5, 0.1):
+        scale[...] = number
+        both(lambda h, z: torch.tensor(scale) * torch.cos(h) + z.reshape(12), h0, z, graphs.solver, graphs)
+    graphs.solver = ic.FixedPointIteration(rtol=1e-3)
+    both(lambda h, z: torch.cos(h) + z.reshape(12), h0, z, graphs.solver, graphs)
+    graphs.solver = ic.FixedPointIteration(rtol=1e-9)
+    both(lambda h, z: torch.cos(h) + z.reshape(12), h0, z, graphs.solver, graphs)
+
+
+def test_a_layer_within_f_may_have_the_same_solver() -> None:
+    graphs = Recorded(ic.Anderson())
+
+    def f(h: Tensor, z: Tensor) -> Tensor:
+        return torch.cos(h) + 0.1 * ic.solve(lambda a, b: 0.5 * a + b, torch.zeros_like(z), z, solver=graphs).value
+
+    with pytest.warns(ict.GraphFallbackWarning):
+        assert ic.solve(f, torch.zeros(3), torch.ones(3), solver=graphs).converged
+
+
 def test_on_the_processor_there_are_no_graphs() -> None:
     graphs = ict.CUDAGraphs()
     with pytest.warns(ict.GraphFallbackWarning, match="on cpu, not on a CUDA device"):

@@ -74,7 +74,9 @@ class _Rest:
 
     def __init__(self, structure: Any, others: tuple[Hashable, ...], moving: tuple[int, ...], still: tuple[int, ...]):
         self.structure, self.others, self.moving, self.still = structure, others, moving, still
-        self._key = structure, others, tuple(map(type, others)), moving, still
+        # By their representations: zero has two signs, and NaN is not equal to itself.
+        told = tuple(repr(x) if isinstance(x, (float, complex)) else x for x in others)
+        self._key = structure, told, tuple(map(type, others)), moving, still
 
     def __hash__(self) -> int:
         return hash(self._key)

@@ -29,7 +29,8 @@ def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
         As for :class:`Problem`.
     jit
         Compile F and its derivatives, each once for all calls, where these are not within ``jax.jit`` anyway. Leaves of
-        z that are not arrays are then constants of the program, and must be hashable.
+        z that are not arrays are then constants of the program, and must be hashable. So is what f closes over, as it
+        was at the first call: pass in z what changes.
 
     Examples
     --------

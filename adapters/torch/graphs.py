@@ -90,6 +90,7 @@ class CUDAGraphs(DrivenSolver):
         self._unfit: dict[Hashable, str] = {}
         self._made: Counter[Hashable] = Counter()
         self._lock = threading.Lock()
+        self._owner: int | None = None
 
     def __repr__(self) -> str:
         return f"CUDAGraphs({self.solver!r})"
@@ -102,13 +103,18 @@ class CUDAGraphs(DrivenSolver):
         checks.state(BACKEND, "h0", h0, problem.batch_ndim)
         if BACKEND.recorded(tensors(h0)[0]):  # by the user: the steps are part of that recording
             return solve(problem, h0, z, solver=self.solver, trace=trace)
+        if self._owner == threading.get_ident():  # a layer within F, with the same solver
+            return solve(problem, h0, z, solver=self.solver, trace=trace)
         with self._lock:
+            self._owner = threading.get_ident()
             try:
                 solution = self._replayed(problem, h0, z, trace)
                 self.reason = None
                 return solution
             except UnfitError as unfit:
                 self._tell(str(unfit))
+            finally:
+                self._owner = None
         return solve(problem, h0, z, solver=self.solver, trace=trace)
 
     def reset(self) -> None:
@@ -136,7 +142,9 @@ class CUDAGraphs(DrivenSolver):
         recorder = self._recorder(device)  # made only to record
         if transforming():
             raise UnfitError("a transform of torch.func is at work")
-        kind = _kind(h0, z), problem.batch_ndim, traced, device, torch.is_autocast_enabled(device.type)
+        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        kind = _kind(h0, z), problem.batch_ndim, traced, device, self.solver, settings, autocast
         if kind in self._unfit:
             raise UnfitError(self._unfit[kind])
         try:
@@ -187,11 +195,13 @@ def _check(problem: Problem, h0: PyTree, z: PyTree, seen: Trace) -> None:
         if x.device != device:
             raise UnfitError(f"F uses a tensor on {x.device}, whose numbers would be read once and kept")
     before = [None if isinstance(x, nn.Parameter) else x.clone() for x in seen.externals]
+    versions = [None if x.is_inference() else x._version for x in seen.externals]
     again = trace(problem.f, BACKEND.map(torch.clone, h0), z)
     if again.calls != seen.calls:
         raise UnfitError("F calls other functions, or with other numbers, when it is evaluated again")
     if any(a is not b for a, b in zip(again.externals, seen.externals, strict=True)):
         raise UnfitError("F makes tensors in code that can't be looked into, compiled or scripted, or not of PyTorch's")
-    for x, old in zip(seen.externals, before, strict=True):
-        if old is not None and not torch.all((x == old) | (x != x)):
+    for x, old, version in zip(seen.externals, before, versions, strict=True):
+        written = version is not None and x._version != version  # with what was there already, for one
+        if written or (old is not None and not torch.all((x == old) | (x != x))):
             raise UnfitError("F writes to a tensor that it closes over, as batch normalization does in training mode")

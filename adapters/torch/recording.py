@@ -52,6 +52,7 @@ class Recording:
         self, recorder: Recorder, start: Sequence[Tensor], inputs: Sequence[Tensor], in_place: Sequence[bool]
     ) -> None:
         self.recorder, self.start, self.inputs, self._in_place = recorder, start, inputs, in_place
+        self._places = [(x.data_ptr(), x.stride()) for x in inputs]  # now: a storage may be given other memory
         self.state: PyTree = None
         self.start_section: Callable[[], None] = _nothing
         self.end_section: Callable[[], None] = _nothing
@@ -61,8 +62,8 @@ class Recording:
     def fits(self, externals: Sequence[Tensor]) -> bool:
         """Whether the tensors that are read where they are are still there."""
         return all(
-            not in_place or (new.data_ptr() == old.data_ptr() and new.stride() == old.stride())
-            for in_place, old, new in zip(self._in_place, self.inputs, externals, strict=True)
+            not in_place or (new.data_ptr(), new.stride()) == place
+            for in_place, place, new in zip(self._in_place, self._places, externals, strict=True)
         )
 
     def replay(self, h0: Sequence[Tensor], externals: Sequence[Tensor]) -> Solution:
@@ -155,7 +156,7 @@ def record(
         recording.end_section = recorder.end()
     except RuntimeError as error:
         recorder.abandon()
-        raise UnfitError(f"F can't be captured: {str(error).splitlines()[0]}") from error
+        raise UnfitError(f"F can't be captured: {(str(error) or repr(error)).splitlines()[0]}") from error
     except BaseException:
         recorder.abandon()
         raise
@@ -185,6 +186,9 @@ def _state(carry: PyTree) -> PyTree:
 
 def _overwrite(state: PyTree, new: PyTree) -> None:
     """``state`` becomes what ``new`` is, in place."""
+    for to, x in zip(BACKEND.flatten(state)[0], BACKEND.flatten(new)[0], strict=True):
+        if not isinstance(to, Tensor) and to is not x and to != x:
+            raise UnfitError(f"the solver remembers a {type(to).__name__} that changes, which is no tensor")
     pairs = [
         (to, x)
         for to, x in zip(BACKEND.flatten(state)[0], BACKEND.flatten(new)[0], strict=True)
@@ -252,5 +256,7 @@ class OnDevice:
         """Replays wait for each other."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._done)  # nothing before it was recorded
-        yield
-        self._done.record(stream)
+        try:
+            yield
+        finally:
+            self._done.record(stream)

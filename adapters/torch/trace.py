@@ -81,7 +81,9 @@ class _Log(Watch):
         """An argument, or a result; of a tensor, which one it is and what it looks like."""
         if isinstance(a, Tensor):
             number = self._numbers.setdefault(id(a), (a, len(self._numbers)))[1]
-            return number, tuple(a.shape), a.dtype, a.device
+            return number, tuple(a.shape), a.dtype, a.device, a.stride() if a.layout is torch.strided else None
+        if isinstance(a, (float, complex)):
+            return type(a), repr(a)  # zero has two signs, and NaN is not equal to itself
         if isinstance(a, PLAIN):
             return type(a), a
         if isinstance(a, (list, tuple)):
@@ -90,4 +92,8 @@ class _Log(Watch):
             return type(a), tuple((name, self.described(b)) for name, b in a.items())
         if isinstance(a, slice):
             return slice, self.described((a.start, a.stop, a.step))
-        return _Itself(a)
+        try:
+            view = memoryview(a)
+        except TypeError:
+            return _Itself(a)
+        return type(a), view.format, view.shape, view.tobytes()  # as of NumPy's arrays, which may be written to
