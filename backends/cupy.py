@@ -12,8 +12,8 @@ import cupy
 
 from implicit_core.backend import Array, Backend, PyTree, Stream
 
-LARGEST_SYSTEM = 32
-"""Rows of a linear system that one thread solves; larger ones are cuBLAS' business."""
+LARGEST_SYSTEM = 10
+"""Rows of a linear system that one thread solves: a GPU reserves what threads keep. Larger ones are cuBLAS' task."""
 
 _AXPY = cupy.ElementwiseKernel("T a, T x, T y", "T z", "z = a * x + y", "implicit_core_axpy")
 _AXPY_NUMBER = cupy.ElementwiseKernel("float64 a, T x, T y", "T z", "z = (T)a * x + y", "implicit_core_axpy_number")

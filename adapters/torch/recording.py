@@ -212,7 +212,7 @@ class OnDevice:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._current = torch.cuda.current_stream(device)
+        self._current, self._current_device = torch.cuda.current_stream(device), torch.cuda.current_device()
         self._done = torch.cuda.Event()
         self._open: Any = None
         self._graph: Any = None
@@ -228,7 +228,7 @@ class OnDevice:
 
     def begin(self) -> None:
         """Begin a graph."""
-        self._current = torch.cuda.current_stream(self._device)
+        self._current, self._current_device = torch.cuda.current_stream(self._device), torch.cuda.current_device()
         self._graph = torch.cuda.CUDAGraph()
         self._open = torch.cuda.graph(
             self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -250,6 +250,7 @@ class OnDevice:
                 section.__exit__(None, None, None)
             except RuntimeError:  # of a capture that failed, whose stream is still the current one
                 torch.cuda.set_stream(self._current)
+                torch.cuda.set_device(self._current_device)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
