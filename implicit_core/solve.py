@@ -184,14 +184,14 @@ def _solution(system: System, carry: _Carry) -> Solution:
     space, xp, point = system.space, system.space.xp, carry.point
     finite = xp.isfinite(point.norm) & xp.isfinite(carry.tolerance)
     converged = finite & ~point.active
-    status = xp.where(finite, space.full(Status.MAX_STEPS.value, xp.int32), space.full(Status.NONFINITE, xp.int32))
+    status = xp.where(finite, space.full(Status.MAX_STEPS, xp.int32), space.full(Status.NONFINITE, xp.int32))
     x, norm = point.x, point.norm
     if carry.best is not None:
         stagnated = finite & (carry.steps - carry.best.steps >= PATIENCE)
-        status = xp.where(stagnated, space.full(Status.STAGNATED.value, xp.int32), status)
+        status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
         x = space.where(converged, point.x, carry.best.x)
         norm = xp.where(converged | ~xp.isfinite(carry.best.norm), point.norm, carry.best.norm)
-    status = xp.where(converged, space.full(Status.CONVERGED.value, xp.int32), status)
+    status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
     trace = None
     if carry.trace is not None:
         rows = xp.permute_dims(carry.trace[0][:, :, 0], (1, 0))

@@ -5,6 +5,7 @@ Inside a solve a state is a tuple of arrays, one for each leaf of the user's pyt
 """
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from . import checks
@@ -103,7 +104,8 @@ class Space:
 
     def full(self, value: float | int | bool, dtype: Any = None) -> Array:
         """A number for each sample, (N, 1)."""
-        return self._spread(self.xp.full((self.samples, 1), value, dtype=dtype or self.dtype, device=self.device))
+        number = value.value if isinstance(value, Enum) else value  # not every library knows what a Status is
+        return self._spread(self.xp.full((self.samples, 1), number, dtype=dtype or self.dtype, device=self.device))
 
     def scalar(self, value: float) -> Array:
         """A number as an array without axes."""

@@ -78,7 +78,7 @@ class Implicit(AtFixedPoint):
         reported = self.on_failure == "warn" or (self.on_failure == "raise" and readable)
         x = space.where(hopeless if reported else hopeless | failed, space.scale(float("nan"), result.x), result.x)
         if reported:
-            status = space.xp.where(hopeless, space.full(Status.CONVERGED.value, space.xp.int32), result.status)
+            status = space.xp.where(hopeless, space.full(Status.CONVERGED, space.xp.int32), result.status)
             outcome = space.per_sample(status), space.per_sample(result.residual)
             if readable:
                 self._report(*outcome)

@@ -118,11 +118,11 @@ class LinearSolver(ABC):
         finite = xp.isfinite(size)
         status = xp.where(
             carry.steps >= self.max_steps,
-            space.full(Status.MAX_STEPS.value, xp.int32),
-            space.full(Status.STAGNATED.value, xp.int32),
+            space.full(Status.MAX_STEPS, xp.int32),
+            space.full(Status.STAGNATED, xp.int32),
         )
-        status = xp.where(carry.norm <= goal(carry.x), space.full(Status.CONVERGED.value, xp.int32), status)
-        status = xp.where(finite, status, space.full(Status.NONFINITE.value, xp.int32))
+        status = xp.where(carry.norm <= goal(carry.x), space.full(Status.CONVERGED, xp.int32), status)
+        status = xp.where(finite, status, space.full(Status.NONFINITE, xp.int32))
         return LinearResult(space.scale(scale, carry.x), status, scale * carry.norm, carry.steps, carry.applications)
 
 
