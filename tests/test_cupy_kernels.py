@@ -244,11 +244,30 @@ def test_one_slope_is_one_kernel_with_one_result() -> None:
         (("2a", "a"), {"slopes": "1"}, "got '2a'"),
         (("a, a", "a"), {"slopes": "1"}, "different names"),
         (("a, b", "a * b"), {"slopes": ["b"]}, "one for each of"),
+        (("T", "T"), {"slopes": "1"}, "got 'T'"),
     ],
 )
 def test_names_and_expressions_that_do_not_fit(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         icc.Pointwise(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slopes", "message"),
+    [
+        ((3, "a"), "1", "arguments must be a str"),
+        (("a", 3), "1", "value must be a str"),
+        (("a", "a"), 3, "slopes must be a Sequence"),
+        (("a", "a"), [3], "each of slopes must be a str"),
+    ],
+)
+def test_what_is_no_text(arguments: Any, slopes: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        icc.Pointwise(*arguments, slopes=slopes)
+
+
+def test_a_pointwise_function_shows_what_it_is() -> None:
+    assert repr(icc.Pointwise("a, x", "tanh(a + x)", slopes="1 - y * y")) == "Pointwise('a, x', 'tanh(a + x)')"
 
 
 def test_a_wrong_number_of_arguments() -> None:

@@ -235,6 +235,12 @@ def test_a_derivative_that_the_lender_lacks() -> None:
             ic.OneStep().jvp(problem, h, z, z)
 
 
+@pytest.mark.parametrize("lender", LENDERS)
+def test_what_is_no_function_is_refused(lender: str) -> None:
+    with pytest.raises(TypeError, match="f must be callable, got 3 of type int"):
+        LENDERS[lender](3)
+
+
 def test_an_unknown_lender_is_named() -> None:
     with pytest.raises(ValueError, match="no backend for 'numppy'"):
         lend(ic.Problem(lambda h, z: h), "numppy")

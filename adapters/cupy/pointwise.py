@@ -10,6 +10,10 @@ from implicit_core import checks
 Array = Any
 
 
+RESERVED = ("i", "n", "v", "y", "T")
+"""Names that the kernels have for other things."""
+
+
 class Pointwise:
     """y = φ(a, b, ...), element by element, with the kernels of its derivatives.
 
@@ -18,8 +22,7 @@ class Pointwise:
     Parameters
     ----------
     arguments
-        Names of the arguments, e.g. ``"a, x"``; neither ``y`` nor ``v`` nor ``i``, nor one that begins with ``g_`` or
-        ``d_``.
+        Names of the arguments, e.g. ``"a, x"``; none of i, n, v, y and T, nor one that begins with ``g_`` or ``d_``.
     value
         φ, an expression of these in CUDA C++.
     slopes
@@ -60,21 +63,26 @@ class Pointwise:
     """
 
     def __init__(self, arguments: str, value: str, *, slopes: str | Sequence[str], preamble: str = "") -> None:
+        checks.instance("arguments", arguments, str, '"a, x"')
+        checks.instance("value", value, str, '"tanh(a + x)"')
+        checks.instance("slopes", slopes, Sequence, '"1 - y * y"')
         names = [name.strip() for name in arguments.split(",")]
         for name in names:
-            if not name.isidentifier() or name in ("i", "n", "v", "y") or name.startswith(("g_", "d_")):
-                raise ValueError(f"arguments must be names other than i, n, v, y, g_... and d_..., got {name!r}")
+            if not name.isidentifier() or name in RESERVED or name.startswith(("g_", "d_")):
+                raise ValueError(
+                    f"arguments must be names other than {', '.join(RESERVED)}, g_... and d_..., got {name!r}"
+                )
         if len(set(names)) < len(names):
             raise ValueError(f"arguments must be different names, got {arguments!r}")
-        checks.instance("value", value, str, '"tanh(a + x)"')
-        self._one = isinstance(slopes, str)
         expressions = [slopes] if isinstance(slopes, str) else list(slopes)
-        if not self._one and len(expressions) != len(names):
+        for expression in expressions:
+            checks.instance("each of slopes", expression, str, '"1 - y * y"')
+        of_each = expressions * len(names) if isinstance(slopes, str) else expressions
+        if len(of_each) != len(names):
             raise ValueError(f"slopes must be one expression, or one for each of {names}, got {expressions!r}")
         self._names = names
-        self._inputs = ", ".join(f"T {name}" for name in names)
+        inputs = ", ".join(f"T {name}" for name in names)
         cotangents = [f"g_{j}" for j in range(len(expressions))]
-        of_each = [expressions[0 if self._one else j] for j in range(len(names))]
         tangent = " + ".join(f"({slope}) * d_{name}" for slope, name in zip(of_each, names, strict=True))
 
         def kernel(inputs: str, outputs: str, operation: str, name: str) -> Any:
@@ -82,16 +90,19 @@ class Pointwise:
                 inputs, outputs, operation, f"implicit_core_pointwise_{name}", preamble=preamble
             )
 
-        self._value = kernel(self._inputs, "T y", f"y = {value}", "value")
+        self._value = kernel(inputs, "T y", f"y = {value}", "value")
         self._vjp = kernel(
-            f"T v, T y, {self._inputs}",
+            f"T v, T y, {inputs}",
             ", ".join(f"T {g}" for g in cotangents),
             "; ".join(f"{g} = v * ({slope})" for g, slope in zip(cotangents, expressions, strict=True)),
             "vjp",
         )
         self._jvp = kernel(
-            f"{', '.join(f'T d_{name}' for name in names)}, T y, {self._inputs}", "T v", f"v = {tangent}", "jvp"
+            f"{', '.join(f'T d_{name}' for name in names)}, T y, {inputs}", "T v", f"v = {tangent}", "jvp"
         )
+
+    def __repr__(self) -> str:
+        return f"Pointwise({', '.join(self._names)!r}, {self._value.operation.removeprefix('y = ')!r})"
 
     def __call__(self, *arguments: Array) -> Array:
         """φ(a, b, ...); arguments are broadcast, and of one dtype."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from implicit_core import checks
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import has_only_a_pullback, hoist, moves, replaced, with_none
@@ -42,6 +43,7 @@ def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
     >>> pullback(jnp.array([1.0]))  # 1 + 1/2 + 1/4
     Array([1.75], dtype=float32)
     """
+    checks.function("f", f)
     if jit:
         compiled = Compiled(f)
         return JAXProblem(compiled.value, linearize=compiled.linearize, batch_ndim=batch_ndim)
