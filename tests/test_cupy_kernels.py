@@ -284,6 +284,30 @@ def test_a_problem_without_derivatives_says_where_to_get_them() -> None:
     assert isinstance(icc.problem(lambda h, z: h, jvp=lambda h, z, dh, dz: dh), ic.Problem)
 
 
+@pytest.mark.parametrize(
+    "estimator", [ic.Implicit(ic.GMRES(rtol=1e-4)), ic.Unroll(5, 0.5), ic.Neumann(5, 0.5)], ids=repr
+)
+def test_the_demos_model(backend: OnHost, estimator: ic.Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's beside NumPy's, on NumPy arrays: its steps, gradients, labels and counts are the same."""
+    from implicit_core.examples.digits import model_cupy
+    from implicit_core.examples.digits.model import PIXELS, initial_parameters
+    from implicit_core.examples.digits.model_numpy import NumPyModel
+
+    monkeypatch.setattr(model_cupy, "cupy", SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
+    monkeypatch.setattr(model_cupy, "PHI", HostPointwise("a, u, b", "tanh(a + u + b)", slopes="1 - y * y"))
+    images = normal(16, PIXELS, dtype=np.float32)
+    labels = np.arange(16) % 10
+    models = [create(initial_parameters(0), estimator) for create in (NumPyModel, model_cupy.CuPyModel)]
+    found = []
+    for model in models:
+        losses = [model.train_step(images, labels) for _ in range(3)]
+        gradient = flat(model.gradient(images, labels))
+        found.append((losses, gradient, model.predict(images), flat(model.parameters()), model.counts))
+    for expected, got in zip(found[0][:-1], found[1][:-1], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert found[0][-1] == found[1][-1]
+
+
 # The same text is what a GPU can run.
 
 

@@ -13,6 +13,28 @@ PHI = icc.Pointwise("a, u, b", "tanh(a + u + b)", slopes="1 - y * y")
 """What is between the products of F, and its derivative: two kernels."""
 
 
+def products(h: Array, z: Parameters) -> tuple[Array, Array, Array]:
+    """What PHI takes: W h, U x and b."""
+    return h @ z["W"].T, z["x"] @ z["U"].T, z["b"]
+
+
+def f(h: Array, z: Parameters) -> Array:
+    """The equilibrium map tanh(W h + U x + b) for a batch of states (n, width)."""
+    return PHI(*products(h, z))
+
+
+def linearize(h: Array, z: Parameters) -> ic.Linearization:
+    """F and its pullbacks at (h, z); images need no gradient."""
+    arguments = products(h, z)
+    y = PHI(*arguments)
+
+    def vjp(v: Array) -> tuple[Array, PyTree]:
+        g, _, b = PHI.vjp(v, y, *arguments)
+        return g @ z["W"], {"W": g.T @ h, "U": g.T @ z["x"], "b": b, "x": None}
+
+    return ic.Linearization(y, vjp=vjp, vjp_h=lambda v: PHI.vjp(v, y, *arguments)[0] @ z["W"])
+
+
 class CuPyModel(NumPyModel):
     """The classifier, trained with one estimator.
 
@@ -26,7 +48,10 @@ class CuPyModel(NumPyModel):
 
     def __init__(self, parameters: Parameters, estimator: ic.Estimator) -> None:
         super().__init__({name: cupy.asarray(value) for name, value in parameters.items()}, estimator)
-        self._counting = icc.problem(self._f, linearize=self._linearize, batch_ndim=1)
+
+    def problem(self) -> ic.Problem:
+        """F and its derivatives, in two kernels."""
+        return icc.problem(f, linearize=linearize, batch_ndim=1)
 
     def parameters(self) -> Parameters:
         """See :class:`Model`."""
@@ -45,30 +70,3 @@ class CuPyModel(NumPyModel):
         """See :class:`Model`."""
         labels: Array = cupy.asnumpy(super().predict(cupy.asarray(images)))
         return labels
-
-    def _f(self, h: Array, z: Parameters) -> Array:
-        self.counts.evaluations += 1
-        value: Array = PHI(h @ z["W"].T, z["x"] @ z["U"].T, z["b"])
-        return value
-
-    def _linearize(self, h: Array, z: Parameters) -> ic.Linearization:
-        self.counts.evaluations += 1
-        arguments = h @ z["W"].T, z["x"] @ z["U"].T, z["b"]
-        y = PHI(*arguments)
-
-        def pull(v: Array) -> tuple[Array, ...]:
-            self.counts.vjps += 1
-            return PHI.vjp(v, y, *arguments)
-
-        def to_z(g: Array, b: Array) -> PyTree:
-            return {"W": g.T @ h, "U": g.T @ z["x"], "b": b, "x": None}
-
-        def vjp(v: Array) -> tuple[Array, PyTree]:
-            g, _, b = pull(v)
-            return g @ z["W"], to_z(g, b)
-
-        def vjp_z(v: Array) -> PyTree:
-            g, _, b = pull(v)
-            return to_z(g, b)
-
-        return ic.Linearization(y, vjp=vjp, vjp_h=lambda v: pull(v)[0] @ z["W"], vjp_z=vjp_z)

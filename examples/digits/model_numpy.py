@@ -1,7 +1,10 @@
 """The classifier in NumPy: every derivative is written by hand, and reaches the estimators as a callback.
 
-But for F and its derivative it would be the same on other libraries' arrays.
+But for F and its derivatives it is the same on the arrays of other libraries.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -73,6 +76,30 @@ def exact_gradient(parameters: Parameters, images: Array, labels: Array) -> Para
     return gradient
 
 
+def counted(problem: ic.Problem, counts: Counts) -> ic.Problem:
+    """``problem``, whose evaluations and pullbacks add to ``counts``."""
+
+    def f(h: Array, z: Parameters) -> Array:
+        counts.evaluations += 1
+        value: Array = problem.f(h, z)
+        return value
+
+    def linearize(h: Array, z: Parameters) -> ic.Linearization:
+        counts.evaluations += 1
+        at = problem.linearize(h, z)
+
+        def counting(pull: Callable[[Array], Any]) -> Callable[[Array], Any]:
+            def call(v: Array) -> Any:
+                counts.vjps += 1
+                return pull(v)
+
+            return call
+
+        return ic.Linearization(at.value, vjp=counting(at.vjp), vjp_h=counting(at.vjp_h), vjp_z=counting(at.vjp_z))
+
+    return ic.Problem(f, linearize=linearize, batch_ndim=problem.batch_ndim)
+
+
 class NumPyModel:
     """The classifier, trained with one estimator.
 
@@ -89,7 +116,12 @@ class NumPyModel:
         self._parameters = parameters
         self._velocity = {name: 0 * value for name, value in parameters.items()}
         self._estimator = estimator
-        self._counting = ic.Problem(self._f, vjp=self._vjp, batch_ndim=1)
+        self._problem = self.problem()
+        self._counting = counted(self._problem, self.counts)
+
+    def problem(self) -> ic.Problem:
+        """F and its derivatives; all that the arrays of another library ask to be written anew."""
+        return ic.Problem(f, vjp=vjp, batch_ndim=1)
 
     def parameters(self) -> Parameters:
         """See :class:`Model`."""
@@ -114,20 +146,12 @@ class NumPyModel:
 
     def gradient(self, images: Array, labels: Array) -> Parameters:
         """See :class:`Model`."""
-        return loss_and_gradient(PROBLEM, self._parameters, images, labels, SOLVER, self._estimator)[1]
+        return loss_and_gradient(self._problem, self._parameters, images, labels, SOLVER, self._estimator)[1]
 
     def predict(self, images: Array) -> Array:
         """See :class:`Model`."""
-        solution = solve(PROBLEM, inputs(self._parameters, images), SOLVER)
+        solution = solve(self._problem, inputs(self._parameters, images), SOLVER)
         self.counts.solved(solution)
         logits = solution.value @ self._parameters["V"].T + self._parameters["c"]
         labels: Array = logits.argmax(axis=1)
         return labels
-
-    def _f(self, h: Array, z: Parameters) -> Array:
-        self.counts.evaluations += 1
-        return f(h, z)
-
-    def _vjp(self, h: Array, z: Parameters, v: Array) -> tuple[Array, dict[str, Array | None]]:
-        self.counts.vjps += 1
-        return vjp(h, z, v)

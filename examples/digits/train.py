@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
@@ -15,7 +16,7 @@ from implicit_core.registry import installed, load_backend
 from . import picture, report
 from .data import Digits, batches, load
 from .model import ESTIMATORS, Array, Model, Parameters, initial_parameters
-from .model_numpy import NumPyModel, exact_gradient
+from .model_numpy import exact_gradient
 from .result import Result
 
 BATCH_SIZE, PROBE_SIZE = 64, 128
@@ -27,6 +28,10 @@ FRAMEWORKS = {
     "all": ("numpy", "torch", "jax"),
 }
 """What is asked for, and what computes then; with all of them CuPy does, too, where it finds a GPU."""
+
+
+CLASSES = {"numpy": "NumPyModel", "torch": "TorchModel", "jax": "JAXModel", "cupy": "CuPyModel"}
+"""The classifier of each, in a module of its own."""
 
 
 class NoGPUError(RuntimeError):
@@ -85,24 +90,12 @@ def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimato
     """The classifiers of a framework, or of all; what they compute with is imported now."""
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
-    classes: dict[str, Callable[[Parameters, ic.Estimator], Model]] = {"numpy": NumPyModel}
-    if "torch" in FRAMEWORKS[framework]:
-        from .model_torch import TorchModel
-
-        classes["torch"] = TorchModel
-    if "jax" in FRAMEWORKS[framework]:
-        from .model_jax import JAXModel
-
-        classes["jax"] = JAXModel
     names = FRAMEWORKS[framework]
-    if framework == "cupy" or (framework == "all" and installed()["cupy"] and not missing_gpu()):
-        if reason := missing_gpu():
-            raise NoGPUError(reason)
-        from .model_cupy import CuPyModel
-
-        classes["cupy"] = CuPyModel
-        names = tuple(dict.fromkeys([*names, "cupy"]))
-    return {name: classes[name] for name in names}
+    if framework == "all" and installed()["cupy"] and missing_gpu() is None:
+        names += ("cupy",)
+    if framework == "cupy" and (reason := missing_gpu()):
+        raise NoGPUError(reason)
+    return {name: getattr(import_module(f"{__package__}.model_{name}"), CLASSES[name]) for name in names}
 
 
 def missing_gpu() -> str | None:
