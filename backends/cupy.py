@@ -4,6 +4,7 @@ A kernel's launch costs more than what small problems compute, so the arithmetic
 """
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -97,6 +98,13 @@ class CuPyBackend(Backend):
         names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
         return [f"cuda:{i} ({name})" for i, name in enumerate(names)] or ["no CUDA device"]
 
+    def count(self, masks: Sequence[Array]) -> list[int]:
+        counts: list[int] = cupy.concatenate(masks, axis=1).sum(axis=0).tolist()
+        return counts
+
+    def rows_in_use(self, history: Array, index: int) -> int:
+        return int(history.shape[1])  # kernels are made for one m, and read histories as they lie
+
     def tally(self, counts: Array, mask: Array) -> Array:
         return counts + mask
 
@@ -117,7 +125,7 @@ class CuPyBackend(Backend):
         return gram
 
     def products(self, row: Array, history: Array) -> Array:
-        return _PRODUCTS(row, history, axis=2)[:, None, :]
+        return _PRODUCTS(row[:, :, None, :], history[:, None, :, :], axis=3)
 
     def combine(self, weights: Array, history: Array) -> Array:
         samples, m, d = history.shape

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from implicit_core.backend import Backend
+from implicit_core.backend import Backend, Look
 
 PyTree = Any
 Carry = TypeVar("Carry")
@@ -81,9 +81,10 @@ class JAXBackend(Backend):
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
+        look: Look | None = None,
     ) -> Carry:
         if self.readable(cond(carry)):
-            return super().while_loop(cond, body, carry, max_steps, check_every)
+            return super().while_loop(cond, body, carry, max_steps, check_every, look)
         chunks, rest = divmod(max_steps, check_every)
 
         def more(state: tuple[Any, Carry]) -> Any:
@@ -97,6 +98,13 @@ class JAXBackend(Backend):
         if rest:
             carry = jax.lax.cond(cond(carry), lambda c: _scan(body, c, rest), lambda c: c, carry)
         return carry
+
+    def count(self, masks: Sequence[jax.Array]) -> list[int]:
+        counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()
+        return counts
+
+    def rows_in_use(self, history: jax.Array, index: Any) -> int:
+        return history.shape[1]
 
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
         if times <= 1 or not staging():

@@ -1,21 +1,24 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_core.backend import Backend, Stream
+from implicit_core.backend import Backend, Look, Stream
 
 Carry = TypeVar("Carry")
 
 SPECIAL_STREAMS = (1, 2)
 """Numbers in the place of addresses: CUDA's names for its legacy and its per-thread default stream."""
 
+LARGE = 1 << 18
+"""Numbers of a history from which on a product with it costs more than the launch of some operations."""
 
 Loop = Callable[[Callable[[Any], Tensor], Callable[[Any], Any], Any, int, int], Any]
 
@@ -82,12 +85,35 @@ class TorchBackend(Backend):
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
+        look: Look | None = None,
     ) -> Carry:
         loop = _LOOP.get()
         if loop is None:
-            return super().while_loop(cond, body, carry, max_steps, check_every)
+            return super().while_loop(cond, body, carry, max_steps, check_every, look)
         done: Carry = loop(cond, body, carry, max_steps, check_every)
         return done
+
+    def count(self, masks: Sequence[Tensor]) -> list[int]:
+        if masks[0].is_cpu:  # where a reduction takes longer to begin with than to carry out
+            return [int(np.count_nonzero(mask.numpy())) for mask in masks]
+        counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
+        return counts
+
+    def copy(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(mask, x, y)
+
+    def rows_in_use(self, history: Tensor, index: int | Tensor) -> int:
+        all_rows = history.shape[1]
+        return all_rows if isinstance(index, Tensor) or history.numel() < LARGE else min(index, all_rows)
+
+    def halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.narrow(1, 0, 1), rows.narrow(1, 1, 1)
+
+    def head(self, array: Tensor, axis: int, n: int) -> Tensor:
+        return array if array.shape[axis] == n else array.narrow(axis, 0, n)
 
     def minimum(self, index: int | Tensor, limit: int) -> int | Tensor:
         return torch.clamp(index, max=limit) if isinstance(index, Tensor) else min(index, limit)
@@ -115,9 +141,13 @@ class TorchBackend(Backend):
     def axpy(self, a: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(y, a, x) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
 
-    def gram(self, gram: Tensor, history: Tensor, index: int) -> Tensor:
-        # Anew: one product where the update of a row takes seven operations.
-        return torch.bmm(history, history.mT)
+    def gram(self, gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:
+        if isinstance(index, Tensor) or history.numel() < LARGE:
+            return torch.bmm(history, history.mT)  # anew: one product, where the update of a row takes six operations
+        products = torch.bmm(history.narrow(1, index, 1), history.mT)
+        gram.narrow(1, index, 1).copy_(products)
+        gram.narrow(2, index, 1).copy_(products.mT)
+        return gram
 
     def products(self, row: Tensor, history: Tensor) -> Tensor:
         return torch.bmm(row, history.mT)

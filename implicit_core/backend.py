@@ -5,7 +5,7 @@ what that framework spells better or differently. Every method is pure except :m
 the history it is given.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,21 @@ class Stream(NamedTuple):
 
     device: int
     address: int
+
+
+class Look(NamedTuple):
+    """What a loop that looks at numbers can do better than one that is traced.
+
+    Attributes
+    ----------
+    masks
+        ``carry -> masks``, each (N, 1); the loop ends when the first holds in no sample.
+    body
+        ``(carry, counts) -> carry``: the loop's body, told in how many samples each mask holds.
+    """
+
+    masks: Callable[[Any], tuple[Array, ...]]
+    body: Callable[[Any, list[int]], Any]
 
 
 class Backend:
@@ -121,23 +136,40 @@ class Backend:
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
+        look: Look | None = None,
     ) -> Carry:
         """``while cond(carry): carry = body(carry)``, at most ``max_steps`` times.
 
         ``cond`` returns a boolean array without axes. Reading it is the loop's one host sync, made once in
-        ``check_every`` steps. Where operations are recorded it can't be read: ``max_steps`` are made.
+        ``check_every`` steps; ``look`` may read a few numbers more in its place. Where operations are recorded nothing
+        can be read: ``max_steps`` are made.
         """
         steps = 0
         while steps < max_steps:
-            more = cond(carry)
-            if self.recorded(more):
+            masks = (cond(carry),) if look is None else look.masks(carry)
+            if self.recorded(masks[0]):
                 return self.repeat(body, carry, max_steps)
-            if not bool(more):
-                break
+            if look is None:
+                if not bool(masks[0]):
+                    break
+                carry = body(carry)
+            else:
+                counts = self.count(masks)
+                if not counts[0]:
+                    break
+                carry = look.body(carry, counts)
             chunk = min(check_every, max_steps - steps)
-            carry = self.repeat(body, carry, chunk)
+            if chunk > 1:
+                carry = self.repeat(body, carry, chunk - 1)
             steps += chunk
         return carry
+
+    def count(self, masks: Sequence[Array]) -> list[int]:
+        """In how many samples masks hold, (N, 1), read from the device at once."""
+        xp, base = self.xp, 1 + masks[0].shape[0]
+        digits = [xp.sum(xp.astype(mask, xp.int64)) * base**i for i, mask in enumerate(masks)]
+        number = int(sum(digits[1:], digits[0]))
+        return [number // base**i % base for i in range(len(masks))]
 
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
         """Apply ``body`` a static number of times."""
@@ -199,6 +231,31 @@ class Backend:
     def tally(self, counts: Array, mask: Array) -> Array:
         """``counts``, one more where ``mask`` holds."""
         return counts + self.xp.astype(mask, counts.dtype)
+
+    def where(self, mask: Array, x: Array, y: Array) -> Array:
+        """``x`` where ``mask`` holds, else ``y``, as in the array API."""
+        return self.xp.where(mask, x, y)
+
+    def copy(self, x: Array) -> Array:
+        """``x`` in memory of its own."""
+        return self.xp.asarray(x, copy=True)
+
+    def rows_in_use(self, history: Array, index: Any) -> int:
+        """How many rows of a history to compute with, when the loop's counter is at ``index``; the rest is zero.
+
+        All of them, where the counter is no number, or where each size would be compiled by itself.
+        """
+        return min(int(index), int(history.shape[1]))
+
+    def head(self, array: Array, axis: int, n: int) -> Array:
+        """The first n along an axis."""
+        if array.shape[axis] == n:
+            return array
+        return array[(*(slice(None),) * axis, slice(n), ...)]
+
+    def halves(self, rows: Array) -> tuple[Array, Array]:
+        """Two rows, (N, 2, m), as two of (N, 1, m)."""
+        return rows[:, :1, :], rows[:, 1:, :]
 
     def minimum(self, index: Any, limit: int) -> Any:
         """The smaller of a loop's counter and a constant."""

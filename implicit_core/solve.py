@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import checks
-from .backend import Array, PyTree
+from .backend import Array, Look, PyTree
 from .problem import Map, Problem
 from .registry import find_backend
 from .solution import Solution, Stats, Status
 from .solvers import Anderson, CallableSolver, DrivenSolver, Solver
 from .solvers.base import Point
-from .space import History, Space, State
+from .space import History, Mask, Space, State
 from .system import System
 
 PATIENCE = 10
@@ -20,14 +20,15 @@ PATIENCE = 10
 class _Best(NamedTuple):
     x: State
     norm: Array
-    steps: Array
+    steps: Array | int
 
 
 class _Carry(NamedTuple):
     point: Point
     tolerance: Array
-    steps: Array
+    steps: Array | int
     best: _Best | None
+    better: Array | None
     trace: History | None
     memory: Any
 
@@ -129,19 +130,32 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         # A frozen sample gives these numbers again, and NaN is above no tolerance: both stay finished.
         return Point(x, f, residual, norm, norm > tolerance, index), tolerance
 
-    def body(carry: _Carry) -> _Carry:
-        was_active = carry.point.active
+    def advance(carry: _Carry, mask: Mask, better: Mask) -> _Carry:
+        best = None if carry.best is None else _fold(space, carry.best, carry.point, carry.steps, better)
         x, memory = solver.step(system, carry.memory, carry.point)
-        x = space.round(space.where(was_active, x, carry.point.x))
+        if mask is True and x is carry.point.f:
+            x = space.copy(x)  # f may write its next result to where this one is
+        x = space.round(space.where(mask, x, carry.point.x))
         point, tolerance = measure(x, carry.point.index + 1)
-        steps = backend.tally(carry.steps, was_active)
-        best = None if carry.best is None else _better(space, carry.best, point, steps)
-        if solver.retries_nonfinite and best is not None:
+        steps = space.tally(carry.steps, mask)
+        if best is not None and solver.retries_nonfinite:
             retry = ~xp.isfinite(point.norm) & xp.isfinite(best.norm) & (steps - best.steps < PATIENCE)
             point = point._replace(active=point.active | retry)
         memory = solver.observe(system, memory, point)
-        record = None if carry.trace is None else _record(space, carry.trace, point, was_active)
-        return _Carry(point, tolerance, steps, best, record, memory)
+        record = None if carry.trace is None else _record(space, carry.trace, point, carry.point.active)
+        improved = None if best is None else point.norm < best.norm
+        return _Carry(point, tolerance, steps, best, improved, record, memory)
+
+    def body(carry: _Carry) -> _Carry:
+        return advance(carry, carry.point.active, carry.better)
+
+    def masks(carry: _Carry) -> tuple[Array, ...]:
+        return (carry.point.active,) if carry.better is None else (carry.point.active, carry.better)
+
+    def informed(carry: _Carry, counts: list[int]) -> _Carry:
+        # Mostly all samples are active, and all are better than they were: nothing to freeze, and nothing to keep.
+        known = [_known(mask, n, space.samples) for mask, n in zip(masks(carry), counts, strict=True)]
+        return advance(carry, known[0], known[-1])
 
     with backend.solving():
         atol = space.scalar(solver.absolute_tolerance)
@@ -151,32 +165,35 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
             point = point._replace(active=point.active & system.pure)
         space.spread_as(point.f)
         point = point._replace(x=space.spread(point.x))
-        steps = space.full(1, xp.int32)
-        nothing = _Best(point.x, space.full(float("inf")), steps)
-        best = _better(space, nothing, point, steps) if solver.keeps_best else None
+        steps = 1 if backend.readable(point.norm) else space.full(1, xp.int32)
+        best = _Best(point.x, space.full(float("inf")), steps) if solver.keeps_best else None
         record = None
         if trace:
             unknown = space.full(float("nan"))[:, None, :] + space.matrices(solver.max_steps, 1)
             record = _record(space, (unknown,), point, space.full(True, xp.bool))
         memory = solver.observe(system, solver.init(system, point.x), point)
-        carry = _Carry(point, tolerance, steps, best, record, memory)
+        improved = None if best is None else point.norm < best.norm
+        carry = _Carry(point, tolerance, steps, best, improved, record, memory)
+        look = Look(masks, informed)
         carry = backend.while_loop(
-            lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every
+            lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every, look
         )
         if system.pure is not True and carry.point.index == 0:
             system.check_purity()
         return _solution(system, carry)
 
 
-def _better(space: Space, best: _Best, point: Point, steps: Array) -> _Best:
-    where, better = space.xp.where, point.norm < best.norm
-    return _Best(
-        space.where(better, point.x, best.x), where(better, point.norm, best.norm), where(better, steps, best.steps)
-    )
+def _known(mask: Array, count: int, samples: int) -> Mask:
+    return count > 0 if count in (0, samples) else mask
+
+
+def _fold(space: Space, best: _Best, point: Point, steps: Array | int, better: Mask) -> _Best:
+    (norm,) = space.where(better, (point.norm,), (best.norm,))
+    return _Best(space.where(better, point.x, best.x), norm, space.choose(better, steps, best.steps))
 
 
 def _record(space: Space, trace: History, point: Point, was_active: Array) -> History:
-    norm = space.xp.where(was_active, point.norm, space.full(float("nan")))
+    norm = space.backend.where(was_active, point.norm, space.full(float("nan")))
     return space.set_row(trace, point.index, (norm,))
 
 
@@ -186,18 +203,20 @@ def _solution(system: System, carry: _Carry) -> Solution:
     converged = finite & ~point.active
     status = xp.where(finite, space.full(Status.MAX_STEPS, xp.int32), space.full(Status.NONFINITE, xp.int32))
     x, norm = point.x, point.norm
+    steps = space.counts(carry.steps)
     if carry.best is not None:
-        stagnated = finite & (carry.steps - carry.best.steps >= PATIENCE)
+        best = _fold(space, carry.best, point, carry.steps, carry.better)
+        stagnated = finite & (steps - space.counts(best.steps) >= PATIENCE)
         status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
-        x = space.where(converged, point.x, carry.best.x)
-        norm = xp.where(converged | ~xp.isfinite(carry.best.norm), point.norm, carry.best.norm)
+        x = space.where(converged, point.x, best.x)
+        norm = xp.where(converged | ~xp.isfinite(best.norm), point.norm, best.norm)
     status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
     trace = None
     if carry.trace is not None:
         rows = xp.permute_dims(carry.trace[0][:, :, 0], (1, 0))
         trace = xp.reshape(rows, (rows.shape[0], *space.batch_shape))
     stats = Stats(
-        steps=space.per_sample(carry.steps),
+        steps=space.per_sample(steps),
         evaluations=point.index + 1 + system.extra_evaluations,
         residual=space.per_sample(norm),
         trace=trace,

@@ -4,7 +4,8 @@ Inside a solve a state is a tuple of arrays, one for each leaf of the user's pyt
 (the batch axes, flattened), D numbers of that leaf. Leaves are never concatenated. Per-sample numbers are (N, 1).
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -14,6 +15,8 @@ from .backend import Array, Backend, PyTree
 State = tuple[Array, ...]
 Row = tuple[Array, ...]
 History = tuple[Array, ...]
+Mask = Array | bool
+"""Samples, (N, 1); True stands for all of them, False for none."""
 
 
 class Space:
@@ -50,13 +53,41 @@ class Space:
         self.device = backend.device(leaves[0])
         self.eps = float(backend.finfo(self.dtype).eps)
         self._placements: list[Any] = [None] * len(leaves)
+        self._bare = len(leaves) == 1 and leaves[0] is like
+        self._as_it_is = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
+        self._rounds = any(dtype != self.dtype for dtype in self.dtypes)
         self.coarsest_eps = max(float(backend.finfo(dtype).eps) for dtype in self.dtypes)
 
     # Between the user's pytrees and states.
 
     def pack(self, tree: PyTree) -> State:
         """A pytree like the space's, as a state."""
-        leaves, _ = self.backend.flatten(tree)
+        return self._flat([tree] if self._bare else self.backend.flatten(tree)[0])
+
+    def accept(self, name: str, tree: PyTree) -> State:
+        """A pytree that must be like the space's, as a state.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not: ``name`` is what to call it.
+        """
+        if self._bare and self.backend.is_array(tree):
+            leaves: list[Any] = [tree]
+            alike = True
+        else:
+            leaves, structure = self.backend.flatten(tree)
+            alike = structure == self.structure and all(map(self.backend.is_array, leaves))
+        if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
+            checks.like(self.backend, name, tree, self.like, "h0")
+        return self._flat(leaves)
+
+    def _alike(self, leaf: Array, shape: tuple[int, ...], dtype: Any) -> bool:
+        return bool(leaf.shape == shape and leaf.dtype == dtype and self.backend.device(leaf) == self.device)
+
+    def _flat(self, leaves: Sequence[Array]) -> State:
+        if self._as_it_is:
+            return tuple(leaves)
         return tuple(
             self._cast(leaf if tuple(leaf.shape) == flat else self.xp.reshape(leaf, flat), self.dtype)
             for leaf, flat in zip(leaves, self.flat_shapes, strict=True)
@@ -76,10 +107,12 @@ class Space:
 
     def copy(self, x: State) -> State:
         """``x`` in memory of its own."""
-        return tuple(self.xp.asarray(leaf, copy=True) for leaf in x)
+        return tuple(map(self.backend.copy, x))
 
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
+        if self._bare and self._as_it_is:
+            return x[0]
         leaves = [
             self._cast(leaf if shape == flat else self.xp.reshape(leaf, shape), dtype)
             for leaf, shape, flat, dtype in zip(x, self.shapes, self.flat_shapes, self.dtypes, strict=True)
@@ -88,6 +121,8 @@ class Space:
 
     def round(self, x: State) -> State:
         """``x`` at the precision of the user's leaves."""
+        if not self._rounds:
+            return x
         return tuple(
             leaf if dtype == self.dtype else self.xp.astype(self.xp.astype(leaf, dtype), self.dtype)
             for leaf, dtype in zip(x, self.dtypes, strict=True)
@@ -130,11 +165,11 @@ class Space:
 
     def sub(self, x: State, y: State) -> State:
         """``x - y``."""
-        return tuple(a - b for a, b in zip(x, y, strict=True))
+        return tuple(map(operator.sub, x, y))
 
     def add(self, x: State, y: State) -> State:
         """``x + y``."""
-        return tuple(a + b for a, b in zip(x, y, strict=True))
+        return tuple(map(operator.add, x, y))
 
     def scale(self, factor: Array | float, x: State) -> State:
         """``factor x``."""
@@ -148,18 +183,31 @@ class Space:
         """``factor x + y``."""
         return tuple(self.backend.axpy(factor, a, b) for a, b in zip(x, y, strict=True))
 
-    def where(self, mask: Array, x: State, y: State) -> State:
-        """``x`` in the samples of ``mask``, (N, 1), else ``y``."""
-        return tuple(self.xp.where(mask, a, b) for a, b in zip(x, y, strict=True))
+    def where(self, mask: Mask, x: State, y: State) -> State:
+        """``x`` in the samples of ``mask``, else ``y``."""
+        if isinstance(mask, bool):
+            return x if mask else y
+        return tuple(self.backend.where(mask, a, b) for a, b in zip(x, y, strict=True))
+
+    def choose(self, mask: Mask, x: Array | int, y: Array | int) -> Array | int:
+        """The same for per-sample numbers, or counts that are the same in all samples."""
+        if isinstance(mask, bool):
+            return x if mask else y
+        return self.backend.where(mask, self.counts(x), self.counts(y))
+
+    def tally(self, counts: Array | int, mask: Mask) -> Array | int:
+        """``counts``, one more in the samples of ``mask``."""
+        return counts + 1 if mask is True else self.backend.tally(self.counts(counts), mask)
+
+    def counts(self, numbers: Array | int) -> Array:
+        """Numbers for each sample; an int stands for itself in all of them."""
+        return self.full(numbers, self.xp.int32) if isinstance(numbers, int) else numbers
 
     def norm(self, x: State) -> Array:
         """Euclidean norm of each sample over all leaves, (N, 1)."""
-        norms = [self.backend.norm(a) for a in x]
-        if len(norms) == 1:
-            return norms[0]
-        total = norms[0]
-        for other in norms[1:]:
-            total = self.xp.hypot(total, other)
+        total = self.backend.norm(x[0])
+        for other in x[1:]:
+            total = self.xp.hypot(total, self.backend.norm(other))
         return total
 
     def largest(self, x: State) -> Array:
@@ -187,6 +235,10 @@ class Space:
         """A state as a row."""
         return tuple(a[:, None, :] for a in x)
 
+    def pair(self, x: Row, y: Row) -> Row:
+        """Two rows above each other, (N, 2, D)."""
+        return tuple(self.xp.concat([a, b], axis=1) for a, b in zip(x, y, strict=True))
+
     def state(self, row: Row) -> State:
         """A row as a state."""
         return tuple(a[:, 0, :] for a in row)
@@ -210,6 +262,14 @@ class Space:
     def products(self, row: Row, history: History) -> Array:
         """Inner products of a row with those of a history, (N, 1, m)."""
         return self.backend.total(_sum([self.backend.products(a, b) for a, b in zip(row, history, strict=True)]))
+
+    def rows_in_use(self, history: History, index: Any) -> int:
+        """How many rows of a history to compute with, when the loop's counter is at ``index``; the rest is zero."""
+        return max(self.backend.rows_in_use(a, index) for a in history)
+
+    def head(self, history: History, n: int) -> History:
+        """The first n rows of a history."""
+        return tuple(self.backend.head(a, 1, n) for a in history)
 
     def combine(self, weights: Array, history: History) -> Row:
         """Weighted sum of the rows of a history; weights (N, 1, m)."""

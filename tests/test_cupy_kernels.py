@@ -45,7 +45,7 @@ class OnHost(module.CuPyBackend):
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
     """That of all NumPy arrays, while a test runs."""
-    numpys = {"empty": np.empty, "ndarray": np.ndarray, "linalg": np.linalg}
+    numpys = {"empty": np.empty, "ndarray": np.ndarray, "linalg": np.linalg, "concatenate": np.concatenate}
     kernel = module.cupy.ElementwiseKernel
     monkeypatch.setattr(module, "cupy", SimpleNamespace(ElementwiseKernel=lambda *a: HostKernel(kernel(*a)), **numpys))
     for name in NAMES:

@@ -96,7 +96,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops make some steps without a look at the flag, nor at whether f wrote to its argument, which it tells too."""
     backend = torch_backend.BACKEND
 
-    def some_steps(cond: Any, body: Any, carry: Any, max_steps: int, check_every: int = 1) -> Any:
+    def some_steps(cond: Any, body: Any, carry: Any, max_steps: int, *rest: Any) -> Any:
         cond(carry)
         return backend.repeat(body, carry, min(4, max_steps))
 

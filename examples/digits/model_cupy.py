@@ -20,7 +20,8 @@ def products(h: Array, z: Parameters) -> tuple[Array, Array, Array]:
 
 def f(h: Array, z: Parameters) -> Array:
     """The equilibrium map tanh(W h + U x + b) for a batch of states (n, width)."""
-    return PHI(*products(h, z))
+    y: Array = PHI(*products(h, z))
+    return y
 
 
 def linearize(h: Array, z: Parameters) -> ic.Linearization:

@@ -5,18 +5,20 @@ from typing import Any, NamedTuple
 
 from .. import checks
 from ..backend import Array
-from ..space import History, State
+from ..space import History, Row, State
 from ..system import System
 from .base import Point, Solver
 
 
 class Memory(NamedTuple):
-    """The last m steps, the matrix that turns products with them into coefficients, and one-hot rows and the rest."""
+    """The last m steps, the last one, the matrix that makes coefficients of products with them, and constants."""
 
     steps: History
+    last: Row
     coefficients: Array
     here: Any
     others: Any
+    one: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +64,32 @@ class Broyden(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
-        one_hot, table = space.eye(m), space.backend.table
-        return Memory(space.history(m), space.matrices(m, m), table(one_hot), table(1 - one_hot))
+        here, table = space.eye(m), space.backend.table
+        constants = table(here), table(1 - here), space.scalar(1.0)
+        return Memory(space.history(m), space.row(space.zeros()), space.matrices(m, m), *constants)
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
-        space, slot = system.space, point.index % self.memory
-        backend, here, others = space.backend, memory.here[slot], memory.others[slot]
-        r = space.row(point.residual)
+        space, m = system.space, self.memory
+        backend, slot, previous = space.backend, point.index % m, (point.index - 1) % m
+        first, full = point.index == 0, not isinstance(point.index, int) or point.index >= m
+        r, coefficients = space.row(point.residual), memory.coefficients
+        n = space.rows_in_use(memory.steps, point.index)
+        past = space.head(memory.steps, n)
 
-        # alpha holds at slot j + 1 the coefficient of step j + 1, so `newest` is the one of the step to be made.
-        alpha = backend.products(space.products(r, memory.steps), memory.coefficients)
-        newest = backend.entry(alpha, slot)
-        step = space.divide(space.combine_onto(r, alpha * others, memory.steps), 1 - newest)
+        step = r
+        if first is not True:
+            of_last, of_r = backend.halves(space.products(space.pair(memory.last, r), past))
+            row = memory.here[previous] + backend.combine(of_last, backend.head(coefficients, 1, n))
+            row = row / backend.entry(of_last, previous)
+            if first is not False:
+                (row,) = space.where(first, (space.xp.zeros_like(row),), (row,))
+            coefficients = backend.set_row(coefficients, slot, row)
 
+            # alpha holds at slot j + 1 the coefficient of step j + 1, so `newest` is the one of the step to be made.
+            alpha = backend.products(of_r, backend.head(coefficients, 2, n))
+            rest = backend.axpy(-1.0, backend.entry(alpha, slot), memory.one)
+            if full:  # the oldest step is forgotten
+                alpha, coefficients = alpha * memory.others[slot], coefficients * memory.others[slot]
+            step = space.divide(space.combine_onto(r, backend.head(alpha, 2, n), past), rest)
         steps = space.set_row(memory.steps, slot, step)
-        coefficients = memory.coefficients * others
-        products = space.products(step, steps)
-        row = (here + backend.combine(products, coefficients)) / backend.entry(products, slot)
-        coefficients = backend.set_row(coefficients, (slot + 1) % self.memory, row)
-        return space.add(point.x, space.state(step)), Memory(steps, coefficients, memory.here, memory.others)
+        return space.add(point.x, space.state(step)), memory._replace(steps=steps, last=step, coefficients=coefficients)
