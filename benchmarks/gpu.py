@@ -20,12 +20,12 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
-import gpu_rows
-import gpu_tests
-from gpu_rows import Omission, Row, Settings
-from gpu_tests import Outcome
-from report import Table, environment, positive, progress
 from rich.console import Console
+
+from . import gpu_rows, gpu_tests, report
+from .gpu_rows import Omission, Row, Settings
+from .gpu_tests import Outcome
+from .report import Table, environment, positive, progress
 
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "cupy": "CuPy"}
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +79,7 @@ def settings(options: argparse.Namespace, seconds: float) -> Settings:
 
 def part(options: argparse.Namespace) -> int:
     """Measure one framework, in a process of its own; a line of JSON for each thing that happens."""
-    module = importlib.import_module(f"gpu_{options.only}")
+    module = importlib.import_module(f".gpu_{options.only}", __package__)
 
     def tell(kind: str, what: Any) -> None:
         print(json.dumps({kind: what}), flush=True)
@@ -182,13 +182,15 @@ def collect(options: argparse.Namespace, console: Console) -> Record:
 
 def measure(options: argparse.Namespace, record: Record, framework: str, seconds: float, console: Console) -> None:
     """One framework; its process may break down without the others."""
-    command = [sys.executable, __file__, "--only", framework, "--seconds", f"{seconds}", "--device", options.device]
+    command = [*report.COMMAND, "gpu", "--only", framework, "--seconds", f"{seconds}", "--device", options.device]
     command += ["--repetitions", f"{options.repetitions}", *["--quick"] * options.quick]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with (
         progress(console, None) as announce,
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=report.ROOT
+        ) as process,
     ):
         watch = threading.Timer(seconds + GRACE, process.kill)
         watch.start()
@@ -265,7 +267,7 @@ def without_gpu() -> str | None:
     reasons = []
     for framework in FRAMEWORKS:
         try:
-            reason = importlib.import_module(f"gpu_{framework}").missing("cuda")
+            reason = importlib.import_module(f".gpu_{framework}", __package__).missing("cuda")
         except ImportError as error:
             reason = f"{FRAMEWORKS[framework]} is not installed ({error})"
         if reason is None:
@@ -302,7 +304,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in save(record, folder):
             console.print(f"Written: {path}", soft_wrap=True, highlight=False)
     return 1 if record.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

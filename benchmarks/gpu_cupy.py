@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 import cupy
-from gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
 
 import implicit_core as ic
 from implicit_core.adapters import cupy as icc
+
+from .gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
 
 
 def missing(device: str) -> str | None:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_rows import CONTRACTION, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
 
 import implicit_core as ic
+
+from .gpu_rows import CONTRACTION, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
 
 Loss = Callable[[Any, jax.Array], jax.Array]
 

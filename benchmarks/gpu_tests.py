@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from .report import ROOT
+
 FRAMEWORKS = {"cupy": "CuPy", "jax": "JAX"}
 
 

@@ -7,12 +7,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
 from torch import Tensor
-from torch_step import Block, torchdeqs
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+
+from .gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Settings, Task, carry_out, layer, solvers
+from .torch_step import Block, torchdeqs
 
 Forward = Callable[[], Tensor]
 

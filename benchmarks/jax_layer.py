@@ -5,7 +5,6 @@ respect to the input and the weights. README.md tells how to read the table.
 """
 
 import argparse
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import Table, environment, output, positive, progress, quartiles
 from rich.console import Console
 
 import implicit_core as ic
+
+from .report import Table, environment, output, positive, progress, quartiles
 
 MB = 1e6
 LAM = 0.5
@@ -282,7 +282,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(HEAD, [cells(row) for row in rows], title(found), LEGEND)
     table.present(console, found | {"rows": [asdict(row) for row in rows]}, options.output)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from typing import Any
 import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "benchmarks")
+"""What is run in :data:`ROOT` for a part in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,23 @@ class Table:
         Lines above it.
     legend
         Text below it.
+    wrap
+        Whether the words of a head may stand below each other.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: Sequence[str]
     legend: str
+    wrap: bool = False
 
     def show(self, console: Console) -> None:
         """Print it."""
         table = rich.table.Table(box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(self.head):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+            table.add_column(
+                name.replace(" ", "\n") if self.wrap else name, justify="right" if i else "left", no_wrap=True
+            )
         for row in self.rows:
             table.add_row(*row)
         for line in self.title:
@@ -69,6 +79,51 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = self.markdown() if path.suffix == ".md" else json.dumps(record, indent=1) + "\n"
         path.write_text(text)
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A command line, with what all of them take."""
+    options = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
+    add = options.add_argument
+    add("--quick", action="store_true", help="small sizes and few repetitions: under a minute")
+    add("--repetitions", type=positive, help="of each row; as many as are needed if not given")
+    add("--threads", type=positive, default=2, help="of PyTorch (default: 2)")
+    add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    add("--output", type=Path, help="folder for the tables (.md), the numbers (.json) and a picture (.png)")
+    return options
+
+
+def facts(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """What a number means nothing without."""
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    return {"settings": settings} | environment(*packages)
+
+
+def publish(
+    console: Console,
+    folder: Path | None,
+    name: str,
+    tables: Sequence[Table],
+    record: dict[str, Any],
+    picture: Callable[[dict[str, Any]], Any],
+) -> None:
+    """Print tables; with a folder, save them, the numbers they are from, and a picture."""
+    for table in tables:
+        table.show(console)
+        console.print()
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    console.print(f"{record['machine']['cpu']}; {versions}", highlight=False)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = f"{record['machine']['cpu']}; {versions}.\n"
+    (folder / f"{name}.md").write_text("\n".join([*(table.markdown() for table in tables), machine]))
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    picture(record).savefig(folder / f"{name}.png", dpi=150)
+    console.print(f"Saved in {folder}.", highlight=False)
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import LiveTensors
-from report import Table, environment, output, positive, progress, quartiles
 from rich.console import Console
 from torch import Tensor, nn
 
 import implicit_core as ic
+
+from .memory import LiveTensors
+from .report import COMMAND, ROOT, Table, environment, output, positive, progress, quartiles
 
 MB = 1e6
 LAM = 0.5
@@ -200,10 +201,10 @@ def high_water() -> int | None:
 
 def grown_elsewhere(name: str, arguments: Sequence[str]) -> int | None:
     """``grown`` in a fresh process."""
-    command = [sys.executable, __file__, *arguments, "--only", name]
+    command = [*COMMAND, "step", *arguments, "--only", name]
     # glibc then gives the memory of every tensor back at once, and two runs agree to 0.2 %.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     result: int | None = json.loads(done.stdout)
     return result
 
@@ -316,7 +317,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(HEAD, [cells(row) for row in rows], title(found), LEGEND)
     table.present(console, found | {"rows": [asdict(row) for row in rows]}, options.output)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

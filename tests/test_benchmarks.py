@@ -4,10 +4,9 @@ import doctest
 import json
 from pathlib import Path
 
-import jax_layer
-import memory
 import pytest
-import torch_step
+
+from benchmarks import jax_layer, memory, torch_step
 
 TINY = ["--batch", "2", "--channels", "4", "--size", "6", "--steps", "7", "--k", "3", "--threads", "1"]
 COUNTS = {

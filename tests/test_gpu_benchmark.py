@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpu
-import gpu_rows
-import gpu_tests
 import gpus
 import numpy as np
 import pytest
 import test_jax_gpu
 import torch
+
+from benchmarks import gpu, gpu_rows, gpu_tests, report
 
 DRY = ["--device", "cpu", "--quick"]
 HAS_GPU = gpus.WITHOUT_CUPY == "" or torch.cuda.is_available() or test_jax_gpu.gpu() is not None
@@ -23,8 +22,8 @@ HAS_GPU = gpus.WITHOUT_CUPY == "" or torch.cuda.is_available() or test_jax_gpu.g
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """One dry run."""
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, gpu.__file__, *DRY, "--output", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True), folder
+    command = [*report.COMMAND, "gpu", *DRY, "--output", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=report.ROOT), folder
 
 
 def test_a_dry_run_measures_what_the_processor_can(dry: Any) -> None:
@@ -108,7 +107,7 @@ def test_a_framework_that_breaks_down_is_a_failure(
         "if 'cupy' in sys.argv: print('{\"card\": \"cpu\"}')\n"
         "if 'torch' in sys.argv: sys.exit('the driver is gone')\n"
     )
-    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(report, "COMMAND", (sys.executable, str(script)))
     assert gpu.main(DRY) == 1
     told = capsys.readouterr().out
     assert "FAILED: PyTorch ended with 1: the driver is gone" in told

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from memory import LiveTensors
 from problems import layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_core as ic
+from benchmarks.memory import LiveTensors
 from implicit_core.adapters import torch as ict
 
 K = [1, 2, 5, 9]

@@ -1,0 +1,1 @@
+"""Costs beside peers: ``python -m benchmarks``."""

@@ -1,0 +1,47 @@
+"""``python -m benchmarks``: all measurements, by name."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "solvers": ("solvers", "evaluations, time and overhead of solvers, beside TorchDEQ, jaxopt, optimistix, SciPy"),
+    "gradients": ("gradients", "time and memory after the solve, beside TorchDEQ, bare loops, full backpropagation"),
+    "training": ("training", "one training step of a convolution block, beside TorchDEQ"),
+    "scaling": ("scaling", "cost against batch, width, k and the solver's memory, with fitted slopes"),
+    "step": ("torch_step", "one step with forced evaluations in PyTorch: time and memory of every gradient"),
+    "layer": ("jax_layer", "one layer in JAX: time, compile time and memory, beside jaxopt and optimistix"),
+    "gpu": ("gpu", "all that needs a GPU: the tests marked gpu, and times"),
+}
+
+
+def usage() -> str:
+    """What --help prints."""
+    lines = [f"  {name:<11}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m benchmarks COMMAND [--help] [options]",
+            "",
+            "Times are ratios of what ran side by side; absolute ones mean little.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of them; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"python -m benchmarks: there is no {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    code: int = module.main(rest)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,241 @@
+"""Solvers beside those of TorchDEQ, jaxopt, optimistix and SciPy: evaluations of F, time and overhead."""
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import report
+from .contenders import LIMIT, OURS, RTOL, TORCHDEQS, Contender
+from .equations import QUICK, SIZES, Equation, equations, random_layer
+from .timing import geometric_mean, interleaved, ratio
+
+FORCED = 30
+"""Evaluations of F in every solve whose overhead is measured."""
+ASKED = {
+    "Anderson": 2.5,
+    "Broyden": 2.5,
+    "fixed point": 1.15,
+    "JAX": 1.3,
+}
+BUDGETS = {
+    ("fixed point", "32x128"): 1.5,
+    ("Anderson", "32x128"): 5.0,
+    ("Broyden", "32x128"): 6.0,
+    ("fixed point", "256x1024"): 1.03,
+    ("Anderson", "256x1024"): 1.25,
+    ("Broyden", "256x1024"): 1.5,
+}
+LEGEND = """\
+F      evaluations of F until every sample's residual was at most 1e-5 of F;
+       a dash: not within 300
+time   of a solve to that residual, over ours: TorchDEQ and SciPy over ours in
+       PyTorch, jaxopt and optimistix over ours in JAX, under jit"""
+OVERHEAD_LEGEND = """\
+/ F    time of 30 forced steps over that of 30 bare evaluations of F
+ops    operations a step that reach PyTorch's dispatcher, views included, beside
+       those of F"""
+
+Libraries = dict[str, Callable[[Equation, str], Contender]]
+
+
+def libraries(family: str) -> Libraries:
+    """Who has such a solver; ours in PyTorch and in JAX are the first two."""
+    from . import contenders as c
+
+    found: Libraries = {"ours": c.ours_in_torch, "ours, jit": c.ours_in_jax}
+    for name, make, families in (
+        ("TorchDEQ", c.torchdeqs, c.TORCHDEQS),
+        ("SciPy", c.scipys, c.SCIPYS),
+        ("jaxopt", c.jaxopts, c.JAXOPTS),
+        ("optimistix", c.optimistixs, ("fixed point",)),
+    ):
+        if family in families:
+            found[name] = make
+    return found
+
+
+OVER = {"TorchDEQ": "ours", "SciPy": "ours", "jaxopt": "ours, jit", "optimistix": "ours, jit"}
+
+
+def to_a_residual(equation: Equation, family: str, repetitions: int, announce: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluations and times of all libraries' solvers of one name on one equation."""
+    label = f"{family}, {equation.name}"
+    announce(label)
+    found = {name: make(equation, family) for name, make in libraries(family).items()}
+    arrived = {name: contender.run for name, contender in found.items() if contender.evaluations is not None}
+    times = interleaved(arrived, repetitions, lambda _: announce(label))
+    return {
+        "equation": equation.name,
+        "evaluations": {name: contender.evaluations for name, contender in found.items()},
+        "times": times,
+        "over ours": {
+            name: ratio(times, name, ours) for name, ours in OVER.items() if name in arrived and ours in arrived
+        },
+    }
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operations that reach PyTorch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(make: Callable[..., Contender], equation: Equation, family: str, own: int) -> float:
+    """A step's, beside F's, at steps that are like all later ones."""
+    counts = []
+    for steps in (FORCED, FORCED - 10):
+        run = make(equation, family, steps).run
+        with Dispatched() as mode:
+            run()
+        counts.append(mode.count)
+    return (counts[0] - counts[1]) / 10 - own
+
+
+def bare(equation: Equation) -> Callable[[], Any]:
+    """As many evaluations of F, and nothing else."""
+    import torch
+
+    f, h0, z = equation.torch()
+
+    def run() -> Any:
+        h = h0
+        with torch.no_grad():
+            for _ in range(FORCED):
+                h = f(h, z)
+        return h
+
+    return run
+
+
+def overhead(equation: Equation, repetitions: int, announce: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What steps cost beside F, here and in TorchDEQ."""
+    from .contenders import ours_in_torch, torchdeqs
+
+    evaluate = bare(equation)
+    with Dispatched() as mode:
+        evaluate()
+    rows = []
+    for family in TORCHDEQS:
+        makes = {"ours": ours_in_torch, "TorchDEQ": torchdeqs}
+        runs = {name: make(equation, family, FORCED).run for name, make in makes.items()}
+        times = interleaved({"F": evaluate, **runs}, repetitions, lambda _: announce(f"overhead, {equation.name}"))
+        rows.append(
+            {
+                "size": "x".join(map(str, equation.shape)),
+                "solver": family,
+                "overhead": {name: ratio(times, name, "F") for name in runs},
+                "operations": {
+                    name: operations(make, equation, family, mode.count // FORCED) for name, make in makes.items()
+                },
+                "times": times,
+            }
+        )
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = report.parser("solvers", __doc__)
+    options.add_argument("--solver", choices=OURS, action="append", help="only this one; may be given again")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    import numpy as np
+    import torch
+
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    console = Console(width=80)
+    problems = equations(options.seed, quick=options.quick)
+    families = options.solver or list(OURS)
+    sizes = QUICK if options.quick else SIZES
+    repetitions = options.repetitions or (3 if options.quick else 9)
+    calls = [len(libraries(family)) * repetitions + 1 for family in families for _ in problems]
+    total = sum(calls) + len(sizes) * len(TORCHDEQS) * 3 * 3 * repetitions
+    record: dict[str, Any] = {"rtol": RTOL, "limit": LIMIT, "solvers": {}, "overhead": []}
+    with warnings.catch_warnings(), report.progress(console, total) as announce:
+        warnings.simplefilter("ignore")  # the peers'
+        for size in sizes:
+            layer = random_layer(np.random.default_rng(options.seed), *size)
+            layer = Equation(layer.name, layer.function, layer.shape, {n: np.float32(v) for n, v in layer.z.items()})
+            record["overhead"] += overhead(layer, 3 * repetitions, announce)
+        for family in families:
+            record["solvers"][family] = [to_a_residual(e, family, repetitions, announce) for e in problems]
+    tables = [*(solver_table(family, rows) for family, rows in record["solvers"].items()), overhead_table(record)]
+    record |= report.facts(options, "torch", "torchdeq", "jax", "jaxopt", "optimistix", "scipy")
+    report.publish(console, options.output, "solvers", tables, record, picture)
+    return 0
+
+
+def solver_table(family: str, rows: list[dict[str, Any]]) -> report.Table:
+    """Evaluations and relative times of the solvers of one name."""
+    libraries = [name for name in rows[0]["evaluations"] if name != "ours, jit"]
+    peers = libraries[1:]
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    body = [
+        (
+            row["equation"],
+            *(cell(row["evaluations"][name], "d") for name in libraries),
+            *(cell(row["over ours"].get(name), ".2f") for name in peers),
+        )
+        for row in rows
+    ]
+    means = [geometric_mean(r["over ours"][name] for r in rows if name in r["over ours"]) for name in peers]
+    body.append(("geometric mean", *("" for _ in libraries), *(f"{mean:.2f}" for mean in means)))
+    head = ("equation", *(f"{name} F" for name in libraries), *(f"{name} time" for name in peers))
+    return report.Table(head, body, [f"{family}: evaluations of F, and time over ours"], LEGEND, wrap=True)
+
+
+def overhead_table(record: dict[str, Any]) -> report.Table:
+    """What steps cost beside F."""
+    body = []
+    for row in record["overhead"]:
+        budget = BUDGETS.get((row["solver"], row["size"]))
+        body.append(
+            (
+                f"{row['size']} {row['solver']}",
+                f"{row['overhead']['ours']:.2f}",
+                "" if budget is None else f"{budget:g}",
+                f"{row['overhead']['TorchDEQ']:.2f}",
+                f"{row['operations']['ours']:.0f}",
+                f"{row['operations']['TorchDEQ']:.0f}",
+            )
+        )
+    head = ("layer, solver", "ours / F", "budget", "TorchDEQ / F", "ours ops", "TorchDEQ ops")
+    return report.Table(head, body, ["Overhead of a step, in PyTorch"], OVERHEAD_LEGEND)
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """Times over ours, a point for each equation."""
+    import matplotlib.pyplot as plt
+
+    families = record["solvers"]
+    figure, axes = plt.subplots(1, len(families), figsize=(3.2 * len(families), 3.6), sharey=True, squeeze=False)
+    names = [row["equation"] for row in next(iter(families.values()))]
+    for axis, (family, rows) in zip(axes[0], families.items(), strict=True):
+        for mark, name in zip("osD^", OVER, strict=True):
+            points = [(r["over ours"][name], i) for i, r in enumerate(rows) if name in r["over ours"]]
+            if points:
+                axis.plot(*zip(*points, strict=True), mark, label=name, alpha=0.8)
+        axis.axvline(1.0, color="0.6", linewidth=1)
+        axis.set(xscale="log", title=family, xlabel="time / ours")
+        axis.legend(fontsize=7)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,41 @@
+"""Paired times: on a shared machine only what ran side by side can be compared."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from typing import Any
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """For one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repetitions: int, announce: Callable[[str], None] = lambda _: None
+) -> dict[str, list[float]]:
+    """Seconds of every run in every repetition; in each, all of them run, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    gc.collect()
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            announce(name)
+            times[name].append(seconds(run))
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], name: str, to: str) -> float:
+    """The median, over the repetitions, of the time of one run over that of another."""
+    return median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers; NaN of none."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan

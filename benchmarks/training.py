@@ -1,0 +1,188 @@
+"""One training step of a convolution block, forward and backward, to one residual, beside TorchDEQ's."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import implicit_core as ic
+
+from . import report
+from .memory import LiveTensors
+from .timing import interleaved, ratio
+from .torch_step import Block, Layer, loss, step
+
+LAM, K = 0.5, 5
+MB = 1e6
+LIMIT = 100
+SOLVERS = {"Anderson": (ic.Anderson, "anderson"), "Broyden": (ic.Broyden, "broyden")}
+HEAD = ("solver, gradient", "F", "VJP", "residual", "ms", "IFT / it", "held MB", "peak MB", "cosine")
+LEGEND = """\
+F          evaluations of F in the forward pass + in the backward pass
+VJP        pullbacks through F
+residual   largest of a sample at the solver's point, relative to F
+ms         time of a step: the median
+IFT / it   time of TorchDEQ's step with implicit gradient over that of this
+held       MB of tensors that wait for the backward pass
+peak       MB of tensors alive at once, at most
+cosine     of the gradient of all parameters with the exact one"""
+
+
+def ours(solver: ic.Solver, gradient: ic.Estimator) -> Layer:
+    """A layer of this library."""
+
+    def layer(cell: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        h0 = torch.zeros_like(x)
+        return ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1).value
+
+    return layer
+
+
+def torchdeqs(solver: str, rtol: float, backward_rtol: float, **gradient: Any) -> Layer:
+    """A layer of TorchDEQ; its solver in the forward pass is the one in the backward pass, as in its examples."""
+    import torchdeq
+
+    deq = torchdeq.get_deq(
+        f_solver=solver,
+        b_solver=solver,
+        f_max_iter=LIMIT,
+        b_max_iter=LIMIT,
+        f_stop_mode="rel",
+        b_stop_mode="rel",
+        f_tol=rtol,
+        b_tol=backward_rtol,
+        **gradient,
+    )
+    return lambda cell, x: deq(lambda h: cell(h, x), torch.zeros_like(x))[0][-1]
+
+
+def layers(solver: str, rtol: float, backward_rtol: float) -> dict[str, Layer]:
+    """The rows."""
+    make, theirs = SOLVERS[solver]
+    mine = partial(ours, make(rtol=rtol, atol=0.0, max_steps=LIMIT))
+    their = partial(torchdeqs, theirs, rtol, backward_rtol)
+    return {
+        "Implicit(GMRES)": mine(ic.Implicit(ic.GMRES(rtol=backward_rtol))),
+        "Implicit(BiCGSTAB)": mine(ic.Implicit(ic.BiCGSTAB(rtol=backward_rtol))),
+        f"Unroll({K}, {LAM})": mine(ic.Unroll(K, LAM)),
+        f"Neumann({K}, {LAM})": mine(ic.Neumann(K, LAM)),
+        "OneStep": mine(ic.OneStep()),
+        "TorchDEQ IFT": their(ift=True),
+        "TorchDEQ IFT (hook)": their(hook_ift=True),
+        f"TorchDEQ UPG({K})": their(grad=K, tau=LAM),
+    }
+
+
+def count(layer: Layer, cell: Block, x: Tensor) -> dict[str, Any]:
+    """Evaluations, pullbacks, bytes, the residual and the gradient of one step."""
+    counts = {"forward": 0, "backward": 0, "vjps": 0}
+    now, seen = "forward", [float("inf")]
+
+    def pulled(_: Tensor) -> None:
+        counts["vjps"] += 1
+
+    def counted(h: Tensor, x: Tensor) -> Tensor:
+        counts[now] += 1
+        value = cell(h, x)
+        if value.requires_grad:
+            value.register_hook(pulled)
+        else:
+            with torch.no_grad():
+                norms = [y.flatten(1).norm(dim=1) for y in (value - h, value)]
+                seen.append(float((norms[0] / norms[1]).max()))
+        return value
+
+    for leaf in (x, *cell.parameters()):
+        leaf.grad = None
+    with LiveTensors() as live:
+        value = layer(counted, x)
+        held = live.bytes
+        now = "backward"
+        loss(value).backward()
+    gradient = torch.cat([leaf.grad.flatten() for leaf in cell.parameters()])
+    return counts | {"residual": min(seen), "held": held, "peak": live.peak, "gradient": gradient}
+
+
+def measure(
+    cell: Block, x: Tensor, solver: str, rtols: tuple[float, float], repetitions: int, announce: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """All rows of one solver."""
+    found = layers(solver, *rtols)
+    exact = count(ours(ic.Broyden(rtol=1e-6), ic.Implicit(ic.GMRES(rtol=1e-5))), cell, x)["gradient"]
+    runs = {name: partial(step, layer, cell, x) for name, layer in found.items()}
+    times = interleaved(runs, repetitions, announce)
+    rows = []
+    for name, layer in found.items():
+        counts = count(layer, cell, x)
+        cosine = float(torch.cosine_similarity(counts.pop("gradient"), exact, dim=0))
+        speed = 1 / ratio(times, name, "TorchDEQ IFT")
+        rows.append({"name": name, **counts, "cosine": cosine, "times": times[name], "IFT over it": speed})
+    return rows
+
+
+def table(solver: str, rows: list[dict[str, Any]], title: str) -> report.Table:
+    """The rows as text."""
+    body = [
+        (
+            row["name"],
+            f"{row['forward']}+{row['backward']}",
+            str(row["vjps"]),
+            f"{row['residual']:.0e}",
+            f"{1e3 * median(row['times']):.0f}",
+            f"{row['IFT over it']:.2f}",
+            f"{row['held'] / MB:.1f}",
+            f"{row['peak'] / MB:.1f}",
+            f"{row['cosine']:.3f}",
+        )
+        for row in rows
+    ]
+    head = (f"after {solver}", *HEAD[1:])
+    return report.Table(head, body, [title], LEGEND)
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """Speed against the exactness of the gradient."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(record["rows"]), figsize=(9, 3.8), sharex=True, squeeze=False)
+    for axis, (solver, rows) in zip(axes[0], record["rows"].items(), strict=True):
+        names = [row["name"] for row in rows]
+        colors = ["0.6" if name.startswith("TorchDEQ") else "C0" for name in names]
+        axis.barh(names, [row["IFT over it"] for row in rows], color=colors)
+        axis.axvline(1.0, color="k", linewidth=0.8)
+        axis.set(title=f"after {solver}", xlabel="speed over TorchDEQ's IFT")
+        axis.invert_yaxis()
+    axes[0][-1].set_yticklabels([])
+    figure.tight_layout()
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = report.parser("training", __doc__)
+    parser.add_argument("--rtol", type=float, default=1e-3, help="of the forward residual (default: 1e-3)")
+    parser.add_argument("--backward-rtol", type=float, default=1e-3, help="of exact gradients (default: 1e-3)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    batch, channels, size = (4, 8, 8) if options.quick else (16, 32, 32)
+    repetitions = options.repetitions or (3 if options.quick else 9)
+    cell, x = Block(channels), torch.randn(batch, channels, size, size).requires_grad_()
+    console = Console(width=80)
+    rtols = options.rtol, options.backward_rtol
+    rows: dict[str, Any] = {}
+    with warnings.catch_warnings(), report.progress(console, 2 * len(layers("Anderson", *rtols)) * repetitions) as bar:
+        warnings.simplefilter("ignore", ic.InexactGradientWarning)
+        for solver in SOLVERS:
+            rows[solver] = measure(cell, x, solver, rtols, repetitions, lambda name: bar(name))
+    record = {"shape": [batch, channels, size, size], "lam": LAM, "k": K, "rows": rows}
+    record |= report.facts(options, "torch", "torchdeq")
+    title = f"A training step: {batch} x {channels} x {size} x {size}, residual {options.rtol:g}"
+    tables = [table(solver, found, title) for solver, found in rows.items()]
+    report.publish(console, options.output, "training", tables, record, picture)
+    return 0
