@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_core.backend import Backend, Look, Stream
-
-Carry = TypeVar("Carry")
+from implicit_core.backend import Backend, Stream
 
 SPECIAL_STREAMS = (1, 2)
 """Numbers in the place of addresses: CUDA's names for its legacy and its per-thread default stream."""
@@ -27,7 +25,7 @@ _LOOP: ContextVar[Loop | None] = ContextVar("what records a loop, in the place o
 
 @contextmanager
 def looping(loop: Loop) -> Iterator[None]:
-    """Within it operations are being recorded, and ``loop`` stands for :meth:`TorchBackend.while_loop`.
+    """Within it operations are being recorded, and ``loop`` stands for :meth:`Backend.while_loop`.
 
     The counter that a loop's body gets may then be a tensor without axes.
     """
@@ -78,26 +76,17 @@ class TorchBackend(Backend):
             "throw=True can't look at statuses while a CUDA graph is captured: look at solution.status after a replay"
         )
 
-    def while_loop(
-        self,
-        cond: Callable[[Carry], Tensor],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
-        max_steps: int,
-        check_every: int = 1,
-        look: Look | None = None,
-    ) -> Carry:
-        loop = _LOOP.get()
-        if loop is None:
-            return super().while_loop(cond, body, carry, max_steps, check_every, look)
-        done: Carry = loop(cond, body, carry, max_steps, check_every)
-        return done
+    def recorder(self) -> Loop | None:
+        return _LOOP.get()
 
     def count(self, masks: Sequence[Tensor]) -> list[int]:
         if masks[0].is_cpu:  # where a reduction takes longer to begin with than to carry out
             return [int(np.count_nonzero(mask.numpy())) for mask in masks]
         counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
         return counts
+
+    def apart(self, x: Tensor, y: Tensor) -> bool:
+        return x.data_ptr() != y.data_ptr() or x.numel() == 0
 
     def copy(self, x: Tensor) -> Tensor:
         return x.clone()

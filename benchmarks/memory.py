@@ -20,6 +20,8 @@ class LiveTensors(TorchDispatchMode):
         Of the storages alive now.
     peak
         Most bytes since the beginning, or since it was last set.
+    made
+        Bytes of all storages so far, the freed ones included.
 
     Examples
     --------
@@ -27,13 +29,13 @@ class LiveTensors(TorchDispatchMode):
     >>> x = torch.ones(1000)
     >>> with LiveTensors() as live:
     ...     y = torch.exp(x[10:] + 1)  # 990 numbers, and as many for the sum
-    >>> live.bytes, live.count, live.peak
-    (3960, 1, 7920)
+    >>> live.bytes, live.count, live.peak, live.made
+    (3960, 1, 7920, 7920)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.count = self.peak = 0
+        self.bytes = self.count = self.peak = self.made = 0
         self._known: dict[int, weakref.ref[UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,6 +58,7 @@ class LiveTensors(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, freed)
         self.bytes += size
+        self.made += size
         self.count += size > 0
         self.peak = max(self.peak, self.bytes)
 

@@ -144,6 +144,10 @@ class Backend:
         ``check_every`` steps; ``look`` may read a few numbers more in its place. Where operations are recorded nothing
         can be read: ``max_steps`` are made.
         """
+        loop = self.recorder()
+        if loop is not None:
+            done: Carry = loop(cond, body, carry, max_steps, check_every)
+            return done
         steps = 0
         while steps < max_steps:
             masks = (cond(carry),) if look is None else look.masks(carry)
@@ -163,6 +167,10 @@ class Backend:
                 carry = self.repeat(body, carry, chunk - 1)
             steps += chunk
         return carry
+
+    def recorder(self) -> Callable[..., Any] | None:
+        """What takes a loop down in the place of carrying it out: ``(cond, body, carry, max_steps, check_every)``."""
+        return None
 
     def count(self, masks: Sequence[Array]) -> list[int]:
         """In how many samples masks hold, (N, 1), read from the device at once."""
@@ -223,6 +231,10 @@ class Backend:
     def fresh(self, x: Array) -> Array:
         """``x`` in memory that the user's functions can't write to."""
         return self.xp.asarray(x, copy=True)
+
+    def apart(self, x: Array, y: Array) -> bool:
+        """Whether ``x`` and ``y`` are known to begin at different places in memory."""
+        return False
 
     def stop_gradient(self, x: Array) -> Array:
         """``x``, cut from any autodiff graph."""

@@ -133,10 +133,16 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
     def advance(carry: _Carry, mask: Mask, better: Mask) -> _Carry:
         best = None if carry.best is None else _fold(space, carry.best, carry.point, carry.steps, better)
         x, memory = solver.step(system, carry.memory, carry.point)
-        if mask is True and x is carry.point.f:
-            x = space.copy(x)  # f may write its next result to where this one is
+        lent = mask is True and x is carry.point.f  # f may write its next result to where this one is
+        if lent and not system.writes_anew:
+            x = space.copy(x)
         x = space.round(space.where(mask, x, carry.point.x))
         point, tolerance = measure(x, carry.point.index + 1)
+        if lent and system.writes_anew and not space.apart(x, point.f):
+            system.writes_anew = False
+            system.extra_evaluations += 2
+            x = space.round(space.copy(system.evaluate(carry.point.x)))
+            point, tolerance = measure(x, carry.point.index + 1)
         steps = space.tally(carry.steps, mask)
         if best is not None and solver.retries_nonfinite:
             retry = ~xp.isfinite(point.norm) & xp.isfinite(best.norm) & (steps - best.steps < PATIENCE)
@@ -157,9 +163,9 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         known = [_known(mask, n, space.samples) for mask, n in zip(masks(carry), counts, strict=True)]
         return advance(carry, known[0], known[-1])
 
-    with backend.solving():
-        atol = space.scalar(solver.absolute_tolerance)
+    def begin() -> _Carry:
         start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
+        system.writes_anew = space.apart(start, space.pack(space.like))
         point, tolerance = measure(start, 0)
         if system.pure is not True:  # nothing is active then: the loop's first look tells, and costs no other
             point = point._replace(active=point.active & system.pure)
@@ -173,10 +179,14 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
             record = _record(space, (unknown,), point, space.full(True, xp.bool))
         memory = solver.observe(system, solver.init(system, point.x), point)
         improved = None if best is None else point.norm < best.norm
-        carry = _Carry(point, tolerance, steps, best, improved, record, memory)
+        return _Carry(point, tolerance, steps, best, improved, record, memory)
+
+    with backend.solving():
+        atol = space.scalar(solver.absolute_tolerance)
         look = Look(masks, informed)
+        # Nothing here holds the first point, or the loop would run with it beside its own.
         carry = backend.while_loop(
-            lambda c: xp.any(c.point.active), body, carry, solver.max_steps - 1, solver.check_every, look
+            lambda c: xp.any(c.point.active), body, begin(), solver.max_steps - 1, solver.check_every, look
         )
         if system.pure is not True and carry.point.index == 0:
             system.check_purity()

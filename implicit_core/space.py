@@ -109,6 +109,10 @@ class Space:
         """``x`` in memory of its own."""
         return tuple(map(self.backend.copy, x))
 
+    def apart(self, x: State, y: State) -> bool:
+        """Whether two states are known to be in different memory."""
+        return all(map(self.backend.apart, x, y))
+
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
         if self._bare and self._as_it_is:

@@ -30,6 +30,8 @@ class System:
         self._last: tuple[State, BoundLinearization] | None = None
         self.pure: Any = None
         """Whether f at the start left it as it was, which an array says; True where that is certain."""
+        self.writes_anew = True
+        """Whether f gives every result memory of its own, as far as is known."""
 
     def evaluate(self, x: State) -> State:
         """F(x, z)."""

@@ -1,5 +1,6 @@
 """The cost table of the design, by counting: callbacks of the estimators, dispatched operations of the solvers."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from problems import Case, layer, symmetric_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_core as ic
+from benchmarks.memory import LiveTensors
 from implicit_core.backends import torch as torch_backend
 
 K = [1, 2, 5, 9]
@@ -143,6 +145,32 @@ def test_operations_a_step(solver: type, limit: int, check_every: int, monkeypat
     for operations in (once, twice):
         operations.pop("aten.detach.default")  # `.numpy()`, of a mask that is looked at
     assert (twice.total() - once.total()) / steps - own <= limit
+
+
+@pytest.mark.parametrize(
+    ("solver", "states", "held"),
+    [(ic.FixedPointIteration(), 1, 5), (ic.Anderson(memory=5), 2, 10 + 7), (ic.Broyden(memory=10), 6, 10 + 9)],
+    ids=["fp", "anderson", "b"],
+)
+def test_allocations_of_a_step(solver: ic.Solver, states: int, held: int) -> None:
+    """In states: what a step makes anew beside F's own, and what is alive at once at most, F's own included."""
+    batch, width = 16, 4096  # wide enough for numbers of a sample, and matrices of the memory's size, to vanish
+    own = 3  # product, sum and tanh
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.5 * h + z)
+
+    def run(steps: int) -> LiveTensors:
+        h0, z = torch.zeros(batch, width), torch.linspace(-1, 1, width).expand(batch, width)
+        settings = dataclasses.replace(solver, rtol=0.0, atol=0.0, max_steps=steps)
+        with LiveTensors() as live:
+            ic.solve(f, h0, z, solver=settings, batch_ndim=1)
+        return live
+
+    state = batch * width * 4
+    twice, once = run(8), run(4)
+    assert round((twice.made - once.made) / (4 * state), 1) - own == states
+    assert int(twice.peak / state) == held
 
 
 def test_memory_of_a_history() -> None:

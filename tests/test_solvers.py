@@ -483,3 +483,39 @@ def test_a_map_may_write_into_one_buffer_at_every_call(solver: ic.Solver) -> Non
     solution = ic.solve(lambda h, z: np.tanh(h @ w.T + z, out=buffer), case.h0, x, solver=solver, batch_ndim=1)
     assert np.all(solution.converged)
     np.testing.assert_allclose(solution.value, case.oracle(), atol=1e-9)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 7])
+@pytest.mark.parametrize("solver", SOLVERS[:3], ids=named)
+def test_a_map_may_begin_to_write_into_one_buffer(solver: ic.Solver, calls: int) -> None:
+    """As a captured one does, after some calls for warming up; every evaluation is counted."""
+    case = layer()
+    w, x, h0 = (torch.from_numpy(a) for a in (case.z["w"], case.z["x"], case.h0))
+    buffer, evaluations = torch.empty_like(h0), 0
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        value = torch.tanh(h @ w.T + z)
+        return buffer.copy_(value) if evaluations > calls else value
+
+    solution = ic.solve(f, h0, x, solver=solver, batch_ndim=1)
+    assert torch.all(solution.converged)
+    np.testing.assert_allclose(solution.value.numpy(), case.oracle(), atol=1e-9)
+    assert solution.stats.evaluations == evaluations
+
+
+def test_plain_iteration_copies_nothing_while_every_result_is_new() -> None:
+    case = layer()
+    w, x, h0 = (torch.from_numpy(a) for a in (case.z["w"], case.z["x"], case.h0))
+    results: list[int] = []
+    arguments: list[int] = []
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        arguments.append(h.data_ptr())
+        value = torch.tanh(h @ w.T + z)
+        results.append(value.data_ptr())
+        return value
+
+    ic.solve(f, h0, x, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=6), batch_ndim=1)
+    assert arguments[1:] == results[:-1]

@@ -51,9 +51,10 @@ class Neumann(AtFixedPoint):
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18), by Horner's rule: w ← v + B w."""
         backend, lam = find_backend(v, "v"), self.lam
+        axpy = backend.axpy
 
         def term(w: PyTree) -> PyTree:
-            return backend.map(lambda v, w, jw: v + (lam * jw + (1 - lam) * w), v, w, jacobian(w))
+            return backend.map(lambda v, w, jw: axpy(lam, jw, axpy(1 - lam, w, v)), v, w, jacobian(w))
 
         w = backend.repeat(term, v, self.k - 1)
         return backend.map(lambda w: lam * w, w)

@@ -89,7 +89,7 @@ def unrolled_vjp(
             for t in reversed(range(1, k)):
                 g_h, g_z = linearization(t).vjp(backend.map(lambda g: lam * g, g))
                 z_bar = _add(backend, z_bar, g_z)
-                g = backend.map(lambda g_h, g: g_h + (1 - lam) * g, g_h, g)
+                g = backend.map(lambda g_h, g: backend.axpy(1 - lam, g, g_h), g_h, g)
             return _add(backend, z_bar, linearization(0).vjp_z(backend.map(lambda g: lam * g, g)))
 
     return h, pullback
@@ -113,7 +113,7 @@ def _step(backend: Backend, lam: float, f: PyTree, h: PyTree) -> PyTree:
     """λ f + (1 - λ) h (Eq. 13)."""
     if lam == 1.0:
         return backend.map(backend.fresh, f)
-    return backend.map(lambda f, h: lam * f + (1 - lam) * h, f, h)
+    return backend.map(lambda f, h: backend.axpy(lam, f, (1 - lam) * h), f, h)
 
 
 def _add(backend: Backend, total: PyTree, term: PyTree) -> PyTree:
