@@ -98,9 +98,6 @@ class TorchBackend(Backend):
         all_rows = history.shape[1]
         return all_rows if isinstance(index, Tensor) or history.numel() < LARGE else min(index, all_rows)
 
-    def halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.narrow(1, 0, 1), rows.narrow(1, 1, 1)
-
     def head(self, array: Tensor, axis: int, n: int) -> Tensor:
         return array if array.shape[axis] == n else array.narrow(axis, 0, n)
 
@@ -140,6 +137,10 @@ class TorchBackend(Backend):
 
     def products(self, row: Tensor, history: Tensor) -> Tensor:
         return torch.bmm(row, history.mT)
+
+    def products_of_two(self, x: Tensor, y: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.bmm(torch.cat((x, y), dim=1), history.mT)
+        return both.narrow(1, 0, 1), both.narrow(1, 1, 1)
 
     def combine(self, weights: Tensor, history: Tensor) -> Tensor:
         return torch.bmm(weights, history)

@@ -13,7 +13,7 @@ from .equations import Equation
 
 RTOL = 1e-5
 """What no sample's residual ‖F(h) - h‖ may exceed, relative to ‖F(h)‖."""
-LIMIT = 300
+LIMIT = 200
 """Evaluations of F after which a solver has not made it."""
 OURS: dict[str, type[ic.Solver]] = {
     "fixed point": ic.FixedPointIteration,

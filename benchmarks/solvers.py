@@ -31,7 +31,7 @@ BUDGETS = {
 }
 LEGEND = """\
 F      evaluations of F until every sample's residual was at most 1e-5 of F;
-       a dash: not within 300
+       a dash: not within 200
 time   of a solve to that residual, over ours: TorchDEQ and SciPy over ours in
        PyTorch, jaxopt and optimistix over ours in JAX, under jit"""
 OVERHEAD_LEGEND = """\
@@ -67,7 +67,7 @@ def to_a_residual(equation: Equation, family: str, repetitions: int, announce: C
     announce(label)
     found = {name: make(equation, family) for name, make in libraries(family).items()}
     arrived = {name: contender.run for name, contender in found.items() if contender.evaluations is not None}
-    times = interleaved(arrived, repetitions, lambda _: announce(label))
+    times = interleaved(arrived, repetitions, lambda _: announce(label), limit=8.0)
     return {
         "equation": equation.name,
         "evaluations": {name: contender.evaluations for name, contender in found.items()},

@@ -16,14 +16,19 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], repetitions: int, announce: Callable[[str], None] = lambda _: None
+    runs: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    announce: Callable[[str], None] = lambda _: None,
+    limit: float = 60.0,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every repetition; in each, all of them run, one after the other."""
+    """Seconds of every run in every repetition; in each, all of them run, one after the other.
+
+    There are fewer, two at least, where they would take longer than ``limit`` seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+    once = sum(seconds(run) for run in runs.values())
     gc.collect()
-    for _ in range(repetitions):
+    for _ in range(min(repetitions, max(2, int(limit / max(once, 1e-9))))):
         for name, run in runs.items():
             announce(name)
             times[name].append(seconds(run))

@@ -20,7 +20,11 @@ from .torch_step import Block, Layer, loss, step
 LAM, K = 0.5, 5
 MB = 1e6
 LIMIT = 100
-SOLVERS = {"Anderson": (ic.Anderson, "anderson"), "Broyden": (ic.Broyden, "broyden")}
+SOLVERS = {
+    "plain": (ic.FixedPointIteration, "fixed_point_iter"),
+    "Anderson": (ic.Anderson, "anderson"),
+    "Broyden": (ic.Broyden, "broyden"),
+}
 HEAD = ("solver, gradient", "F", "VJP", "residual", "ms", "IFT / it", "held MB", "peak MB", "cosine")
 LEGEND = """\
 F          evaluations of F in the forward pass + in the backward pass
@@ -149,7 +153,7 @@ def picture(record: dict[str, Any]) -> Any:
     """Speed against the exactness of the gradient."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(record["rows"]), figsize=(9, 3.8), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(record["rows"]), figsize=(12, 3.8), sharex=True, squeeze=False)
     for axis, (solver, rows) in zip(axes[0], record["rows"].items(), strict=True):
         names = [row["name"] for row in rows]
         colors = ["0.6" if name.startswith("TorchDEQ") else "C0" for name in names]
@@ -157,7 +161,8 @@ def picture(record: dict[str, Any]) -> Any:
         axis.axvline(1.0, color="k", linewidth=0.8)
         axis.set(title=f"after {solver}", xlabel="speed over TorchDEQ's IFT")
         axis.invert_yaxis()
-    axes[0][-1].set_yticklabels([])
+    for axis in axes[0][1:]:
+        axis.set_yticklabels([])
     figure.tight_layout()
     return figure
 
@@ -176,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=80)
     rtols = options.rtol, options.backward_rtol
     rows: dict[str, Any] = {}
-    with warnings.catch_warnings(), report.progress(console, 2 * len(layers("Anderson", *rtols)) * repetitions) as bar:
+    with warnings.catch_warnings(), report.progress(console, 3 * len(layers("Anderson", *rtols)) * repetitions) as bar:
         warnings.simplefilter("ignore", ic.InexactGradientWarning)
         for solver in SOLVERS:
             rows[solver] = measure(cell, x, solver, rtols, repetitions, lambda name: bar(name))

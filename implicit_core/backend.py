@@ -265,10 +265,6 @@ class Backend:
             return array
         return array[(*(slice(None),) * axis, slice(n), ...)]
 
-    def halves(self, rows: Array) -> tuple[Array, Array]:
-        """Two rows, (N, 2, m), as two of (N, 1, m)."""
-        return rows[:, :1, :], rows[:, 1:, :]
-
     def minimum(self, index: Any, limit: int) -> Any:
         """The smaller of a loop's counter and a constant."""
         return min(index, limit)
@@ -305,6 +301,11 @@ class Backend:
     def products(self, row: Array, history: Array) -> Array:
         """Inner products of a row with those of a history, (N, 1, D), (N, m, D) -> (N, 1, m)."""
         return row @ self.xp.matrix_transpose(history)
+
+    def products_of_two(self, x: Array, y: Array, history: Array) -> tuple[Array, Array]:
+        """The same of two rows, for which the history is read once."""
+        both = self.products(self.xp.concat([x, y], axis=1), history)
+        return both[:, :1, :], both[:, 1:, :]
 
     def combine(self, weights: Array, history: Array) -> Array:
         """Weighted sum of the rows of a history, (N, 1, m), (N, m, D) -> (N, 1, D)."""

@@ -239,10 +239,6 @@ class Space:
         """A state as a row."""
         return tuple(a[:, None, :] for a in x)
 
-    def pair(self, x: Row, y: Row) -> Row:
-        """Two rows above each other, (N, 2, D)."""
-        return tuple(self.xp.concat([a, b], axis=1) for a, b in zip(x, y, strict=True))
-
     def state(self, row: Row) -> State:
         """A row as a state."""
         return tuple(a[:, 0, :] for a in row)
@@ -266,6 +262,12 @@ class Space:
     def products(self, row: Row, history: History) -> Array:
         """Inner products of a row with those of a history, (N, 1, m)."""
         return self.backend.total(_sum([self.backend.products(a, b) for a, b in zip(row, history, strict=True)]))
+
+    def products_of_two(self, x: Row, y: Row, history: History) -> tuple[Array, Array]:
+        """The same of two rows."""
+        found = [self.backend.products_of_two(a, b, c) for a, b, c in zip(x, y, history, strict=True)]
+        of_x, of_y = zip(*found, strict=True)
+        return self.backend.total(_sum(of_x)), self.backend.total(_sum(of_y))
 
     def rows_in_use(self, history: History, index: Any) -> int:
         """How many rows of a history to compute with, when the loop's counter is at ``index``; the rest is zero."""
@@ -294,7 +296,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _sum(terms: list[Array]) -> Array:
+def _sum(terms: Sequence[Array]) -> Array:
     total = terms[0]
     for term in terms[1:]:
         total = total + term

@@ -78,7 +78,7 @@ class Broyden(Solver):
 
         step = r
         if first is not True:
-            of_last, of_r = backend.halves(space.products(space.pair(memory.last, r), past))
+            of_last, of_r = space.products_of_two(memory.last, r, past)
             row = memory.here[previous] + backend.combine(of_last, backend.head(coefficients, 1, n))
             row = row / backend.entry(of_last, previous)
             if first is not False:
