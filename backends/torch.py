@@ -94,6 +94,13 @@ class TorchBackend(Backend):
     def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return torch.where(mask, x, y)
 
+    def where_number(self, mask: Tensor, number: int, x: Tensor) -> Tensor:
+        return torch.where(mask, number, x)
+
+    def unchanged(self, x: Tensor, before: Tensor) -> Any:
+        # On a device one look, which waits for it, is too many.
+        return (x.is_cpu and torch.equal(x, before)) or super().unchanged(x, before)
+
     def rows_in_use(self, history: Tensor, index: int | Tensor) -> int:
         all_rows = history.shape[1]
         return all_rows if isinstance(index, Tensor) or history.numel() < LARGE else min(index, all_rows)

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "solvers": ("solvers", "evaluations, time and overhead of solvers, beside TorchDEQ, jaxopt, optimistix, SciPy"),
-    "gradients": ("gradients", "time and memory after the solve, beside TorchDEQ, bare loops, full backpropagation"),
-    "training": ("training", "one training step of a convolution block, beside TorchDEQ"),
-    "scaling": ("scaling", "cost against batch, width, k and the solver's memory, with fitted slopes"),
-    "step": ("torch_step", "one step with forced evaluations in PyTorch: time and memory of every gradient"),
-    "layer": ("jax_layer", "one layer in JAX: time, compile time and memory, beside jaxopt and optimistix"),
+    "solvers": ("solvers", "solvers beside TorchDEQ's, jaxopt's, optimistix' and SciPy's"),
+    "gradients": ("gradients", "time and memory after the solve, beside TorchDEQ's"),
+    "training": ("training", "a step of a convolution block to one residual, beside TorchDEQ's"),
+    "scaling": ("scaling", "cost against batch, width, k and the solver's memory"),
+    "step": ("torch_step", "the same of forced evaluations: time and memory of all gradients"),
+    "layer": ("jax_layer", "a layer in JAX, beside jaxopt's and optimistix'"),
     "gpu": ("gpu", "all that needs a GPU: the tests marked gpu, and times"),
 }
 

@@ -60,7 +60,7 @@ def ours_in_torch(equation: Equation, family: str, steps: int | None = None) -> 
 
     f, h0, z = equation.torch()
     settings = {"rtol": 0.0 if steps else RTOL, "atol": 0.0, "max_steps": steps or LIMIT}
-    solver = OURS[family](**settings, **({"memory": 40} if family == "Broyden" else {}))
+    solver = OURS[family](**settings, **({"memory": 40} if family == "Broyden" and not steps else {}))
     run = partial(ic.solve, ict.problem(f, batch_ndim=1), h0, z, solver=solver)
     solution = run()
     reached = bool((solution.status == ic.CONVERGED).all())
@@ -214,7 +214,7 @@ def _calibrated(equation: Equation, make: Callable[..., Callable[[Any, Any], Any
         jax.effects_barrier()
         return min(seen) <= RTOL
 
-    exponents = np.arange(-2.0, 7.0, 0.05)
+    exponents = np.arange(-1.0, 6.0, 0.1)
     low, high = 0, len(exponents) - 1
     reached = enough(exponents[high])
     while reached and low < high:

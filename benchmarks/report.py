@@ -55,7 +55,8 @@ class Table:
         for line in self.title:
             console.print(line, highlight=False)
         console.print(table)
-        console.print(self.legend, style="dim", highlight=False)
+        if self.legend:
+            console.print(self.legend, style="dim", highlight=False)
 
     def present(self, console: Console, record: dict[str, Any], paths: Sequence[Path]) -> None:
         """Print it, and write it or its record to files."""
@@ -72,7 +73,8 @@ class Table:
             "|---" + "|--:" * (len(self.head) - 1) + "|",
         ]
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return "\n".join([*lines, "", "```", self.legend, "```", ""])
+        legend = ["```", self.legend, "```", ""] if self.legend else []
+        return "\n".join([*lines, "", *legend])
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write it as a page, or ``record`` as JSON, as the suffix says."""

@@ -3,6 +3,7 @@
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -15,12 +16,6 @@ from .timing import geometric_mean, interleaved, ratio
 
 FORCED = 30
 """Evaluations of F in every solve whose overhead is measured."""
-ASKED = {
-    "Anderson": 2.5,
-    "Broyden": 2.5,
-    "fixed point": 1.15,
-    "JAX": 1.3,
-}
 BUDGETS = {
     ("fixed point", "32x128"): 1.5,
     ("Anderson", "32x128"): 5.0,
@@ -58,6 +53,8 @@ def libraries(family: str) -> Libraries:
     return found
 
 
+IN_TORCH = ("ours", "TorchDEQ", "SciPy")
+IN_JAX = ("ours, jit", "jaxopt", "optimistix")
 OVER = {"TorchDEQ": "ours", "SciPy": "ours", "jaxopt": "ours, jit", "optimistix": "ours, jit"}
 
 
@@ -67,7 +64,10 @@ def to_a_residual(equation: Equation, family: str, repetitions: int, announce: C
     announce(label)
     found = {name: make(equation, family) for name, make in libraries(family).items()}
     arrived = {name: contender.run for name, contender in found.items() if contender.evaluations is not None}
-    times = interleaved(arrived, repetitions, lambda _: announce(label), limit=8.0)
+    times: dict[str, list[float]] = {}
+    for names in (IN_TORCH, IN_JAX):
+        group = {name: run for name, run in arrived.items() if name in names}
+        times |= interleaved(group, repetitions, lambda _: announce(label), limit=6.0)
     return {
         "equation": equation.name,
         "evaluations": {name: contender.evaluations for name, contender in found.items()},
@@ -76,6 +76,30 @@ def to_a_residual(equation: Equation, family: str, repetitions: int, announce: C
             name: ratio(times, name, ours) for name, ours in OVER.items() if name in arrived and ours in arrived
         },
     }
+
+
+def fastest_in_jax(
+    equation: Equation, rows: dict[str, dict[str, Any]], repetitions: int, announce: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The fastest of our solvers beside the fastest of the peers', whatever their names, under jit.
+
+    ``rows`` has, for each name of a solver, what :func:`to_a_residual` found.
+    """
+    label = f"under jit, {equation.name}"
+    announce(label)
+    times = {
+        (name, family): median(row["times"][name])
+        for family, row in rows.items()
+        for name in IN_JAX
+        if name in row["times"]
+    }
+    ours = min((key for key in times if key[0] == IN_JAX[0]), key=times.__getitem__, default=None)
+    theirs = min((key for key in times if key[0] != IN_JAX[0]), key=times.__getitem__, default=None)
+    if ours is None or theirs is None:
+        return None
+    runs = {name: libraries(family)[name](equation, family).run for name, family in (ours, theirs)}
+    found = interleaved(runs, 3 * repetitions, lambda _: announce(label), limit=8.0)
+    return {"equation": equation.name, "ours": ours, "theirs": theirs, "ratio": ratio(found, theirs[0], ours[0])}
 
 
 class Dispatched(TorchDispatchMode):
@@ -147,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = report.parser("solvers", __doc__)
     options.add_argument("--solver", choices=OURS, action="append", help="only this one; may be given again")
+    options.add_argument("--equation", action="append", help="only those that begin so: 'stiff'; may be given again")
     return options
 
 
@@ -159,12 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     console = Console(width=80)
     problems = equations(options.seed, quick=options.quick)
+    if options.equation:
+        problems = [e for e in problems if e.name.startswith(tuple(options.equation))]
+        if not problems:
+            parser().error(f"no equation begins with {', '.join(options.equation)}")
     families = options.solver or list(OURS)
     sizes = QUICK if options.quick else SIZES
     repetitions = options.repetitions or (3 if options.quick else 9)
     calls = [len(libraries(family)) * repetitions + 1 for family in families for _ in problems]
-    total = sum(calls) + len(sizes) * len(TORCHDEQS) * 3 * 3 * repetitions
-    record: dict[str, Any] = {"rtol": RTOL, "limit": LIMIT, "solvers": {}, "overhead": []}
+    total = sum(calls) + len(problems) * (1 + 6 * repetitions) + len(sizes) * len(TORCHDEQS) * 3 * 3 * repetitions
+    record: dict[str, Any] = {"rtol": RTOL, "limit": LIMIT, "solvers": {}, "under jit": [], "overhead": []}
     with warnings.catch_warnings(), report.progress(console, total) as announce:
         warnings.simplefilter("ignore")  # the peers'
         for size in sizes:
@@ -173,7 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["overhead"] += overhead(layer, 3 * repetitions, announce)
         for family in families:
             record["solvers"][family] = [to_a_residual(e, family, repetitions, announce) for e in problems]
-    tables = [*(solver_table(family, rows) for family, rows in record["solvers"].items()), overhead_table(record)]
+        for i, equation in enumerate(problems):
+            rows = {family: found[i] for family, found in record["solvers"].items()}
+            record["under jit"].append(fastest_in_jax(equation, rows, repetitions, announce))
+    tables = [solver_table(family, rows) for family, rows in record["solvers"].items()]
+    tables += [jit_table([row for row in record["under jit"] if row]), overhead_table(record)]
     record |= report.facts(options, "torch", "torchdeq", "jax", "jaxopt", "optimistix", "scipy")
     report.publish(console, options.output, "solvers", tables, record, picture)
     return 0
@@ -201,6 +234,17 @@ def solver_table(family: str, rows: list[dict[str, Any]]) -> report.Table:
     return report.Table(head, body, [f"{family}: evaluations of F, and time over ours"], LEGEND, wrap=True)
 
 
+def jit_table(rows: list[dict[str, Any]]) -> report.Table:
+    """The fastest beside the fastest."""
+    body = [
+        (row["equation"], row["ours"][1], f"{row['theirs'][0]}, {row['theirs'][1]}", f"{row['ratio']:.2f}")
+        for row in rows
+    ]
+    body.append(("geometric mean", "", "", f"{geometric_mean(row['ratio'] for row in rows):.2f}"))
+    head = ("equation", "our fastest", "their fastest", "theirs / ours")
+    return report.Table(head, body, ["Under jit: the fastest solver of the peers beside the fastest of ours"], "")
+
+
 def overhead_table(record: dict[str, Any]) -> report.Table:
     """What steps cost beside F."""
     body = []
@@ -223,6 +267,7 @@ def overhead_table(record: dict[str, Any]) -> report.Table:
 def picture(record: dict[str, Any]) -> Any:
     """Times over ours, a point for each equation."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     families = record["solvers"]
     figure, axes = plt.subplots(1, len(families), figsize=(3.2 * len(families), 3.6), sharey=True, squeeze=False)
@@ -234,6 +279,9 @@ def picture(record: dict[str, Any]) -> Any:
                 axis.plot(*zip(*points, strict=True), mark, label=name, alpha=0.8)
         axis.axvline(1.0, color="0.6", linewidth=1)
         axis.set(xscale="log", title=family, xlabel="time / ours")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.legend(fontsize=7)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()

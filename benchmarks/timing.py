@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
+PAUSE = 0.01
+"""Seconds between runs, in which the threads of one library go to sleep: awake they take cores from the next."""
+
 
 def seconds(run: Callable[[], Any]) -> float:
     """For one call."""
@@ -31,6 +34,7 @@ def interleaved(
     for _ in range(min(repetitions, max(2, int(limit / max(once, 1e-9))))):
         for name, run in runs.items():
             announce(name)
+            time.sleep(PAUSE)
             times[name].append(seconds(run))
     return times
 

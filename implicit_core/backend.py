@@ -248,6 +248,10 @@ class Backend:
         """``x`` where ``mask`` holds, else ``y``, as in the array API."""
         return self.xp.where(mask, x, y)
 
+    def where_number(self, mask: Array, number: int, x: Array) -> Array:
+        """``number`` where ``mask`` holds, else ``x``."""
+        return self.xp.where(mask, self.xp.full((), number, dtype=x.dtype, device=self.device(x)), x)
+
     def copy(self, x: Array) -> Array:
         """``x`` in memory of its own."""
         return self.xp.asarray(x, copy=True)

@@ -145,7 +145,7 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
             point, tolerance = measure(x, carry.point.index + 1)
         steps = space.tally(carry.steps, mask)
         if best is not None and solver.retries_nonfinite:
-            retry = ~xp.isfinite(point.norm) & xp.isfinite(best.norm) & (steps - best.steps < PATIENCE)
+            retry = ~_finite(point.norm) & _finite(best.norm) & (steps - best.steps < PATIENCE)
             point = point._replace(active=point.active | retry)
         memory = solver.observe(system, memory, point)
         record = None if carry.trace is None else _record(space, carry.trace, point, carry.point.active)
@@ -193,6 +193,11 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         return _solution(system, carry)
 
 
+def _finite(norm: Array) -> Array:
+    # One operation, where `isfinite` may be several: a norm is not negative, and NaN is below nothing.
+    return norm < float("inf")
+
+
 def _known(mask: Array, count: int, samples: int) -> Mask:
     return count > 0 if count in (0, samples) else mask
 
@@ -208,19 +213,20 @@ def _record(space: Space, trace: History, point: Point, was_active: Array) -> Hi
 
 
 def _solution(system: System, carry: _Carry) -> Solution:
-    space, xp, point = system.space, system.space.xp, carry.point
-    finite = xp.isfinite(point.norm) & xp.isfinite(carry.tolerance)
+    space, point = system.space, carry.point
+    backend, xp = space.backend, space.xp
+    finite = _finite(point.norm) & _finite(carry.tolerance)
     converged = finite & ~point.active
-    status = xp.where(finite, space.full(Status.MAX_STEPS, xp.int32), space.full(Status.NONFINITE, xp.int32))
+    status = backend.where_number(finite, Status.MAX_STEPS.value, space.full(Status.NONFINITE, xp.int32))
     x, norm = point.x, point.norm
     steps = space.counts(carry.steps)
     if carry.best is not None:
         best = _fold(space, carry.best, point, carry.steps, carry.better)
         stagnated = finite & (steps - space.counts(best.steps) >= PATIENCE)
-        status = xp.where(stagnated, space.full(Status.STAGNATED, xp.int32), status)
+        status = backend.where_number(stagnated, Status.STAGNATED.value, status)
         x = space.where(converged, point.x, best.x)
-        norm = xp.where(converged | ~xp.isfinite(best.norm), point.norm, best.norm)
-    status = xp.where(converged, space.full(Status.CONVERGED, xp.int32), status)
+        norm = backend.where(converged | ~_finite(best.norm), point.norm, best.norm)
+    status = backend.where_number(converged, Status.CONVERGED.value, status)
     trace = None
     if carry.trace is not None:
         rows = xp.permute_dims(carry.trace[0][:, :, 0], (1, 0))
@@ -232,7 +238,7 @@ def _solution(system: System, carry: _Carry) -> Solution:
         trace=trace,
     )
     # Once more: without a graph, a framework may still carry forward-mode tangents.
-    value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
+    value = backend.map(backend.stop_gradient, space.unpack(x))
     return Solution(value, space.per_sample(status), stats)
 
 

@@ -197,7 +197,9 @@ class Space:
         """The same for per-sample numbers, or counts that are the same in all samples."""
         if isinstance(mask, bool):
             return x if mask else y
-        return self.backend.where(mask, self.counts(x), self.counts(y))
+        if isinstance(x, int):
+            return self.backend.where_number(mask, x, self.counts(y))
+        return self.backend.where(mask, x, self.counts(y))
 
     def tally(self, counts: Array | int, mask: Mask) -> Array | int:
         """``counts``, one more in the samples of ``mask``."""

@@ -3,9 +3,11 @@
 import doctest
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import jax_layer, memory, torch_step
 
 TINY = ["--batch", "2", "--channels", "4", "--size", "6", "--steps", "7", "--k", "3", "--threads", "1"]
@@ -73,3 +75,69 @@ def test_the_table_of_a_layer_in_jax(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_live_tensors() -> None:
     assert doctest.testmod(memory) == (0, 4)
+
+
+def saved(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The numbers of a run; what it printed and saved is looked at."""
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "|---" in (folder / f"{name}.md").read_text()
+    record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return record
+
+
+def command(name: str, *arguments: str, folder: Path) -> int:
+    return benchmarks.main(
+        [name, "--quick", "--repetitions", "1", "--threads", "1", "--output", str(folder), *arguments]
+    )
+
+
+def test_solvers_beside_their_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--solver", "fixed point", "--solver", "Anderson", "--equation", "stiff", "--equation", "symmetric"]
+    assert command("solvers", *only, folder=tmp_path) == 0
+    record = saved(tmp_path, "solvers", capsys)
+    plain, anderson = ({row["equation"]: row for row in rows} for rows in record["solvers"].values())
+    assert set(plain["stiff heat"]["evaluations"].values()) == {None}
+    assert set(plain["symmetric 32x128"]["evaluations"].values()) == {62}
+    for row in anderson.values():
+        ours, *others = (row["evaluations"][name] for name in ("ours", "TorchDEQ", "SciPy", "jaxopt"))
+        assert ours <= min(count for count in others if count)
+    assert {row["solver"]: row["operations"]["ours"] for row in record["overhead"]} == {
+        "fixed point": 6,
+        "Anderson": 22,
+        "Broyden": 31,
+    }
+
+
+def test_gradients_beside_torchdeqs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("gradients", "--batch", "4", "--width", "8", folder=tmp_path) == 0
+    rows = {row["name"]: row for row in saved(tmp_path, "gradients", capsys)["rows"]}
+    counts = {name: (row["evaluations"], row["vjps"]) for name, row in rows.items()}
+    assert counts["Neumann(5)"] == counts["loop, Neumann(5)"] == (1, 5)
+    assert counts["Unroll(5)"] == counts["loop, Unroll(5)"] == counts["TorchDEQ UPG(5)"] == (5, 5)
+    assert counts["OneStep"] == (1, 1)
+    assert rows["Neumann(5)"]["held"] == rows["OneStep"]["held"] <= rows["TorchDEQ UPG(5)"]["held"] / 2
+
+
+def test_a_training_step_beside_torchdeqs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("training", folder=tmp_path) == 0
+    for rows in saved(tmp_path, "training", capsys)["rows"].values():
+        for row in rows:
+            assert row["residual"] <= 1e-3
+            assert row["cosine"] > (0.999 if "Implicit" in row["name"] or "IFT" in row["name"] else 0.9)
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("scaling", folder=tmp_path) == 0
+    assert saved(tmp_path, "scaling", capsys)["curves"].keys() == {"batch", "width", "memory", "k"}
+
+
+def test_a_command_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmarks.main(["solver"]) == 2
+    assert "there is no 'solver'; there are solvers, gradients" in capsys.readouterr().err
+    assert benchmarks.main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.main(["solvers", "--equation", "nonsense"])
+    assert "no equation begins with nonsense" in capsys.readouterr().err

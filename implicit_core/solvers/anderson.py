@@ -63,8 +63,7 @@ class Anderson(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
-        slots = space.xp.arange(m, device=space.device)
-        filled = space.xp.astype(slots[None, :] <= slots[:, None], space.dtype)
+        filled = space.xp.tril(space.xp.ones((m, m), dtype=space.dtype, device=space.device))
         rows = space.xp.broadcast_to(filled[:, None, None, :], (m, space.samples, 1, m))
         constants = space.backend.table(rows), *ridge(space, m, self.regularization)
         return Memory(space.history(m), space.history(m), space.grams(m), *constants)
