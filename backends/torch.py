@@ -95,7 +95,8 @@ class TorchBackend(Backend):
         return torch.where(mask, x, y)
 
     def where_number(self, mask: Tensor, number: int, x: Tensor) -> Tensor:
-        return torch.where(mask, number, x)
+        # Elsewhere a number would be copied to the device, which waits for it, and can't be captured.
+        return torch.where(mask, number, x) if x.is_cpu else super().where_number(mask, number, x)
 
     def unchanged(self, x: Tensor, before: Tensor) -> Any:
         # On a device one look, which waits for it, is too many.

@@ -177,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
+    import jax
     import numpy as np
     import torch
 
@@ -194,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls = [len(libraries(family)) * repetitions + 1 for family in families for _ in problems]
     total = sum(calls) + len(problems) * (1 + 6 * repetitions) + len(sizes) * len(TORCHDEQS) * 3 * 3 * repetitions
     record: dict[str, Any] = {"rtol": RTOL, "limit": LIMIT, "solvers": {}, "under jit": [], "overhead": []}
-    with warnings.catch_warnings(), report.progress(console, total) as announce:
+    # Float32 alone: with float64 about, peers mix the two.
+    with warnings.catch_warnings(), jax.enable_x64(False), report.progress(console, total) as announce:
         warnings.simplefilter("ignore")  # the peers'
         for size in sizes:
             layer = random_layer(np.random.default_rng(options.seed), *size)

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
-PAUSE = 0.01
-"""Seconds between runs, in which the threads of one library go to sleep: awake they take cores from the next."""
-
 
 def seconds(run: Callable[[], Any]) -> float:
     """For one call."""
@@ -26,15 +23,16 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every run in every repetition; in each, all of them run, one after the other.
 
+    Each runs twice, and the second time counts: what ran before has left its threads awake and its memory in the cache.
     There are fewer, two at least, where they would take longer than ``limit`` seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     once = sum(seconds(run) for run in runs.values())
     gc.collect()
-    for _ in range(min(repetitions, max(2, int(limit / max(once, 1e-9))))):
+    for _ in range(min(repetitions, max(2, int(limit / max(2 * once, 1e-9))))):
         for name, run in runs.items():
             announce(name)
-            time.sleep(PAUSE)
+            run()
             times[name].append(seconds(run))
     return times
 

@@ -61,7 +61,6 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
             return tuple(BACKEND.flatten(value)[0])
 
         structures: list[Any] = []
-        at_z = tuple(z_leaves[i] for i in moving)
         with torch.inference_mode(False), torch.enable_grad():
             h_in = tuple(as_leaf(x) for x in h_leaves)
             z_in = tuple(as_leaf(z_leaves[i]) for i in moving)
@@ -80,26 +79,23 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
             grads = pull(v, h_in + z_in)
             return BACKEND.unflatten(h_structure, grads[: len(h_in)]), as_z(grads[len(h_in) :])
 
-        def push(function: Any, at: Sequence[Tensor], tangents: Sequence[Tensor]) -> PyTree:
+        def jvp(dh: PyTree, dz: PyTree) -> PyTree:
+            dz_leaves = BACKEND.flatten_with_none(dz)[0]
+            tangents = (*BACKEND.flatten(dh)[0], *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
             # Not forward_ad: an autograd.Function switches that off within its forward, where a solve may be running.
             # And contiguous: forward mode refuses expanded tensors.
-            at, tangents = (tuple(x.contiguous() for x in tensors) for tensors in (at, tangents))
-            return BACKEND.unflatten(structures[0], list(torch.func.jvp(function, at, tangents)[1]))
-
-        def jvp_h(dh: PyTree) -> PyTree:
-            return push(lambda *at: call(at, at_z), h_leaves, BACKEND.flatten(dh)[0])
-
-        def jvp(dh: PyTree, dz: PyTree) -> PyTree:
-            dz_leaves, n = BACKEND.flatten_with_none(dz)[0], len(h_leaves)
-            tangents = (*BACKEND.flatten(dh)[0], *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
-            return push(lambda *at: call(at[:n], at[n:]), (*h_leaves, *at_z), tangents)
+            at = [x.contiguous() for x in (*h_leaves, *(z_leaves[i] for i in moving))]
+            n = len(h_leaves)
+            tangent = torch.func.jvp(
+                lambda *at: call(at[:n], at[n:]), tuple(at), tuple(t.contiguous() for t in tangents)
+            )[1]
+            return BACKEND.unflatten(structures[0], list(tangent))
 
         return Linearization(
             BACKEND.unflatten(structures[0], value),
             vjp_h=lambda v: BACKEND.unflatten(h_structure, pull(v, h_in)),
             vjp_z=lambda v: as_z(pull(v, z_in)),
             vjp=vjp,
-            jvp_h=jvp_h,
             jvp=jvp,
         )
 
