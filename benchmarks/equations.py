@@ -75,13 +75,32 @@ class Equation:
     shape
         Of h; the first axis is the batch.
     z
-        Inputs and weights, NumPy arrays of float32.
+        Inputs and weights, NumPy arrays, which become float32.
     """
 
     name: str
     function: Callable[[Operations, Array, Weights], Array]
     shape: tuple[int, ...]
     z: Weights
+
+    def __post_init__(self) -> None:
+        z = {name: np.ascontiguousarray(value, np.float32) for name, value in self.z.items()}
+        object.__setattr__(self, "z", z)
+
+    def bare(self, evaluations: int) -> Callable[[], Array]:
+        """So many evaluations of F in PyTorch, and nothing else."""
+        import torch
+
+        f, h0, z = self.torch()
+
+        def run() -> Array:
+            h = h0
+            with torch.no_grad():
+                for _ in range(evaluations):
+                    h = f(h, z)
+            return h
+
+        return run
 
     def torch(self) -> tuple[Callable[[Array, Weights], Array], Array, Weights]:
         """F, the start and z in PyTorch."""
@@ -188,14 +207,10 @@ QUICK = [(32, 128)]
 def equations(seed: int, *, quick: bool = False) -> list[Equation]:
     """All of them, or the small ones."""
     rng = np.random.default_rng(seed)
-    found = [make(rng, *size) for make in (random_layer, symmetric_layer) for size in (QUICK if quick else SIZES)]
-    found += [
+    return [
+        *(make(rng, *size) for make in (random_layer, symmetric_layer) for size in (QUICK if quick else SIZES)),
         convolution(rng, *((4, 8, 8) if quick else (16, 32, 16))),
         attention(rng, *((4, 8, 16) if quick else (16, 32, 128))),
         heat(rng, 16 if quick else 64, 100, 4.0),
         many_speeds(rng, 32 if quick else 64, 64 if quick else 256),
-    ]
-    return [
-        Equation(e.name, e.function, e.shape, {n: np.ascontiguousarray(v, np.float32) for n, v in e.z.items()})
-        for e in found
     ]

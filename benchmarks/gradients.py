@@ -14,12 +14,12 @@ from torch import Tensor
 import implicit_core as ic
 
 from . import report
+from .counting import Counted
 from .equations import random_layer
-from .memory import LiveTensors
+from .memory import MB, LiveTensors
 from .timing import interleaved
 
 LAM = 0.5
-MB = 1e6
 STEPS = 25
 """Of full backpropagation."""
 HEAD = ("gradient", "F", "VJP", "after / UPG(5)", "pull / VJPs", "held MB", "peak MB")
@@ -55,7 +55,7 @@ class Setting:
 def build(batch: int, width: int, seed: int) -> Setting:
     """The layer, solved."""
     equation = random_layer(np.random.default_rng(seed), batch, width)
-    w, x = (torch.asarray(equation.z[name], dtype=torch.float32).requires_grad_() for name in ("w", "x"))
+    w, x = (torch.from_numpy(equation.z[name]).requires_grad_() for name in ("w", "x"))
     v = torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
     setting = Setting(torch.zeros(batch, width), w, x, v)
     h = ic.solve(setting.f, setting.h, (w.detach(), x.detach()), solver=ic.Broyden(rtol=1e-5), batch_ndim=1).value
@@ -158,24 +158,14 @@ def vjps(setting: Setting) -> dict[str, Callable[[], Any]]:
 
 def count(setting: Setting, way: Way) -> dict[str, int]:
     """Evaluations, pullbacks and bytes of one forward and backward pass."""
-    counts = {"evaluations": 0, "vjps": 0}
-
-    def pulled(_: Tensor) -> None:
-        counts["vjps"] += 1
-
-    def f(h: Tensor, z: Any) -> Tensor:
-        value = setting.f(h, z)
-        if torch.is_grad_enabled() and value.requires_grad:  # the solver's own check is no part of it
-            counts["evaluations"] += 1
-            value.register_hook(pulled)
-        return value
-
+    f = Counted(setting.f)
     with LiveTensors() as live:
         value = way(f)
         held = live.bytes
         live.peak = held
         torch.autograd.grad(value, setting.z, setting.v)
-    return counts | {"held": held, "peak": live.peak}
+    # What the solver evaluates to check its point records no graph, and is no part of it.
+    return {"evaluations": f.recorded, "vjps": f.vjps, "held": held, "peak": live.peak}
 
 
 def measure(
@@ -186,8 +176,8 @@ def measure(
     # TorchDEQ's hook runs without end where a graph is walked twice.
     values = {name: way(setting.f) for name, (way, kinds) in found.items() if kinds is not None}
     runs: dict[str, Callable[[], Any]] = dict(vjps(setting))
-    with_z = tuple(x.detach() for x in setting.z)
-    runs["check"] = partial(ic.solve, setting.f, setting.h, with_z, solver=lambda *_: setting.h, batch_ndim=1)
+    values_of_z = tuple(x.detach() for x in setting.z)
+    runs["check"] = partial(ic.solve, setting.f, setting.h, values_of_z, solver=lambda *_: setting.h, batch_ndim=1)
     for name, (way, _) in found.items():
         runs[f"all {name}"] = lambda way=way: torch.autograd.grad(way(setting.f), setting.z, setting.v)
     for name, value in values.items():

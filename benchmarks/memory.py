@@ -7,6 +7,8 @@ import optree
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MB = 1e6
+
 
 class LiveTensors(TorchDispatchMode):
     """Watches the storages that operations make within the context, until they are freed.

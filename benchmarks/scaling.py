@@ -30,16 +30,7 @@ def solves(batch: int, width: int, seed: int, **memory: int) -> dict[str, Callab
     """A run for each solver, and one of as many bare evaluations of F."""
     equation = random_layer(np.random.default_rng(seed), batch, width)
     f, h0, z = equation.torch()
-    z = {name: value.float() for name, value in z.items()}
-
-    def bare() -> Any:
-        h = h0
-        with torch.no_grad():
-            for _ in range(FORCED):
-                h = f(h, z)
-        return h
-
-    runs: dict[str, Callable[[], Any]] = {"F alone": bare}
+    runs: dict[str, Callable[[], Any]] = {"F alone": equation.bare(FORCED)}
     for name, make in SOLVERS.items():
         if memory and name == "fixed point":
             continue
@@ -100,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (values, found) in curves.items()
         for what, times in found.items()
     ]
-    title = f"{FORCED} steps of tanh(W h + x): width {width} where it is not varied, batch {width and batch}"
+    title = f"{FORCED} steps of tanh(W h + x): width {width} and batch {batch} where they are not varied"
     record = {"curves": {name: {"values": v, "times": t} for name, (v, t) in curves.items()}}
     record |= report.facts(options, "torch")
     report.publish(console, options.output, "scaling", [report.Table(HEAD, body, [title], LEGEND)], record, picture)

@@ -7,10 +7,10 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import report
 from .contenders import LIMIT, OURS, RTOL, TORCHDEQS, Contender
+from .counting import Dispatched
 from .equations import QUICK, SIZES, Equation, equations, random_layer
 from .timing import geometric_mean, interleaved, ratio
 
@@ -102,18 +102,6 @@ def fastest_in_jax(
     return {"equation": equation.name, "ours": ours, "theirs": theirs, "ratio": ratio(found, theirs[0], ours[0])}
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts operations that reach PyTorch's dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def operations(make: Callable[..., Contender], equation: Equation, family: str, own: int) -> float:
     """A step's, beside F's, at steps that are like all later ones."""
     counts = []
@@ -121,33 +109,18 @@ def operations(make: Callable[..., Contender], equation: Equation, family: str, 
         run = make(equation, family, steps).run
         with Dispatched() as mode:
             run()
-        counts.append(mode.count)
+        counts.append(mode.operations.total())
     return (counts[0] - counts[1]) / 10 - own
-
-
-def bare(equation: Equation) -> Callable[[], Any]:
-    """As many evaluations of F, and nothing else."""
-    import torch
-
-    f, h0, z = equation.torch()
-
-    def run() -> Any:
-        h = h0
-        with torch.no_grad():
-            for _ in range(FORCED):
-                h = f(h, z)
-        return h
-
-    return run
 
 
 def overhead(equation: Equation, repetitions: int, announce: Callable[[str], None]) -> list[dict[str, Any]]:
     """What steps cost beside F, here and in TorchDEQ."""
     from .contenders import ours_in_torch, torchdeqs
 
-    evaluate = bare(equation)
+    evaluate = equation.bare(FORCED)
     with Dispatched() as mode:
         evaluate()
+    own = mode.operations.total() // FORCED
     rows = []
     for family in TORCHDEQS:
         makes = {"ours": ours_in_torch, "TorchDEQ": torchdeqs}
@@ -158,9 +131,7 @@ def overhead(equation: Equation, repetitions: int, announce: Callable[[str], Non
                 "size": "x".join(map(str, equation.shape)),
                 "solver": family,
                 "overhead": {name: ratio(times, name, "F") for name in runs},
-                "operations": {
-                    name: operations(make, equation, family, mode.count // FORCED) for name, make in makes.items()
-                },
+                "operations": {name: operations(make, equation, family, own) for name, make in makes.items()},
                 "times": times,
             }
         )
@@ -181,14 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import numpy as np
     import torch
 
-    options = parser().parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console = Console(width=80)
     problems = equations(options.seed, quick=options.quick)
     if options.equation:
         problems = [e for e in problems if e.name.startswith(tuple(options.equation))]
         if not problems:
-            parser().error(f"no equation begins with {', '.join(options.equation)}")
+            command.error(f"no equation begins with {', '.join(options.equation)}")
     families = options.solver or list(OURS)
     sizes = QUICK if options.quick else SIZES
     repetitions = options.repetitions or (3 if options.quick else 9)
@@ -200,7 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # the peers'
         for size in sizes:
             layer = random_layer(np.random.default_rng(options.seed), *size)
-            layer = Equation(layer.name, layer.function, layer.shape, {n: np.float32(v) for n, v in layer.z.items()})
             record["overhead"] += overhead(layer, 3 * repetitions, announce)
         for family in families:
             record["solvers"][family] = [to_a_residual(e, family, repetitions, announce) for e in problems]

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import implicit_core as ic
 
-from .memory import LiveTensors
+from .counting import Counted
+from .memory import MB, LiveTensors
 from .report import COMMAND, ROOT, Table, environment, output, positive, progress, quartiles
 
-MB = 1e6
 LAM = 0.5
 GAIN = 2.0
 """Of the second convolution: 20 steps of plain iteration reach a relative residual of 2e-4."""
@@ -87,11 +87,12 @@ def ours(gradient: ic.Estimator, solver: ic.Solver) -> Layer:
     return layer
 
 
-def torchdeqs(solver: str, steps: int, **gradient: Any) -> Layer:
-    """A layer of TorchDEQ, whose backward solve is plain iteration."""
+def torchdeqs(solver: str, steps: int, **settings: Any) -> Layer:
+    """A layer of TorchDEQ. Its solves make so many steps, and the backward one is plain iteration, if not set."""
     import torchdeq
 
-    deq = torchdeq.get_deq(f_solver=solver, f_max_iter=steps, f_tol=0.0, b_max_iter=steps, b_tol=0.0, **gradient)
+    forced = {"f_max_iter": steps, "f_tol": 0.0, "b_max_iter": steps, "b_tol": 0.0}
+    deq = torchdeq.get_deq(f_solver=solver, **(forced | settings))
 
     def layer(cell: Cell, x: Tensor) -> Tensor:
         return deq(lambda h: cell(h, x), torch.zeros_like(x))[0][-1]
@@ -154,25 +155,12 @@ def bare(cell: Block, x: Tensor, steps: int) -> float:
 
 def count(name: str, layer: Layer, cell: Block, x: Tensor) -> Row:
     """A row without times: one step, its evaluations, pullbacks and bytes counted."""
-    evaluations = vjps = 0
-
-    def pulled(_: Tensor) -> None:
-        nonlocal vjps
-        vjps += 1
-
-    def counted(h: Tensor, x: Tensor) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        value = cell(h, x)
-        if value.requires_grad:
-            value.register_hook(pulled)
-        return value
-
+    counted = Counted(cell)
     with LiveTensors() as live:
         h = layer(counted, x)
-        forward, held = evaluations, live.bytes
+        forward, held = counted.evaluations, live.bytes
         loss(h).backward()
-    return Row(name, forward, evaluations - forward, vjps, held, live.peak)
+    return Row(name, forward, counted.evaluations - forward, counted.vjps, held, live.peak)
 
 
 def grown(options: argparse.Namespace) -> int | None:

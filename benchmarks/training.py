@@ -13,19 +13,19 @@ from torch import Tensor
 import implicit_core as ic
 
 from . import report
-from .memory import LiveTensors
+from .counting import Counted
+from .memory import MB, LiveTensors
 from .timing import interleaved, ratio
-from .torch_step import Block, Layer, loss, step
+from .torch_step import Block, Layer, loss, ours, step, torchdeqs
 
 LAM, K = 0.5, 5
-MB = 1e6
 LIMIT = 100
 SOLVERS = {
     "plain": (ic.FixedPointIteration, "fixed_point_iter"),
     "Anderson": (ic.Anderson, "anderson"),
     "Broyden": (ic.Broyden, "broyden"),
 }
-HEAD = ("solver, gradient", "F", "VJP", "residual", "ms", "IFT / it", "held MB", "peak MB", "cosine")
+HEAD = ("F", "VJP", "residual", "ms", "IFT / it", "held MB", "peak MB", "cosine")
 LEGEND = """\
 F          evaluations of F in the forward pass + in the backward pass
 VJP        pullbacks through F
@@ -37,39 +37,13 @@ peak       MB of tensors alive at once, at most
 cosine     of the gradient of all parameters with the exact one"""
 
 
-def ours(solver: ic.Solver, gradient: ic.Estimator) -> Layer:
-    """A layer of this library."""
-
-    def layer(cell: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        h0 = torch.zeros_like(x)
-        return ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1).value
-
-    return layer
-
-
-def torchdeqs(solver: str, rtol: float, backward_rtol: float, **gradient: Any) -> Layer:
-    """A layer of TorchDEQ; its solver in the forward pass is the one in the backward pass, as in its examples."""
-    import torchdeq
-
-    deq = torchdeq.get_deq(
-        f_solver=solver,
-        b_solver=solver,
-        f_max_iter=LIMIT,
-        b_max_iter=LIMIT,
-        f_stop_mode="rel",
-        b_stop_mode="rel",
-        f_tol=rtol,
-        b_tol=backward_rtol,
-        **gradient,
-    )
-    return lambda cell, x: deq(lambda h: cell(h, x), torch.zeros_like(x))[0][-1]
-
-
 def layers(solver: str, rtol: float, backward_rtol: float) -> dict[str, Layer]:
     """The rows."""
     make, theirs = SOLVERS[solver]
-    mine = partial(ours, make(rtol=rtol, atol=0.0, max_steps=LIMIT))
-    their = partial(torchdeqs, theirs, rtol, backward_rtol)
+    mine = partial(ours, solver=make(rtol=rtol, atol=0.0, max_steps=LIMIT))
+    # The solver of the forward pass is that of the backward pass, as in its examples.
+    stop = {"f_stop_mode": "rel", "f_tol": rtol, "b_stop_mode": "rel", "b_tol": backward_rtol}
+    their = partial(torchdeqs, theirs, LIMIT, b_solver=theirs, **stop)
     return {
         "Implicit(GMRES)": mine(ic.Implicit(ic.GMRES(rtol=backward_rtol))),
         "Implicit(BiCGSTAB)": mine(ic.Implicit(ic.BiCGSTAB(rtol=backward_rtol))),
@@ -84,32 +58,31 @@ def layers(solver: str, rtol: float, backward_rtol: float) -> dict[str, Layer]:
 
 def count(layer: Layer, cell: Block, x: Tensor) -> dict[str, Any]:
     """Evaluations, pullbacks, bytes, the residual and the gradient of one step."""
-    counts = {"forward": 0, "backward": 0, "vjps": 0}
-    now, seen = "forward", [float("inf")]
+    seen = [float("inf")]
 
-    def pulled(_: Tensor) -> None:
-        counts["vjps"] += 1
-
-    def counted(h: Tensor, x: Tensor) -> Tensor:
-        counts[now] += 1
+    def watched(h: Tensor, x: Tensor) -> Tensor:
         value = cell(h, x)
-        if value.requires_grad:
-            value.register_hook(pulled)
-        else:
-            with torch.no_grad():
-                norms = [y.flatten(1).norm(dim=1) for y in (value - h, value)]
-                seen.append(float((norms[0] / norms[1]).max()))
+        if not value.requires_grad:
+            norms = [y.flatten(1).norm(dim=1) for y in (value - h, value)]
+            seen.append(float((norms[0] / norms[1]).max()))
         return value
 
     for leaf in (x, *cell.parameters()):
         leaf.grad = None
+    counted = Counted(watched)
     with LiveTensors() as live:
         value = layer(counted, x)
-        held = live.bytes
-        now = "backward"
+        forward, held = counted.evaluations, live.bytes
         loss(value).backward()
-    gradient = torch.cat([leaf.grad.flatten() for leaf in cell.parameters()])
-    return counts | {"residual": min(seen), "held": held, "peak": live.peak, "gradient": gradient}
+    return {
+        "forward": forward,
+        "backward": counted.evaluations - forward,
+        "vjps": counted.vjps,
+        "residual": min(seen),
+        "held": held,
+        "peak": live.peak,
+        "gradient": torch.cat([leaf.grad.flatten() for leaf in cell.parameters()]),
+    }
 
 
 def measure(
@@ -117,7 +90,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows of one solver."""
     found = layers(solver, *rtols)
-    exact = count(ours(ic.Broyden(rtol=1e-6), ic.Implicit(ic.GMRES(rtol=1e-5))), cell, x)["gradient"]
+    exact = count(ours(ic.Implicit(ic.GMRES(rtol=1e-5)), ic.Broyden(rtol=1e-6)), cell, x)["gradient"]
     runs = {name: partial(step, layer, cell, x) for name, layer in found.items()}
     times = interleaved(runs, repetitions, announce)
     rows = []
@@ -145,8 +118,7 @@ def table(solver: str, rows: list[dict[str, Any]], title: str) -> report.Table:
         )
         for row in rows
     ]
-    head = (f"after {solver}", *HEAD[1:])
-    return report.Table(head, body, [title], LEGEND)
+    return report.Table((f"after {solver}", *HEAD), body, [title], LEGEND)
 
 
 def picture(record: dict[str, Any]) -> Any:
@@ -184,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings(), report.progress(console, 3 * len(layers("Anderson", *rtols)) * repetitions) as bar:
         warnings.simplefilter("ignore", ic.InexactGradientWarning)
         for solver in SOLVERS:
-            rows[solver] = measure(cell, x, solver, rtols, repetitions, lambda name: bar(name))
+            rows[solver] = measure(cell, x, solver, rtols, repetitions, bar)
     record = {"shape": [batch, channels, size, size], "lam": LAM, "k": K, "rows": rows}
     record |= report.facts(options, "torch", "torchdeq")
     title = f"A training step: {batch} x {channels} x {size} x {size}, residual {options.rtol:g}"

@@ -230,7 +230,7 @@ class Backend:
 
     def fresh(self, x: Array) -> Array:
         """``x`` in memory that the user's functions can't write to."""
-        return self.xp.asarray(x, copy=True)
+        return self.copy(x)
 
     def apart(self, x: Array, y: Array) -> bool:
         """Whether ``x`` and ``y`` are known to begin at different places in memory."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 from libraries import NUMPY
 from problems import Case, layer, symmetric_layer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_core as ic
+from benchmarks.counting import Dispatched
 from benchmarks.memory import LiveTensors
 from implicit_core.backends import torch as torch_backend
 
@@ -101,18 +101,6 @@ def test_a_problem_with_one_mode_serves_that_mode() -> None:
     with pytest.raises(NotImplementedError, match="pass jvp= to Problem"):
         ic.solve(pull_only, case.h0, case.z, solver=ic.NewtonKrylov())
     assert np.all(ic.solve(push_only, case.h0, case.z, solver=ic.NewtonKrylov()).status == ic.CONVERGED)
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts what reaches torch's dispatcher, views included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

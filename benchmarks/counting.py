@@ -1,0 +1,40 @@
+"""What PyTorch carries out, counted instead of timed."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what reaches PyTorch's dispatcher, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Counted:
+    """F(h, z), counting its evaluations, those of them that record a graph, and the pullbacks through it."""
+
+    def __init__(self, f: Callable[[Tensor, Any], Tensor]) -> None:
+        self._f = f
+        self.evaluations = self.recorded = self.vjps = 0
+
+    def __call__(self, h: Tensor, z: Any) -> Tensor:
+        """F(h, z)."""
+        self.evaluations += 1  # before: a checkpoint leaves F by an exception once it has what it needs
+        value = self._f(h, z)
+        if value.requires_grad:
+            self.recorded += 1
+            value.register_hook(self._pulled)
+        return value
+
+    def _pulled(self, _: Tensor) -> None:
+        self.vjps += 1
