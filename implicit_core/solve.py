@@ -165,7 +165,8 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
 
     def begin() -> _Carry:
         start = space.copy(space.pack(backend.map(backend.stop_gradient, space.like)))
-        system.writes_anew = space.apart(start, space.pack(space.like))
+        # A best point is kept for longer than until the next evaluation.
+        system.writes_anew = not solver.keeps_best and space.apart(start, space.pack(space.like))
         point, tolerance = measure(start, 0)
         if system.pure is not True:  # nothing is active then: the loop's first look tells, and costs no other
             point = point._replace(active=point.active & system.pure)
@@ -226,6 +227,8 @@ def _solution(system: System, carry: _Carry) -> Solution:
         status = backend.where_number(stagnated, Status.STAGNATED.value, status)
         x = space.where(converged, point.x, best.x)
         norm = backend.where(converged | ~_finite(best.norm), point.norm, best.norm)
+    elif system.writes_anew and isinstance(point.index, int) and point.index > 0:
+        x = space.copy(x)  # it may lie where f wrote its result, and will write another
     status = backend.where_number(converged, Status.CONVERGED.value, status)
     trace = None
     if carry.trace is not None:

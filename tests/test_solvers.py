@@ -519,3 +519,39 @@ def test_plain_iteration_copies_nothing_while_every_result_is_new() -> None:
 
     ic.solve(f, h0, x, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=6), batch_ndim=1)
     assert arguments[1:] == results[:-1]
+
+
+def in_turns(f: Any) -> Any:
+    """``f``, its results written to two buffers in turns."""
+    buffers: list[torch.Tensor] = []
+
+    def call(h: torch.Tensor, z: Any) -> torch.Tensor:
+        value = f(h)
+        if len(buffers) < 2:
+            buffers.append(value.clone())
+            return buffers[-1]
+        buffers.reverse()
+        return buffers[1].copy_(value)
+
+    return call
+
+
+def test_what_a_solve_returns_is_not_written_to_by_the_next_evaluation() -> None:
+    f = in_turns(lambda h: torch.tanh(0.5 * h + 1.0))
+    value = ic.solve(f, torch.zeros(3), None, solver=ic.FixedPointIteration()).value
+    before = value.clone()
+    for _ in range(2):
+        f(torch.full((3,), 9.0), None)
+    assert torch.equal(value, before)
+
+
+class Keeping(ic.FixedPointIteration):
+    """Plain iteration that returns its best point."""
+
+    keeps_best = True
+
+
+def test_a_best_point_is_not_written_to() -> None:
+    factors = itertools.chain([0.1], itertools.repeat(2.0))
+    solution = ic.solve(in_turns(lambda h: next(factors) * h), torch.ones(3), None, solver=Keeping(max_steps=6))
+    np.testing.assert_allclose(solution.value.numpy(), 0.1 * np.ones(3), rtol=1e-6)
