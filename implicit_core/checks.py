@@ -126,3 +126,11 @@ def _difference(backend: Backend, leaf: Any, reference: Any) -> tuple[type[Excep
 
 def _kind(leaf: Any) -> str:
     return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
+
+
+def probability(name: str, value: Any) -> float:
+    """``value`` as a float in (0, 1)."""
+    number = real(name, value, 0.0, 1.0, low_open=True)
+    if number == 1.0:
+        raise ValueError(f"{name} must lie in (0, 1), got {number!r}")
+    return number

@@ -2,7 +2,8 @@
 
 from .base import AtFixedPoint, Estimator, Pullback
 from .bptt import BPTT
-from .implicit import Implicit, InexactGradientWarning
+from .implicit import Implicit
+from .inexact import InexactGradientWarning
 from .neumann import Neumann
 from .one_step import OneStep
 from .unroll import Unroll

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .. import checks
 from ..backend import Backend, PyTree
@@ -82,6 +82,21 @@ class Estimator(ABC):
             If an argument or a callback's result has a wrong structure, shape, dtype or device.
         """
 
+    def error_bound(self, contraction: Any) -> Any:
+        """What Theorem 2 bounds ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ by at a fixed point, before anything is measured.
+
+        Parameters
+        ----------
+        contraction
+            L_h < 1, a number or an array.
+
+        Returns
+        -------
+        bound
+            As ``contraction``; NaN for an estimator of which nothing is known.
+        """
+        return contraction * float("nan")
+
 
 @dataclass(frozen=True)
 class AtFixedPoint(Estimator):
@@ -90,12 +105,17 @@ class AtFixedPoint(Estimator):
     The value is the solver's point itself, where F is linearized once. A new one writes ``inverse`` alone.
     """
 
-    exact: ClassVar[bool] = False
-    """Whether ``inverse`` solves (I - ∂F/∂h) w = v, by iterations that are not to be differentiated. Its derivatives
-    are then those of the solution; otherwise they are those of the operations it consists of."""
     adaptive: ClassVar[bool] = False
     """Whether the number of products depends on data, so that a framework that transposes what it has traced can't
     transpose ``inverse``. Of no account for an exact one, which transposes itself."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``inverse`` solves (I - ∂F/∂h) w = v to a tolerance, by iterations that are not to be differentiated.
+
+        Its derivatives are then those of the solution; otherwise they are those of the operations it consists of.
+        """
+        return False
 
     @abstractmethod
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
@@ -142,3 +162,8 @@ def check_cotangent(backend: Backend, h_bar: PyTree, h: PyTree) -> None:
 def check_tangent(backend: Backend, dz: PyTree, z: PyTree) -> None:
     """``dz`` is shaped as z."""
     checks.like_z(backend, "dz", dz, z)
+
+
+def geometric_bound(k: int, lam: float, contraction: Any) -> Any:
+    """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""
+    return (1 - lam * (1 - contraction)) ** k / (1 - contraction)

@@ -1,22 +1,17 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 from .. import checks
-from ..backend import Array, PyTree
+from ..backend import PyTree
 from ..linear_solvers import GMRES, LinearSolver
 from ..registry import find_backend
-from ..solution import Failure, SolveError, Status, describe, find_failures
+from ..solution import Status
 from ..space import Space
 from .base import AtFixedPoint
-
-
-class InexactGradientWarning(RuntimeWarning):
-    """The linear system of an exact gradient was not solved to its tolerance."""
+from .inexact import report
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,15 @@ class Implicit(AtFixedPoint):
     linear_solver: LinearSolver = field(default=GMRES())
     on_failure: Literal["raise", "warn", "nan"] = "raise"
 
-    exact: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
         if self.on_failure not in ("raise", "warn", "nan"):
             raise ValueError(f"on_failure must be 'raise', 'warn' or 'nan', got {self.on_failure!r}")
+
+    @property
+    def exact(self) -> bool:
+        """It is."""
+        return True
 
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """The w with (I - J) w = v (Eq. 4)."""
@@ -79,22 +77,14 @@ class Implicit(AtFixedPoint):
         x = space.where(hopeless if reported else hopeless | failed, space.scale(float("nan"), result.x), result.x)
         if reported:
             status = space.xp.where(hopeless, space.full(Status.CONVERGED, space.xp.int32), result.status)
-            outcome = space.per_sample(status), space.per_sample(result.residual)
-            if readable:
-                self._report(*outcome)
-            else:
-                space.backend.call_later(self._report, *outcome)
+            advice = (
+                f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, or use Neumann or "
+                "Unroll, which need none"
+            )
+            failed_solve = "the linear solve of Implicit did not converge"
+            report(space, failed_solve, advice, status, result.residual, throw=self.on_failure == "raise")
         return space.unpack(x)
 
-    def _report(self, status: Array, residual: Array) -> None:
-        failures: tuple[Failure, ...] = find_failures(status, residual)
-        if not failures:
-            return
-        samples = math.prod(status.shape)
-        message = (
-            f"the linear solve of Implicit did not converge: {describe(failures, samples)}. Raise max_steps or rtol of "
-            f"{self.linear_solver!r}, try another linear solver, or use Neumann or Unroll, which need none"
-        )
-        if self.on_failure == "raise":
-            raise SolveError(message, failures)
-        warnings.warn(message, InexactGradientWarning, stacklevel=4)
+    def error_bound(self, contraction: Any) -> Any:
+        """A residual of rtol ‖v‖ is an error of at most rtol / (1 - L_h) of ‖v‖."""
+        return self.linear_solver.rtol / (1 - contraction)

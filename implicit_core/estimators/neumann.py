@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 from .. import checks
 from ..backend import PyTree
 from ..registry import find_backend
-from .base import AtFixedPoint
+from .base import AtFixedPoint, geometric_bound
+from .series import summed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neumann(AtFixedPoint):
     r"""The Neumann-series phantom gradient A^neu_{k,λ}, Eq. (18).
 
@@ -17,19 +19,28 @@ class Neumann(AtFixedPoint):
         A_{k,λ} = λ \frac{∂F}{∂z}\Big|_{h^*} (I + B + B² + … + B^{k-1}), \quad B = λ \frac{∂F}{∂h}\Big|_{h^*} + (1-λ) I
 
     F is linearized once, at the solver's point, which is also the value. A pullback costs k - 1 h-VJPs and one z-VJP.
-    By Theorem 2 it converges to the exact gradient; its error is at most ‖∂F/∂z‖ q^k / (1 - L_h), q = 1 - λ (1 - L_h).
+    Its own derivatives are those of the k terms. By Theorem 2 it converges to the exact gradient; its error is at most
+    ‖∂F/∂z‖ q^k / (1 - L_h), q = 1 - λ (1 - L_h).
 
     Parameters
     ----------
     k
-        Terms of the series, at least 1.
+        Terms of the series, at least 1; or ``"auto"``: in each sample as many as ``rtol`` asks for. A pullback then
+        costs one h-VJP less than the sample with the most terms has, and one z-VJP; after each it is looked whether
+        all have enough. Further derivatives are those of the exact gradient, to the same accuracy.
     lam
         λ in (0, 1]: a large one is more accurate, a small one better conditioned.
+    rtol
+        With ``k="auto"``: what is left out of the series, relative to its sum, sample by sample; estimated from the
+        last two terms, as of a geometric series. Default 1e-3.
+    max_terms
+        With ``k="auto"``: no sample takes more, default 200. Where one needed more, an
+        :class:`InexactGradientWarning` names it.
 
     Raises
     ------
     TypeError, ValueError
-        If k < 1 or λ is not in (0, 1].
+        If k < 1, λ is not in (0, 1], or ``rtol`` or ``max_terms`` is given beside a number of terms.
 
     Examples
     --------
@@ -39,17 +50,45 @@ class Neumann(AtFixedPoint):
     >>> value, pullback = ic.Neumann(k=3, lam=1.0).vjp(problem, np.array([2.0]), np.array([1.0]))
     >>> pullback(np.array([1.0]))  # 1 + 1/2 + 1/4
     array([1.75])
+    >>> value, pullback = ic.Neumann(k="auto", lam=1.0, rtol=1e-3).vjp(problem, np.array([2.0]), np.array([1.0]))
+    >>> pullback(np.array([1.0]))  # of which 2 is all
+    array([1.99804688])
     """
 
-    k: int = 5
+    k: int | Literal["auto"] = 5
     lam: float = 0.5
+    rtol: float | None = None
+    max_terms: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
-        object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        automatic = isinstance(self.k, str) and self.k == "auto"
+        given = {name: getattr(self, name) for name in ("rtol", "max_terms") if getattr(self, name) is not None}
+        set_field = object.__setattr__
+        if isinstance(self.k, str) and not automatic:
+            raise ValueError(f"k must be a number of terms, or 'auto'; got {self.k!r}")
+        if given and not automatic:
+            raise ValueError(f"{' and '.join(given)} can only be given with k='auto'; got k={self.k!r}")
+        set_field(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        if automatic:
+            set_field(self, "rtol", checks.real("rtol", given.get("rtol", 1e-3), 0.0, low_open=True))
+            set_field(self, "max_terms", checks.integer("max_terms", given.get("max_terms", 200), 1))
+        else:
+            set_field(self, "k", checks.integer("k", self.k, 1))
+
+    def __repr__(self) -> str:
+        if self.k == "auto":
+            return f"Neumann(k='auto', lam={self.lam!r}, rtol={self.rtol!r}, max_terms={self.max_terms!r})"
+        return f"Neumann(k={self.k!r}, lam={self.lam!r})"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the solution, to a tolerance: with k = "auto"."""
+        return self.k == "auto"
 
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18), by Horner's rule: w ← v + B w."""
+        if self.k == "auto":
+            return self._to_accuracy(jacobian, v, batch_ndim)
         backend, lam = find_backend(v, "v"), self.lam
         axpy = backend.axpy
 
@@ -58,3 +97,13 @@ class Neumann(AtFixedPoint):
 
         w = backend.repeat(term, v, self.k - 1)
         return backend.map(lambda w: lam * w, w)
+
+    def error_bound(self, contraction: Any) -> Any:
+        """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2); with k = "auto" rtol / (1 - L_h)."""
+        if self.k == "auto":
+            return self.rtol / (1 - contraction)
+        return geometric_bound(self.k, self.lam, contraction)
+
+    def _to_accuracy(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+        rtol, max_terms = cast("float", self.rtol), cast("int", self.max_terms)
+        return summed(jacobian, v, batch_ndim, lam=self.lam, rtol=rtol, max_terms=max_terms)

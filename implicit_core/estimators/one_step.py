@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..backend import PyTree
-from .base import AtFixedPoint
+from .base import AtFixedPoint, geometric_bound
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,7 @@ class OneStep(AtFixedPoint):
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """``v``: the identity in the place of the inverse."""
         return v
+
+    def error_bound(self, contraction: Any) -> Any:
+        """L_h / (1 - L_h) (Theorem 2)."""
+        return geometric_bound(1, 1.0, contraction)

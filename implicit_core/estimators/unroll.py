@@ -6,7 +6,7 @@ from typing import Any
 from .. import checks
 from ..backend import Backend, PyTree
 from ..problem import BoundLinearization, Problem
-from .base import Estimator, Pullback, bind, check_cotangent, check_tangent
+from .base import Estimator, Pullback, bind, check_cotangent, check_tangent, geometric_bound
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Unroll(Estimator):
 
     def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
         return unrolled_jvp(problem, h, z, dz, self.k, self.lam)
+
+    def error_bound(self, contraction: Any) -> Any:
+        """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h), from a fixed point on (Theorem 2)."""
+        return geometric_bound(self.k, self.lam, contraction)
 
 
 def unrolled_vjp(

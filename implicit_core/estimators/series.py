@@ -1,0 +1,84 @@
+"""The Neumann series of Eq. (15), summed in every sample until it is as accurate as was asked."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..backend import Array, PyTree
+from ..linear_solvers.base import ratio
+from ..registry import find_backend
+from ..solution import Status
+from ..space import Space, State
+from .inexact import report
+
+MARGIN = 2.0
+"""By how much what is left out is taken for larger than the last terms say: slow components show late."""
+RECORDED = (
+    "Neumann(k='auto') stops by what it finds, which it can't look at while a CUDA graph is captured: take a fixed k"
+)
+
+
+class _Carry(NamedTuple):
+    total: State
+    term: State
+    size: Array
+    growth: Array
+    rest: Array
+    active: Array
+
+
+def summed(
+    jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int, *, lam: float, rtol: float, max_terms: int
+) -> PyTree:
+    """λ (v + B v + B² v + ...), with as many terms in each sample as it needs.
+
+    With t the last term and γ its growth over the one before, what is left out is about ‖t‖ γ / (1 - γ), as of a
+    geometric series. A sample ends once twice that is at most ``rtol`` of its sum. γ is the larger of the last two, and
+    there are two at least, so that no accident of one step ends a series. k terms take k - 1 products.
+
+    Warns
+    -----
+    InexactGradientWarning
+        If a sample did not get there with ``max_terms`` terms. What was reached is used.
+    """
+    space = Space(find_backend(v, "v"), v, batch_ndim, "v")
+    xp, backend = space.xp, space.backend
+    b = space.pack(v)
+    if backend.recorded(b[0]):
+        raise NotImplementedError(RECORDED)
+    space.spread_as(b)
+    # At unit scale squares neither underflow nor overflow.
+    largest = space.largest(b)
+    finite = xp.isfinite(largest)
+    scale = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
+    b = space.divide(b, scale)
+    size = space.norm(b)
+    zero = xp.zeros_like(size)
+    infinite = zero + float("inf")
+
+    def body(c: _Carry) -> _Carry:
+        product = space.pack(jacobian(space.unpack(c.term)))
+        term = space.axpy(1 - lam, c.term, space.scale(lam, product))
+        norm = space.norm(term)
+        growth = ratio(xp, norm, c.size)
+        slowest = xp.maximum(growth, c.growth)
+        total = space.where(c.active, space.add(c.total, term), c.total)
+        known = (slowest < 1) & xp.isfinite(c.growth)
+        left = MARGIN * norm * xp.where(known, slowest / xp.where(known, 1 - slowest, zero + 1), zero)
+        rest = xp.where(known | (norm == 0), ratio(xp, left, space.norm(total)), infinite)
+        rest = xp.where(c.active, rest, c.rest)
+        active = c.active & xp.isfinite(norm) & (rest > rtol)
+        return _Carry(total, term, norm, growth, rest, active)
+
+    carry = _Carry(b, b, size, infinite, infinite, finite & (size > 0))
+    carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, max_terms - 1)
+    # A sample without a cotangent has none to miss; NaN in one goes on to whoever looks for it.
+    done = (carry.rest <= rtol) | ~finite | (size == 0)
+    status = xp.where(done, space.full(Status.CONVERGED, xp.int32), space.full(Status.MAX_STEPS, xp.int32))
+    report(
+        space,
+        f"the Neumann series did not come to rtol={rtol:g} of its sum",
+        f"Raise max_terms, which is {max_terms}, or lam; where the spectral radius of B is not below 1 it has no sum",
+        status,
+        carry.rest,
+    )
+    return space.unpack(space.scale(lam * scale, carry.total))

@@ -1,0 +1,198 @@
+"""What a certificate says, in numbers and in words."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backend import Array
+from ..estimators import Estimator
+from .krylov import Bounds
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A sufficient condition, left ≤ right.
+
+    Attributes
+    ----------
+    name
+        Its number in the paper.
+    left, right
+        Both sides, floats.
+    """
+
+    name: str
+    left: Bounds
+    right: Bounds
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether it does; None where the bounds leave it open, and more steps may tell."""
+        if self.left.high <= self.right.low:
+            return True
+        return False if self.left.low > self.right.high else None
+
+    def __str__(self) -> str:
+        verdict = {True: "holds", False: "does not hold", None: "open"}[self.holds]
+        sign = {True: "≤", False: ">", None: "?"}[self.holds]
+        return f"{_upper(self.left)} {sign} {_lower(self.right)}   {verdict}"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The paper's conditions on a gradient estimator, checked at one point; see :func:`certify`.
+
+    Numbers that belong to the batch are floats, those of a sample are arrays of the batch's shape. In :class:`Bounds`
+    one side is certain, the other holds with the confidence asked for; where the Krylov space was exhausted they meet.
+
+    Attributes
+    ----------
+    gradient
+        The estimator.
+    residual
+        ‖F(h) - h‖₂ of each sample at the point; the theorems speak of a fixed point.
+    contraction
+        L_h = ‖∂F/∂h‖₂ of each sample, :class:`Bounds`.
+    spectral_radius
+        Of ∂F/∂h, of each sample: an estimate, exact where the Krylov space was exhausted.
+    error_bound
+        Theorem 2's bound of ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ before anything is measured, of each sample, at L_h's upper bound:
+        qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h). Infinite where L_h < 1 is not certain; NaN where no bound is known.
+    sigma_max, sigma_min
+        Of ∂F/∂z, its cotangents the batch as one vector, :class:`Bounds` of floats.
+    condition_6
+        ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min² / σ_max (Theorem 1).
+    condition_8
+        ‖D (I - ∂F/∂h) - I‖₂ ≤ 1 / κ² (Remark 1), on the batch's worst sample; None unless A = (∂F/∂z) D.
+    condition_on_range
+        Where σ_min = 0, (6) with the smallest positive singular value: a guarantee for the cotangents v with
+        (I - ∂F/∂h)⁻¹ v in the range of (∂F/∂z)ᵀ. None otherwise, or where that value was not found.
+    inner_product, cosine, relative_error
+        Of A v and the exact gradient, for the cotangent v that was given: (7), their cosine, and ‖A v - exact‖ over
+        ‖exact‖. None without one.
+    products_h, products_z
+        Products with ∂F/∂h and ∂F/∂z, or their transposes, that it took.
+    samples, state_size, parameters
+        Of the batch, of one sample of h, and of what z holds.
+    """
+
+    gradient: Estimator
+    residual: Array
+    contraction: Bounds
+    spectral_radius: Array
+    error_bound: Array
+    sigma_max: Bounds
+    sigma_min: Bounds
+    condition_6: Condition
+    condition_8: Condition | None
+    condition_on_range: Condition | None
+    inner_product: float | None
+    cosine: float | None
+    relative_error: float | None
+    products_h: int
+    products_z: int
+    samples: int
+    state_size: int
+    parameters: int
+    _largest: Callable[[Array], float] = field(repr=False, compare=False)
+
+    @property
+    def descent(self) -> bool | None:
+        """Whether the estimate is certain to be a descent direction, for every loss (Theorem 1).
+
+        True if (6) or (8) holds. False if neither does: the estimate may descend all the same, for this is a
+        sufficient condition. None if the bounds leave it open.
+        """
+        verdicts = [c.holds for c in (self.condition_6, self.condition_8) if c is not None]
+        if True in verdicts:
+            return True
+        return None if None in verdicts else False
+
+    @property
+    def condition_number(self) -> Bounds:
+        """κ = σ_max / σ_min of ∂F/∂z."""
+        low, value, high = (
+            math.inf if b == 0 else a / b for a, b in zip(self.sigma_max, reversed(self.sigma_min), strict=True)
+        )
+        value = math.inf if self.sigma_min.value == 0 else self.sigma_max.value / self.sigma_min.value
+        return Bounds(low, value, high)
+
+    def to_dict(self) -> dict[str, float | bool | None]:
+        """Scalars for a logger: of what is per sample the largest of the batch."""
+        worst = self._largest
+        found: dict[str, float | bool | None] = {
+            "descent": self.descent,
+            "residual": worst(self.residual),
+            "contraction": worst(self.contraction.value),
+            "contraction_high": worst(self.contraction.high),
+            "spectral_radius": worst(self.spectral_radius),
+            "error_bound": worst(self.error_bound),
+            "sigma_max": self.sigma_max.value,
+            "sigma_max_high": self.sigma_max.high,
+            "sigma_min": self.sigma_min.value,
+            "sigma_min_low": self.sigma_min.low,
+            "condition_number": self.condition_number.value,
+        }
+        for name in ("condition_6", "condition_8", "condition_on_range"):
+            condition = getattr(self, name)
+            if condition is not None:
+                found |= {
+                    f"{name}_left": condition.left.value,
+                    f"{name}_left_high": condition.left.high,
+                    f"{name}_right": condition.right.value,
+                    f"{name}_right_low": condition.right.low,
+                    f"{name}_holds": condition.holds,
+                }
+        for name in ("inner_product", "cosine", "relative_error"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return found | {"products_h": self.products_h, "products_z": self.products_z}
+
+    def __str__(self) -> str:
+        numbers = self.to_dict()
+        contraction = Bounds(numbers["contraction"], numbers["contraction"], numbers["contraction_high"])
+        worst = " (worst sample)" if self.samples > 1 else ""
+        rows = [
+            ("h, z", f"{self.samples} x {self.state_size} numbers, {self.parameters} numbers"),
+            ("residual ‖F(h) - h‖", f"{numbers['residual']:.3g}{worst}"),
+            ("contraction L_h", f"{_upper(contraction)}{worst}"),
+            ("spectral radius", f"{numbers['spectral_radius']:.4g}{worst}"),
+            ("error bound (Thm 2)", self._bound(numbers["error_bound"])),
+            ("σ of ∂F/∂z", f"{_upper(self.sigma_max)} to {_lower(self.sigma_min)}"),
+            ("condition (6)", str(self.condition_6)),
+        ]
+        if self.condition_8 is not None:
+            rows.append(("condition (8)", str(self.condition_8)))
+        if self.sigma_min.high == 0:
+            rows.append(("σ_min = 0", self._without_full_rank()))
+        if self.condition_on_range is not None:
+            rows.append(("(6) on the range", str(self.condition_on_range)))
+        if self.cosine is not None:
+            rows.append(("measured", f"cosine {self.cosine:.6f}, relative error {self.relative_error:.3g}"))
+        verdict = {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: more steps may tell"}
+        rows.append(("descent direction", verdict[self.descent]))
+        return "\n".join([str(self.gradient), *(f"  {name:<22}{text}" for name, text in rows)])
+
+    __repr__ = __str__
+
+    def _bound(self, bound: Any) -> str:
+        if math.isnan(bound):
+            return "none known for this estimator"
+        return "none: L_h < 1 is not certain" if math.isinf(bound) else f"{bound:.3g} ‖∂F/∂z‖"
+
+    def _without_full_rank(self) -> str:
+        numbers = self.samples * self.state_size
+        if numbers > self.parameters:
+            return f"{numbers} numbers in h > {self.parameters} in z: (6), (8) can't hold"
+        return "∂F/∂z has not full rank: (6), (8) can't hold"
+
+
+def _upper(b: Bounds) -> str:
+    """A number whose upper bound matters."""
+    return f"{b.value:.4g}" if b.high <= b.value * (1 + 1e-4) else f"{b.value:.4g} (≤ {b.high:.4g})"
+
+
+def _lower(b: Bounds) -> str:
+    """A number whose lower bound matters."""
+    return f"{b.value:.4g}" if b.low >= b.value * (1 - 1e-4) else f"{b.value:.4g} (≥ {b.low:.4g})"

@@ -1,0 +1,126 @@
+"""How many terms an asked accuracy takes (Theorem 2)."""
+
+import math
+
+from .. import checks
+from ..backend import PyTree
+from ..estimators import Neumann, Unroll
+from ..estimators.base import bind
+from ..problem import Problem
+from .krylov import singular_values
+from .operators import Jacobians, check
+
+DAMPINGS = (1.0, 0.9, 0.75, 0.6, 0.5, 0.35, 0.2, 0.1)
+"""Of which the best is taken where none is given."""
+
+
+def suggest(
+    problem: Problem,
+    h: PyTree,
+    z: PyTree,
+    *,
+    error: float,
+    lam: float | None = None,
+    form: type[Neumann] | type[Unroll] = Neumann,
+    steps: int = 40,
+    confidence: float = 0.999,
+    seed: int = 0,
+) -> Neumann | Unroll:
+    r"""The phantom gradient with the fewest terms whose certified bound meets an error.
+
+    With B = λ ∂F/∂h + (1 - λ) I the k terms leave out
+
+    .. math::
+        A_{k,λ} - \frac{∂h^*}{∂z} = -\frac{∂F}{∂z} B^k \left(I - \frac{∂F}{∂h}\right)^{-1}, \quad
+        \frac{\|A_{k,λ} - ∂h^*/∂z\|}{\|∂F/∂z\|} ≤ \frac{λ \|B\|^k}{1 - \|B\|}
+
+    since (I - ∂F/∂h)⁻¹ = λ (I - B)⁻¹. As ‖B‖ ≤ 1 - λ (1 - L_h) this is never above Theorem 2's qᵏ / (1 - L_h), and it
+    can hold where F itself is no contraction. ‖B‖ is bounded by Golub-Kahan bidiagonalization, in the batch's worst
+    sample: with the given confidence, and to rounding where a sample has no more than ``steps`` numbers. It costs
+    2 ``steps`` products with ∂F/∂h for each λ that is tried.
+
+    Parameters
+    ----------
+    problem
+        With a VJP and a JVP.
+    h
+        A fixed point, the solver's: shaped (batch..., state...).
+    z
+        Inputs and parameters.
+    error
+        The bound of ‖A - ∂h*/∂z‖₂ / ‖∂F/∂z‖₂ to meet, positive.
+    lam
+        λ in (0, 1]; if None, of some between 0.1 and 1 that which needs the fewest terms, the largest if several do.
+    form
+        :class:`Neumann`, or :class:`Unroll`, which is the same at a fixed point.
+    steps, confidence, seed
+        As for :func:`certify`.
+
+    Returns
+    -------
+    Neumann or Unroll
+        ``form(k, lam)``, to be passed as ``gradient``.
+
+    Raises
+    ------
+    ValueError
+        If no λ that was tried makes ‖B‖ < 1 certain, or an argument is out of range.
+    NotImplementedError
+        If the problem lacks its VJP or JVP, or within ``jax.jit``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> from implicit_core.theory import suggest
+    >>> problem = ic.Problem(
+    ...     lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz)
+    >>> suggest(problem, np.array([2.0]), np.array([1.0]), error=0.01)  # 0.5⁸ / (1 - 0.5) = 0.008
+    Neumann(k=8, lam=1.0)
+    """
+    check(problem)
+    error = checks.real("error", error, 0.0, low_open=True)
+    steps, confidence = checks.integer("steps", steps, 1), checks.probability("confidence", confidence)
+    if form not in (Neumann, Unroll):
+        raise TypeError(f"form must be Neumann or Unroll, got {form!r}")
+    dampings = DAMPINGS if lam is None else (checks.real("lam", lam, 0.0, 1.0, low_open=True),)
+    backend = bind(problem, h)
+    best, found = None, {}
+    with backend.beside(h), backend.solving():
+        j = Jacobians(problem, h, z)
+        space = j.samples
+        for damping in dampings:
+            b = j.damped(damping)
+            spectrum = singular_values(
+                b.product, b.transposed, space, space, steps=steps, confidence=confidence, seed=seed
+            )
+            found[damping] = norm = float(space.xp.max(spectrum.largest.high))
+            k = terms(norm, damping, error)
+            if k is not None and (best is None or k < best[0]):
+                best = k, damping
+    if best is None:
+        raise ValueError(_advice(found, steps))
+    return form(*best)
+
+
+def terms(norm: float, lam: float, error: float) -> int | None:
+    """The least k ≥ 1 with λ ‖B‖ᵏ / (1 - ‖B‖) ≤ error; None if there is none."""
+    if not norm < 1:
+        return None
+    if norm == 0 or lam * norm / (1 - norm) <= error:
+        return 1
+    k = math.ceil(math.log(error * (1 - norm) / lam) / math.log(norm))
+    # The quotient of logarithms is rounded: k is that of the bound itself.
+    while lam * norm**k / (1 - norm) > error:
+        k += 1
+    while k > 1 and lam * norm ** (k - 1) / (1 - norm) <= error:
+        k -= 1
+    return k
+
+
+def _advice(found: dict[float, float], steps: int) -> str:
+    tried = ", ".join(f"{norm:.3g} at lam={lam:g}" for lam, norm in found.items())
+    return (
+        f"no damped step of F is certain to be a contraction at h: the bound of ‖B‖ is {tried}. More than "
+        f"steps={steps} give a sharper one; otherwise regularize the Jacobian, or take Implicit, which needs none"
+    )

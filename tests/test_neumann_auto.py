@@ -1,0 +1,219 @@
+"""``Neumann(k="auto")``: the series ended in every sample at the accuracy that was asked for."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from libraries import Library, flat
+from problems import Case, layer
+
+import implicit_core as ic
+
+SOLVER = ic.Anderson(rtol=1e-13, atol=1e-13, max_steps=300)
+
+
+def slopes(*slope: float) -> ic.Problem:
+    """h = s h + z, a slope s for each sample."""
+    s = np.asarray(slope)[:, None]
+    return ic.Problem(
+        lambda h, z: s * h + z,
+        vjp=lambda h, z, v: (s * v, v),
+        jvp=lambda h, z, dh, dz: s * dh + dz,
+        batch_ndim=1,
+    )
+
+
+def root_of(case: Case) -> Any:
+    return ic.solve(case.problem(), case.h0, case.z, solver=SOLVER).value
+
+
+def test_the_accuracy_is_what_was_asked() -> None:
+    """500 random contractions: the relative error of (I - J)⁻¹ v is below rtol in all but some in a thousand.
+
+    What is left out is estimated, not bounded: none is further off than five times.
+    """
+    shares = []
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 30))
+        m = rng.normal(size=(n, n))
+        m = [m, m + m.T, np.triu(m), m - m.T][seed % 4]
+        m *= rng.uniform(0.05, 0.97) / max(np.linalg.norm(m, 2), 1e-300)
+        rtol, v = 10 ** rng.uniform(-8, -1), rng.normal(size=n)
+        estimator = ic.Neumann("auto", lam=float(rng.uniform(0.1, 1.0)), rtol=rtol, max_terms=5000)
+        w, exact = estimator.inverse(lambda w, m=m: m @ w, v, 0), np.linalg.solve(np.eye(n) - m, v)
+        shares.append(np.linalg.norm(w - exact) / np.linalg.norm(exact) / rtol)
+    assert np.mean(np.asarray(shares) > 1) <= 0.004
+    assert max(shares) < 5
+    assert np.median(shares) > 0.1  # and it is not much more accurate, which would be wasted
+
+
+def test_it_costs_what_a_fixed_number_of_terms_does(library: Library) -> None:
+    """k terms: one F, k - 1 h-VJPs and one z-VJP; and the sum is that of Neumann(k), Eq. (18)."""
+    case = layer(batch=1)
+    h, z, v = library.array(root_of(case)), library.array(case.z), library.array(np.ones((1, 6)))
+    problem = case.linearized(library)
+    pullback = ic.Neumann("auto", lam=0.7, rtol=1e-4).vjp(problem, h, z)[1]
+    gradient = library.numpy(pullback(v))
+    k = case.counts["vjp_h"] + 1
+    assert case.counts == {"f": 1, "vjp_h": k - 1, "vjp_z": 1}
+    assert 5 < k < 60
+    fixed = library.numpy(ic.Neumann(k, 0.7).vjp(problem, h, z)[1](v))
+    np.testing.assert_allclose(flat(gradient), flat(fixed), rtol=1e-12)
+
+
+def test_every_sample_ends_by_itself(library: Library) -> None:
+    """A sample's gradient is bit-identical whatever the others hold; a fast one is not summed on."""
+    case = layer(batch=3, contraction=0.9)
+    case = replace(case, z=case.z | {"x": case.z["x"] * np.asarray([[0.0], [1.0], [5.0]])})
+    h, v = root_of(case), np.random.default_rng(0).normal(size=case.h0.shape)
+    estimator = ic.Neumann("auto", lam=1.0, rtol=1e-3)
+
+    def gradient(rows: slice) -> np.ndarray:
+        z = library.array(case.z | {"x": case.z["x"][rows]})
+        pullback = estimator.vjp(case.problem(library), library.array(h[rows]), z)[1]
+        return library.numpy(pullback(library.array(v[rows])))["x"]
+
+    together = gradient(slice(None))
+    for i in range(3):
+        np.testing.assert_allclose(together[i : i + 1], gradient(slice(i, i + 1)), rtol=1e-12)
+    problem = slopes(0.1, 0.9)
+    w = estimator.vjp(problem, np.zeros((2, 3)), np.zeros((2, 3)))[1](np.ones((2, 3)))
+    assert 1e-6 < abs(w[0, 0] - 1 / 0.9) * 0.9 < 1e-3
+    assert 1e-6 < abs(w[1, 0] - 10.0) / 10 < 1e-3
+
+
+def test_a_series_without_a_sum_is_named_and_harms_no_other() -> None:
+    estimator = ic.Neumann("auto", lam=1.0, max_terms=30)
+    problem, z, v = slopes(0.5, -1.5, 0.25), np.zeros((3, 2)), np.ones((3, 2))
+    with pytest.warns(ic.InexactGradientWarning, match=r"MAX_STEPS in 1 of 3 samples \(1\).*max_terms, which is 30"):
+        w = estimator.vjp(problem, z, z)[1](v)
+    np.testing.assert_allclose(w[[0, 2]], [[2.0, 2.0], [4 / 3, 4 / 3]], rtol=1e-3)
+    alone = estimator.vjp(slopes(0.5, 0.25), z[:2], z[:2])[1](v[:2])
+    np.testing.assert_array_equal(w[[0, 2]], alone)
+    # A damped series has one where the spectral radius of B is below 1.
+    damped = ic.Neumann("auto", lam=0.6).vjp(problem, z, z)[1](v)
+    np.testing.assert_allclose(damped[:, 0], [2.0, 0.4, 4 / 3], rtol=1e-3)
+
+
+def test_cotangents_that_are_zero_tiny_or_not_finite() -> None:
+    problem, z, estimator = slopes(0.5, 0.5, 0.5, 0.0), np.zeros((4, 2)), ic.Neumann("auto", lam=1.0, rtol=1e-6)
+    v = np.asarray([[0.0, 0.0], [1e-300, 0.0], [np.nan, 1.0], [1.0, 1.0]])
+    w = estimator.vjp(problem, z, z)[1](v)
+    np.testing.assert_array_equal(w[0], 0.0)
+    np.testing.assert_allclose(w[1], [2e-300, 0.0], rtol=1e-6)
+    assert np.isnan(w[2, 0])
+    np.testing.assert_array_equal(w[3], v[3])
+
+
+def test_both_modes_are_adjoint_to_the_accuracy() -> None:
+    case, estimator = layer(contraction=0.9), ic.Neumann("auto", lam=0.8, rtol=1e-10)
+    h, rng = root_of(case), np.random.default_rng(0)
+    u, dz = rng.normal(size=h.shape), {name: rng.normal(size=a.shape) for name, a in case.z.items()}
+    tangent = estimator.jvp(case.problem(), h, case.z, dz)[1]
+    z_bar = estimator.vjp(case.problem(), h, case.z)[1](u)
+    assert np.vdot(u, tangent) == pytest.approx(np.vdot(flat(z_bar), flat(dz)), rel=1e-8)
+
+
+AUTO, EXACT = ic.Neumann("auto", lam=0.8, rtol=1e-11), ic.Implicit(ic.GMRES(rtol=1e-12))
+
+
+def loss_torch(gradient: ic.Estimator, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    h = ic.fixed_point(
+        lambda h, x: torch.tanh(h @ w.T + x),
+        torch.zeros_like(x),
+        x,
+        gradient=gradient,
+        solver=SOLVER,
+        batch_ndim=1,
+    ).value
+    return h.square().sum()
+
+
+def test_torch_differentiates_it_as_the_solution() -> None:
+    """Twice, and within vmap: a look at each term is no obstacle."""
+    case = layer()
+    w, x = torch.tensor(case.z["w"], requires_grad=True), torch.tensor(case.z["x"])
+    found = []
+    for gradient in (AUTO, EXACT):
+        (first,) = torch.autograd.grad(loss_torch(gradient, w, x), w, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), w)
+        found.append((first.detach(), second))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-7)
+    many = torch.stack([x, 2 * x])
+    ours, theirs = (
+        torch.func.vmap(torch.func.grad(lambda x, g=gradient: loss_torch(g, w.detach(), x)))(many)
+        for gradient in (AUTO, EXACT)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def loss_jax(w: jax.Array, x: jax.Array, gradient: ic.Estimator) -> jax.Array:
+    h = ic.fixed_point(
+        lambda h, x: jnp.tanh(h @ w.T + x), jnp.zeros_like(x), x, gradient=gradient, solver=SOLVER, batch_ndim=1
+    ).value
+    return jnp.sum(h**2)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.jit(jax.grad(f), static_argnums=2),
+        lambda f: lambda w, x, g: jax.jvp(lambda w: f(w, x, g), (w,), (w,))[1],
+        lambda f: lambda w, x, g: jax.jvp(jax.grad(lambda w: f(w, x, g)), (w,), (w,))[1],
+        lambda f: lambda w, x, g: jax.vmap(jax.grad(lambda x: f(w, x, g)))(jnp.stack([x, 2 * x])),
+    ],
+    ids=["jit(grad)", "jvp", "forward over reverse", "vmap(grad)"],
+)
+def test_jax_transforms_it_as_the_solution(transform: Any) -> None:
+    case = layer()
+    w, x = jnp.asarray(case.z["w"]), jnp.asarray(case.z["x"])
+    ours, theirs = (transform(loss_jax)(w, x, gradient) for gradient in (AUTO, EXACT))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_jax_names_a_series_without_a_sum_once_it_is_known() -> None:
+    z, estimator = jnp.ones(3), ic.Neumann("auto", lam=1.0, max_terms=9)
+    loss = lambda z: jnp.sum(ic.fixed_point(lambda h, z: -1.5 * h + z, jnp.zeros(3), z, gradient=estimator).value)  # noqa: E731
+
+    def run() -> None:
+        jax.block_until_ready(jax.jit(jax.grad(loss))(z))
+        jax.effects_barrier()
+
+    with pytest.warns(ic.InexactGradientWarning, match=r"did not come to rtol=0\.001"):
+        run()
+
+
+def test_a_record_as_the_others() -> None:
+    estimator = ic.Neumann("auto", lam=0.5, rtol=1e-2)
+    assert repr(estimator) == "Neumann(k='auto', lam=0.5, rtol=0.01, max_terms=200)"
+    assert eval(repr(estimator), vars(ic)) == estimator
+    assert hash(estimator) == hash(ic.Neumann("auto", 0.5, 0.01))
+    assert ic.Neumann("auto") == ic.Neumann("auto", 0.5, 1e-3, 200)
+    assert repr(ic.Neumann(3, 0.5)) == "Neumann(k=3, lam=0.5)"
+    with pytest.raises(ValueError, match="k must be a number of terms, or 'auto'; got 'all'"):
+        ic.Neumann("all")
+    with pytest.raises(ValueError, match=r"rtol and max_terms can only be given with k='auto'; got k=5"):
+        ic.Neumann(5, rtol=1e-3, max_terms=7)
+    with pytest.raises(ValueError, match="rtol must lie in"):
+        ic.Neumann("auto", rtol=0.0)
+    with pytest.raises(ValueError, match="max_terms must be at least 1"):
+        ic.Neumann("auto", max_terms=0)
+
+
+def test_half_precision_states_are_summed_in_single() -> None:
+    problem = slopes(0.9)
+    single = np.float16
+    low = ic.Problem(lambda h, z: h * single(0.9) + z, vjp=lambda h, z, v: (single(0.9) * v, v), batch_ndim=1)
+    z = np.zeros((1, 3))
+    exact = ic.Implicit().vjp(problem, z, z)[1](np.ones((1, 3)))
+    found = ic.Neumann("auto", lam=1.0, rtol=1e-2).vjp(low, z.astype(single), z.astype(single))[1](
+        np.ones((1, 3), dtype=single)
+    )
+    assert found.dtype == single
+    np.testing.assert_allclose(found, exact, rtol=2e-2)

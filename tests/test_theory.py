@@ -1,0 +1,461 @@
+"""``certify`` and ``suggest`` against dense linear algebra."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from libraries import JAX, NUMPY, Library, flat, unflat
+from problems import Case, affine, constant, heat, layer, pytree, symmetric_layer
+
+import implicit_core as ic
+from implicit_core.adapters import jax as icj
+from implicit_core.adapters import torch as ict
+from implicit_core.theory import Bounds, Certificate, certify, suggest
+
+SOLVER = ic.Anderson(rtol=1e-14, atol=1e-14, max_steps=300)
+SHAPES = ((1, 1), (1, 40), (2, 3), (3, 8), (1, 17))
+"""Of h, at most 40 numbers: each shape is compiled by itself in JAX."""
+
+
+def dense(operator: Any, like_in: Any) -> np.ndarray:
+    """A linear function of pytrees as a matrix."""
+    return np.stack([flat(operator(unflat(e, like_in))) for e in np.eye(flat(like_in).size)], axis=1)
+
+
+class Dense:
+    """All that a certificate speaks of, by dense matrices in the paper's transposed convention."""
+
+    def __init__(self, case: Case, h: Any, gradient: ic.Estimator) -> None:
+        problem = case.problem()
+        value, pullback = gradient.vjp(problem, h, case.z)
+        self.j = dense(lambda v: case.vjp(NUMPY.xp, value, case.z, v)[0], h)
+        self.g = dense(lambda v: case.vjp(NUMPY.xp, value, case.z, v)[1], h)
+        self.a = dense(pullback, h)
+        self.eye = np.eye(len(self.j))
+        self.exact = self.g @ np.linalg.inv(self.eye - self.j)
+        sigma = np.linalg.svd(self.g, compute_uv=False)
+        self.sigma_max, self.sigma_min = sigma[0], sigma[-1] if self.g.shape[0] >= self.g.shape[1] else 0.0
+        self.sigma = sigma
+        self.left = np.linalg.norm(self.a @ (self.eye - self.j) - self.g, 2)
+
+    def blocks(self, matrix: np.ndarray, samples: int) -> list[np.ndarray]:
+        d = len(matrix) // samples
+        return [matrix[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(samples)]
+
+
+def random_case(seed: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Case:
+    rng = np.random.default_rng(seed)
+    batch, width = shapes[seed % len(shapes)]
+    contraction = rng.uniform(0.1, 0.95)
+    case = layer(batch=batch, width=width, contraction=contraction, seed=seed, scale=rng.uniform(0.2, 1.5))
+    if seed % 3 == 1:
+        w = case.z["w"] + case.z["w"].T
+        case = replace(case, z=case.z | {"w": w * contraction / np.linalg.norm(w, 2)})
+    return case
+
+
+def random_gradient(seed: int) -> ic.Estimator:
+    rng = np.random.default_rng(seed + 1)
+    k, lam = int(rng.integers(1, 12)), float(rng.uniform(0.2, 1.0))
+    return [ic.Neumann(k, lam), ic.Unroll(k, lam), ic.OneStep(), ic.Neumann(k, lam)][seed % 4]
+
+
+def root_of(case: Case) -> Any:
+    return ic.solve(case.problem(), case.h0, case.z, solver=SOLVER).value
+
+
+def within(library: Library, found: Any, expected: Any, scale: float = 1.0) -> None:
+    """To 1 %, or to rounding error of the scale."""
+    np.testing.assert_allclose(np.asarray(library.numpy(found)), expected, rtol=1e-2, atol=1e-9 * scale)
+
+
+def assert_agrees(library: Library, certificate: Certificate, oracle: Dense, samples: int) -> None:
+    blocks = oracle.blocks(oracle.j, samples)
+    norms = np.array([np.linalg.norm(b, 2) for b in blocks])
+    radii = np.array([np.abs(np.linalg.eigvals(b)).max() for b in blocks])
+    for bound in certificate.contraction:
+        within(library, bound, norms)
+    within(library, certificate.spectral_radius, radii)
+    for bound in certificate.sigma_max:
+        within(library, bound, oracle.sigma_max)
+    for bound in certificate.sigma_min:
+        within(library, bound, oracle.sigma_min)
+    within(library, certificate.condition_6.left.value, oracle.left, oracle.sigma_max)
+    within(library, certificate.condition_6.right.value, oracle.sigma_min**2 / oracle.sigma_max)
+    if certificate.condition_8 is not None:
+        d = np.linalg.lstsq(oracle.g, oracle.a, rcond=None)[0]
+        if oracle.sigma_min > 1e-6:  # then D is known from A
+            left = max(np.linalg.norm(b, 2) for b in oracle.blocks(d @ (oracle.eye - oracle.j) - oracle.eye, samples))
+            within(library, certificate.condition_8.left.value, left)
+        within(library, certificate.condition_8.right.value, (oracle.sigma_min / oracle.sigma_max) ** 2)
+    gradient = certificate.gradient
+    k, lam = (1, 1.0) if isinstance(gradient, ic.OneStep) else (gradient.k, gradient.lam)
+    within(library, certificate.error_bound, (1 - lam * (1 - norms)) ** k / (1 - norms))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_fifty_certificates_against_dense_linear_algebra(seed: int, library: Library) -> None:
+    """Every number within 1 %, in every library: h of up to 40 numbers."""
+    for problem in range(seed, 50, 10):
+        case, gradient = random_case(problem), random_gradient(problem)
+        h, samples = root_of(case), case.h0.shape[0]
+        certificate = certify(case.problem(library), library.array(h), library.array(case.z), gradient)
+        assert_agrees(library, certificate, Dense(case, h, gradient), samples)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "jax jit"])
+def test_certificates_from_a_frameworks_own_derivatives(framework: str) -> None:
+    library = NUMPY
+    for seed in range(5):
+        case, gradient = random_case(seed, ((2, 4),)), random_gradient(seed)
+        h = root_of(case)
+        if framework == "torch":
+            problem = ict.problem(lambda h, z: torch.tanh(h @ z["w"].T + z["x"]), batch_ndim=1)
+            z = {name: torch.tensor(a, requires_grad=True) for name, a in case.z.items()}
+            certificate = certify(problem, torch.tensor(h, requires_grad=True), z, gradient)
+            assert not certificate.residual.requires_grad
+        else:
+            f = lambda h, z: jnp.tanh(h @ z["w"].T + z["x"])  # noqa: E731
+            problem = icj.problem(f, batch_ndim=1, jit="jit" in framework)
+            certificate = certify(problem, jnp.asarray(h), jax.tree.map(jnp.asarray, case.z), gradient)
+        assert_agrees(library, certificate, Dense(case, h, gradient), 2)
+
+
+def test_bounds_hold_where_the_krylov_space_is_far_from_exhausted() -> None:
+    """20 steps in 80 dimensions: the true value lies between the bounds, which are no wide ones."""
+    shares = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        w = rng.normal(size=(80, 80)) if seed % 2 else symmetric_layer(width=80, seed=seed).z["w"]
+        case = layer(batch=1, width=80, seed=seed)
+        case = replace(case, z={"w": 0.9 * w / np.linalg.norm(w, 2), "x": 0.2 * rng.normal(size=(1, 80))})
+        h, gradient = root_of(case), ic.Neumann(3, 0.7)
+        certificate, oracle = certify(case.problem(), h, case.z, gradient, steps=20), Dense(case, h, gradient)
+        for bounds, truth in (
+            (certificate.contraction, np.linalg.norm(oracle.j, 2)),
+            (certificate.sigma_max, oracle.sigma_max),
+            (certificate.sigma_min, oracle.sigma_min),
+            (certificate.condition_6.left, oracle.left),
+        ):
+            low, value, high = (float(np.squeeze(b)) for b in bounds)
+            assert low <= truth * (1 + 1e-12)
+            assert truth <= high * (1 + 1e-12)
+            assert low <= value <= high
+        shares.append(float(np.squeeze(certificate.contraction.high / certificate.contraction.low)))
+    assert 1.0 < max(shares) < 1.2
+
+
+def test_the_confidence_is_no_more_than_what_the_theorem_says() -> None:
+    """A lower confidence gives narrower bounds, more steps do too, and no step at all leaves all open."""
+    case = symmetric_layer(batch=1, width=120)
+    h, gradient = root_of(case), ic.Neumann(5, 0.5)
+
+    def width(**options: Any) -> float:
+        b = certify(case.problem(), h, case.z, gradient, **options).contraction
+        return float(np.squeeze(b.high / b.low))
+
+    assert width(steps=20, confidence=0.9) < width(steps=20) < width(steps=20, confidence=0.999999)
+    assert width(steps=40) < width(steps=20)
+    assert width(steps=120) == 1.0
+    few = certify(case.problem(), h, case.z, ic.Neumann(40, 0.5), steps=2)
+    assert few.descent is None
+    assert math.isinf(few.to_dict()["error_bound"])
+    assert "more steps may tell" in str(few)
+
+
+def test_descent_is_never_promised_in_vain() -> None:
+    """2,000 trials: where the certificate says descent, (7) is non-negative, for random cotangents and the worst one.
+
+    With w = (I - J)⁻¹ v, (7) is the quadratic form of (A (I - J))ᵀ G: non-negative for all v if and only if its
+    symmetric part has no negative eigenvalue.
+    """
+    promised = failed = 0
+    for seed in range(2000):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 6))
+        case = layer(batch=1, width=n, contraction=rng.uniform(0.05, 0.95), seed=seed, scale=rng.uniform(0.0, 1.5))
+        if seed % 2:  # a map of z with a condition number of its own
+            case = mapped(case, rng)
+        gradient = [ic.Neumann, ic.Unroll][seed % 2](int(rng.integers(1, 9)), float(rng.uniform(0.1, 1.0)))
+        h = root_of(case)
+        certificate, oracle = certify(case.problem(), h, case.z, gradient), Dense(case, h, gradient)
+        form = (oracle.a @ (oracle.eye - oracle.j)).T @ oracle.g
+        least = np.linalg.eigvalsh(form + form.T).min() / 2
+        v = rng.normal(size=n)
+        assert certificate.descent is not None
+        if certificate.descent:
+            promised += 1
+            assert (oracle.a @ v) @ (oracle.exact @ v) >= -1e-12
+            assert least >= -1e-12 * oracle.sigma_max**2
+        failed += least < 0
+    assert promised > 300
+    assert failed > 20  # some estimates do ascend for some loss: the condition has something to tell
+
+
+def mapped(case: Case, rng: np.random.Generator) -> Case:
+    """The layer with x = M z, M of condition number up to 3, or to 100."""
+    n = case.h0.shape[1]
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    m, w = (left * 10 ** rng.uniform(0.0, rng.choice([0.5, 2.0]), size=n)) @ right, case.z["w"]
+    z = np.linalg.solve(m, case.z["x"][0])
+
+    def slope(xp: Any, h: Any, z: Any) -> Any:
+        return 1 - xp.tanh(h @ w.T + z @ m.T) ** 2
+
+    def vjp(xp: Any, h: Any, z: Any, v: Any) -> Any:
+        g = v * slope(xp, h, z)
+        return g @ w, g[0] @ m
+
+    return replace(
+        case,
+        f=lambda xp, h, z: xp.tanh(h @ w.T + z @ m.T),
+        vjp=vjp,
+        jvp=lambda xp, h, z, dh, dz: slope(xp, h, z) * (dh @ w.T + dz @ m.T),
+        z=z,
+    )
+
+
+@pytest.mark.parametrize("lam", [None, 0.6])
+def test_suggestions_are_never_too_optimistic(lam: float | None) -> None:
+    """500 random contractive problems in all: the true error is at most what was asked."""
+    ratios = []
+    for seed in range(250):
+        rng = np.random.default_rng(seed)
+        case = random_case(seed, ((1, 1), (1, 6), (2, 4), (1, 15)))
+        error, form = 10 ** rng.uniform(-6, 0.5), (ic.Neumann, ic.Unroll)[seed % 2]
+        h = root_of(case)
+        gradient = suggest(case.problem(), h, case.z, error=error, lam=lam, form=form)
+        assert type(gradient) is form
+        assert lam is None or gradient.lam == lam
+        oracle = Dense(case, h, gradient)
+        true = np.linalg.norm(oracle.a - oracle.exact, 2) / oracle.sigma_max
+        assert true <= error * (1 + 1e-9) + 1e-12
+        ratios.append(true / error)
+        norm = max(np.linalg.norm(gradient.lam * b + (1 - gradient.lam) * np.eye(len(b)), 2) for b in blocks(oracle))
+        bound = [gradient.lam * norm**k / (1 - norm) for k in (gradient.k - 1, gradient.k)]
+        assert bound[1] <= error * (1 + 1e-9)
+        assert gradient.k == 1 or bound[0] > error * (1 - 1e-9)
+    assert max(ratios) > 0.5  # and the bound is sharp somewhere
+
+
+def blocks(oracle: Dense) -> list[np.ndarray]:
+    """The samples' blocks: the largest number of them in which ∂F/∂h is block-diagonal."""
+    n = len(oracle.j)
+    return oracle.blocks(oracle.j, 2) if n == 8 else [oracle.j]
+
+
+def test_a_suggestion_is_no_worse_than_the_papers_bound() -> None:
+    case = layer(batch=2, width=6, contraction=0.8)
+    h = root_of(case)
+    contraction = max(np.linalg.norm(b, 2) for b in Dense(case, h, ic.OneStep()).blocks(dense_j(case, h), 2))
+    for lam in (1.0, 0.5):
+        gradient = suggest(case.problem(), h, case.z, error=1e-3, lam=lam)
+        q = 1 - lam * (1 - contraction)
+        assert gradient.k <= math.ceil(math.log(1e-3 * (1 - contraction)) / math.log(q))
+    assert suggest(case.problem(), h, case.z, error=1e-3).k <= gradient.k
+
+
+def dense_j(case: Case, h: Any) -> np.ndarray:
+    return dense(lambda v: case.vjp(NUMPY.xp, h, case.z, v)[0], h)
+
+
+def test_damping_is_suggested_where_f_is_no_contraction() -> None:
+    """The heat equation's spectrum reaches -1.2, ‖∂F/∂h‖ > 1: λ = 1 diverges, a damped step converges."""
+    case = heat(n=30)
+    h = ic.solve(case.problem(), case.h0, case.z, solver=SOLVER).value
+    certificate = certify(case.problem(), h, case.z, ic.Neumann(5, 0.5))
+    assert certificate.to_dict()["contraction"] > 1
+    assert math.isinf(certificate.to_dict()["error_bound"])
+    gradient = suggest(case.problem(), h, case.z, error=1e-4)
+    assert gradient.lam < 1
+    oracle = Dense(case, h, gradient)
+    assert np.linalg.norm(oracle.a - oracle.exact, 2) / oracle.sigma_max <= 1e-4
+    with pytest.raises(ValueError, match=r"no damped step of F is certain to be a contraction.*steps=40"):
+        suggest(case.problem(), h, case.z, error=1e-4, lam=1.0)
+
+
+def test_with_more_numbers_in_h_than_in_z_no_condition_can_hold() -> None:
+    """Then σ_min = 0. The certificate says so, and reports (6) on the range of ∂F/∂z."""
+    u = np.linspace(-1, 1, 5)
+    a = np.diag([0.5, 0.4, -0.3, 0.2, 0.1])
+    problem = ic.Problem(
+        lambda h, z: a @ h + u * z,
+        vjp=lambda h, z, v: (a.T @ v, u @ v),
+        jvp=lambda h, z, dh, dz: a @ dh + u * dz,
+    )
+    z = np.array(1.0)
+    h = np.linalg.solve(np.eye(5) - a, u)
+    certificate = certify(problem, h, z, ic.Neumann(4, 1.0))
+    assert certificate.sigma_min == Bounds(0.0, 0.0, 0.0)
+    assert certificate.descent is False
+    assert "5 numbers in h > 1 in z" in str(certificate)
+    on_range = certificate.condition_on_range
+    assert on_range is not None
+    assert on_range.right.value == pytest.approx(np.linalg.norm(u))
+    assert on_range.left.value == pytest.approx(np.linalg.norm(np.linalg.matrix_power(a, 4).T @ u))
+    assert on_range.holds
+    # For cotangents with (I - J)⁻¹ v along u the inner product is then non-negative.
+    v = (np.eye(5) - a.T) @ u
+    assert ic.Neumann(4, 1.0).vjp(problem, h, z)[1](v) * (u @ u) >= 0
+
+
+def test_a_rank_that_is_not_full_is_found() -> None:
+    """As many numbers in z as in h, of which one has no effect."""
+    m = np.diag([2.0, 1.0, 0.0])
+    problem = ic.Problem(
+        lambda h, z: 0.5 * h + m @ z,
+        vjp=lambda h, z, v: (0.5 * v, m.T @ v),
+        jvp=lambda h, z, dh, dz: 0.5 * dh + m @ dz,
+    )
+    certificate = certify(problem, np.zeros(3), np.zeros(3), ic.Neumann(3, 1.0))
+    assert certificate.sigma_min.high == 0
+    assert certificate.sigma_max.value == pytest.approx(2.0)
+    assert "not full rank" in str(certificate)
+    assert certificate.condition_on_range is not None
+    assert certificate.condition_on_range.right.value == pytest.approx(0.5)
+
+
+def test_a_measured_gradient_is_compared_with_the_exact_one(library: Library) -> None:
+    case, gradient = layer(batch=3, width=5), ic.Neumann(3, 0.5)
+    h = root_of(case)
+    v = np.random.default_rng(1).normal(size=h.shape)
+    certificate = certify(
+        case.problem(library), library.array(h), library.array(case.z), gradient, cotangent=library.array(v)
+    )
+    oracle = Dense(case, h, gradient)
+    estimate, exact = oracle.a @ flat(v), oracle.exact @ flat(v)
+    size = np.linalg.norm(exact)
+    assert certificate.inner_product == pytest.approx(estimate @ exact, rel=1e-6)
+    assert certificate.cosine == pytest.approx(estimate @ exact / size / np.linalg.norm(estimate), rel=1e-6)
+    assert certificate.relative_error == pytest.approx(np.linalg.norm(estimate - exact) / size, rel=1e-5)
+    assert f"cosine {certificate.cosine:.6f}" in str(certificate)
+
+
+def test_what_goes_to_a_logger_is_scalars() -> None:
+    case = layer(batch=3, width=5)
+    h = root_of(case)
+    found = certify(case.problem(), h, case.z, ic.Neumann(3, 0.5), cotangent=case.h0 + 1.0).to_dict()
+    assert all(type(value) in (float, int, bool, type(None)) for value in found.values())
+    norms = [
+        np.linalg.norm(b, 2) for b in Dense(case, root_of(case), ic.OneStep()).blocks(dense_j(case, root_of(case)), 3)
+    ]
+    assert found["contraction"] == pytest.approx(max(norms))
+    assert {"descent", "cosine", "condition_6_holds", "products_h"} < set(found)
+
+
+@pytest.mark.parametrize("case", [constant(), pytree(), affine(12, 0.4)], ids=lambda case: case.name)
+def test_states_and_parameters_may_be_pytrees(case: Case) -> None:
+    h, gradient = root_of(case), ic.Neumann(4, 0.5)
+    certificate, oracle = certify(case.problem(), h, case.z, gradient), Dense(case, h, gradient)
+    norms = [np.linalg.norm(oracle.j, 2)]
+    assert certificate.to_dict()["contraction"] == pytest.approx(max(norms), abs=1e-9)
+    assert certificate.condition_6.left.value == pytest.approx(oracle.left, rel=1e-6, abs=1e-9)
+    assert certificate.sigma_max.value == pytest.approx(oracle.sigma_max)
+
+
+def test_leaves_without_a_derivative_do_not_count() -> None:
+    problem = ic.Problem(
+        lambda h, z: z["scale"] * h + z["x"] + z["data"],
+        vjp=lambda h, z, v: (z["scale"] * v, {"scale": None, "x": v, "data": None, "label": None}),
+        jvp=lambda h, z, dh, dz: z["scale"] * dh + dz["x"] + dz["data"],
+    )
+    z = {"scale": 0.5, "x": np.ones(3), "data": np.ones(3), "label": np.arange(3)}
+    certificate = certify(problem, 4 * np.ones(3), z, ic.Neumann(2, 1.0))
+    assert certificate.parameters == 3
+    assert certificate.sigma_max.value == pytest.approx(1.0)
+    assert certificate.condition_6.left.value == pytest.approx(0.25)
+
+
+def test_an_unrolled_estimate_is_certified_at_its_own_value() -> None:
+    """From a point that is none of the root's, at h_k, and against its own k linearizations."""
+    case, gradient = layer(batch=1, width=4, contraction=0.9), ic.Unroll(3, 0.8)
+    start = np.random.default_rng(0).normal(size=(1, 4))
+    certificate, oracle = certify(case.problem(), start, case.z, gradient), Dense(case, start, gradient)
+    assert certificate.condition_6.left.value == pytest.approx(oracle.left, rel=1e-6)
+    assert certificate.condition_8 is None
+    value = gradient.value(case.problem(), start, case.z)
+    residual = np.linalg.norm(case.f(NUMPY.xp, value, case.z) - value)
+    assert certificate.to_dict()["residual"] == pytest.approx(residual)
+
+
+def test_single_precision_is_enough_for_one_percent() -> None:
+    case, gradient = layer(batch=2, width=10, contraction=0.9), ic.Neumann(3, 0.5)
+    h = root_of(case)
+    single = lambda tree: {k: v.astype(np.float32) for k, v in tree.items()}  # noqa: E731
+    certificate, oracle = (
+        certify(case.problem(), h.astype(np.float32), single(case.z), gradient),
+        Dense(case, h, gradient),
+    )
+    assert certificate.sigma_min.value == pytest.approx(oracle.sigma_min, rel=1e-2)
+    assert certificate.condition_6.left.value == pytest.approx(oracle.left, rel=1e-2)
+
+
+def test_the_same_seed_gives_the_same_certificate() -> None:
+    case = symmetric_layer(batch=2, width=60)
+    h = root_of(case)
+    a, b, c = (certify(case.problem(), h, case.z, ic.Neumann(3), steps=10, seed=s).to_dict() for s in (0, 0, 1))
+    assert a == b
+    assert a["contraction"] != c["contraction"]
+    assert a["contraction"] == pytest.approx(c["contraction"], rel=0.1)
+
+
+def test_what_it_costs_is_counted() -> None:
+    """The products that a certificate reports are those of the callbacks: (4 k + 5) n and 4 n, as documented."""
+    case, k, n = layer(batch=2, width=6), 4, 6
+    h = root_of(case)
+    problem = case.linearized()
+    certificate = certify(problem, h, case.z, ic.Neumann(k, 0.5), steps=n)
+    counts = case.counts
+    assert certificate.products_h == counts["vjp_h"] + counts["jvp_h"]
+    assert certificate.products_z == counts["vjp_z"] + counts["jvp_z"] - 1  # one finds out what has a gradient
+    assert counts["f"] == 1
+    assert certificate.products_h <= (4 * k + 5) * n
+    assert certificate.products_z <= 4 * n
+
+
+def test_errors_say_what_to_do() -> None:
+    f = lambda h, z: 0.5 * h + z  # noqa: E731
+    problem = ic.Problem(f, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz)
+    h = z = np.ones(2)
+    with pytest.raises(TypeError, match="problem must be a Problem"):
+        certify(f, h, z, ic.Neumann())
+    with pytest.raises(TypeError, match="did you mean Neumann"):
+        certify(problem, h, z, ic.Neumann)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        certify(problem, h, z, ic.Neumann(), steps=0)
+    with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
+        certify(problem, h, z, ic.Neumann(), confidence=1.0)
+    with pytest.raises(ValueError, match="h_bar must have the shape of h"):
+        certify(problem, h, z, ic.Neumann(), cotangent=np.ones(3))
+    with pytest.raises(NotImplementedError, match="needs the JVP of F"):
+        certify(ic.Problem(f, vjp=lambda h, z, v: (0.5 * v, v)), h, z, ic.Neumann())
+    with pytest.raises(ValueError, match="pass what is trained in z"):
+        certify(ict.problem(lambda h, z: 0.5 * h), torch.ones(2), None, ic.Neumann())
+    with pytest.raises(ValueError, match=r"error must lie in \(0, inf\)"):
+        suggest(problem, h, z, error=0.0)
+    with pytest.raises(TypeError, match="form must be Neumann or Unroll"):
+        suggest(problem, h, z, error=0.1, form=ic.Implicit)
+    with pytest.raises(NotImplementedError, match=r"within jax\.jit"):
+        jax.jit(lambda h: certify(icj.problem(f), h, h, ic.Neumann()).residual)(jnp.ones(2))
+
+
+def test_a_certificate_fits_the_screen() -> None:
+    case = layer(batch=3, width=4)
+    for gradient in (ic.Neumann(3, 0.5), ic.Unroll(2, 0.3), ic.OneStep(), ic.BPTT(4), ic.Neumann("auto", 0.9)):
+        for steps in (2, 40):
+            text = str(certify(case.problem(), root_of(case), case.z, gradient, steps=steps, cotangent=case.h0 + 1))
+            assert max(map(len, text.splitlines())) <= 80
+            assert "descent direction" in text
+
+
+def test_every_framework_starts_from_the_same_vectors() -> None:
+    case = symmetric_layer(batch=1, width=60)
+    h, gradient = root_of(case), ic.Neumann(3, 0.5)
+    a = certify(case.problem(), h, case.z, gradient, steps=8)
+    b = certify(case.problem(JAX), JAX.array(h), JAX.array(case.z), gradient, steps=8)
+    assert a.to_dict() == pytest.approx(b.to_dict(), rel=1e-9)
