@@ -11,6 +11,8 @@ COMMANDS = {
     "scaling": ("scaling", "cost against batch, width, k and the solver's memory"),
     "step": ("torch_step", "the same of forced evaluations: time and memory of all gradients"),
     "layer": ("jax_layer", "a layer in JAX, beside jaxopt's and optimistix'"),
+    "fig1": ("fig1", "Figure 1: cosine of the phantom and the exact gradient against k"),
+    "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, beside its bound"),
     "gpu": ("gpu", "all that needs a GPU: the tests marked gpu, and times"),
 }
 

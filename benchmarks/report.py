@@ -1,6 +1,7 @@
 """What the benchmarks share: progress, the machine in words, and a table on the screen and in files."""
 
 import argparse
+import csv
 import json
 import platform
 import sys
@@ -83,13 +84,14 @@ class Table:
         path.write_text(text)
 
 
-def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A command line, with what all of them take."""
+def parser(name: str, description: str | None, *, timed: bool = True) -> argparse.ArgumentParser:
+    """A command line, with what all of them take; what is ``timed`` is repeated, and takes a number of threads."""
     options = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
     add = options.add_argument
     add("--quick", action="store_true", help="small sizes and few repetitions: under a minute")
-    add("--repetitions", type=positive, help="of each row; as many as are needed if not given")
-    add("--threads", type=positive, default=2, help="of PyTorch (default: 2)")
+    if timed:
+        add("--repetitions", type=positive, help="of each row; as many as are needed if not given")
+        add("--threads", type=positive, default=2, help="of PyTorch (default: 2)")
     add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     add("--output", type=Path, help="folder for the tables (.md), the numbers (.json) and a picture (.png)")
     return options
@@ -126,6 +128,25 @@ def publish(
     mpl.use("agg")
     picture(record).savefig(folder / f"{name}.png", dpi=150)
     console.print(f"Saved in {folder}.", highlight=False)
+
+
+def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows that have the same keys, which head the columns; numbers to eight digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{x:.8g}" if isinstance(x, float) else x for name, x in row.items()})
+
+
+def verdict(console: Console, broken: Sequence[str]) -> int:
+    """Print which of the paper's statements the numbers contradict, if any; returns the exit code."""
+    for sentence in broken:
+        console.print(f"Does not hold: {sentence}.", style="red", highlight=False)
+    if not broken:
+        console.print("The paper's statements hold.", highlight=False)
+    return 1 if broken else 0
 
 
 @contextmanager
