@@ -52,6 +52,13 @@ class Backend:
         Its array-API namespace (from array-api-compat where the framework needs it).
     array_types
         Classes whose instances are this framework's arrays.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicit_core.registry import find_backend
+    >>> find_backend(np.zeros(3))
+    <backend numpy>
     """
 
     def __init__(self, name: str, xp: ModuleType, array_types: tuple[type, ...]) -> None:

@@ -31,6 +31,19 @@ class Linearization:
     Notes
     -----
     What is left out is simply not there: pullbacks need only the ``vjp`` side, pushforwards the ``jvp`` side.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> def linearize(h, z):
+    ...     value = np.tanh(0.5 * h + z)
+    ...     slope = 1 - value**2
+    ...     return ic.Linearization(value, vjp_h=lambda v: 0.5 * slope * v, vjp_z=lambda v: slope * v)
+    >>> problem = ic.Problem(lambda h, z: np.tanh(0.5 * h + z), linearize=linearize)
+    >>> value, pullback = ic.Neumann(k=2, lam=1.0).vjp(problem, np.zeros(2), np.zeros(2))
+    >>> pullback(np.ones(2))  # 1 + 1/2
+    array([1.5, 1.5])
     """
 
     value: PyTree

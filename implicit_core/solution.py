@@ -12,7 +12,16 @@ from .registry import find_backend
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended."""
+    """How the solve of one sample ended.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.solve(lambda h, z: h + z, np.zeros(2), np.ones(2), solver=ic.FixedPointIteration(max_steps=9))
+    >>> ic.Status(int(solution.status)).name
+    'MAX_STEPS'
+    """
 
     CONVERGED = 0
     """The residual at the returned point is within the tolerance."""
@@ -44,6 +53,14 @@ class Stats(NamedTuple):
         ‖F(h) - h‖₂ at each sample's returned point, of the batch's shape.
     trace
         The residual at every evaluation, (max_steps, batch...), NaN once a sample is finished; None unless asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.solve(lambda h, z: 0.5 * h + z, np.zeros((2, 1)), np.array([[0.0], [1.0]]), batch_ndim=1)
+    >>> solution.stats.steps, solution.stats.evaluations  # the first starts at its root
+    (array([1, 3], dtype=int32), 3)
     """
 
     steps: Array
@@ -65,6 +82,14 @@ class Solution(NamedTuple):
         Steps, evaluations and residuals.
     aux
         What F returned beside h, evaluated once more at ``value``; None without ``has_aux``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.solve(lambda h, z: 0.5 * h + z, np.zeros(2), np.ones(2))
+    >>> bool(solution.converged), solution.value.round(4)
+    (True, array([2., 2.]))
     """
 
     value: PyTree
@@ -107,6 +132,16 @@ class SolveError(RuntimeError):
     ----------
     failures
         The samples, by how they failed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> try:
+    ...     ic.solve(lambda h, z: h + 1.0, np.zeros(2), None, solver=ic.FixedPointIteration(max_steps=3), throw=True)
+    ... except ic.SolveError as error:
+    ...     print(error)
+    the solve did not converge: MAX_STEPS, largest residual 1.41
     """
 
     def __init__(self, message: str, failures: tuple[Failure, ...] = ()) -> None:

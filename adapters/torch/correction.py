@@ -28,6 +28,15 @@ class Trajectory(NamedTuple):
         As :func:`fixed_point` returns it.
     states
         The estimator's value at each requested step that the solve passed, by that step; in ascending order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from implicit_core.adapters import torch as ict
+    >>> z = torch.ones(2, requires_grad=True)
+    >>> trajectory = ict.fixed_point_correction(lambda h, z: 0.5 * h + z, torch.zeros(2), z, at=[2])
+    >>> trajectory.loss(lambda h: h.square().mean()).requires_grad
+    True
     """
 
     solution: Solution

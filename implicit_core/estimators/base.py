@@ -19,6 +19,12 @@ class Estimator(ABC):
 
     The paper writes Jacobians transposed (d_z × d_h), so its A v is ``pullback(v)`` here; ``jvp`` applies the transpose
     of the same A, so that ⟨u, jvp dz⟩ = ⟨pullback u, dz⟩ for every estimator.
+
+    Examples
+    --------
+    >>> import implicit_core as ic
+    >>> isinstance(ic.Neumann(k=5, lam=0.5), ic.Estimator)
+    True
     """
 
     starts_from_h0: ClassVar[bool] = False

@@ -26,6 +26,10 @@ class BPTT(Estimator):
     TypeError, ValueError
         If k < 1.
 
+    References
+    ----------
+    Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 10 and 11.
+
     Examples
     --------
     >>> import numpy as np

@@ -38,6 +38,10 @@ class Implicit(AtFixedPoint):
     TypeError, ValueError
         If an argument is of a wrong kind.
 
+    References
+    ----------
+    Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 2 and 4.
+
     Examples
     --------
     >>> import numpy as np

@@ -42,6 +42,10 @@ class Neumann(AtFixedPoint):
     TypeError, ValueError
         If k < 1, λ is not in (0, 1], or ``rtol`` or ``max_terms`` is given beside a number of terms.
 
+    References
+    ----------
+    Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 15 and 18, Theorem 2.
+
     Examples
     --------
     >>> import numpy as np
@@ -52,7 +56,7 @@ class Neumann(AtFixedPoint):
     array([1.75])
     >>> value, pullback = ic.Neumann(k="auto", lam=1.0, rtol=1e-3).vjp(problem, np.array([2.0]), np.array([1.0]))
     >>> pullback(np.array([1.0]))  # of which 2 is all
-    array([1.99804688])
+    array([1.99902344])
     """
 
     k: int | Literal["auto"] = 5

@@ -35,6 +35,10 @@ class Unroll(Estimator):
     TypeError, ValueError
         If k < 1 or λ is not in (0, 1].
 
+    References
+    ----------
+    Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 13, 14 and 17, Theorem 2.
+
     Examples
     --------
     >>> import numpy as np

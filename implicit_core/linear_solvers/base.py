@@ -55,6 +55,17 @@ class LinearSolver(ABC):
         No cycle starts after this many products with A.
     check_every
         Steps of a method between two looks at whether all samples are finished: each look waits for the device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
+    Examples
+    --------
+    >>> import implicit_core as ic
+    >>> isinstance(ic.GMRES(restart=10, rtol=1e-3), ic.LinearSolver)
+    True
     """
 
     rtol: float = 1e-6

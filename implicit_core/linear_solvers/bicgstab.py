@@ -28,10 +28,23 @@ class BiCGSTAB(LinearSolver):
     rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     H. A. van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of nonsymmetric
     linear systems, SIAM J. Sci. Stat. Comput. 13 (1992).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> a = np.array([[2.0, 1.0], [0.0, 4.0]])
+    >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.BiCGSTAB(rtol=1e-9)).value.round(6)
+    array([0.25, 0.5 ])
     """
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:

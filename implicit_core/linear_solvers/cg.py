@@ -28,9 +28,22 @@ class CG(LinearSolver):
     rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     M. R. Hestenes and E. Stiefel, Methods of conjugate gradients for solving linear systems, J. Res. NBS 49 (1952).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> a = np.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.CG()).value.round(6)
+    array([0.2, 0.6])
     """
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:

@@ -34,10 +34,23 @@ class GMRES(LinearSolver):
     rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     Y. Saad and M. H. Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems,
     SIAM J. Sci. Stat. Comput. 7 (1986).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> a = np.array([[2.0, 1.0], [0.0, 4.0]])
+    >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.GMRES(rtol=1e-9)).value.round(6)
+    array([0.25, 0.5 ])
     """
 
     restart: int = 20

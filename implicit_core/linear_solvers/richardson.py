@@ -22,6 +22,24 @@ class Richardson(LinearSolver):
         ω in (0, 2).
     rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
+    References
+    ----------
+    L. F. Richardson, The approximate arithmetical solution by finite differences of physical problems involving
+    differential equations, with an application to the stresses in a masonry dam, Phil. Trans. R. Soc. A 210 (1911).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> a = np.array([[1.0, 0.5], [0.0, 0.5]])
+    >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.Richardson(rtol=1e-9)).value.round(6)
+    array([-1.,  4.])
     """
 
     relaxation: float = 1.0

@@ -37,6 +37,11 @@ class Anderson(Solver):
     rtol, atol, max_steps, check_every
         As for :class:`Solver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     D. G. Anderson, Iterative procedures for nonlinear integral equations, J. ACM 12 (1965).

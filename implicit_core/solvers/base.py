@@ -50,6 +50,27 @@ class Solver(ABC):
         Most evaluations of F.
     check_every
         Steps between two looks at whether all samples are finished: each look waits for the device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Halfway(ic.Solver):
+    ...     def init(self, system, x):
+    ...         return None
+    ...
+    ...     def step(self, system, memory, point):
+    ...         return system.space.axpy(0.5, point.residual, point.x), None
+    >>> solution = ic.solve(lambda h, z: -0.9 * h + z, np.zeros(2), np.ones(2), solver=Halfway(rtol=1e-9))
+    >>> solution.value.round(6)
+    array([0.526316, 0.526316])
     """
 
     rtol: float = 1e-5

@@ -42,6 +42,11 @@ class Broyden(Solver):
     rtol, atol, max_steps, check_every
         As for :class:`Solver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     C. G. Broyden, A class of methods for solving nonlinear simultaneous equations, Math. Comp. 19 (1965).

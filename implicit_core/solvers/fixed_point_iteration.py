@@ -22,6 +22,11 @@ class FixedPointIteration(Solver):
     rtol, atol, max_steps, check_every
         As for :class:`Solver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     Examples
     --------
     >>> import numpy as np

@@ -39,6 +39,11 @@ class NewtonKrylov(Solver):
     rtol, atol, max_steps, check_every
         As for :class:`Solver`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is of a wrong kind or out of range.
+
     References
     ----------
     D. A. Knoll and D. E. Keyes, Jacobian-free Newton-Krylov methods, J. Comput. Phys. 193 (2004).

@@ -20,6 +20,12 @@ class Condition:
         Its number in the paper.
     left, right
         Both sides, floats.
+
+    Examples
+    --------
+    >>> from implicit_core.theory import Bounds, Condition
+    >>> print(Condition("6", Bounds(0.1, 0.1, 0.12), Bounds(0.2, 0.25, 0.25)))
+    0.1 (≤ 0.12) ≤ 0.25 (≥ 0.2)   holds
     """
 
     name: str
@@ -65,6 +71,8 @@ class Certificate:
         ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min² / σ_max (Theorem 1).
     condition_8
         ‖D (I - ∂F/∂h) - I‖₂ ≤ 1 / κ² (Remark 1), on the batch's worst sample; None unless A = (∂F/∂z) D.
+    condition_sharp
+        ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min: all that the proof of Theorem 1 needs, κ times less strict than (6).
     condition_on_range
         Where σ_min = 0, (6) with the smallest positive singular value: a guarantee for the cotangents v with
         (I - ∂F/∂h)⁻¹ v in the range of (∂F/∂z)ᵀ. None otherwise, or where that value was not found.
@@ -75,6 +83,17 @@ class Certificate:
         Products with ∂F/∂h and ∂F/∂z, or their transposes, that it took.
     samples, state_size, parameters
         Of the batch, of one sample of h, and of what z holds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> from implicit_core.theory import certify
+    >>> problem = ic.Problem(
+    ...     lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz)
+    >>> certificate = certify(problem, np.array([2.0]), np.array([1.0]), ic.OneStep())
+    >>> certificate.descent, certificate.to_dict()["contraction"]
+    (True, 0.5)
     """
 
     gradient: Estimator
@@ -86,6 +105,7 @@ class Certificate:
     sigma_min: Bounds
     condition_6: Condition
     condition_8: Condition | None
+    condition_sharp: Condition
     condition_on_range: Condition | None
     inner_product: float | None
     cosine: float | None
@@ -101,13 +121,13 @@ class Certificate:
     def descent(self) -> bool | None:
         """Whether the estimate is certain to be a descent direction, for every loss (Theorem 1).
 
-        True if (6) or (8) holds. False if neither does: the estimate may descend all the same, for this is a
-        sufficient condition. None if the bounds leave it open.
+        True if ‖A (I - ∂F/∂h) - ∂F/∂z‖ ≤ σ_min, as (6) and (8) imply. False if it is larger: the estimate may descend
+        all the same, for this is a sufficient condition. None if the bounds leave it open.
         """
-        verdicts = [c.holds for c in (self.condition_6, self.condition_8) if c is not None]
-        if True in verdicts:
+        implied = (self.condition_6, self.condition_8)
+        if any(condition is not None and condition.holds for condition in implied):
             return True
-        return None if None in verdicts else False
+        return self.condition_sharp.holds
 
     @property
     def condition_number(self) -> Bounds:
@@ -134,7 +154,7 @@ class Certificate:
             "sigma_min_low": self.sigma_min.low,
             "condition_number": self.condition_number.value,
         }
-        for name in ("condition_6", "condition_8", "condition_on_range"):
+        for name in ("condition_6", "condition_8", "condition_sharp", "condition_on_range"):
             condition = getattr(self, name)
             if condition is not None:
                 found |= {
@@ -164,6 +184,7 @@ class Certificate:
         ]
         if self.condition_8 is not None:
             rows.append(("condition (8)", str(self.condition_8)))
+        rows.append(("left of (6) ≤ σ_min", str(self.condition_sharp)))
         if self.sigma_min.high == 0:
             rows.append(("σ_min = 0", self._without_full_rank()))
         if self.condition_on_range is not None:

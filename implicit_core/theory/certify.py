@@ -34,7 +34,8 @@ def certify(
     With all Jacobians at the estimator's value, transposed as in the paper (a cotangent goes in), it computes
 
     - both sides of condition (6), :math:`\|A (I - ∂F/∂h) - ∂F/∂z\| ≤ σ_{min}² / σ_{max}`, under which the estimate is
-      a descent direction of every loss (Theorem 1), and of (8), where :math:`A = (∂F/∂z) D`;
+      a descent direction of every loss (Theorem 1), and of (8), where :math:`A = (∂F/∂z) D`; σ_min alone on the right
+      of (6) is enough for that, see :class:`Certificate`;
     - the singular values of ∂F/∂z that these ask for;
     - the contraction L_h, the spectral radius of ∂F/∂h, and Theorem 2's bound of the error.
 
@@ -113,6 +114,7 @@ def certify(
       σ of ∂F/∂z            1 to 1
       condition (6)         0.125 ≤ 1   holds
       condition (8)         0.125 ≤ 1   holds
+      left of (6) ≤ σ_min   0.125 ≤ 1   holds
       measured              cosine 0.998610, relative error 0.115
       descent direction     guaranteed (Theorem 1)
     """
@@ -156,6 +158,7 @@ def certify(
         sigma_min=sides.smallest,
         condition_6=Condition("6", left_6, _threshold(sides.smallest, sides.largest)),
         condition_8=None if left_8 is None else Condition("8", left_8, _inverse_square(sides.smallest, sides.largest)),
+        condition_sharp=Condition("sharp", left_6, sides.smallest),
         condition_on_range=_on_range(sides, left_6),
         **measured,
         products_h=j.products_h,

@@ -23,6 +23,12 @@ class Bounds(NamedTuple):
         Bounds: one is certain, the other holds with the confidence that was asked for.
     value
         The estimate, between them: the number itself where the Krylov space was exhausted.
+
+    Examples
+    --------
+    >>> from implicit_core.theory import Bounds
+    >>> Bounds(0.90, 0.90, 0.92).high
+    0.92
     """
 
     low: Any
