@@ -12,7 +12,7 @@ INSTALL = -m pip install --quiet --constraint constraints.txt --build-constraint
 REQUIREMENTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo mnist1d test lint format types wheel check-wheel clean
+.PHONY: help demo mnist1d test lint format types docs wheel check-wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ types: $(VENV)/.dev ## Check types with mypy, on an installed copy.
 	cd build && MYPYPATH=types $(abspath $(VENV))/bin/python -m mypy \
 		--config-file ../pyproject.toml --cache-dir ../.mypy_cache --package implicit_core
 
+# From nothing each time: a page that was not built anew would not have run either.
+docs: $(VENV)/.docs ## Build the documentation into build/docs, and run its pages. Warnings are errors.
+	rm -rf build/docs
+	$(VENV)/bin/python -m sphinx --builder html --jobs auto --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "Open build/docs/index.html, or serve it: $(VENV)/bin/python -m http.server --directory build/docs"
+
 wheel: $(VENV)/.dev ## Build the sdist, and the wheel from it, into dist/.
 	rm -rf dist
 	$(VENV)/bin/python -m build --quiet --dependency-constraints-txt constraints.txt
@@ -65,6 +71,10 @@ $(VENV)/.test: $(VENV)/.pip $(REQUIREMENTS)
 
 $(VENV)/.dev: $(VENV)/.test
 	$(VENV)/bin/python $(INSTALL) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(VENV)/bin/python $(INSTALL) --editable ".[docs]"
 	@touch $@
 
 $(DEMO_VENV)/.demo: $(DEMO_VENV)/.pip $(REQUIREMENTS)

@@ -1,4 +1,7 @@
-"""Every example in a docstring, and every block of Python in the README, runs."""
+"""Every example in a docstring and every block of Python on a page runs; links lead somewhere.
+
+Notebooks among the pages are run by ``make docs``, and by nothing here.
+"""
 
 import doctest
 import importlib
@@ -21,8 +24,19 @@ MODULES = ["implicit_core"] + [
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not module.name.endswith("__main__")
 ]
-SOLVERS = ["Anderson", "Broyden", "CallableSolver", "FixedPointIteration", "NewtonKrylov"]
-ESTIMATORS = ["BPTT", "Implicit", "Neumann", "OneStep", "Unroll"]
+PUBLIC = ["", ".theory", ".adapters.torch", ".adapters.jax", ".adapters.cupy"]
+SEED = r"default_rng\(\d|manual_seed\(\d|random\.(key|PRNGKey)\(\d|random\.seed\(\d"
+
+
+def read(page: str) -> str:
+    """A page, by its path from the root."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+FOLDERS = "*.md", "benchmarks/*.md", "docs/**/*.md"
+PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(folder))
+NOTEBOOKS = [page for page in PAGES if read(page).startswith("---\nfile_format: mystnb\n")]
+WITH_BLOCKS = [page for page in PAGES if "```python\n" in read(page) and page not in NOTEBOOKS]
 
 
 def on_a_gpu(name: str) -> Any:
@@ -37,24 +51,54 @@ def test_docstrings(name: str) -> None:
     assert not result.failed
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, *ESTIMATORS, "Problem", "fixed_point", "solve", "solve_linear"])
-def test_what_users_call_has_an_example(name: str) -> None:
-    assert ">>> " in getattr(implicit_core, name).__doc__
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_an_example(module: str) -> None:
+    found = vars(importlib.import_module(f"implicit_core{module}"))
+    for name in found["__all__"]:
+        value = found[name]
+        if callable(value) and not (isinstance(value, type) and issubclass(value, Warning)):
+            assert ">>> " in value.__doc__, name
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", on_a_gpu("docs/cupy.md"), "docs/jax.md", "docs/pytorch.md"]
-)
-def test_blocks_of_python_in_pages(page: str) -> None:
+@pytest.mark.parametrize("page", [on_a_gpu(page) for page in WITH_BLOCKS])
+def test_blocks_of_python_on_pages(page: str) -> None:
     """In order, and in one namespace, as a reader would type them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(blocks) >= 2
     namespace: dict[str, object] = {"__name__": page}
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", read(page), re.DOTALL):
         exec(block, namespace)
 
 
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_notebooks_end_with_what_they_have_shown_and_can_be_repeated(page: str) -> None:
+    cells = re.findall(r"^```\{code-cell\}.*?\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+    assert re.search(r"^assert ", cells[-1], re.MULTILINE), f"the last cell of {page} asserts nothing"
+    code = "".join(cells)
+    assert "rand" not in code or re.search(SEED, code), f"{page} draws random numbers without a seed"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_reference_has_every_public_name(module: str) -> None:
+    words = set(re.findall(r"\w+", "".join(read(page) for page in PAGES if page.startswith("docs/reference/"))))
+    assert words.issuperset(importlib.import_module(f"implicit_core{module}").__all__)
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for page in PAGES:
+        for path, anchor in re.findall(r"\]\(([^)\s#:]*)(?:#([^)\s]*))?\)", prose(page)):
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), f"{page} links to {path}"
+            if anchor:
+                assert anchor in anchors(str(target.resolve().relative_to(ROOT))), f"{page} links to {path}#{anchor}"
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code, and without code in its lines."""
+    return re.sub(r"`[^`\n]*`", "`", re.sub(r"^ *(```+).*?^ *\1 *$", "", read(page), flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page: str) -> set[str]:
+    """Of a page's headings, as GitHub and MyST make them, and of its targets ``(name)=``."""
+    text = re.sub(r"^```.*?^```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\(([^)\n]+)\)=$", text, re.MULTILINE))

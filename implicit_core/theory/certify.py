@@ -10,7 +10,7 @@ from ..estimators.base import bind, check_cotangent
 from ..linear_solvers import GMRES, LinearSolver
 from ..problem import Problem
 from ..space import Space
-from .certificate import Certificate, Condition
+from .certificate import Certificate, Condition, largest
 from .krylov import Bounds, Spectrum, dimension, singular_values, spectral_radius
 from .operators import Jacobians, Pair, check, deviation
 
@@ -145,7 +145,7 @@ def certify(
         left_8 = None
         if away.in_h is not None:
             worst = spectrum(away.in_h, space, space).largest
-            left_8 = Bounds(*(_largest(space)(b) for b in worst))
+            left_8 = Bounds(*map(largest, worst))
         measured = _measure(j, gradient, h, cotangent, linear_solver)
         residual = space.norm(space.sub(space.pack(j.at.value), space.pack(value)))
     return Certificate(
@@ -166,7 +166,6 @@ def certify(
         samples=space.samples,
         state_size=dimension(space),
         parameters=dimension(j.parameters),
-        _largest=_largest(space),
     )
 
 
@@ -226,17 +225,6 @@ def _error_bound(space: Space, gradient: Estimator, contraction: Array) -> Array
 
 def _numbers(b: Bounds) -> Bounds:
     return Bounds(*(float(x[0, 0]) for x in b))
-
-
-def _largest(space: Space) -> Any:
-    """The largest number of a batch; NaN if there is one."""
-    xp = space.xp
-
-    def of(numbers: Array) -> float:
-        lost = bool(xp.any(numbers != numbers))
-        return math.nan if lost else float(xp.max(numbers))
-
-    return of
 
 
 def _measure(

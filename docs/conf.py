@@ -1,0 +1,113 @@
+"""The site's settings. ``make docs`` builds it: warnings are errors, and nothing is fetched."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import implicit_core
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+project = "implicit_core"
+author = "The implicit_core founders"
+copyright = f"2026, {author}"
+version = release = implicit_core.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+
+# Every reference must lead somewhere, except those into other libraries.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(collections|torch)\..*")]
+
+# Pages
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# Notebooks run at every build, in the environment of the build. An exception in a cell is a warning with its traceback,
+# and warnings fail the build, after all pages were tried. Raised, it would end the build at once, without a traceback.
+nb_execution_mode = "force"
+nb_execution_show_tb = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+# Kernels inherit these: how pictures look; one thread each, since pages run side by side.
+os.environ["MATPLOTLIBRC"] = str(DOCS)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+mathjax_options = {"async": "async"}  # where it can't be reached, the rest of the page does not wait for it
+
+# Reference
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # types are in the docstrings' words; a signature shows names and defaults
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Appearance
+html_theme = "furo"
+html_title = "implicit_core"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True}
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Files outside of docs/ that have a page, for links to them
+PAGES = {
+    ROOT / "README.md": DOCS / "index.md",
+    ROOT / "CHANGELOG.md": DOCS / "changelog.md",
+    ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
+    ROOT / "benchmarks/README.md": DOCS / "benchmarks.md",
+}
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+
+
+def on_the_site(text: str, source: Path, page: Path) -> str:
+    """Markdown of the file ``source`` as ``page`` shows it: links go to pages, or are words where there is none."""
+
+    def link(match: re.Match[str]) -> str:
+        words, path, anchor = match[1], match[2], match[3] or ""
+        target = (source.parent / path).resolve()
+        if not target.exists():  # code that looks like a link, or a link that Sphinx will report
+            return match[0]
+        target = PAGES.get(target, target)
+        if not target.is_relative_to(DOCS):
+            return words
+        return f"[{words}]({Path(os.path.relpath(target, page.parent)).as_posix()}{anchor})"
+
+    return LINK.sub(link, text)
+
+
+def short_name(app: Sphinx, env: Any, node: Any, words: Any) -> Any:
+    """Docstrings of the adapters write ``Problem`` for ``implicit_core.Problem``."""
+    if node.get("refdomain") == "py" and node["reftarget"] in implicit_core.__all__:
+        target = f"implicit_core.{node['reftarget']}"
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, words)
+    return None
+
+
+def attributes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Attributes that a docstring lists together, ``a, b``, are one entry; Sphinx would take ``a,`` for a type."""
+    lines[:] = [re.sub(r"(?<=:ivar )\w+(, \w+)+(?=:)", lambda names: names[0].replace(" ", ""), line) for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx asks of a configuration that is also an extension."""
+
+    def read(app: Sphinx, name: str, source: list[str]) -> None:
+        page = Path(app.env.doc2path(name))
+        source[0] = on_the_site(source[0], page, page)
+
+    def include(app: Sphinx, path: Path, parent: str, source: list[str]) -> None:
+        source[0] = on_the_site(source[0], (DOCS / path).resolve(), Path(app.env.doc2path(parent)))
+
+    app.connect("autodoc-process-docstring", attributes, priority=900)  # after napoleon
+    app.connect("missing-reference", short_name)
+    app.connect("source-read", read)
+    app.connect("include-read", include)
