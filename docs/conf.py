@@ -1,5 +1,6 @@
 """The site's settings. ``make docs`` builds it: warnings are errors, and nothing is fetched."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -38,7 +39,13 @@ nb_merge_streams = True
 os.environ["MATPLOTLIBRC"] = str(DOCS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-mathjax_options = {"async": "async"}  # where it can't be reached, the rest of the page does not wait for it
+# MathJax is part of the site, so that formulas are drawn without a network. As an extension, the package that brings it
+# would end parallel builds.
+MATHJAX = importlib.util.find_spec("sphinx-mathjax-offline")
+if MATHJAX is None or MATHJAX.origin is None:
+    raise ImportError("sphinx-mathjax-offline is missing: make docs installs what the site needs")
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax_options = {"async": "async"}
 
 # Reference
 autodoc_member_order = "bysource"
@@ -51,7 +58,7 @@ napoleon_use_rtype = False
 # Appearance
 html_theme = "furo"
 html_title = "implicit_core"
-html_static_path = ["_static"]
+html_static_path = ["_static", str(Path(MATHJAX.origin).parent / "static")]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False

@@ -14,8 +14,6 @@ from .certificate import Certificate, Condition, largest
 from .krylov import Bounds, Spectrum, dimension, singular_values, spectral_radius
 from .operators import Jacobians, Pair, check, deviation
 
-EXACT = GMRES(rtol=1e-9, restart=40, max_steps=2000)
-
 
 def certify(
     problem: Problem,
@@ -27,7 +25,7 @@ def certify(
     steps: int = 40,
     confidence: float = 0.999,
     seed: int = 0,
-    linear_solver: LinearSolver = EXACT,
+    linear_solver: LinearSolver = GMRES(rtol=1e-9, restart=40, max_steps=2000),
 ) -> Certificate:
     r"""Check the paper's conditions on a gradient estimator, at one point and without a matrix.
 
