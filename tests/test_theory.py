@@ -485,3 +485,49 @@ def test_every_framework_starts_from_the_same_vectors() -> None:
     a = certify(case.problem(), h, case.z, gradient, steps=8)
     b = certify(case.problem(JAX), JAX.array(h), JAX.array(case.z), gradient, steps=8)
     assert a.to_dict() == pytest.approx(b.to_dict(), rel=1e-9)
+
+
+class Cell(torch.nn.Module):
+    """With dropout and a normalized weight, which change from call to call in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4))
+        self.dropout = torch.nn.Dropout(0.5)
+        self.frozen = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.8 * self.inner(self.dropout(h)) + self.frozen * x)
+
+
+def test_a_torch_layer_certifies_itself_with_respect_to_what_is_trained() -> None:
+    """As by hand: functional_call, and z the cell's parameters. Modes and buffers are as before."""
+    layer = ict.ImplicitLayer(Cell().double(), solver=ic.Anderson(rtol=1e-12, max_steps=200), gradient=ic.Neumann(5))
+    cell, x, v = layer.cell, torch.randn(2, 4, dtype=torch.float64, requires_grad=True), torch.ones(2, 4).double()
+    cell.dropout.eval()
+    before = {name: buffer.clone() for name, buffer in cell.named_buffers()}
+    certificate = layer.certify(x, cotangent=v)
+    assert (cell.training, cell.inner.training, cell.dropout.training) == (True, True, False)
+    assert all(torch.equal(before[name], buffer) for name, buffer in cell.named_buffers())
+    assert certificate.parameters == 4 * 4 + 4
+    cell.eval()
+    parameters = {name: p.detach() for name, p in cell.named_parameters() if p.requires_grad}
+    problem = ict.problem(lambda h, p: torch.func.functional_call(cell, p, (h, x.detach())), batch_ndim=1)
+    h = ic.solve(problem, torch.zeros(2, 4).double(), parameters, solver=layer.solver).value
+    assert certificate.to_dict() == certify(problem, h, parameters, layer.gradient, cotangent=v).to_dict()
+    # The gradient that it speaks of is the layer's own.
+    for p in cell.parameters():
+        p.grad = None
+    (layer(x) * v).sum().backward()
+    estimate = torch.cat([p.grad.flatten() for p in cell.parameters() if p.requires_grad])
+    exact = torch.cat(
+        [g.flatten() for g in ic.Implicit(ic.GMRES(rtol=1e-12)).vjp(problem, h, parameters)[1](v).values()]
+    )
+    cosine = torch.nn.functional.cosine_similarity(estimate, exact, dim=0)
+    assert certificate.cosine == pytest.approx(float(cosine), rel=1e-8)
+
+
+def test_a_torch_layer_without_parameters_says_what_to_do() -> None:
+    for cell in (lambda h, x: 0.5 * h + x, torch.nn.Bilinear(2, 2, 2).requires_grad_(False)):
+        with pytest.raises(TypeError, match=r"no module with parameters that require a gradient: put them in z"):
+            ict.ImplicitLayer(cell).certify(torch.ones(2, 2))

@@ -1,21 +1,27 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from implicit_core import checks
+from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.solution import Stats
+from implicit_core.solve import solve
 from implicit_core.solvers import Anderson
+from implicit_core.theory import Certificate, certify
 
 from .constant import constant_within_solve
 from .function import transforming
 from .layer import fixed_point
 from .precision import state_dtype
+from .problem import problem
 
 PyTree = Any
 
@@ -130,6 +136,56 @@ class ImplicitLayer(nn.Module):
         self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value
 
+    def certify(self, x: PyTree, h0: PyTree | None = None, **options: Any) -> Certificate:
+        """The paper's conditions on this layer's gradient, with respect to the cell's parameters.
+
+        :func:`implicit_core.theory.certify` at the layer's fixed point for ``x``. The cell is in eval mode meanwhile:
+        F is then one function. A few samples are enough, and ``layer.certify(x[:4], steps=10)`` takes as long as some
+        ten steps of training.
+
+        Parameters
+        ----------
+        x, h0
+            As for a call.
+        options
+            ``cotangent``, ``steps``, ``confidence``, ``seed`` and ``linear_solver``, as there.
+
+        Raises
+        ------
+        TypeError
+            If the cell is not a module with parameters to train.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import implicit_core as ic
+        >>> from implicit_core.adapters import torch as ict
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.inner = torch.nn.Linear(4, 4)
+        ...         torch.nn.init.orthogonal_(self.inner.weight, gain=0.5)
+        ...
+        ...     def forward(self, h, x):
+        ...         return torch.tanh(self.inner(h) + x)
+        >>> layer = ict.ImplicitLayer(Cell(), gradient=ic.Neumann(k=20, lam=0.9))
+        >>> layer.certify(torch.ones(2, 4)).descent
+        True
+        """
+        cell, parameters = self.cell, _trained(self.cell)
+        if not isinstance(cell, nn.Module) or not parameters:
+            raise TypeError(
+                "the conditions are about what is trained, and the cell is no module with parameters that require a "
+                "gradient: put them in z, and call implicit_core.theory.certify"
+            )
+        x = BACKEND.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
+        with _in_eval_mode(cell), torch.no_grad():
+            given = problem(lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim)
+            h = self._start(x) if h0 is None else h0
+            if not self.gradient.starts_from_h0:
+                h = solve(given, h, parameters, solver=self.eval_solver or self.solver).value
+            return certify(given, h, parameters, self.gradient, **options)
+
     def _start(self, x: PyTree) -> PyTree:
         if self.h0 is not None:
             return self.h0(x)
@@ -146,6 +202,24 @@ class ImplicitLayer(nn.Module):
         if self.eval_solver is not None:
             settings.append(f"eval_solver={self.eval_solver!r}")
         return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
+
+
+def _trained(cell: Any) -> dict[str, Tensor]:
+    """The values of a cell's parameters that require a gradient."""
+    named = cell.named_parameters() if isinstance(cell, nn.Module) else ()
+    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within it a module is in eval mode; afterwards each of its parts is in its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _check_not_sharded(cell: Any) -> None:
