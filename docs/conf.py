@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 project = "implicit_core"
-author = "The implicit_core founders"
+author = "The implicit_core authors"
 copyright = f"2026, {author}"
 version = release = implicit_core.__version__
 
@@ -101,6 +101,7 @@ def short_name(app: Sphinx, env: Any, node: Any, words: Any) -> Any:
 
 def attributes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Attributes that a docstring lists together, ``a, b``, are one entry; Sphinx would take ``a,`` for a type."""
+    lines[:] = [re.sub(r"^( *[A-Z])\. ", r"\1\\. ", line) for line in lines]  # "Z. Geng" begins no list
     lines[:] = [re.sub(r"(?<=:ivar )\w+(, \w+)+(?=:)", lambda names: names[0].replace(" ", ""), line) for line in lines]
 
 

@@ -77,7 +77,7 @@ def summed(
     report(
         space,
         f"the Neumann series did not come to rtol={rtol:g} of its sum",
-        f"Raise max_terms, which is {max_terms}, or lam; where the spectral radius of B is not below 1 it has no sum",
+        f"Raise max_terms, which is {max_terms}, or try another lam: there is no sum unless B has a spectral radius below 1",
         status,
         carry.rest,
     )

@@ -47,9 +47,9 @@ def certify(
     speak of the gradient of any loss of the batch. For a single sample, pass that sample alone. Arrays that ``f``
     closes over are constants here: what is trained has to be in z.
 
-    It costs, for n steps and an estimator at the fixed point with k terms, about (4 k + 5) n products with ∂F/∂h and
-    4 n with ∂F/∂z: with the defaults, some hundred gradients. Call it every few hundred steps of training, on a few
-    samples.
+    It costs, for n steps and an estimator at the fixed point with k terms, at most (4 k + 5) n products with ∂F/∂h and
+    4 n with ∂F/∂z: with the defaults as much as some tens to a hundred steps of training. Call it now and then, on a
+    few samples.
 
     Parameters
     ----------
