@@ -16,6 +16,7 @@ from implicit_core.adapters import torch as ict
 from implicit_core.backend import Backend
 from implicit_core.backends import numpy as numpy_backend
 from implicit_core.backends import torch as torch_backend
+from implicit_core.estimators import implicit, series
 
 STRICT = next(library for library in LIBRARIES if library.name == "array_api_strict")
 ELSEWHERE = array_api_strict.Device("device1")
@@ -134,14 +135,19 @@ def test_forward_and_backward_look_at_nothing(gradient: ic.Estimator) -> None:
     assert all(x.grad.device.type == "meta" for x in z.values())
 
 
+@pytest.mark.parametrize("gradient", [ic.Implicit(), ic.Neumann("auto")], ids=repr)
 @pytest.mark.usefixtures("blind")
-def test_the_exact_gradient_looks_at_its_verdict_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stops_by_itself_looks_at_its_verdict_alone(
+    gradient: ic.Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the look at each step, which is the loop's."""
     case, verdicts = layer(), []
     z = {name: value.requires_grad_() for name, value in meta(case.z).items()}
-    monkeypatch.setattr(ic.Implicit, "_report", lambda self, status, residual: verdicts.append(status.shape))
-    value = ic.fixed_point(of_tensors(case), meta(case.h0), z, gradient=ic.Implicit(), batch_ndim=1).value
+    module = implicit if isinstance(gradient, ic.Implicit) else series
+    monkeypatch.setattr(module, "report", lambda *arguments, **options: verdicts.append(arguments[3].shape))
+    value = ic.fixed_point(of_tensors(case), meta(case.h0), z, gradient=gradient, batch_ndim=1).value
     value.square().sum().backward()
-    assert verdicts == [case.h0.shape[:1]]
+    assert verdicts == [(case.h0.shape[0], 1)]
 
 
 class Looking(ic.Anderson):

@@ -110,6 +110,62 @@ def test_cotangents_that_are_zero_tiny_or_not_finite() -> None:
     np.testing.assert_array_equal(w[3], v[3])
 
 
+def test_nan_reaches_every_leaf_it_would_by_another_estimator(library: Library) -> None:
+    """A cotangent that is not finite somewhere makes all of its sample NaN, for a gradient scaler to find."""
+    xp = library.xp
+    problem = ic.Problem(
+        lambda h, z: xp.stack([0.5 * h[0], z[0] * h[0] + z[1]]),
+        vjp=lambda h, z, v: (xp.stack([0.5 * v[0] + z[0] * v[1], 0 * v[1]]), xp.stack([h[0] * v[1], v[1]])),
+    )
+    h, z = library.array(np.asarray([1.0, 1.0])), library.array(np.asarray([0.5, 0.5]))
+    for v in ([np.inf, 0.0], [np.nan, 0.0]):
+        with np.errstate(invalid="ignore"):
+            found = library.numpy(ic.Neumann("auto").vjp(problem, h, z)[1](library.array(np.asarray(v))))
+        assert np.all(np.isnan(found))
+
+
+def slow_and_hidden(slow: float = 0.99, n: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, one of which decays far slower than all others, and a vector that hardly has it."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([[slow], rng.uniform(0.0, 0.45, size=n - 1)]), np.concatenate(
+        [[0.015], rng.normal(size=n - 1)]
+    )
+
+
+def test_a_slow_component_that_hardly_shows_is_missed_without_a_bound_and_found_with_one() -> None:
+    """As documented: the estimate sees the terms alone. A bound of L_h makes it a bound."""
+    d, v = slow_and_hidden()
+    exact = v / (1 - d)
+
+    def error(**options: float) -> float:
+        w = ic.Neumann("auto", 1.0, 1e-3, 5000, **options).inverse(lambda w: d * w, v, 0)
+        return float(np.linalg.norm(w - exact) / np.linalg.norm(exact))
+
+    assert error() > 1e-2
+    assert error(contraction=0.99) < 1e-3
+
+
+def test_with_a_bound_of_the_contraction_the_accuracy_is_certain() -> None:
+    """500 random contractions, normal and not, damped and not: none is beyond rtol of what was summed."""
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        n, lam, rtol = int(rng.integers(1, 30)), float(rng.uniform(0.1, 1.0)), 10 ** rng.uniform(-8, -0.5)
+        m = rng.normal(size=(n, n))
+        m = [m, m + m.T, np.triu(m), m - m.T][seed % 4]
+        contraction = rng.uniform(0.05, 0.97)
+        m *= contraction / max(np.linalg.norm(m, 2), 1e-300)
+        v = rng.normal(size=n)
+        estimator = ic.Neumann("auto", lam, rtol, 5000, contraction=contraction)
+        w, exact = estimator.inverse(lambda w, m=m: m @ w, v, 0), np.linalg.solve(np.eye(n) - m, v)
+        assert np.linalg.norm(w - exact) <= rtol * np.linalg.norm(w) * (1 + 1e-6) + 1e-12
+
+
+def test_a_series_that_overflows_warns_before_numpy_does() -> None:
+    problem, z = slopes(0.5, 1e5), np.zeros((2, 1))
+    with np.errstate(all="raise"), pytest.warns(ic.InexactGradientWarning, match=r"1 of 2 samples \(1\)"):
+        ic.Neumann("auto", 1.0, max_terms=500).vjp(problem, z, z)[1](np.ones((2, 1)))
+
+
 def test_both_modes_are_adjoint_to_the_accuracy() -> None:
     case, estimator = layer(contraction=0.9), ic.Neumann("auto", lam=0.8, rtol=1e-10)
     h, rng = root_of(case), np.random.default_rng(0)
@@ -195,6 +251,8 @@ def test_a_record_as_the_others() -> None:
     assert eval(repr(estimator), vars(ic)) == estimator
     assert hash(estimator) == hash(ic.Neumann("auto", 0.5, 0.01))
     assert ic.Neumann("auto") == ic.Neumann("auto", 0.5, 1e-3, 200)
+    bounded = ic.Neumann("auto", contraction=0.9)
+    assert eval(repr(bounded), vars(ic)) == bounded
     assert repr(ic.Neumann(3, 0.5)) == "Neumann(k=3, lam=0.5)"
     with pytest.raises(ValueError, match="k must be a number of terms, or 'auto'; got 'all'"):
         ic.Neumann("all")
@@ -202,6 +260,8 @@ def test_a_record_as_the_others() -> None:
         ic.Neumann(5, rtol=1e-3, max_terms=7)
     with pytest.raises(ValueError, match="rtol must lie in"):
         ic.Neumann("auto", rtol=0.0)
+    with pytest.raises(ValueError, match=r"contraction must lie in \[0, 1\)"):
+        ic.Neumann("auto", contraction=1.0)
     with pytest.raises(ValueError, match="max_terms must be at least 1"):
         ic.Neumann("auto", max_terms=0)
 

@@ -123,6 +123,13 @@ class AtFixedPoint(Estimator):
         """
         return False
 
+    def inverse_error(self, contraction: Any) -> Any:
+        """For an exact one, a bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1; NaN if none is known.
+
+        Its D is no matrix, since it stops by what it finds, so that its norm can't be measured by products.
+        """
+        return contraction * float("nan")
+
     @abstractmethod
     def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         """D v, given products with ∂F/∂h, or with its transpose for Dᵀ v; both shaped as h."""
@@ -149,7 +156,9 @@ class AtFixedPoint(Estimator):
         check_tangent(backend, dz, z)
         at = problem.linearize(h, z).require("jvp_h", "jvp_z")
         with backend.beside(h):
-            return h, self.inverse(at.jvp_h, at.jvp_z(dz), problem.batch_ndim)
+            # A callback may return the same memory at each call.
+            b = backend.map(backend.fresh, at.jvp_z(dz))
+            return h, self.inverse(at.jvp_h, b, problem.batch_ndim)
 
 
 def bind(problem: Problem, h: PyTree) -> Backend:

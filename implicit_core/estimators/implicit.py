@@ -89,6 +89,8 @@ class Implicit(AtFixedPoint):
             report(space, failed_solve, advice, status, result.residual, throw=self.on_failure == "raise")
         return space.unpack(x)
 
-    def error_bound(self, contraction: Any) -> Any:
-        """A residual of rtol ‖v‖ is an error of at most rtol / (1 - L_h) of ‖v‖."""
-        return self.linear_solver.rtol / (1 - contraction)
+    def inverse_error(self, contraction: Any) -> Any:
+        """A residual of at most rtol times that of zero, if a sample without it raises."""
+        solver = self.linear_solver
+        certain = self.on_failure == "raise" and solver.atol == 0.0
+        return (solver.rtol if certain else float("nan")) * (1 + contraction) / (1 - contraction)

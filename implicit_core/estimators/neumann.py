@@ -10,6 +10,9 @@ from ..registry import find_backend
 from .base import AtFixedPoint, geometric_bound
 from .series import summed
 
+OPTIONS = ("rtol", "max_terms", "contraction")
+"""Of ``k="auto"`` alone."""
+
 
 @dataclass(frozen=True, repr=False)
 class Neumann(AtFixedPoint):
@@ -31,8 +34,12 @@ class Neumann(AtFixedPoint):
     lam
         λ in (0, 1]: a large one is more accurate, a small one better conditioned.
     rtol
-        With ``k="auto"``: what is left out of the series, relative to its sum, sample by sample; estimated from the
-        last two terms, as of a geometric series. Default 1e-3.
+        With ``k="auto"``: what is left out of the series, relative to its sum, sample by sample. Default 1e-3. Without
+        ``contraction`` it is estimated from the last two terms, as of a geometric series: a component that hardly
+        shows in v, and decays much slower than all the rest, is missed.
+    contraction
+        With ``k="auto"``: a bound of L_h, below 1, such as ``certify(...).to_dict()["contraction_high"]``. What is left
+        out is then bounded, and not estimated.
     max_terms
         With ``k="auto"``: no sample takes more, default 200. Where one needed more, an
         :class:`InexactGradientWarning` names it.
@@ -40,7 +47,7 @@ class Neumann(AtFixedPoint):
     Raises
     ------
     TypeError, ValueError
-        If k < 1, λ is not in (0, 1], or ``rtol`` or ``max_terms`` is given beside a number of terms.
+        If k < 1, λ is not in (0, 1], or what goes with ``k="auto"`` is given beside a number of terms.
 
     References
     ----------
@@ -63,10 +70,11 @@ class Neumann(AtFixedPoint):
     lam: float = 0.5
     rtol: float | None = None
     max_terms: int | None = None
+    contraction: float | None = None
 
     def __post_init__(self) -> None:
         automatic = isinstance(self.k, str) and self.k == "auto"
-        given = {name: getattr(self, name) for name in ("rtol", "max_terms") if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         set_field = object.__setattr__
         if isinstance(self.k, str) and not automatic:
             raise ValueError(f"k must be a number of terms, or 'auto'; got {self.k!r}")
@@ -76,12 +84,17 @@ class Neumann(AtFixedPoint):
         if automatic:
             set_field(self, "rtol", checks.real("rtol", given.get("rtol", 1e-3), 0.0, low_open=True))
             set_field(self, "max_terms", checks.integer("max_terms", given.get("max_terms", 200), 1))
+            if self.contraction is not None:
+                set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0))
+                if self.contraction >= 1.0:
+                    raise ValueError(f"contraction must lie in [0, 1), got {self.contraction!r}")
         else:
             set_field(self, "k", checks.integer("k", self.k, 1))
 
     def __repr__(self) -> str:
         if self.k == "auto":
-            return f"Neumann(k='auto', lam={self.lam!r}, rtol={self.rtol!r}, max_terms={self.max_terms!r})"
+            bound = "" if self.contraction is None else f", contraction={self.contraction!r}"
+            return f"Neumann(k='auto', lam={self.lam!r}, rtol={self.rtol!r}, max_terms={self.max_terms!r}{bound})"
         return f"Neumann(k={self.k!r}, lam={self.lam!r})"
 
     @property
@@ -103,11 +116,20 @@ class Neumann(AtFixedPoint):
         return backend.map(lambda w: lam * w, w)
 
     def error_bound(self, contraction: Any) -> Any:
-        """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2); with k = "auto" rtol / (1 - L_h)."""
+        """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2); NaN with k = "auto"."""
         if self.k == "auto":
-            return self.rtol / (1 - contraction)
+            return contraction * float("nan")
         return geometric_bound(self.k, self.lam, contraction)
+
+    def inverse_error(self, contraction: Any) -> Any:
+        """With k = "auto" and a bound of L_h, ``rtol`` relative to the sum; where that is cut off at max_terms, qᵏ."""
+        if self.contraction is None or self.rtol is None or self.max_terms is None:
+            return contraction * float("nan")
+        q = 1 - self.lam * (1 - self.contraction)
+        accuracy = self.rtol / (1 - self.rtol) if self.rtol < 1 else float("inf")
+        return max(accuracy, q**self.max_terms) + 0 * contraction
 
     def _to_accuracy(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
         rtol, max_terms = cast("float", self.rtol), cast("int", self.max_terms)
-        return summed(jacobian, v, batch_ndim, lam=self.lam, rtol=rtol, max_terms=max_terms)
+        q = None if self.contraction is None else 1 - self.lam * (1 - self.contraction)
+        return summed(jacobian, v, batch_ndim, lam=self.lam, rtol=rtol, max_terms=max_terms, norm=q)

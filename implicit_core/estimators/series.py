@@ -27,13 +27,21 @@ class _Carry(NamedTuple):
 
 
 def summed(
-    jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int, *, lam: float, rtol: float, max_terms: int
+    jacobian: Callable[[PyTree], PyTree],
+    v: PyTree,
+    batch_ndim: int,
+    *,
+    lam: float,
+    rtol: float,
+    max_terms: int,
+    norm: float | None = None,
 ) -> PyTree:
     """λ (v + B v + B² v + ...), with as many terms in each sample as it needs.
 
-    With t the last term and γ its growth over the one before, what is left out is about ‖t‖ γ / (1 - γ), as of a
-    geometric series. A sample ends once twice that is at most ``rtol`` of its sum. γ is the larger of the last two, and
-    there are two at least, so that no accident of one step ends a series. k terms take k - 1 products.
+    With t the last term and q a bound of ‖B‖, what is left out is at most ‖t‖ q / (1 - q). A sample ends once that is
+    at most ``rtol`` of its sum. Without ``norm`` the growth of the last terms stands for q, the larger of the last two,
+    and there are two at least, so that no accident of one step ends a series; the estimate is taken twice. k terms take
+    k - 1 products.
 
     Warns
     -----
@@ -58,27 +66,33 @@ def summed(
     def body(c: _Carry) -> _Carry:
         product = space.pack(jacobian(space.unpack(c.term)))
         term = space.axpy(1 - lam, c.term, space.scale(lam, product))
-        norm = space.norm(term)
-        growth = ratio(xp, norm, c.size)
-        slowest = xp.maximum(growth, c.growth)
+        length = space.norm(term)
+        growth = ratio(xp, length, c.size)
         total = space.where(c.active, space.add(c.total, term), c.total)
-        known = (slowest < 1) & xp.isfinite(c.growth)
-        left = MARGIN * norm * xp.where(known, slowest / xp.where(known, 1 - slowest, zero + 1), zero)
-        rest = xp.where(known | (norm == 0), ratio(xp, left, space.norm(total)), infinite)
-        rest = xp.where(c.active, rest, c.rest)
-        active = c.active & xp.isfinite(norm) & (rest > rtol)
-        return _Carry(total, term, norm, growth, rest, active)
+        rest = xp.where(c.active, ratio(xp, left_out(length, growth, c.growth), space.norm(total)), c.rest)
+        active = c.active & xp.isfinite(length) & (rest > rtol)
+        return _Carry(total, term, length, growth, rest, active)
+
+    def left_out(length: Array, growth: Array, before: Array) -> Array:
+        if norm is not None:
+            return norm / (1 - norm) * length
+        slowest = xp.maximum(growth, before)
+        known = (slowest < 1) & xp.isfinite(before)
+        estimate = MARGIN * length * xp.where(known, slowest / xp.where(known, 1 - slowest, zero + 1), zero)
+        return xp.where(known | (length == 0), estimate, infinite)
 
     carry = _Carry(b, b, size, infinite, infinite, finite & (size > 0))
-    carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, max_terms - 1)
-    # A sample without a cotangent has none to miss; NaN in one goes on to whoever looks for it.
+    with backend.solving():
+        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, max_terms - 1)
+    # A sample without a cotangent has none to miss. One that is not finite goes on as NaN, to whoever looks for it.
+    total = space.where(finite, carry.total, space.scale(float("nan"), b))
     done = (carry.rest <= rtol) | ~finite | (size == 0)
     status = xp.where(done, space.full(Status.CONVERGED, xp.int32), space.full(Status.MAX_STEPS, xp.int32))
     report(
         space,
         f"the Neumann series did not come to rtol={rtol:g} of its sum",
-        f"Raise max_terms, which is {max_terms}, or try another lam: there is no sum unless B has a spectral radius below 1",
+        f"Raise max_terms, which is {max_terms}, or try another lam: no sum unless the spectral radius of B is below 1",
         status,
         carry.rest,
     )
-    return space.unpack(space.scale(lam * scale, carry.total))
+    return space.unpack(space.scale(lam * scale, total))

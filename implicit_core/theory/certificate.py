@@ -1,6 +1,7 @@
 """What a certificate says, in numbers and in words."""
 
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from ..backend import Array
 from ..estimators import Estimator
 from ..registry import find_backend
 from .krylov import Bounds
+
+WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,24 @@ class Condition:
 
     @property
     def holds(self) -> bool | None:
-        """Whether it does; None where the bounds leave it open, and more steps may tell."""
+        """Whether it does; None where the bounds leave it open."""
         if self.left.high <= self.right.low:
             return True
         return False if self.left.low > self.right.high else None
 
     def __str__(self) -> str:
-        verdict = {True: "holds", False: "does not hold", None: "open"}[self.holds]
+        verdict = {True: "holds", False: "fails", None: "open"}[self.holds]
         sign = {True: "≤", False: ">", None: "?"}[self.holds]
         return f"{_upper(self.left)} {sign} {_lower(self.right)}   {verdict}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Certificate:
     """The paper's conditions on a gradient estimator, checked at one point; see :func:`certify`.
 
     Numbers that belong to the batch are floats, those of a sample are arrays of the batch's shape. In :class:`Bounds`
-    one side is certain, the other holds with the confidence asked for; where the Krylov space was exhausted they meet.
+    one side is certain, the other holds with the confidence asked for; where the Krylov space was exhausted they are as
+    near as rounding allows. NaN, between 0 and ∞, is a number that is not finite or not to be had.
 
     Attributes
     ----------
@@ -61,7 +65,7 @@ class Certificate:
     contraction
         L_h = ‖∂F/∂h‖₂ of each sample, :class:`Bounds`.
     spectral_radius
-        Of ∂F/∂h, of each sample: an estimate, exact where the Krylov space was exhausted.
+        Of ∂F/∂h, of each sample: an estimate, for a matrix far from normal a rough one.
     error_bound
         Theorem 2's bound of ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ before anything is measured, of each sample, at L_h's upper bound:
         qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h). Infinite where L_h < 1 is not certain; NaN where no bound is known.
@@ -79,8 +83,8 @@ class Certificate:
     inner_product, cosine, relative_error
         Of A v and the exact gradient, for the cotangent v that was given: (7), their cosine, and ‖A v - exact‖ over
         ‖exact‖. None without one.
-    products_h, products_z
-        Products with ∂F/∂h and ∂F/∂z, or their transposes, that it took.
+    evaluations, products_h, products_z
+        Of F, and with ∂F/∂h and ∂F/∂z or their transposes, that it took.
     samples, state_size, parameters
         Of the batch, of one sample of h, and of what z holds.
 
@@ -110,6 +114,7 @@ class Certificate:
     inner_product: float | None
     cosine: float | None
     relative_error: float | None
+    evaluations: int
     products_h: int
     products_z: int
     samples: int
@@ -121,9 +126,12 @@ class Certificate:
         """Whether the estimate is certain to be a descent direction, for every loss (Theorem 1).
 
         True if ‖A (I - ∂F/∂h) - ∂F/∂z‖ ≤ σ_min, as (6) and (8) imply. False if it is larger: the estimate may descend
-        all the same, for this is a sufficient condition. None if the bounds leave it open.
+        all the same, for this is a sufficient condition; so too if ∂F/∂z = 0, and there is nothing to descend by. None
+        if the bounds leave it open.
         """
         implied = (self.condition_6, self.condition_8)
+        if self.sigma_max.high == 0:
+            return False
         if any(condition is not None and condition.holds for condition in implied):
             return True
         return self.condition_sharp.holds
@@ -131,11 +139,12 @@ class Certificate:
     @property
     def condition_number(self) -> Bounds:
         """κ = σ_max / σ_min of ∂F/∂z."""
-        low, value, high = (
-            math.inf if b == 0 else a / b for a, b in zip(self.sigma_max, reversed(self.sigma_min), strict=True)
-        )
+        ratios = [
+            math.inf if smallest == 0 else largest / smallest
+            for largest, smallest in zip(self.sigma_max, reversed(self.sigma_min), strict=True)
+        ]
         value = math.inf if self.sigma_min.value == 0 else self.sigma_max.value / self.sigma_min.value
-        return Bounds(low, value, high)
+        return Bounds(ratios[0], value, ratios[2])
 
     def to_dict(self) -> dict[str, float | bool | None]:
         """Scalars for a logger: of what is per sample the largest of the batch."""
@@ -143,6 +152,7 @@ class Certificate:
             "descent": self.descent,
             "residual": largest(self.residual),
             "contraction": largest(self.contraction.value),
+            "contraction_low": largest(self.contraction.low),
             "contraction_high": largest(self.contraction.high),
             "spectral_radius": largest(self.spectral_radius),
             "error_bound": largest(self.error_bound),
@@ -165,7 +175,7 @@ class Certificate:
         for name in ("inner_product", "cosine", "relative_error"):
             if getattr(self, name) is not None:
                 found[name] = getattr(self, name)
-        return found | {"products_h": self.products_h, "products_z": self.products_z}
+        return found | {name: getattr(self, name) for name in ("evaluations", "products_h", "products_z")}
 
     def __str__(self) -> str:
         numbers = self.to_dict()
@@ -183,28 +193,39 @@ class Certificate:
         if self.condition_8 is not None:
             rows.append(("condition (8)", str(self.condition_8)))
         rows.append(("left of (6) ≤ σ_min", str(self.condition_sharp)))
-        if self.sigma_min.high == 0:
+        if self.sigma_min.value == 0 and not self.descent:
             rows.append(("σ_min = 0", self._without_full_rank()))
         if self.condition_on_range is not None:
             rows.append(("(6) on the range", str(self.condition_on_range)))
         if self.cosine is not None:
-            rows.append(("measured", f"cosine {self.cosine:.6f}, relative error {self.relative_error:.3g}"))
-        verdict = {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: more steps may tell"}
-        rows.append(("descent direction", verdict[self.descent]))
-        return "\n".join([str(self.gradient), *(f"  {name:<22}{text}" for name, text in rows)])
+            found = f"cosine {self.cosine:.6f}, relative error {self.relative_error:.3g}"
+            rows.append(("measured", "the exact gradient was not found" if math.isnan(self.cosine) else found))
+        rows.append(("descent direction", self._verdict()))
+        name = textwrap.shorten(str(self.gradient), WIDTH, placeholder=" ...")
+        return "\n".join([name, *(f"  {name:<22}{text}" for name, text in rows)])
 
     __repr__ = __str__
 
+    def _verdict(self) -> str:
+        finite = not math.isnan(self.to_dict()["contraction"] or 0.0) and not math.isnan(self.sigma_max.value)
+        if self.descent is None and not finite:
+            return "open: h, or a Jacobian there, is not finite"
+        return {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: more steps may tell"}[
+            self.descent
+        ]
+
     def _bound(self, bound: Any) -> str:
         if math.isnan(bound):
-            return "none known for this estimator"
+            return "none known"
         return "none: L_h < 1 is not certain" if math.isinf(bound) else f"{bound:.3g} ‖∂F/∂z‖"
 
     def _without_full_rank(self) -> str:
         numbers = self.samples * self.state_size
         if numbers > self.parameters:
             return f"{numbers} numbers in h > {self.parameters} in z: (6), (8) can't hold"
-        return "∂F/∂z has not full rank: (6), (8) can't hold"
+        if self.sigma_max.high == 0:
+            return "∂F/∂z is zero: there is no gradient"
+        return "∂F/∂z has not full rank, or not to be told from it"
 
 
 def largest(numbers: Array) -> float:
@@ -215,9 +236,13 @@ def largest(numbers: Array) -> float:
 
 def _upper(b: Bounds) -> str:
     """A number whose upper bound matters."""
-    return f"{b.value:.4g}" if b.high <= b.value * (1 + 1e-4) else f"{b.value:.4g} (≤ {b.high:.4g})"
+    if math.isnan(b.value):
+        return f"at most {b.high:.3g}"
+    return f"{b.value:.4g}" if b.high <= b.value * (1 + 1e-4) else f"{b.value:.3g} (≤ {b.high:.3g})"
 
 
 def _lower(b: Bounds) -> str:
     """A number whose lower bound matters."""
-    return f"{b.value:.4g}" if b.low >= b.value * (1 - 1e-4) else f"{b.value:.4g} (≥ {b.low:.4g})"
+    if math.isnan(b.value):
+        return f"at least {b.low:.3g}"
+    return f"{b.value:.4g}" if b.low >= b.value * (1 - 1e-4) else f"{b.value:.3g} (≥ {b.low:.3g})"

@@ -11,6 +11,8 @@ from ..space import History, Operator, Space, State
 
 TINY = 100.0
 """Times ε: what is that small beside the largest number of its sample is rounding error."""
+ROUNDING = 8.0
+"""Times √n ε and the norm: what rounding may do to a singular value."""
 SQUARINGS = 40
 
 
@@ -42,11 +44,11 @@ class Spectrum(NamedTuple):
     Attributes
     ----------
     largest, smallest
-        Of all of them; the smallest may be zero.
+        Of all of them. The smallest is zero where it can't be told from zero.
     positive
         The smallest of those that were found and are not zero.
     exhausted
-        Whether the Krylov space was: then they are as exact as the arithmetic.
+        Whether the Krylov space was: then the bounds are those of rounding.
     """
 
     largest: Bounds
@@ -67,15 +69,16 @@ def singular_values(
 ) -> Spectrum:
     r"""Golub-Kahan bidiagonalization of every sample's operator A, ``steps`` products with A and as many with Aᵀ.
 
-    The domain's basis is kept and orthogonalized twice, that of the codomain is not kept: one side is enough (Simon
-    and Zha). After k steps the largest and smallest singular values of the bidiagonal matrix are within the true ones.
-    By how much is a theorem: the start is uniform on the sphere, so with probability 1 - δ
+    The domain's basis is kept, ``steps`` states, and orthogonalized twice; that of the codomain is not kept: one side
+    is enough (Simon and Zha). After k steps the largest and smallest singular values of the bidiagonal matrix are
+    within the true ones. By how much is a theorem: the start is uniform on the sphere, so with probability 1 - δ
 
     .. math::
         σ_{max}² (1 - ε) ≤ θ_{max}², \quad θ_{min}² - σ_{min}² ≤ ε (σ_{max}² - σ_{min}²), \quad
         ε = \left(\frac{\log(1.648 \sqrt{n} / δ)}{2k - 1}\right)²
 
-    (Kuczyński and Woźniakowski, Theorem 4.1, for AᵀA and for σ_max² I - AᵀA).
+    (Kuczyński and Woźniakowski, Theorem 4.1, for AᵀA and for σ_max² I - AᵀA). On top of that all bounds allow for
+    rounding, in the precision of the coarsest leaf. Where something is not finite the value is NaN, between 0 and ∞.
 
     Parameters
     ----------
@@ -86,7 +89,7 @@ def singular_values(
     steps
         At most; no more than the domain has dimensions.
     confidence
-        1 - δ.
+        That all bounds hold, of all samples together.
     seed
         Of the start.
 
@@ -100,27 +103,29 @@ def singular_values(
     random start, SIAM J. Matrix Anal. Appl. 13 (1992).
     """
     xp = space.xp
-    n, eps = dimension(space), max(space.coarsest_eps, codomain.coarsest_eps)
+    n, eps = dimension(space), max(space.eps, codomain.eps)
     steps = min(steps, n)
     basis = space.history(steps)
     v, u, beta = start(space, seed), codomain.zeros(), space.full(0.0)
-    active, largest = space.full(True, xp.bool), space.full(0.0)
+    active, finite, largest = space.full(True, xp.bool), space.full(True, xp.bool), space.full(0.0)
     alphas, betas, used = [], [], []
     for j in range(steps):
         basis = space.set_row(basis, j, v)
         used.append(active)
         u = codomain.axpy(-beta, u, product(v))
-        alpha = codomain.norm(u)
+        alpha = length(codomain, u)
         largest = xp.maximum(largest, alpha)
         alpha = xp.where(alpha > TINY * eps * largest, alpha, xp.zeros_like(alpha))
         u = codomain.scale(ratio(xp, xp.ones_like(alpha), alpha), u)
         w = orthogonal(space, space.axpy(-alpha, v, transposed(u)), basis)
-        beta = space.norm(w)
+        beta = length(space, w)
+        finite = finite & xp.isfinite(largest) & xp.isfinite(beta)
         largest = xp.maximum(largest, beta)
-        active = active & (beta > TINY * eps * largest)
+        active = active & finite & (beta > TINY * eps * largest)
         beta = xp.where(active, beta, xp.zeros_like(beta))
         v = space.scale(ratio(xp, xp.ones_like(beta), beta), w)
-        alphas.append(alpha)
+        v = space.where(active, v, space.zeros())
+        alphas.append(xp.where(finite, alpha, xp.zeros_like(alpha)))
         betas.append(beta)
         if not bool(xp.any(active)):
             break
@@ -129,23 +134,46 @@ def singular_values(
     diagonal, in_use = xp.concat(alphas, axis=1), xp.concat(used, axis=1)
     diagonal = xp.where(in_use, diagonal, xp.max(diagonal, axis=1, keepdims=True))
     k = len(alphas)
-    values = xp.linalg.svdvals(diagonal[:, :, None] * space.eye(k) + _beside_diagonal(space, betas, 1))
-    top, bottom = values[:, :1], values[:, -1:]
-    exhausted = ~active if k < n else space.full(True, xp.bool)
-    zero = TINY * eps * top
-    bottom = xp.where(bottom > zero, bottom, xp.zeros_like(bottom))
-    positive = xp.min(xp.where(values > zero, values, top), axis=1, keepdims=True)
+    # At unit scale, where squares neither underflow nor overflow.
+    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+    scale = xp.where(finite, scale, xp.ones_like(scale))
+    bidiagonal = diagonal[:, :, None] * space.eye(k) + _beside_diagonal(space, betas, 1)
+    values = xp.linalg.svdvals(bidiagonal / scale[:, :, None])
+    exhausted = finite & (~active if k < n else space.full(True, xp.bool))
+    share = gap(n, k, 1 - (1 - confidence) / (2 * space.samples))
+    rounding = ROUNDING * math.sqrt(n) * max(space.coarsest_eps, codomain.coarsest_eps)
+    return _with_bounds(space, values, scale, share, rounding, exhausted, finite)
 
-    share = gap(n, k, confidence)
-    if share < 1:
-        above_top = xp.where(exhausted, top, top / math.sqrt(1 - share))
-    else:
-        above_top = xp.where(exhausted, top, space.full(math.inf))
-    rest = bottom**2 - (0.0 if share >= 1 else share) * above_top**2
-    rest = rest / (1 - share) if share < 1 else xp.zeros_like(rest)
-    below = xp.sqrt(xp.maximum(rest, xp.zeros_like(rest)))
-    below = xp.where(exhausted, bottom, below)
-    return Spectrum(Bounds(top, top, above_top), Bounds(below, bottom, bottom), positive, exhausted)
+
+def _with_bounds(
+    space: Space, values: Array, scale: Array, share: float, rounding: float, exhausted: Array, finite: Array
+) -> Spectrum:
+    """Singular values (N, k) of the bidiagonal matrices, in units of ``scale``, as those of the operators."""
+    xp = space.xp
+    top, bottom = values[:, :1], values[:, -1:]
+    nothing, infinite = xp.zeros_like(top), xp.full_like(top, math.inf)
+    slack = rounding * top
+    known = share < 1
+    above = top / math.sqrt(1 - share) if known else infinite
+    rest = (bottom**2 - share * above**2) / (1 - share) if known else nothing
+    above = xp.where(exhausted, top, above) + slack
+    below = xp.where(exhausted, bottom, xp.sqrt(xp.maximum(rest, nothing))) - slack
+    least = xp.where(bottom > slack, bottom, nothing)
+    positive = xp.min(xp.where(values > slack, values, top), axis=1, keepdims=True)
+
+    def at_scale(x: Array, without: float) -> Array:
+        return xp.where(finite, scale * x, xp.full_like(x, without))
+
+    return Spectrum(
+        Bounds(at_scale(xp.maximum(top - slack, nothing), 0.0), at_scale(top, math.nan), at_scale(above, math.inf)),
+        Bounds(
+            at_scale(xp.maximum(xp.minimum(below, least), nothing), 0.0),
+            at_scale(least, math.nan),
+            at_scale(bottom + slack, math.inf),
+        ),
+        at_scale(positive, math.nan),
+        exhausted,
+    )
 
 
 def gap(n: int, steps: int, confidence: float) -> float:
@@ -156,18 +184,19 @@ def gap(n: int, steps: int, confidence: float) -> float:
 def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -> Array:
     """The largest modulus of an eigenvalue of every sample's operator, (N, 1), by ``steps`` of Arnoldi's method.
 
-    Exact, as far as the eigenvalues are well conditioned, where the Krylov space is exhausted. Otherwise an estimate:
-    eigenvalues at the rim of the spectrum are found first, but for a general matrix there is no bound.
+    Where the Krylov space is exhausted, exact as far as the eigenvalues are well conditioned, which those of a matrix
+    far from normal are not. Otherwise an estimate: eigenvalues at the rim of the spectrum are found first, but for a
+    general matrix there is no bound. NaN in a sample in which something is not finite.
 
     References
     ----------
     W. E. Arnoldi, The principle of minimized iterations in the solution of the matrix eigenvalue problem, Quart. Appl.
     Math. 9 (1951).
     """
-    xp, eps = space.xp, space.coarsest_eps
+    xp, eps = space.xp, space.eps
     steps = min(steps, dimension(space))
     basis, v = space.history(steps), start(space, seed)
-    active, largest = space.full(True, xp.bool), space.full(0.0)
+    active, finite, largest = space.full(True, xp.bool), space.full(True, xp.bool), space.full(0.0)
     columns, heights = [], []
     for j in range(steps):
         basis = space.set_row(basis, j, v)
@@ -176,19 +205,21 @@ def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -
         w = space.combine_onto(w, -first, basis)
         second = space.products(w, basis)
         rest = space.state(space.combine_onto(w, -second, basis))
-        column, height = (first + second)[:, 0, :], space.norm(rest)
+        column, height = (first + second)[:, 0, :], length(space, rest)
         largest = xp.maximum(largest, xp.max(xp.abs(column), axis=1, keepdims=True))
         largest = xp.maximum(largest, height)
-        active = active & (height > TINY * eps * largest)
+        finite = finite & xp.isfinite(largest)
+        active = active & finite & (height > TINY * eps * largest)
         height = xp.where(active, height, xp.zeros_like(height))
-        columns.append(column)
+        columns.append(xp.where(finite, column, xp.zeros_like(column)))
         heights.append(height)
-        v = space.scale(ratio(xp, xp.ones_like(height), height), rest)
+        v = space.where(active, space.scale(ratio(xp, xp.ones_like(height), height), rest), space.zeros())
         if not bool(xp.any(active)):
             break
     k = len(columns)
     hessenberg = xp.stack(columns, axis=2)[:, :k, :] + _beside_diagonal(space, heights, -1)
-    return _largest_modulus(space, hessenberg)
+    radius = _largest_modulus(space, hessenberg)
+    return xp.where(finite, radius, xp.full_like(radius, math.nan))
 
 
 def _beside_diagonal(space: Space, numbers: Sequence[Array], offset: int) -> Array:
@@ -207,7 +238,7 @@ def _largest_modulus(space: Space, matrix: Array) -> Array:
     xp = space.xp
     logarithm, power = space.full(0.0)[:, :, None], 1.0
     for _ in range(SQUARINGS):
-        norm = xp.sqrt(xp.sum(matrix * matrix, axis=(1, 2), keepdims=True))
+        norm = xp.max(xp.abs(matrix), axis=(1, 2), keepdims=True)
         safe = xp.where(norm > 0, norm, xp.ones_like(norm))
         logarithm = logarithm + xp.where(norm > 0, xp.log(safe), xp.full_like(norm, -math.inf)) / power
         matrix = matrix / safe
@@ -224,6 +255,13 @@ def start(space: Space, seed: int) -> State:
         for n, d in space.flat_shapes
     )
     return space.divide(x, space.norm(x))
+
+
+def length(space: Space, x: State) -> Array:
+    """Euclidean norm of each sample, (N, 1), by way of unit scale: squares neither underflow nor overflow."""
+    xp, largest = space.xp, space.largest(x)
+    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+    return scale * space.norm(space.divide(x, scale))
 
 
 def orthogonal(space: Space, x: State, basis: History) -> State:

@@ -2,31 +2,79 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from .. import checks
 from ..backend import Array, PyTree
 from ..estimators import Estimator
 from ..estimators.base import AtFixedPoint
-from ..problem import BoundLinearization, Problem
+from ..problem import BoundLinearization, Linearization, Problem
 from ..registry import find_backend
+from ..solution import Solution
 from ..space import Operator, Space, State
+from .krylov import dimension
 
 TRACED = (
     "certify and suggest look at numbers to decide when to stop, and can't within jax.jit, jax.vmap or a captured "
     "graph: call them outside, on a Problem whose derivatives may be compiled"
 )
 NO_PARAMETERS = (
-    "z holds no array that F has a derivative in: pass what is trained in z, not in what f closes over; for a "
-    "torch module that is dict(module.named_parameters()), called by torch.func.functional_call"
+    "z holds no real floating array that F has a derivative in: pass what is trained in z, and not in what f closes "
+    "over (for a torch module dict(module.named_parameters()), by torch.func.functional_call); cast integers to float"
 )
 
 
-class Pair:
-    """An operator and its transpose, with the number of times each was applied."""
+class Pair(NamedTuple):
+    """An operator and its transpose."""
 
-    def __init__(self, product: Operator, transposed: Operator) -> None:
-        self.product, self.transposed = product, transposed
+    product: Operator
+    transposed: Operator
+
+
+class Counted(Problem):
+    """A problem that counts what is asked of it.
+
+    Attributes
+    ----------
+    evaluations, products_h, products_z
+        Of F, and with ∂F/∂h and ∂F/∂z or their transposes.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.evaluations = self.products_h = self.products_z = 0
+        self._given = problem
+        super().__init__(self._evaluate, linearize=self._linearized, batch_ndim=problem.batch_ndim)
+
+    def _evaluate(self, h: PyTree, z: PyTree) -> PyTree:
+        self.evaluations += 1
+        return self._given.f(h, z)
+
+    def _linearized(self, h: PyTree, z: PyTree) -> Linearization:
+        self.evaluations += 1
+        at = self._given.linearize(h, z)
+
+        def counted(name: str, in_h: int, in_z: int) -> Any:
+            joint = name.partition("_")[0]
+            if getattr(at.raw, name) is None and getattr(at.raw, joint) is None:
+                return None
+
+            def product(*vectors: PyTree) -> PyTree:
+                self.products_h += in_h
+                self.products_z += in_z
+                return getattr(at, name)(*vectors)
+
+            return product
+
+        return Linearization(
+            at.value,
+            vjp_h=counted("vjp_h", 1, 0),
+            vjp_z=counted("vjp_z", 0, 1),
+            jvp_h=counted("jvp_h", 1, 0),
+            jvp_z=counted("jvp_z", 0, 1),
+            vjp=counted("vjp", 1, 1),
+            jvp=counted("jvp", 1, 1),
+        )
 
 
 class Jacobians:
@@ -45,56 +93,64 @@ class Jacobians:
         The space of h, sample by sample: ∂F/∂h is block-diagonal.
     whole
         The space of h, the batch as one vector: all samples share what is in z.
-    parameters
-        The space of z, its floating arrays alone, as one vector.
     """
 
     def __init__(self, problem: Problem, h: PyTree, z: PyTree) -> None:
         backend = self.backend = find_backend(h, "h")
         self.problem, self.h, self.z = problem, h, z
         self.samples = Space(backend, h, problem.batch_ndim, "h")
-        if not all(backend.readable(leaf) for leaf in backend.flatten(h)[0]):
-            raise NotImplementedError(TRACED)
+        if not dimension(self.samples):
+            raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")
         self.whole = Space(backend, h, 0, "h")
-        self.at: BoundLinearization = problem.linearize(h, z).require("vjp_h", "vjp_z", "jvp_h", "jvp_z")
+        self.at: BoundLinearization = problem.linearize(h, z).require("vjp_h", "jvp_h")
+        if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
+            raise NotImplementedError(TRACED)
         self._z_leaves, self._z_structure = backend.flatten_with_none(z)
-        probe = backend.flatten_with_none(self.at.vjp_z(backend.map(backend.xp.zeros_like, h)))[0]
-        self._moving = [i for i, leaf in enumerate(probe) if backend.is_array(leaf) and self._floats(i)]
+
+    @cached_property
+    def parameters(self) -> Space:
+        """The space of z, its floating arrays alone, as one vector."""
         if not self._moving:
             raise ValueError(NO_PARAMETERS)
-        self.parameters = Space(backend, [self._z_leaves[i] for i in self._moving], 0, "z")
-        self.products_h = self.products_z = 0
+        return Space(self.backend, [self._z_leaves[i] for i in self._moving], 0, "z")
+
+    @cached_property
+    def _moving(self) -> list[int]:
+        backend = self.backend
+        self.at.require("vjp_z", "jvp_z")
+        probe = backend.flatten_with_none(self.at.vjp_z(backend.map(backend.xp.zeros_like, self.h)))[0]
+        return [i for i, leaf in enumerate(probe) if backend.is_array(leaf) and self._floats(i)]
 
     def _floats(self, i: int) -> bool:
         leaf = self._z_leaves[i]
         return self.backend.is_array(leaf) and self.backend.isdtype(leaf.dtype, "real floating")
 
-    # Products with pytrees, counted.
+    # Products with pytrees. A callback may return the same memory at each call: what it gave is copied.
 
     def vjp_h(self, v: PyTree) -> PyTree:
         """(∂F/∂h)ᵀ v."""
-        self.products_h += 1
-        return self.at.vjp_h(v)
+        return self.fresh(self.at.vjp_h(v))
 
     def jvp_h(self, dh: PyTree) -> PyTree:
         """(∂F/∂h) dh."""
-        self.products_h += 1
-        return self.at.jvp_h(dh)
+        return self.fresh(self.at.jvp_h(dh))
 
     def vjp_z(self, v: PyTree) -> list[Array]:
         """(∂F/∂z)ᵀ v, the arrays that have a gradient."""
-        self.products_z += 1
         return self.moving(self.at.vjp_z(v))
 
     def jvp_z(self, dz: list[Array]) -> PyTree:
         """(∂F/∂z) dz."""
-        self.products_z += 1
-        return self.at.jvp_z(self.tangent(dz))
+        return self.fresh(self.at.jvp_z(self.tangent(dz)))
+
+    def fresh(self, tree: PyTree) -> PyTree:
+        """A pytree in memory of its own."""
+        return self.backend.map(self.backend.fresh, tree)
 
     def moving(self, z_bar: PyTree) -> list[Array]:
         """Of a cotangent shaped as z, the arrays that have a gradient."""
         leaves = self.backend.flatten_with_none(z_bar)[0]
-        return [leaves[i] for i in self._moving]
+        return [self.backend.fresh(leaves[i]) for i in self._moving]
 
     def tangent(self, dz: list[Array]) -> PyTree:
         """A tangent shaped as z."""
@@ -199,8 +255,8 @@ def on(domain: Space, codomain: Space, function: Callable[[Any], Any]) -> Operat
     return on_states
 
 
-def check(problem: Problem, gradient: Any = None) -> None:
+def check(problem: Problem, h: PyTree) -> None:
     """The arguments' kinds."""
     checks.instance("problem", problem, Problem, "Problem(f, vjp=..., jvp=...)")
-    if gradient is not None:
-        checks.instance("gradient", gradient, Estimator, "Neumann(k=5, lam=0.5)")
+    if isinstance(h, Solution):
+        raise TypeError("h must be a point, got a Solution: pass solution.value")
