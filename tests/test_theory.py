@@ -649,6 +649,17 @@ def test_bounds_allow_for_rounding() -> None:
         assert math.isinf(certificate.to_dict()["error_bound"])
 
 
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_small_singular_values_are_found_beside_large_ones(smallest: float) -> None:
+    """Down to where rounding hides them, and not by way of their squares."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(40, 40)))[0] for _ in range(2))
+    g = (left * np.geomspace(1.0, smallest, 40)) @ right
+    found = certify(linear(0.5 * np.eye(40), g), np.zeros(40), np.zeros(40), ic.Neumann(3)).sigma_min
+    assert found.low <= smallest <= found.high
+    assert found.value == pytest.approx(smallest, rel=1e-2)
+
+
 def test_estimators_that_stop_by_what_they_find_are_judged_by_what_they_promise() -> None:
     case = layer(batch=2, width=4, contraction=0.6)
     h, v = root_of(case), np.random.default_rng(0).normal(size=(2, 4))
@@ -670,6 +681,10 @@ def test_estimators_that_stop_by_what_they_find_are_judged_by_what_they_promise(
     assert certificate.condition_8 is not None
     assert certificate.condition_8.left.high == pytest.approx(1e-9, rel=1e-3)
     assert certificate.descent is True
+    cut_off = ic.Neumann("auto", 0.5, 1e-9, max_terms=3, contraction=0.9)
+    certificate = certify(case.problem(), h, case.z, cut_off)
+    assert certificate.condition_8 is not None
+    assert certificate.condition_8.left.high == pytest.approx(0.95**3)
 
 
 def numbers(certificate: Certificate) -> dict[str, float]:

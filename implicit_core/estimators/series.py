@@ -39,9 +39,8 @@ def summed(
     """λ (v + B v + B² v + ...), with as many terms in each sample as it needs.
 
     With t the last term and q a bound of ‖B‖, what is left out is at most ‖t‖ q / (1 - q). A sample ends once that is
-    at most ``rtol`` of its sum. Without ``norm`` the growth of the last terms stands for q, the larger of the last two,
-    and there are two at least, so that no accident of one step ends a series; the estimate is taken twice. k terms take
-    k - 1 products.
+    at most ``rtol`` of its sum. Without ``norm`` the growth of t over the term before stands for q, from the second
+    product on, so that no accident of one step ends a series; the estimate is taken twice. k terms take k - 1 products.
 
     Warns
     -----
@@ -76,9 +75,8 @@ def summed(
     def left_out(length: Array, growth: Array, before: Array) -> Array:
         if norm is not None:
             return norm / (1 - norm) * length
-        slowest = xp.maximum(growth, before)
-        known = (slowest < 1) & xp.isfinite(before)
-        estimate = MARGIN * length * xp.where(known, slowest / xp.where(known, 1 - slowest, zero + 1), zero)
+        known = (growth < 1) & xp.isfinite(before)
+        estimate = MARGIN * length * xp.where(known, growth / xp.where(known, 1 - growth, zero + 1), zero)
         return xp.where(known | (length == 0), estimate, infinite)
 
     carry = _Carry(b, b, size, infinite, infinite, finite & (size > 0))
