@@ -140,8 +140,8 @@ class ImplicitLayer(nn.Module):
         """The paper's conditions on this layer's gradient, with respect to the cell's parameters.
 
         :func:`implicit_core.theory.certify` at the layer's fixed point for ``x``. The cell is in eval mode meanwhile:
-        F is then one function. A few samples are enough, and ``layer.certify(x[:4], steps=10)`` takes as long as some
-        ten steps of training.
+        F is then one function. A few samples are enough, and ``layer.certify(x[:4], steps=10)`` takes as long as ten
+        to 35 steps of training.
 
         Parameters
         ----------
