@@ -10,6 +10,7 @@ from .numpy import NumPyBackend
 class StrictBackend(NumPyBackend):
     """NumPy's, where its arrays' own functions don't reach."""
 
+    copy = Backend.copy
     count = Backend.count
 
 

@@ -126,6 +126,9 @@ class JAXBackend(Backend):
     def undifferentiated(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
         return lambda h, z: jax.tree.map(self.stop_gradient, f(h, z))
 
+    def copy(self, x: Any) -> Any:
+        return jnp.asarray(x, copy=True)  # a reshape would give up how it is spread over devices
+
     def stop_gradient(self, x: Any) -> Any:
         return jax.lax.stop_gradient(x)
 

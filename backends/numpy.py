@@ -17,6 +17,9 @@ class NumPyBackend(Backend):
         """No floating-point warnings: what they would say of a sample, its status says."""
         return np.errstate(all="ignore")
 
+    def copy(self, x: Array) -> Array:
+        return np.array(x, order="C")
+
     def count(self, masks: Sequence[Array]) -> list[int]:
         return [int(np.count_nonzero(mask)) for mask in masks]
 

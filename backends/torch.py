@@ -81,15 +81,24 @@ class TorchBackend(Backend):
 
     def count(self, masks: Sequence[Tensor]) -> list[int]:
         if masks[0].is_cpu:  # where a reduction takes longer to begin with than to carry out
-            return [int(np.count_nonzero(mask.numpy())) for mask in masks]
+            try:
+                return [int(np.count_nonzero(mask.numpy())) for mask in masks]
+            except (RuntimeError, TypeError):  # without storage, as torch.func wraps them
+                return [int(mask.sum()) for mask in masks]
         counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
         return counts
 
     def apart(self, x: Tensor, y: Tensor) -> bool:
-        return x.data_ptr() != y.data_ptr() or x.numel() == 0
+        try:
+            return x.data_ptr() != y.data_ptr() or x.numel() == 0
+        except RuntimeError:  # without storage, as torch.func wraps them
+            return False
 
     def copy(self, x: Tensor) -> Tensor:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def has_graph(self, x: Tensor) -> bool:
+        return x.requires_grad
 
     def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return torch.where(mask, x, y)

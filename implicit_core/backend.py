@@ -1,8 +1,8 @@
 """The backend seam: what the core needs and the array API standard has no answer for.
 
 The base class spells everything portably, with a Python loop; a framework's module in ``backends/`` overrides only
-what that framework spells better or differently. Every method is pure except :meth:`Backend.set_row`, which may reuse
-the history it is given.
+what that framework spells better or differently. Every method is pure except :meth:`Backend.set_row` and
+:meth:`Backend.gram`, which may reuse the history, or the matrix, that they are given.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -148,8 +148,8 @@ class Backend:
         """``while cond(carry): carry = body(carry)``, at most ``max_steps`` times.
 
         ``cond`` returns a boolean array without axes. Reading it is the loop's one host sync, made once in
-        ``check_every`` steps; ``look`` may read a few numbers more in its place. Where operations are recorded nothing
-        can be read: ``max_steps`` are made.
+        ``check_every`` steps; where there is a ``look``, that is read in its place. Where operations are recorded
+        nothing can be read: ``max_steps`` are made.
         """
         loop = self.recorder()
         if loop is not None:
@@ -243,6 +243,10 @@ class Backend:
         """Whether ``x`` and ``y`` are known to begin at different places in memory."""
         return False
 
+    def has_graph(self, x: Array) -> bool:
+        """Whether ``x`` holds what it was computed from."""
+        return False
+
     def stop_gradient(self, x: Array) -> Array:
         """``x``, cut from any autodiff graph."""
         return x
@@ -260,8 +264,11 @@ class Backend:
         return self.xp.where(mask, self.xp.full((), number, dtype=x.dtype, device=self.device(x)), x)
 
     def copy(self, x: Array) -> Array:
-        """``x`` in memory of its own."""
-        return self.xp.asarray(x, copy=True)
+        """``x`` in memory of its own, its rows one after the other, as other operations leave them.
+
+        In another order F's own sums would be rounded in another way.
+        """
+        return self.xp.reshape(self.xp.asarray(self.xp.reshape(x, (-1,)), copy=True), x.shape)
 
     def rows_in_use(self, history: Array, index: Any) -> int:
         """How many rows of a history to compute with, when the loop's counter is at ``index``; the rest is zero.
@@ -305,7 +312,7 @@ class Backend:
     def gram(self, gram: Array, history: Array, index: Any) -> Array:
         """Inner products of the rows of a history with each other, (N, m, D) -> (N, m, m).
 
-        ``gram`` holds them as they were before the row at ``index`` was replaced.
+        ``gram`` holds them as they were before the row at ``index`` was replaced, and is given up.
         """
         return history @ self.xp.matrix_transpose(history)
 

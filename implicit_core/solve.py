@@ -68,7 +68,8 @@ def solve(
     -------
     Solution
         The point at which each sample's residual ‖F(h) - h‖₂ was measured and met atol + rtol ‖F(h)‖₂, or the best one
-        seen, with a status that says so. n steps evaluate F n times.
+        seen, with a status that says so. n steps evaluate F n times; plain iteration in PyTorch twice more, if F
+        returns memory that it has returned before.
 
     Raises
     ------
@@ -134,7 +135,9 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         best = None if carry.best is None else _fold(space, carry.best, carry.point, carry.steps, better)
         x, memory = solver.step(system, carry.memory, carry.point)
         lent = mask is True and x is carry.point.f  # f may write its next result to where this one is
-        if lent and not system.writes_anew:
+        if lent:
+            x = space.without_graph(x)
+        if (lent and not system.writes_anew) or (mask is True and not (lent or solver.steps_anew)):
             x = space.copy(x)
         x = space.round(space.where(mask, x, carry.point.x))
         point, tolerance = measure(x, carry.point.index + 1)
@@ -189,9 +192,28 @@ def _iterate(system: System, solver: Solver, trace: bool) -> Solution:
         carry = backend.while_loop(
             lambda c: xp.any(c.point.active), body, begin(), solver.max_steps - 1, solver.check_every, look
         )
-        if system.pure is not True and carry.point.index == 0:
-            system.check_purity()
+        if system.pure is not True and carry.point.index == 0 and not system.pure:
+            return _restarted(system, solver, trace, carry.point.x)
         return _solution(system, carry)
+
+
+def _restarted(system: System, solver: Solver, trace: bool, start: State) -> Solution:
+    """The solve from a start of its own, where h0 lay in memory that f writes its results to.
+
+    Raises
+    ------
+    ValueError
+        If it is the start that f wrote to.
+    """
+    space = system.space
+    kept, again = space.copy(start), System(system.problem, space.unpack(space.copy(start)), system.z)
+    again.evaluate(kept)
+    if not again.pure:
+        raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
+    again = System(system.problem, again.space.like, system.z, linearizing=solver.uses_jacobian)
+    again.pure = True
+    solution = _iterate(again, solver, trace)
+    return solution._replace(stats=solution.stats._replace(evaluations=solution.stats.evaluations + 2))
 
 
 def _finite(norm: Array) -> Array:
@@ -259,6 +281,8 @@ def _judge(problem: Problem, h0: PyTree, z: PyTree, solver: CallableSolver) -> S
     with like.backend.solving():
         h = solver.function(problem.replace_f(counted), like.backend.map(like.backend.stop_gradient, h0), z)
     checks.like(like.backend, "the result of the solver", h, h0, "h0")
+    # In memory of its own: it may lie where f writes its results.
+    h = like.unpack(like.copy(like.pack(h)))
     solution = _iterate(System(problem, h, z), solver.judge(), trace=False)
     xp, status, stats = like.xp, solution.status, solution.stats
     gave_up = xp.full(status.shape, Status.STAGNATED.value, dtype=status.dtype, device=like.device)

@@ -110,8 +110,14 @@ class Space:
         return tuple(map(self.backend.copy, x))
 
     def apart(self, x: State, y: State) -> bool:
-        """Whether two states are known to be in different memory."""
-        return all(map(self.backend.apart, x, y))
+        """Whether two states are known to be in different memory, whatever leaf is compared with whatever other."""
+        return all(self.backend.apart(a, b) for a in x for b in y)
+
+    def without_graph(self, x: State) -> State:
+        """``x``, cut from an autodiff graph that F may have made it part of."""
+        if not any(map(self.backend.has_graph, x)):
+            return x
+        return tuple(map(self.backend.stop_gradient, x))
 
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""

@@ -154,7 +154,16 @@ class _Observed(Solver):
     points: dict[int, PyTree]
 
     def __post_init__(self) -> None:
-        settings = ("rtol", "atol", "max_steps", "check_every", "keeps_best", "uses_jacobian", "retries_nonfinite")
+        settings = (
+            "rtol",
+            "atol",
+            "max_steps",
+            "check_every",
+            "keeps_best",
+            "steps_anew",
+            "uses_jacobian",
+            "retries_nonfinite",
+        )
         for name in settings:
             object.__setattr__(self, name, getattr(self.solver, name))
 
@@ -170,7 +179,8 @@ class _Observed(Solver):
 
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
         if point.index in self.steps:
-            self.points[point.index] = system.space.unpack(point.x)
+            # A copy: F may write its next result to where this point is.
+            self.points[point.index] = system.space.unpack(system.space.copy(point.x))
         return self.solver.step(system, memory, point)
 
 

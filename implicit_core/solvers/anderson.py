@@ -1,7 +1,7 @@
 """Anderson acceleration."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .. import checks
 from ..backend import Array
@@ -59,6 +59,8 @@ class Anderson(Solver):
     memory: int = 5
     damping: float = 1.0
     regularization: float = 1e-10
+
+    steps_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

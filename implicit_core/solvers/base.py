@@ -80,6 +80,9 @@ class Solver(ABC):
 
     keeps_best: ClassVar[bool] = True
     """Whether to return the point of least residual where none meets the tolerance; False: the last one."""
+    steps_anew: ClassVar[bool] = False
+    """Whether ``step`` returns either F's result itself, ``point.f``, or memory that nothing else holds. Otherwise what
+    it returns is copied: F may write its next result to where its last one lies."""
     uses_jacobian: ClassVar[bool] = False
     """Whether ``observe`` asks for the Jacobian at the point it is given."""
     retries_nonfinite: ClassVar[bool] = False

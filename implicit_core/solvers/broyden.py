@@ -1,7 +1,7 @@
 """Broyden's (good) method in limited memory, from one history: the steps."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .. import checks
 from ..backend import Array
@@ -62,6 +62,8 @@ class Broyden(Solver):
     """
 
     memory: int = 20
+
+    steps_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

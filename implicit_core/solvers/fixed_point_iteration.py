@@ -40,6 +40,7 @@ class FixedPointIteration(Solver):
     damping: float = 1.0
 
     keeps_best: ClassVar[bool] = False
+    steps_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

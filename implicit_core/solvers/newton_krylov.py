@@ -60,6 +60,7 @@ class NewtonKrylov(Solver):
 
     linear_solver: LinearSolver = field(default=GMRES(rtol=1e-3, max_steps=60))
 
+    steps_anew: ClassVar[bool] = True
     uses_jacobian: ClassVar[bool] = True
     retries_nonfinite: ClassVar[bool] = True
 
