@@ -239,9 +239,9 @@ class Backend:
         """``x`` in memory that the user's functions can't write to."""
         return self.copy(x)
 
-    def apart(self, x: Array, y: Array) -> bool:
-        """Whether ``x`` and ``y`` are known to begin at different places in memory."""
-        return False
+    def address(self, x: Array) -> Any:
+        """Where the memory of ``x`` begins, a number; None where that is not known."""
+        return None
 
     def has_graph(self, x: Array) -> bool:
         """Whether ``x`` holds what it was computed from."""
