@@ -140,8 +140,8 @@ class Certificate:
     def condition_number(self) -> Bounds:
         """κ = σ_max / σ_min of ∂F/∂z."""
         ratios = [
-            math.inf if smallest == 0 else largest / smallest
-            for largest, smallest in zip(self.sigma_max, reversed(self.sigma_min), strict=True)
+            math.inf if bottom == 0 else top / bottom
+            for top, bottom in zip(self.sigma_max, reversed(self.sigma_min), strict=True)
         ]
         value = math.inf if self.sigma_min.value == 0 else self.sigma_max.value / self.sigma_min.value
         return Bounds(ratios[0], value, ratios[2])
@@ -210,9 +210,8 @@ class Certificate:
         finite = not math.isnan(self.to_dict()["contraction"] or 0.0) and not math.isnan(self.sigma_max.value)
         if self.descent is None and not finite:
             return "open: h, or a Jacobian there, is not finite"
-        return {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: more steps may tell"}[
-            self.descent
-        ]
+        verdicts = {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: the bounds overlap"}
+        return verdicts[self.descent]
 
     def _bound(self, bound: Any) -> str:
         if math.isnan(bound):
