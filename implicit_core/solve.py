@@ -206,11 +206,12 @@ def _restarted(system: System, solver: Solver, trace: bool, start: State) -> Sol
         If it is the start that f wrote to.
     """
     space = system.space
-    kept, again = space.copy(start), System(system.problem, space.unpack(space.copy(start)), system.z)
+    kept, jacobian = space.copy(start), solver.uses_jacobian
+    again = System(system.problem, space.unpack(space.copy(start)), system.z, linearizing=jacobian)
     again.evaluate(kept)
     if not again.pure:
         raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
-    again = System(system.problem, again.space.like, system.z, linearizing=solver.uses_jacobian)
+    again = System(system.problem, again.space.like, system.z, linearizing=jacobian)
     again.pure = True
     solution = _iterate(again, solver, trace)
     return solution._replace(stats=solution.stats._replace(evaluations=solution.stats.evaluations + 2))

@@ -169,7 +169,7 @@ class ImplicitLayer(nn.Module):
         ...     def forward(self, h, x):
         ...         return torch.tanh(self.inner(h) + x)
         >>> layer = ict.ImplicitLayer(Cell(), gradient=ic.Neumann(k=20, lam=0.9))
-        >>> layer.certify(torch.ones(2, 4)).descent
+        >>> layer.certify(torch.eye(2, 4)).descent
         True
         """
         cell, parameters = self.cell, _trained(self.cell)
