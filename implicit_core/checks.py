@@ -19,16 +19,27 @@ def integer(name: str, value: Any, minimum: int) -> int:
     return number
 
 
-def real(name: str, value: Any, low: float, high: float = float("inf"), *, low_open: bool = False) -> float:
-    """``value`` as a float in [low, high], or in (low, high]."""
+def real(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """``value`` as a float in [low, high], without an end that is open."""
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}") from None
-    if not (low < number if low_open else low <= number) or not number <= high or number == float("inf"):
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high != float('inf') else ')'}"
+    high_open = high_open or high == float("inf")
+    above = low < number if low_open else low <= number
+    below = number < high if high_open else number <= high
+    if not above or not below:
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
         raise ValueError(f"{name} must lie in {interval}, got {number!r}")
     return number
 
@@ -126,11 +137,3 @@ def _difference(backend: Backend, leaf: Any, reference: Any) -> tuple[type[Excep
 
 def _kind(leaf: Any) -> str:
     return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
-
-
-def probability(name: str, value: Any) -> float:
-    """``value`` as a float in (0, 1)."""
-    number = real(name, value, 0.0, 1.0, low_open=True)
-    if number == 1.0:
-        raise ValueError(f"{name} must lie in (0, 1), got {number!r}")
-    return number

@@ -232,6 +232,11 @@ class Space:
                 largest = self.xp.maximum(largest, self.backend.largest(a))
         return largest
 
+    def magnitude(self, x: State) -> Array:
+        """A scale for each sample, (N, 1), at which squares neither underflow nor overflow: 1 where there is none."""
+        largest = self.largest(x)
+        return self.xp.where(self.xp.isfinite(largest) & (largest > 0), largest, self.xp.ones_like(largest))
+
     def dot(self, x: State, y: State) -> Array:
         """Inner product of each sample, (N, 1)."""
         products = [self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True)]

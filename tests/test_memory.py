@@ -67,7 +67,9 @@ def test_a_solver_of_the_users_may_rewrap_fs_result() -> None:
 
 
 def test_a_solver_of_the_users_may_write_to_an_array_of_its_own() -> None:
-    f = lambda h, z: np.cos(h) + z  # noqa: E731
+    def f(h: Any, z: Any) -> Any:
+        return np.cos(h) + z
+
     solution = ic.solve(f, np.zeros(2), Z, solver=Scratch(max_steps=6))
     residual = np.linalg.norm(f(solution.value, Z) - solution.value)
     assert solution.stats.residual == pytest.approx(residual)

@@ -235,7 +235,9 @@ def test_jax_transforms_it_as_the_solution(transform: Any) -> None:
 
 def test_jax_names_a_series_without_a_sum_once_it_is_known() -> None:
     z, estimator = jnp.ones(3), ic.Neumann("auto", lam=1.0, max_terms=9)
-    loss = lambda z: jnp.sum(ic.fixed_point(lambda h, z: -1.5 * h + z, jnp.zeros(3), z, gradient=estimator).value)  # noqa: E731
+
+    def loss(z: jax.Array) -> jax.Array:
+        return jnp.sum(ic.fixed_point(lambda h, z: -1.5 * h + z, jnp.zeros(3), z, gradient=estimator).value)
 
     def run() -> None:
         jax.block_until_ready(jax.jit(jax.grad(loss))(z))

@@ -128,8 +128,7 @@ def test_certificates_from_a_frameworks_own_derivatives(framework: str) -> None:
             certificate = certify(problem, torch.tensor(h, requires_grad=True), z, gradient)
             assert not certificate.residual.requires_grad
         else:
-            f = lambda h, z: jnp.tanh(h @ z["w"].T + z["x"])  # noqa: E731
-            problem = icj.problem(f, batch_ndim=1, jit="jit" in framework)
+            problem = icj.problem(lambda h, z: jnp.tanh(h @ z["w"].T + z["x"]), batch_ndim=1, jit="jit" in framework)
             certificate = certify(problem, jnp.asarray(h), jax.tree.map(jnp.asarray, case.z), gradient)
         assert_agrees(library, certificate, Dense(case, h, gradient), 2)
 
@@ -415,9 +414,9 @@ def test_an_unrolled_estimate_is_certified_at_its_own_value() -> None:
 def test_single_precision_is_enough_for_one_percent() -> None:
     case, gradient = layer(batch=2, width=10, contraction=0.9), ic.Neumann(3, 0.5)
     h = root_of(case)
-    single = lambda tree: {k: v.astype(np.float32) for k, v in tree.items()}  # noqa: E731
+    single = {name: a.astype(np.float32) for name, a in case.z.items()}
     certificate, oracle = (
-        certify(case.problem(), h.astype(np.float32), single(case.z), gradient),
+        certify(case.problem(), h.astype(np.float32), single, gradient),
         Dense(case, h, gradient),
     )
     assert certificate.sigma_min.value == pytest.approx(oracle.sigma_min, rel=1e-2)
@@ -453,7 +452,9 @@ def test_what_it_costs_is_counted() -> None:
 
 
 def test_errors_say_what_to_do() -> None:
-    f = lambda h, z: 0.5 * h + z  # noqa: E731
+    def f(h: Any, z: Any) -> Any:
+        return 0.5 * h + z
+
     problem = ic.Problem(f, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz)
     h = z = np.ones(2)
     with pytest.raises(TypeError, match="problem must be a Problem"):
@@ -523,9 +524,12 @@ def test_bounds_fail_no_more_often_than_they_say() -> None:
     """200 starts on a spectrum made to be missed: one eigenvalue beyond a bulk of 400."""
     spectrum = np.concatenate([[1.0], np.linspace(0.0, 0.9, 400)])
     missed = 0
+
+    def scale(x: Any) -> Any:
+        return (spectrum * x[0],)
+
     for seed in range(200):
         space = Space(find_backend(spectrum), spectrum, 0)
-        scale = lambda x: (spectrum * x[0],)  # noqa: E731
         found = singular_values(scale, scale, space, space, steps=6, confidence=0.5, seed=seed)
         assert found.largest.low[0, 0] <= 1 + 1e-12
         missed += bool(found.largest.high[0, 0] < 1)
@@ -589,6 +593,19 @@ def test_what_is_not_finite_is_never_certified(bad: float, library: Library) -> 
         assert first == pytest.approx(np.linalg.norm(dense_j(case, root_of(case))[:3, :3], 2), rel=1e-6)
         with pytest.raises(ValueError, match="not finite at h"):
             suggest(case.problem(library), *arrays, error=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_point_that_is_not_finite_is_not_certified_by_a_jacobian_that_does_not_depend_on_it(bad: float) -> None:
+    problem, h = linear(0.5 * np.eye(3), np.eye(3)), np.full(3, bad)
+    certificate = certify(problem, h, np.ones(3), ic.Neumann(5, 0.5))
+    assert certificate.descent is None
+    assert math.isnan(certificate.to_dict()["contraction"])
+    assert "not finite" in str(certificate)
+    for gradient in (ic.Unroll(3, 0.5), ic.Implicit()):
+        assert certify(problem, h, np.ones(3), gradient).descent is None
+    with pytest.raises(ValueError, match="not finite at h"):
+        suggest(problem, h, np.ones(3), error=0.1)
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25, 1e18])

@@ -154,17 +154,7 @@ class _Observed(Solver):
     points: dict[int, PyTree]
 
     def __post_init__(self) -> None:
-        settings = (
-            "rtol",
-            "atol",
-            "max_steps",
-            "check_every",
-            "keeps_best",
-            "steps_anew",
-            "uses_jacobian",
-            "retries_nonfinite",
-        )
-        for name in settings:
+        for name in Solver.__annotations__:
             object.__setattr__(self, name, getattr(self.solver, name))
 
     @property

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         if module not in MODULES:
             raise
-        extra = f'in a checkout: pip install ".[demo,{options.framework}]"'
+        extra = f'in a checkout: pip install -e ".[demo,{options.framework}]"'
         print(f"The example needs {module}, which is not installed; {extra}.", file=sys.stderr)
         return 2
     except ValueError as error:

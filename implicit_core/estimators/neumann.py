@@ -85,9 +85,7 @@ class Neumann(AtFixedPoint):
             set_field(self, "rtol", checks.real("rtol", given.get("rtol", 1e-3), 0.0, low_open=True))
             set_field(self, "max_terms", checks.integer("max_terms", given.get("max_terms", 200), 1))
             if self.contraction is not None:
-                set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0))
-                if self.contraction >= 1.0:
-                    raise ValueError(f"contraction must lie in [0, 1), got {self.contraction!r}")
+                set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0, 1.0, high_open=True))
         else:
             set_field(self, "k", checks.integer("k", self.k, 1))
 

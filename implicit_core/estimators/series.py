@@ -53,12 +53,10 @@ def summed(
     if backend.recorded(b[0]):
         raise NotImplementedError(RECORDED)
     space.spread_as(b)
-    # At unit scale squares neither underflow nor overflow.
-    largest = space.largest(b)
-    finite = xp.isfinite(largest)
-    scale = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
+    scale = space.magnitude(b)
     b = space.divide(b, scale)
     size = space.norm(b)
+    finite = xp.isfinite(size)
     zero = xp.zeros_like(size)
     infinite = zero + float("inf")
 

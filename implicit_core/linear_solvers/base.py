@@ -98,9 +98,7 @@ class LinearSolver(ABC):
         if backend.recorded(b[0]):
             raise NotImplementedError(RECORDED)
         space.spread_as(b)
-        # At unit scale squares neither underflow nor overflow: a cotangent of 1e-25 is not zero in float32.
-        largest = space.largest(b)
-        scale = xp.where(xp.isfinite(largest) & (largest > 0), largest, xp.ones_like(largest))
+        scale = space.magnitude(b)  # a cotangent of 1e-25 is not zero in float32
         b = space.divide(b, scale)
         size = space.norm(b)
         target = backend.axpy(self.rtol, size, space.scalar(self.atol) / scale)

@@ -207,8 +207,8 @@ class Certificate:
     __repr__ = __str__
 
     def _verdict(self) -> str:
-        finite = not math.isnan(self.to_dict()["contraction"] or 0.0) and not math.isnan(self.sigma_max.value)
-        if self.descent is None and not finite:
+        lost = math.isnan(largest(self.contraction.value)) or math.isnan(self.sigma_max.value)
+        if self.descent is None and lost:
             return "open: h, or a Jacobian there, is not finite"
         verdicts = {True: "guaranteed (Theorem 1)", False: "not guaranteed", None: "open: the bounds overlap"}
         return verdicts[self.descent]

@@ -15,6 +15,8 @@ from .certificate import Certificate, Condition, largest
 from .krylov import ROUNDING, Bounds, Spectrum, dimension, singular_values, spectral_radius
 from .operators import Counted, Jacobians, Pair, check, deviation
 
+UNKNOWN = Bounds(0.0, math.nan, math.inf)
+
 
 def certify(
     problem: Problem,
@@ -124,7 +126,7 @@ def certify(
     check(problem, h)
     checks.instance("gradient", gradient, Estimator, "Neumann(k=5, lam=0.5)")
     steps, seed = checks.integer("steps", steps, 1), checks.integer("seed", seed, 0)
-    confidence = checks.probability("confidence", confidence)
+    confidence = checks.real("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
     checks.instance("linear_solver", linear_solver, LinearSolver, "GMRES()")
     backend = bind(problem, h)
     if cotangent is not None:
@@ -139,7 +141,7 @@ def certify(
         def spectrum(pair: Pair, domain: Space, codomain: Space) -> Spectrum:
             return singular_values(*pair, domain, codomain, steps=steps, confidence=of_each, seed=seed)
 
-        jacobian = j.in_h(space)
+        jacobian = j.in_h()
         contraction = spectrum(jacobian, space, space).largest
         radius = space.xp.minimum(spectral_radius(jacobian.product, space, steps=steps, seed=seed), contraction.high)
         sides = _sides(j, spectrum(j.in_z(), j.whole, j.parameters))
@@ -152,11 +154,12 @@ def certify(
             left_6 = _numbers(spectrum(away.in_z, j.whole, j.parameters).largest)
             if away.in_h is not None:
                 left_8 = Bounds(*map(largest, spectrum(away.in_h, space, space).largest))
+        if not bool(space.xp.all(j.finite)):
+            left_6, left_8 = UNKNOWN, left_8 and UNKNOWN
         measured = _measure(j, gradient, h, cotangent, linear_solver)
-        residual = space.norm(space.sub(space.pack(j.at.value), space.pack(value)))
     return Certificate(
         gradient=gradient,
-        residual=space.per_sample(residual),
+        residual=space.per_sample(j.residual),
         contraction=Bounds(*map(space.per_sample, contraction)),
         spectral_radius=space.per_sample(radius),
         error_bound=space.per_sample(_error_bound(space, gradient, contraction.high)),

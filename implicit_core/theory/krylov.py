@@ -117,14 +117,13 @@ def singular_values(
         largest = xp.maximum(largest, alpha)
         alpha = xp.where(alpha > TINY * eps * largest, alpha, xp.zeros_like(alpha))
         u = codomain.scale(ratio(xp, xp.ones_like(alpha), alpha), u)
-        w = orthogonal(space, space.axpy(-alpha, v, transposed(u)), basis)
+        w, _ = orthogonal(space, space.axpy(-alpha, v, transposed(u)), basis)
         beta = length(space, w)
         finite = finite & xp.isfinite(largest) & xp.isfinite(beta)
         largest = xp.maximum(largest, beta)
         active = active & finite & (beta > TINY * eps * largest)
         beta = xp.where(active, beta, xp.zeros_like(beta))
-        v = space.scale(ratio(xp, xp.ones_like(beta), beta), w)
-        v = space.where(active, v, space.zeros())
+        v = _next(space, w, beta, active)
         alphas.append(xp.where(finite, alpha, xp.zeros_like(alpha)))
         betas.append(beta)
         if not bool(xp.any(active)):
@@ -200,12 +199,8 @@ def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -
     columns, heights = [], []
     for j in range(steps):
         basis = space.set_row(basis, j, v)
-        w = space.row(product(v))
-        first = space.products(w, basis)
-        w = space.combine_onto(w, -first, basis)
-        second = space.products(w, basis)
-        rest = space.state(space.combine_onto(w, -second, basis))
-        column, height = (first + second)[:, 0, :], length(space, rest)
+        rest, column = orthogonal(space, product(v), basis)
+        height = length(space, rest)
         largest = xp.maximum(largest, xp.max(xp.abs(column), axis=1, keepdims=True))
         largest = xp.maximum(largest, height)
         finite = finite & xp.isfinite(largest)
@@ -213,13 +208,19 @@ def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -
         height = xp.where(active, height, xp.zeros_like(height))
         columns.append(xp.where(finite, column, xp.zeros_like(column)))
         heights.append(height)
-        v = space.where(active, space.scale(ratio(xp, xp.ones_like(height), height), rest), space.zeros())
+        v = _next(space, rest, height, active)
         if not bool(xp.any(active)):
             break
     k = len(columns)
     hessenberg = xp.stack(columns, axis=2)[:, :k, :] + _beside_diagonal(space, heights, -1)
     radius = _largest_modulus(space, hessenberg)
     return xp.where(finite, radius, xp.full_like(radius, math.nan))
+
+
+def _next(space: Space, x: State, size: Array, active: Array) -> State:
+    """The next vector of a basis, ``x`` at unit length; zero in a sample whose basis is complete."""
+    unit = space.scale(ratio(space.xp, space.xp.ones_like(size), size), x)
+    return space.where(active, unit, space.zeros())
 
 
 def _beside_diagonal(space: Space, numbers: Sequence[Array], offset: int) -> Array:
@@ -259,17 +260,17 @@ def start(space: Space, seed: int) -> State:
 
 def length(space: Space, x: State) -> Array:
     """Euclidean norm of each sample, (N, 1), by way of unit scale: squares neither underflow nor overflow."""
-    xp, largest = space.xp, space.largest(x)
-    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+    scale = space.magnitude(x)
     return scale * space.norm(space.divide(x, scale))
 
 
-def orthogonal(space: Space, x: State, basis: History) -> State:
-    """``x`` less its part within the span of a basis, by classical Gram-Schmidt twice."""
+def orthogonal(space: Space, x: State, basis: History) -> tuple[State, Array]:
+    """``x`` less its part within the span of a basis, by classical Gram-Schmidt twice, and that part, (N, m)."""
     row = space.row(x)
-    for _ in range(2):
-        row = space.combine_onto(row, -space.products(row, basis), basis)
-    return space.state(row)
+    first = space.products(row, basis)
+    row = space.combine_onto(row, -first, basis)
+    second = space.products(row, basis)
+    return space.state(space.combine_onto(row, -second, basis)), (first + second)[:, 0, :]
 
 
 def dimension(space: Space) -> int:

@@ -93,6 +93,8 @@ class Jacobians:
         The space of h, sample by sample: ∂F/∂h is block-diagonal.
     whole
         The space of h, the batch as one vector: all samples share what is in z.
+    residual, finite
+        ‖F(h) - h‖₂, and whether it is a number, (N, 1): nothing is known of a Jacobian at a point that is none.
     """
 
     def __init__(self, problem: Problem, h: PyTree, z: PyTree) -> None:
@@ -105,6 +107,8 @@ class Jacobians:
         self.at: BoundLinearization = problem.linearize(h, z).require("vjp_h", "jvp_h")
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
+        self.residual = self.samples.norm(self.samples.sub(self.samples.pack(self.at.value), self.samples.pack(h)))
+        self.finite = backend.xp.isfinite(self.residual)
         self._z_leaves, self._z_structure = backend.flatten_with_none(z)
 
     @cached_property
@@ -162,9 +166,12 @@ class Jacobians:
 
     # Operators, in the paper's transposed convention: from cotangents of h.
 
-    def in_h(self, space: Space) -> Pair:
-        """∂F/∂h, on the states of a space of h."""
-        return Pair(on(space, space, self.vjp_h), on(space, space, self.jvp_h))
+    def in_h(self) -> Pair:
+        """∂F/∂h, sample by sample; NaN at a point that is not finite."""
+        space, xp = self.samples, self.backend.xp
+        known = xp.where(self.finite, space.full(1.0), space.full(float("nan")))
+        forth, back = on(space, space, self.vjp_h), on(space, space, self.jvp_h)
+        return Pair(lambda v: space.scale(known, forth(v)), lambda v: space.scale(known, back(v)))
 
     def in_z(self) -> Pair:
         """∂F/∂z, from the whole batch's cotangents to those of z."""
@@ -172,7 +179,7 @@ class Jacobians:
 
     def damped(self, lam: float) -> Pair:
         """B = λ ∂F/∂h + (1 - λ) I (Eq. 15), sample by sample."""
-        space, jacobian = self.samples, self.in_h(self.samples)
+        space, jacobian = self.samples, self.in_h()
 
         def blend(product: Operator) -> Operator:
             return lambda v: space.axpy(lam, product(v), space.scale(1 - lam, v))

@@ -82,7 +82,7 @@ def suggest(
     check(problem, h)
     error = checks.real("error", error, 0.0, low_open=True)
     steps, seed = checks.integer("steps", steps, 1), checks.integer("seed", seed, 0)
-    confidence = checks.probability("confidence", confidence)
+    confidence = checks.real("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
     if form not in (Neumann, Unroll):
         raise TypeError(f"form must be Neumann or Unroll, got {form!r}")
     dampings = DAMPINGS if lam is None else (checks.real("lam", lam, 0.0, 1.0, low_open=True),)
