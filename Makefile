@@ -1,14 +1,18 @@
-# Each target sets up what it needs, from nothing but Python and make.
+# Each target sets up the environment that it needs; only Python and make have to be there.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 EXAMPLES_VENV ?= .venv-examples
+WHEEL_VENV ?= .venv-wheel
+INSTALLED ?=
 WORKERS ?= auto
 PYTEST_ARGS ?=
 MNIST1D_ARGS ?=
 
-INSTALL = -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+# In the environment that is the folder of the target. Errors are printed, build warnings are not.
+PIP = $(@D)/bin/python -m pip -qq
+INSTALL = @echo "Installing into $(@D)"; $(PIP) install --constraint constraints.txt --build-constraint constraints.txt
 REQUIREMENTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -17,31 +21,27 @@ REQUIREMENTS = pyproject.toml constraints.txt
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(DEMO_VENV)/.demo ## Run the demo, NumPy beside PyTorch and JAX, in an environment of its own.
-	$(DEMO_VENV)/bin/python -m implicit_core demo
+demo: $(DEMO_VENV)/.demo ## Run the demo in NumPy, PyTorch and JAX, in an environment of its own.
+	@$(DEMO_VENV)/bin/python -m implicit_core demo
 
 mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_ARGS="--gradient neumann".
 	$(EXAMPLES_VENV)/bin/python -m implicit_core.examples.torch_mnist1d $(MNIST1D_ARGS)
 
-test: $(VENV)/.test ## Run the tests. More options: PYTEST_ARGS="-k anderson", WORKERS=4.
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4.
+	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting with ruff.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: $(VENV)/.dev ## Let ruff fix what it can.
+format: $(VENV)/.dev ## Fix style and formatting with ruff.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# A checker started in the checkout doesn't see that backends/ is implicit_core.backends: check an installed copy.
-types: $(VENV)/.dev ## Check types with mypy, on an installed copy.
-	rm -rf build
-	$(VENV)/bin/python $(INSTALL) --no-deps --target build/types .
-	cd build && MYPYPATH=types $(abspath $(VENV))/bin/python -m mypy \
-		--config-file ../pyproject.toml --cache-dir ../.mypy_cache --package implicit_core
+types: $(VENV)/.dev ## Check types with mypy.
+	$(VENV)/bin/python -m mypy --package implicit_core
 
-# From nothing each time: a page that was not built anew would not have run either.
+# From nothing each time: a page that is not rebuilt is not run either.
 docs: $(VENV)/.docs ## Build the documentation into build/docs, and run its pages. Warnings are errors.
 	rm -rf build/docs
 	$(VENV)/bin/python -m sphinx --builder html --jobs auto --fail-on-warning --keep-going --quiet docs build/docs
@@ -54,33 +54,43 @@ wheel: $(VENV)/.dev ## Build the sdist, and the wheel from it, into dist/.
 check-wheel: wheel ## Install the wheel into an empty environment and use it there.
 	$(VENV)/bin/python .ci/check_wheel.py
 
-clean: ## Remove the environments and all that was built.
-	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove the environments and all build outputs.
+	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Environments. Stamps say what is installed; they are renewed when the requirements change.
+# Environments. The stamp files are renewed when the requirements change.
 
-$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip: constraints.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip $(WHEEL_VENV)/.pip: constraints.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(PIP) install --upgrade --constraint constraints.txt pip
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.pip $(REQUIREMENTS)
-	$(VENV)/bin/python $(INSTALL) --editable ".[test]"
+	$(INSTALL) --editable ".[test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(VENV)/bin/python $(INSTALL) --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.test
-	$(VENV)/bin/python $(INSTALL) --editable ".[docs]"
+	$(INSTALL) --editable ".[docs]"
 	@touch $@
 
 $(DEMO_VENV)/.demo: $(DEMO_VENV)/.pip $(REQUIREMENTS)
-	$(DEMO_VENV)/bin/python $(INSTALL) --editable ".[jax-demo,torch]"
+	$(INSTALL) --editable ".[jax-demo,torch]"
 	@touch $@
 
 $(EXAMPLES_VENV)/.examples: $(EXAMPLES_VENV)/.pip $(REQUIREMENTS)
-	$(EXAMPLES_VENV)/bin/python $(INSTALL) --editable ".[examples]"
+	$(INSTALL) --editable ".[examples]"
 	@touch $@
+
+# Made each time: the wheel of the sources, and a copy of the tests and of what they read, without the package.
+.PHONY: $(WHEEL_VENV)/.wheel
+$(WHEEL_VENV)/.wheel: $(WHEEL_VENV)/.pip
+	@rm -rf build/lib build/wheel build/suite
+	@$(PIP) wheel --no-deps --build-constraint constraints.txt --wheel-dir build/wheel .
+	$(INSTALL) "$$(echo build/wheel/*.whl)[test]"
+	@$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
+	@mkdir build/suite
+	@cp -R tests benchmarks docs examples *.md LICENSE pyproject.toml build/suite

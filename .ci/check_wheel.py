@@ -1,4 +1,4 @@
-"""Check what dist/ holds, and that the wheel works in an empty environment, away from the checkout."""
+"""Check the contents of dist/, and that the wheel works in an empty environment, wherever Python is started."""
 
 import subprocess
 import sys
@@ -6,11 +6,12 @@ import tarfile
 import tempfile
 import venv
 import zipfile
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
-# Folder of the checkout -> package it is installed as.
+# Folder of the checkout -> package it is installed as. Links to the last three lie in the first.
 PACKAGES = {
     "implicit_core": "implicit_core",
     "backends": "implicit_core/backends",
@@ -39,6 +40,7 @@ print("implicit_core", implicit_core.__version__, "from", implicit_core.__file__
 SMALL_SOLVE = """
 import numpy as np
 import implicit_core as ic
+import implicit_core.adapters, implicit_core.examples
 problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v))
 solution = ic.solve(problem, np.zeros(2), np.ones(2), throw=True)
 value, pullback = ic.Implicit().vjp(problem, solution.value, np.ones(2))
@@ -54,54 +56,70 @@ def only(pattern: str) -> Path:
     return found[0]
 
 
-def sources() -> set[str]:
-    """Modules of the checkout, by their paths once installed."""
-    modules = {
-        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+def sources() -> dict[str, str]:
+    """Modules of the checkout: their paths in it, and once installed."""
+    paths = {
+        path.relative_to(ROOT): PurePosixPath(package, path.relative_to(ROOT / folder).as_posix())
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    return modules | {"implicit_core/py.typed"}
+    modules = {path.as_posix(): str(installed) for path, installed in paths.items()}
+    return modules | {"implicit_core/py.typed": "implicit_core/py.typed"}
+
+
+def code(names: Iterable[str]) -> set[str]:
+    """The modules among files."""
+    return {name for name in names if name.endswith((".py", "py.typed"))}
 
 
 def check_wheel(wheel: Path) -> None:
-    """The wheel holds every module and one top-level package."""
+    """The wheel holds every module, no other, and one top-level package."""
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
-    beside = {top for top in tops if top != "implicit_core" and not top.endswith(".dist-info")}
-    assert not beside, f"the wheel holds {sorted(beside)} beside implicit_core"
-    missing = sources() - names
+    others = {top for top in tops if top != "implicit_core" and not top.endswith(".dist-info")}
+    assert not others, f"the wheel holds {sorted(others)} next to implicit_core"
+    missing, unknown = set(sources().values()) - set(names), code(names) - set(sources().values())
     assert not missing, f"the wheel lacks {sorted(missing)}; is a package missing in pyproject.toml?"
+    assert not unknown, f"the wheel holds {sorted(unknown)}, which the checkout does not"
+    assert len(names) == len(set(names)), "the wheel holds a file twice"
     print(f"{wheel.name}: {len(names)} files below {', '.join(sorted(tops))}")
 
 
 def check_sdist(sdist: Path) -> None:
-    """The sdist holds what a packager needs, tests included."""
+    """The sdist holds every module once, no link, and what a packager needs, tests included."""
     with tarfile.open(sdist) as archive:
-        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+        members = archive.getmembers()
+    links = [member.name for member in members if not member.isfile() and not member.isdir()]
+    assert not links, f"the sdist holds links: {links}"
+    names = [member.name.partition("/")[2] for member in members if member.isfile()]
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
-    missing = (SDIST_FILES | tests) - names
+    missing = (SDIST_FILES | tests | set(sources())) - set(names)
     assert not missing, f"the sdist lacks {sorted(missing)}"
+    folders = tuple(f"{folder}/" for folder in PACKAGES)
+    unknown = {name for name in code(names) if name.startswith(folders)} - set(sources())
+    assert not unknown, f"the sdist holds {sorted(unknown)}, which the checkout does not"
+    assert len(names) == len(set(names)), "the sdist holds a file twice"
     print(f"{sdist.name}: {len(names)} files")
 
 
 def check_install(wheel: Path) -> None:
-    """The wheel installs into an empty environment, and works there."""
+    """The wheel installs into an empty environment, and works there, also for Python started in the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(Path(folder, "venv"), with_pip=True)
         python = Path(folder, "venv", "bin", "python")
 
-        def run(*arguments: str) -> None:
-            subprocess.run([python, *arguments], cwd=folder, check=True)
+        def run(*arguments: str, where: str | Path = folder) -> None:
+            subprocess.run([python, *arguments], cwd=where, check=True)
 
         install = ("-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS))
         run(*install, "--upgrade", "pip")
         run(*install, str(wheel))
         run("-m", "pip", "check")
-        run("-c", LIGHT_IMPORT)
+        for where in (folder, ROOT):
+            run("-c", LIGHT_IMPORT, where=where)
+            run("-c", SMALL_SOLVE, where=where)
         run("-m", "implicit_core", "info")
-        run("-c", SMALL_SOLVE)
 
 
 def main() -> None:

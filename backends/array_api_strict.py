@@ -8,11 +8,9 @@ from .numpy import NumPyBackend
 
 
 class StrictBackend(NumPyBackend):
-    """NumPy's, where its arrays' own functions don't reach."""
+    """Its arrays wrap NumPy's, and warn as they do."""
 
-    copy = Backend.copy
-    count = Backend.count
+    count = Backend.count  # NumPy's functions do not take its arrays
 
 
-# Its arrays wrap NumPy's, and warn as they do.
 BACKEND = StrictBackend("array_api_strict", xp, (type(xp.empty(0)),))

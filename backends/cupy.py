@@ -1,6 +1,6 @@
-"""CuPy: arrays of the GPU that is theirs, on the stream that is current there; one kernel where CuPy would launch many.
+"""CuPy: arrays on any GPU, work on the stream that is current there, and one kernel where CuPy would launch many.
 
-A kernel's launch costs more than what small problems compute, so the arithmetic of the solvers is fused.
+The launch of a kernel costs more than the arithmetic of small problems, so the arithmetic of the solvers is fused.
 """
 
 import functools
@@ -11,10 +11,12 @@ from typing import Any
 import array_api_compat.cupy as xp
 import cupy
 
-from implicit_core.backend import Array, Backend, PyTree, Stream
+from implicit_core.arrays import History, Matrices, Numbers, PyTree, Row, State
+from implicit_core.backend import Backend, Stream
+from implicit_core.space import Space, total
 
 LARGEST_SYSTEM = 10
-"""Rows of a linear system that one thread solves: a GPU reserves what threads keep. Larger ones are cuBLAS' task."""
+"""Rows of a linear system that one thread solves, since a GPU reserves registers for it. cuBLAS solves larger ones."""
 
 _AXPY = cupy.ElementwiseKernel("T a, T x, T y", "T z", "z = a * x + y", "implicit_core_axpy")
 _AXPY_NUMBER = cupy.ElementwiseKernel("float64 a, T x, T y", "T z", "z = (T)a * x + y", "implicit_core_axpy_number")
@@ -75,20 +77,91 @@ def _solve_kernel(m: int) -> cupy.ElementwiseKernel:
     )
 
 
-class CuPyBackend(Backend):
-    """CuPy arrays on any GPU; what is current when a function is called does not matter, but for the streams."""
+class CuPySpace(Space):
+    """Fused kernels."""
 
-    def beside(self, tree: PyTree) -> AbstractContextManager[Any]:
-        # CuPy makes arrays on the current device, whatever theirs is that they are made from.
+    def multiply_add(self, factor: Any, x: Any, y: Any) -> Any:
+        kernel = _AXPY if isinstance(factor, cupy.ndarray) else _AXPY_NUMBER
+        return kernel(factor, x, y)
+
+    def plus_one(self, counts: Any, mask: Any) -> Any:
+        return counts + mask
+
+    def norm(self, x: State) -> Numbers:
+        norm: Numbers = functools.reduce(cupy.hypot, (cupy.linalg.norm(a, axis=-1, keepdims=True) for a in x))
+        return norm
+
+    def largest(self, x: State) -> Numbers:
+        largest = self.full(0.0)
+        for a in x:
+            if a.shape[-1]:
+                largest = cupy.maximum(largest, _LARGEST(a, axis=-1, keepdims=True))
+        return largest
+
+    def set_matrix_row(self, matrix: Any, index: int, row: Any) -> Any:
+        matrix[:, index, :] = row if row.ndim == 2 else row[:, 0, :]
+        return matrix
+
+    def rows_in_use(self, history: History, index: int) -> History:
+        return history  # kernels are made for one m, and read histories as they lie
+
+    def products(self, rows: Row, history: History) -> Matrices:
+        products: Matrices = total(_products(a, b) for a, b in zip(rows, history, strict=True))
+        return products
+
+    def gram(self, gram: Any, history: History, index: int) -> Any:
+        # Recompute one row in place: a Gram matrix belongs to one solve.
+        for matrix, a in zip(gram, history, strict=True):
+            products = _products(a[:, index : index + 1, :], a)[:, 0, :]
+            matrix[:, index, :] = products
+            matrix[:, :, index] = products
+        return gram
+
+    def combine(self, weights: Any, history: History, onto: Row | None = None) -> Row:
+        return Row(tuple(_combined(weights, a, None if onto is None else onto[i]) for i, a in enumerate(history)))
+
+    def solve_rows(self, matrix: Any, row: Any) -> Any:
+        samples, m, _ = matrix.shape
+        if m > LARGEST_SYSTEM:
+            return super().solve_rows(matrix, row)
+        return _solve_kernel(m)(matrix, row, cupy.empty(row.shape, row.dtype), size=samples)
+
+
+def _products(rows: Any, history: Any) -> Any:
+    return _PRODUCTS(rows[:, :, None, :], history[:, None, :, :], axis=3)
+
+
+def _combined(weights: Any, history: Any, row: Any) -> Any:
+    samples, m, d = history.shape
+    if row is not None:
+        return _COMBINED_ONTO(row, weights, history, m, d)
+    return _COMBINED(weights, history, m, d, cupy.empty((samples, 1, d), history.dtype))
+
+
+class CUDAStreams:
+    """See :class:`implicit_core.backend.Streams`."""
+
+    def current(self, tree: PyTree) -> Stream:
+        with BACKEND.on_device_of(tree):
+            return Stream(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
+
+    def use(self, stream: Stream) -> AbstractContextManager[Any]:
+        external: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream.address, stream.device)
+        return external
+
+
+class CuPyBackend(Backend):
+    """CuPy arrays on any GPU. The device that is current when a function is called does not matter."""
+
+    streams = CUDAStreams()
+
+    def on_device_of(self, tree: PyTree) -> AbstractContextManager[Any]:
+        # CuPy makes arrays on the current device, whatever device their arguments are on.
         device: AbstractContextManager[Any] = next(x.device for x in self.flatten(tree)[0] if self.is_array(x))
         return device
 
-    def from_dlpack(self, x: Any) -> Array:
+    def from_dlpack(self, x: Any) -> Any:
         return cupy.from_dlpack(x)
-
-    def stream(self, tree: PyTree) -> Stream:
-        with self.beside(tree):
-            return Stream(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
 
     def devices(self) -> list[str]:
         try:
@@ -98,55 +171,9 @@ class CuPyBackend(Backend):
         names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
         return [f"cuda:{i} ({name})" for i, name in enumerate(names)] or ["no CUDA device"]
 
-    def count(self, masks: Sequence[Array]) -> list[int]:
+    def count(self, masks: Sequence[Any]) -> list[int]:
         counts: list[int] = cupy.concatenate(masks, axis=1).sum(axis=0).tolist()
         return counts
 
-    def rows_in_use(self, history: Array, index: int) -> int:
-        return int(history.shape[1])  # kernels are made for one m, and read histories as they lie
 
-    def tally(self, counts: Array, mask: Array) -> Array:
-        return counts + mask
-
-    def norm(self, x: Array) -> Array:
-        return cupy.linalg.norm(x, axis=-1, keepdims=True)
-
-    def largest(self, x: Array) -> Array:
-        return _LARGEST(x, axis=-1, keepdims=True)
-
-    def axpy(self, a: Array | float, x: Array, y: Array) -> Array:
-        return _AXPY(a, x, y) if isinstance(a, cupy.ndarray) else _AXPY_NUMBER(a, x, y)
-
-    def gram(self, gram: Array, history: Array, index: int) -> Array:
-        # One row anew, in place: a Gram matrix belongs to one solve.
-        products = self.products(history[:, index : index + 1, :], history)[:, 0, :]
-        gram[:, index, :] = products
-        gram[:, :, index] = products
-        return gram
-
-    def products(self, row: Array, history: Array) -> Array:
-        return _PRODUCTS(row[:, :, None, :], history[:, None, :, :], axis=3)
-
-    def combine(self, weights: Array, history: Array) -> Array:
-        samples, m, d = history.shape
-        return _COMBINED(weights, history, m, d, cupy.empty((samples, 1, d), history.dtype))
-
-    def combine_onto(self, row: Array, weights: Array, history: Array) -> Array:
-        _, m, d = history.shape
-        return _COMBINED_ONTO(row, weights, history, m, d)
-
-    def solve_rows(self, matrix: Array, row: Array) -> Array:
-        samples, m, _ = matrix.shape
-        if m > LARGEST_SYSTEM:
-            return super().solve_rows(matrix, row)
-        return _solve_kernel(m)(matrix, row, cupy.empty(row.shape, row.dtype), size=samples)
-
-    def entry(self, row: Array, index: int) -> Array:
-        return row[:, :, index : index + 1]
-
-    def set_row(self, history: Array, index: int, row: Array) -> Array:
-        history[:, index, :] = row if row.ndim == 2 else row[:, 0, :]
-        return history
-
-
-BACKEND = CuPyBackend("cupy", xp, (cupy.ndarray,))
+BACKEND = CuPyBackend("cupy", xp, (cupy.ndarray,), space=CuPySpace)

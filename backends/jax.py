@@ -9,203 +9,114 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from implicit_core.backend import Backend, Look
+from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
+from implicit_core.backend import Backend, Known
+from implicit_core.space import Space, total
 
-PyTree = Any
 Carry = TypeVar("Carry")
 
 UNROLLED = 8
 """Loops of a static length up to this are unrolled where they are compiled: XLA fuses across their steps."""
 
-_JOINT: ContextVar[tuple[str, ...]] = ContextVar("named axes that a sample extends over", default=())
+_COUPLED_AXES: ContextVar[tuple[str, ...]] = ContextVar("named axes that a sample extends over", default=())
 
 
 @contextmanager
-def joint(axes: Sequence[str]) -> Iterator[None]:
-    """Within it, a sample is one system with those in its place along named axes: inner products are summed over them.
+def coupled_axes(axes: Sequence[str]) -> Iterator[None]:
+    """Within this context a sample is one system with its counterparts along named axes.
 
-    So is the stop test the same along them, which a collective within a loop depends on.
+    Inner products are summed over these axes, and the stop test is the same along them. A collective within a loop
+    depends on that.
     """
-    token = _JOINT.set(tuple(axes))
+    token = _COUPLED_AXES.set(tuple(axes))
     try:
         yield
     finally:
-        _JOINT.reset(token)
+        _COUPLED_AXES.reset(token)
 
 
-class JAXBackend(Backend):
-    """JAX arrays, and the tracers that stand for them within JAX's transformations."""
+class JAXSpace(Space):
+    """XLA's faster spellings, and sharded arrays."""
 
-    def device(self, x: jax.Array) -> None:
-        return None  # a traced array has none, and JAX itself says where arrays of two devices meet
+    def __init__(self, backend: Backend, like: PyTree, batch_ndim: int, name: str = "h0") -> None:
+        super().__init__(backend, like, batch_ndim, name)
+        self._types: list[Any] = [None] * len(self.shapes)
 
-    def from_dlpack(self, x: Any) -> jax.Array:
-        array: jax.Array = jnp.from_dlpack(x)
-        if array.dtype.name != str(x.dtype).rpartition(".")[2]:
-            raise TypeError(
-                f"JAX makes {array.dtype} of {x.dtype}; to lend derivatives to such arrays call "
-                'jax.config.update("jax_enable_x64", True) first'
-            )
-        return array
+    # New arrays are sharded as the state is.
 
-    def devices(self) -> list[str]:
-        return [str(device) for device in jax.devices()]
+    def shard_as(self, x: State) -> None:
+        self._types = [jax.typeof(a) for a in x]
 
-    def finfo(self, dtype: Any) -> Any:
-        return jnp.finfo(dtype)
+    def shard(self, x: State) -> State:
+        return State(tuple(map(sharded, x, self._types)))
 
-    def isdtype(self, dtype: Any, kind: str | tuple[str, ...]) -> bool:
-        is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
-        return not is_key and super().isdtype(dtype, kind)
-
-    # Pytrees are JAX's own, so that the classes registered there are nodes here.
-
-    def flatten(self, tree: PyTree) -> tuple[list[Any], Hashable]:
-        return jax.tree.flatten(tree)
-
-    def flatten_with_none(self, tree: PyTree) -> tuple[list[Any], Hashable]:
-        return jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-
-    def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
-        return jax.tree.unflatten(structure, leaves)
-
-    def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-        return jax.tree.map(fn, tree, *rest)
-
-    # Loops.
-
-    def while_loop(
-        self,
-        cond: Callable[[Carry], jax.Array],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
-        max_steps: int,
-        check_every: int = 1,
-        look: Look | None = None,
-    ) -> Carry:
-        if self.readable(cond(carry)):
-            return super().while_loop(cond, body, carry, max_steps, check_every, look)
-        chunks, rest = divmod(max_steps, check_every)
-
-        def more(state: tuple[Any, Carry]) -> Any:
-            return (state[0] < chunks) & cond(state[1])
-
-        def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
-            return state[0] + 1, _scan(body, state[1], check_every)
-
-        start = 0, jax.tree.map(jnp.asarray, carry)
-        carry = jax.lax.while_loop(more, chunk, start)[1]
-        if rest:
-            carry = jax.lax.cond(cond(carry), lambda c: _scan(body, c, rest), lambda c: c, carry)
-        return carry
-
-    def count(self, masks: Sequence[jax.Array]) -> list[int]:
-        counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()
-        return counts
-
-    def rows_in_use(self, history: jax.Array, index: Any) -> int:
-        return history.shape[1]
-
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
-        if times <= 1 or not staging():
-            return super().repeat(body, carry, times)
-        # The first apart: a constant start has no tangent there, and needs no cotangent, which a scan would not know.
-        return _scan(body, body(carry), times - 1)
-
-    # Traced arrays.
-
-    def readable(self, x: jax.Array) -> bool:
-        return not isinstance(x, jax.core.Tracer)
-
-    def check_later(self, ok: jax.Array, message: str, **numbers: jax.Array) -> None:
-        checkify.check(ok, message, **numbers)  # type: ignore[arg-type]  # its annotation is of `debug`
-
-    def call_later(self, function: Callable[..., None], *arrays: jax.Array) -> None:
-        jax.debug.callback(function, *arrays)
-
-    def undifferentiated(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        return lambda h, z: jax.tree.map(self.stop_gradient, f(h, z))
-
-    def copy(self, x: Any) -> Any:
-        return jnp.asarray(x, copy=True)  # a reshape would give up how it is spread over devices
-
-    def stop_gradient(self, x: Any) -> Any:
-        return jax.lax.stop_gradient(x)
-
-    def placement(self, x: jax.Array) -> Any:
-        return jax.typeof(x)
-
-    def spread(self, x: jax.Array, placement: Any) -> jax.Array:
-        if placement is None:
-            return x
-        axes = placement.sharding.spec
-        if x.shape != placement.shape:
-            axes = (axes[0], *[None] * (x.ndim - 2), axes[-1])
-        return self._placed(x, placement, axes, but=())
-
-    def spread_numbers(self, x: jax.Array, placement: Any) -> jax.Array:
-        if placement is None:
-            return x
-        return self._placed(x, placement, (placement.sharding.spec[0], *[None] * (x.ndim - 1)), but=_JOINT.get())
-
-    def _placed(self, x: jax.Array, placement: Any, axes: Sequence[Any], but: Sequence[str]) -> jax.Array:
-        missing = placement.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying - set(but)
-        if missing:
-            x = jax.lax.pcast(x, tuple(missing), to="varying")
-        mesh = placement.sharding.mesh
-        if mesh.explicit_axes and (mesh != jax.typeof(x).sharding.mesh or any(axis is not None for axis in axes)):
-            x = jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-        return x
-
-    def unchanged(self, x: jax.Array, before: jax.Array) -> bool:
-        return True  # arrays can't be written to
-
-    def fresh(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def set_row(self, history: jax.Array, index: Any, row: jax.Array) -> jax.Array:
-        row = row[:, None, :] if row.ndim == 2 else row
-        return jax.lax.dynamic_update_slice_in_dim(history, row, index, axis=1)
-
-    def total(self, numbers: jax.Array) -> jax.Array:
-        axes = _JOINT.get()
-        if axes:
-            numbers = jax.lax.psum(numbers, axes)
+    def full(self, value: float, dtype: Any = None) -> Numbers:
+        numbers: Numbers = self._shard_numbers(super().full(value, dtype))
         return numbers
 
-    def norm(self, x: jax.Array) -> jax.Array:
-        norm = super().norm(x)
-        return jnp.sqrt(self.total(norm**2)) if _JOINT.get() else norm
+    def matrices(self, m: int, n: int) -> Matrices:
+        matrices: Matrices = self._shard_numbers(super().matrices(m, n))
+        return matrices
 
-    def largest(self, x: jax.Array) -> jax.Array:
-        largest: jax.Array = super().largest(x)
-        axes = _JOINT.get()
-        if axes:
-            largest = jax.lax.pmax(largest, axes)
-        return largest
+    def zeros(self) -> State:
+        return self.shard(super().zeros())
 
-    def products(self, row: jax.Array, history: jax.Array) -> jax.Array:
-        sharding = jax.typeof(history).sharding
-        spec, out = sharding.spec, None
-        if spec[-1] is not None:  # JAX wants to be told where sums over several devices go
-            out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(spec[0], None, None))
-        return jnp.matmul(row, jnp.matrix_transpose(history), out_sharding=out)
+    def history(self, m: int) -> History:
+        return History(tuple(map(sharded, super().history(m), self._types)))
 
-    def products_of_two(self, x: jax.Array, y: jax.Array, history: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Each by itself: of two rows XLA's product on the CPU takes three times as long as of one and one.
-        return self.products(x, history), self.products(y, history)
+    def _shard_numbers(self, x: Any) -> Any:
+        return numbers_sharded(x, self._types[0])
 
-    def gram(self, gram: jax.Array, history: jax.Array, index: Any) -> jax.Array:
-        # One row anew: XLA's product of all rows on the CPU takes six times as long.
-        row = jax.lax.dynamic_slice_in_dim(history, index, 1, axis=1)
-        products = self.total(self.products(row, history))
-        gram = jax.lax.dynamic_update_slice_in_dim(gram, products, index, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(gram, jnp.matrix_transpose(products), index, axis=2)
+    # Sums over a sample, which may extend over named axes.
 
-    def solve_rows(self, matrix: jax.Array, row: jax.Array) -> jax.Array:
+    def norm(self, x: State) -> Numbers:
+        norm: Any = super().norm(x)
+        total: Any = jnp.sqrt(_total(norm**2)) if _COUPLED_AXES.get() else norm
+        return total  # type: ignore[no-any-return]  # numbers
+
+    def largest(self, x: State) -> Numbers:
+        largest: Any = super().largest(x)
+        axes = _COUPLED_AXES.get()
+        total: Any = jax.lax.pmax(largest, axes) if axes else largest
+        return total  # type: ignore[no-any-return]  # numbers
+
+    def dot(self, x: State, y: State) -> Numbers:
+        dot: Numbers = _total(super().dot(x, y))
+        return dot
+
+    def products(self, rows: Row, history: History) -> Matrices:
+        # One product for each row: XLA's product of two rows on the CPU takes three times as long as two products.
+        n = rows[0].shape[1]
+        parts = [total(_products(a[:, i : i + 1, :], b) for a, b in zip(rows, history, strict=True)) for i in range(n)]
+        products: Matrices = _total(parts[0] if n == 1 else jnp.concatenate(parts, axis=1))
+        return products
+
+    def gram(self, gram: Any, history: History, index: Any) -> Any:
+        return tuple(_gram(a, b, index) for a, b in zip(gram, history, strict=True))
+
+    # A loop's counter may be traced.
+
+    def set_matrix_row(self, matrix: jax.Array, index: Any, row: jax.Array) -> jax.Array:
+        row = row[:, None, :] if row.ndim == 2 else row
+        return jax.lax.dynamic_update_slice_in_dim(matrix, row, index, axis=1)
+
+    def rows_in_use(self, history: History, index: Any) -> History:
+        return history  # each number of rows would need its own compilation
+
+    def take(self, x: jax.Array, index: Any, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, index, 1, axis=axis)
+
+    def table(self, rows: jax.Array) -> jax.Array:
+        return rows
+
+    def copy(self, x: State) -> State:
+        # A reshape would lose how the array is sharded.
+        return State(tuple(jnp.asarray(a, copy=True) for a in x))
+
+    def solve_rows(self, matrix: Any, row: Any) -> Any:
         # Gauss-Jordan elimination of the transposed system, for all samples at once: LAPACK takes one small matrix
-        # after the other, and three times as long for those of Anderson.
-        table = jnp.concatenate([matrix, self.spread_numbers(row, jax.typeof(matrix))], axis=1)
+        # after the other, and three times as long for Anderson's matrices. Decision 54.
+        table = jnp.concatenate([matrix, numbers_sharded(row, jax.typeof(matrix))], axis=1)
         columns = jnp.arange(matrix.shape[-1])
 
         def eliminate(j: Any, table: jax.Array) -> jax.Array:
@@ -220,11 +131,157 @@ class JAXBackend(Backend):
                 table = eliminate(j, table)
         return table[:, -1:, :]
 
-    def minimum(self, index: Any, limit: int) -> Any:
-        return min(index, limit) if isinstance(index, int) else jnp.minimum(index, limit)
 
-    def table(self, rows: jax.Array) -> jax.Array:
-        return rows
+def sharded(x: jax.Array, like: Any) -> jax.Array:
+    """``x``, (N, ..., D), sharded as an array (N, D) of the type ``like``, if there is one."""
+    if like is None:
+        return x
+    axes = like.sharding.spec
+    if x.shape != like.shape:
+        axes = (axes[0], *[None] * (x.ndim - 2), axes[-1])
+    return _placed(x, like, axes, but=())
+
+
+def numbers_sharded(x: jax.Array, like: Any) -> jax.Array:
+    """Per-sample numbers ``x``, (N, ...), sharded as the samples of an array of the type ``like``, if there is one."""
+    if like is None:
+        return x
+    return _placed(x, like, (like.sharding.spec[0], *[None] * (x.ndim - 1)), but=_COUPLED_AXES.get())
+
+
+def _placed(x: jax.Array, like: Any, axes: Sequence[Any], but: Sequence[str]) -> jax.Array:
+    missing = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying - set(but)
+    if missing:
+        x = jax.lax.pcast(x, tuple(missing), to="varying")
+    mesh = like.sharding.mesh
+    if mesh.explicit_axes and (mesh != jax.typeof(x).sharding.mesh or any(axis is not None for axis in axes)):
+        x = jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    return x
+
+
+def _total(numbers: Any) -> Any:
+    """Sums over a sample; parts of it may be held elsewhere along named axes."""
+    axes = _COUPLED_AXES.get()
+    return jax.lax.psum(numbers, axes) if axes else numbers
+
+
+def _products(row: jax.Array, history: jax.Array) -> jax.Array:
+    sharding = jax.typeof(history).sharding
+    spec, out = sharding.spec, None
+    if spec[-1] is not None:  # JAX wants to know where sums over several devices go
+        out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(spec[0], None, None))
+    return jnp.matmul(row, jnp.matrix_transpose(history), out_sharding=out)
+
+
+def _gram(gram: jax.Array, history: jax.Array, index: Any) -> jax.Array:
+    # Recompute one row: XLA's product of all rows on the CPU takes six times as long.
+    row = jax.lax.dynamic_slice_in_dim(history, index, 1, axis=1)
+    products = _total(_products(row, history))
+    gram = jax.lax.dynamic_update_slice_in_dim(gram, products, index, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(gram, jnp.matrix_transpose(products), index, axis=2)
+
+
+class JAXTracing:
+    """See :class:`implicit_core.backend.Tracing`."""
+
+    def check(self, ok: jax.Array, message: str, **numbers: jax.Array) -> None:
+        checkify.check(ok, message, **numbers)  # type: ignore[arg-type]  # its annotation is of `debug`
+
+    def callback(self, function: Callable[..., None], *arrays: jax.Array) -> None:
+        jax.debug.callback(function, *arrays)
+
+    def constant(self, x: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(x)
+
+
+class JAXBackend(Backend):
+    """JAX arrays, and the tracers that stand for them within JAX's transformations."""
+
+    immutable = True
+    has_autodiff = True
+    tracing = JAXTracing()
+
+    def device(self, x: jax.Array) -> None:
+        return None  # a traced array has none, and JAX itself reports arrays of two devices that meet
+
+    def from_dlpack(self, x: Any) -> jax.Array:
+        array: jax.Array = jnp.from_dlpack(x)
+        if array.dtype.name != str(x.dtype).rpartition(".")[2]:
+            raise TypeError(
+                f"JAX converts {x.dtype} to {array.dtype}: call "
+                'jax.config.update("jax_enable_x64", True) before you use its derivatives for such arrays'
+            )
+        return array
+
+    def devices(self) -> list[str]:
+        return [str(device) for device in jax.devices()]
+
+    def finfo(self, dtype: Any) -> Any:
+        return jnp.finfo(dtype)
+
+    def isdtype(self, dtype: Any, kind: str | tuple[str, ...]) -> bool:
+        is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+        return not is_key and super().isdtype(dtype, kind)
+
+    def stop_gradient(self, x: Any) -> Any:
+        return jax.lax.stop_gradient(x)
+
+    def readable(self, x: jax.Array) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    # Pytrees are JAX's own, so that the classes registered there are nodes here.
+
+    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
+        return jax.tree.flatten(tree, is_leaf=(lambda x: x is None) if none_is_leaf else None)
+
+    def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
+        return jax.tree.unflatten(structure, leaves)
+
+    def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+        return jax.tree.map(fn, tree, *rest)
+
+    # Loops.
+
+    def while_loop(
+        self,
+        masks: Callable[[Carry], tuple[Mask, ...]],
+        body: Callable[[Carry, tuple[Known, ...]], Carry],
+        carry: Carry,
+        max_steps: int,
+        check_every: int = 1,
+    ) -> Carry:
+        if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
+            return super().while_loop(masks, body, carry, max_steps, check_every)
+        chunks, rest = divmod(max_steps, check_every)
+
+        def cond(carry: Carry) -> Any:
+            return jnp.any(masks(carry)[0])  # type: ignore[arg-type]
+
+        def masked(carry: Carry) -> Carry:
+            return body(carry, masks(carry))
+
+        def more(state: tuple[Any, Carry]) -> Any:
+            return (state[0] < chunks) & cond(state[1])
+
+        def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+            return state[0] + 1, _scan(masked, state[1], check_every)
+
+        start = 0, jax.tree.map(jnp.asarray, carry)
+        carry = jax.lax.while_loop(more, chunk, start)[1]
+        if rest:
+            carry = jax.lax.cond(cond(carry), lambda c: _scan(masked, c, rest), lambda c: c, carry)
+        return carry
+
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        if times <= 1 or not staging():
+            return super().repeat(body, carry, times)
+        # The first step before the loop (Decision 51): a constant start has no tangent there, and needs no cotangent,
+        # which a scan would not know.
+        return _scan(body, body(carry), times - 1)
+
+    def count(self, masks: Sequence[Any]) -> list[int]:
+        counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()
+        return counts
 
 
 def _scan(body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
@@ -240,4 +297,4 @@ def staging() -> bool:
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
-BACKEND = JAXBackend("jax", jnp, (jax.Array,))
+BACKEND = JAXBackend("jax", jnp, (jax.Array,), space=JAXSpace)

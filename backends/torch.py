@@ -1,6 +1,6 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_core.backend import Backend, Stream
+from implicit_core.arrays import History, Matrices, Numbers, PyTree, Row, State
+from implicit_core.backend import Backend, Loop, Stream
+from implicit_core.space import Space, total
 
 SPECIAL_STREAMS = (1, 2)
-"""Numbers in the place of addresses: CUDA's names for its legacy and its per-thread default stream."""
+"""CUDA's names for its legacy and its per-thread default stream, which stand where an address would."""
 
 LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
 
-Loop = Callable[[Callable[[Any], Tensor], Callable[[Any], Any], Any, int, int], Any]
-
-_LOOP: ContextVar[Loop | None] = ContextVar("what records a loop, in the place of carrying it out", default=None)
+_LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 
 
 @contextmanager
-def looping(loop: Loop) -> Iterator[None]:
-    """Within it operations are being recorded, and ``loop`` stands for :meth:`Backend.while_loop`.
+def recording_loops(loop: Loop) -> Iterator[None]:
+    """Operations are being recorded within this context, and ``loop`` replaces :meth:`Backend.while_loop`.
 
     The counter that a loop's body gets may then be a tensor without axes.
     """
@@ -37,7 +37,7 @@ def looping(loop: Loop) -> Iterator[None]:
 
 
 class Rows:
-    """The rows of a tensor, to be read at a number, or at one that is on the device."""
+    """The rows of a tensor, to be read at a number, or at an index that is on the device."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows, self._views = rows, tuple(rows)
@@ -46,19 +46,109 @@ class Rows:
         return self._rows.index_select(0, index)[0] if isinstance(index, Tensor) else self._views[index]
 
 
-class TorchBackend(Backend):
-    """PyTorch tensors on any device."""
+class TorchSpace(Space):
+    """One dispatch for each operation."""
 
-    def device(self, x: Tensor) -> torch.device:
-        return x.device
+    def copy(self, x: State) -> State:
+        return State(tuple([a.clone(memory_format=torch.contiguous_format) for a in x]))
 
-    def on_stream(self, stream: Stream | None) -> AbstractContextManager[Any]:
-        # Memory that a framework gives back is its stream's: on another stream it might still be read.
-        if stream is None or stream.address in SPECIAL_STREAMS:
+    def multiply_add(self, factor: Any, x: Any, y: Any) -> Any:
+        return torch.addcmul(y, factor, x) if isinstance(factor, Tensor) else torch.add(y, x, alpha=factor)
+
+    def where(self, mask: Any, x: State, y: State) -> State:
+        if isinstance(mask, bool):
+            return x if mask else y
+        return State(tuple(torch.where(mask, a, b) for a, b in zip(x, y, strict=True)))
+
+    def select(self, mask: Any, x: Any, y: Any) -> Any:
+        # On another device a number would be copied to it, which waits for it and can't be captured.
+        if isinstance(mask, bool) or (isinstance(x, int) and not y.is_cpu):
+            return super().select(mask, x, y)
+        return torch.where(mask, x, y)
+
+    def plus_one(self, counts: Any, mask: Any) -> Any:
+        return counts + mask
+
+    def norm(self, x: State) -> Numbers:
+        norm: Any = torch.linalg.vector_norm(x[0], dim=-1, keepdim=True)
+        for a in x[1:]:
+            norm = torch.hypot(norm, torch.linalg.vector_norm(a, dim=-1, keepdim=True))
+        return norm  # type: ignore[no-any-return]  # a tensor (N, 1)
+
+    def same(self, x: State, y: State) -> Any:
+        # On a device, reading one number waits for it.
+        if all(a.is_cpu and torch.equal(a, b) for a, b in zip(x, y, strict=True)):
+            return True
+        return super().same(x, y)
+
+    def set_matrix_row(self, matrix: Tensor, index: int | Tensor, row: Tensor) -> Tensor:
+        # In place: a history belongs to one solve, which runs without a graph.
+        if isinstance(index, Tensor):
+            return matrix.index_copy_(1, index, row[:, None] if row.ndim == 2 else row)
+        (matrix.select(1, index) if row.ndim == 2 else matrix.narrow(1, index, 1)).copy_(row)
+        return matrix
+
+    def rows_in_use(self, history: History, index: int | Tensor) -> History:
+        n = history[0].shape[1]
+        if isinstance(index, Tensor) or index >= n or all(a.numel() < LARGE for a in history):
+            return history
+        return History(tuple(a.narrow(1, 0, index) for a in history))
+
+    def products(self, rows: Row, history: History) -> Matrices:
+        products: Matrices = total(torch.bmm(a, b.mT) for a, b in zip(rows, history, strict=True))
+        return products
+
+    def gram(self, gram: Any, history: History, index: int | Tensor) -> Any:
+        return tuple(_gram(a, b, index) for a, b in zip(gram, history, strict=True))
+
+    def combine(self, weights: Any, history: History, onto: Row | None = None) -> Row:
+        if onto is None:
+            return Row(tuple(torch.bmm(weights, a) for a in history))
+        return Row(tuple(torch.baddbmm(b, weights, a) for a, b in zip(history, onto, strict=True)))
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return torch.bmm(a, b)
+
+    def solve_rows(self, matrix: Any, row: Any) -> Any:
+        if self.backend.capturing(matrix):
+            return _eliminated(matrix, row)
+        # solve_ex: `solve` reads its error code back from the device at every call.
+        return torch.linalg.solve_ex(matrix, row, left=False).result
+
+    def take(self, x: Tensor, index: int | Tensor, axis: int) -> Tensor:
+        return x.index_select(axis, index) if isinstance(index, Tensor) else x.narrow(axis, index, 1)
+
+    def table(self, rows: Tensor) -> Rows:
+        return Rows(rows)
+
+
+class CUDAStreams:
+    """See :class:`implicit_core.backend.Streams`."""
+
+    def current(self, tree: PyTree) -> Stream | None:
+        device = next(x.device for x in BACKEND.flatten(tree)[0] if isinstance(x, Tensor))
+        if device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(device)
+        return Stream(stream.device_index, stream.cuda_stream)
+
+    def use(self, stream: Stream) -> AbstractContextManager[Any]:
+        # Memory that a framework frees belongs to its stream: on another stream it might still be read.
+        if stream.address in SPECIAL_STREAMS:
             return nullcontext()  # DLPack orders the two by events
         if stream.address == 0:
             return torch.cuda.stream(torch.cuda.default_stream(stream.device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream.address, stream.device))
+
+
+class TorchBackend(Backend):
+    """PyTorch tensors on any device."""
+
+    has_autodiff = True
+    streams = CUDAStreams()
+
+    def device(self, x: Tensor) -> torch.device:
+        return x.device
 
     def devices(self) -> list[str]:
         found = ["cpu"]
@@ -68,18 +158,21 @@ class TorchBackend(Backend):
     def finfo(self, dtype: torch.dtype) -> torch.finfo:
         return torch.finfo(dtype)
 
-    def recorded(self, x: Tensor) -> bool:
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def solving(self) -> AbstractContextManager[Any]:
+        """No graph: gradients come from an estimator, not from the solver's steps."""
+        return torch.no_grad()
+
+    def capturing(self, x: Tensor) -> bool:
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def check_later(self, ok: Tensor, message: str, **numbers: Tensor) -> None:
-        raise NotImplementedError(
-            "throw=True can't look at statuses while a CUDA graph is captured: look at solution.status after a replay"
-        )
-
-    def recorder(self) -> Loop | None:
+    @property
+    def recorder(self) -> Loop | None:  # type: ignore[override]  # it depends on the context
         return _LOOP.get()
 
-    def count(self, masks: Sequence[Tensor]) -> list[int]:
+    def count(self, masks: Sequence[Any]) -> list[int]:
         if masks[0].is_cpu:  # where a reduction takes longer to begin with than to carry out
             try:
                 return [int(np.count_nonzero(mask.numpy())) for mask in masks]
@@ -88,99 +181,14 @@ class TorchBackend(Backend):
         counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
         return counts
 
-    def address(self, x: Tensor) -> int | None:
-        try:
-            return x.data_ptr()
-        except RuntimeError:  # without storage, as torch.func wraps them
-            return None
 
-    def copy(self, x: Tensor) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format)
-
-    def has_graph(self, x: Tensor) -> bool:
-        return x.requires_grad
-
-    def where(self, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(mask, x, y)
-
-    def where_number(self, mask: Tensor, number: int, x: Tensor) -> Tensor:
-        # Elsewhere a number would be copied to the device, which waits for it, and can't be captured.
-        return torch.where(mask, number, x) if x.is_cpu else super().where_number(mask, number, x)
-
-    def unchanged(self, x: Tensor, before: Tensor) -> Any:
-        # On a device one look, which waits for it, is too many.
-        return (x.is_cpu and torch.equal(x, before)) or super().unchanged(x, before)
-
-    def rows_in_use(self, history: Tensor, index: int | Tensor) -> int:
-        all_rows = history.shape[1]
-        return all_rows if isinstance(index, Tensor) or history.numel() < LARGE else min(index, all_rows)
-
-    def head(self, array: Tensor, axis: int, n: int) -> Tensor:
-        return array if array.shape[axis] == n else array.narrow(axis, 0, n)
-
-    def minimum(self, index: int | Tensor, limit: int) -> int | Tensor:
-        return torch.clamp(index, max=limit) if isinstance(index, Tensor) else min(index, limit)
-
-    def table(self, rows: Tensor) -> Rows:
-        return Rows(rows)
-
-    def solving(self) -> AbstractContextManager[Any]:
-        """No graph: gradients come from an estimator, not from the solver's steps."""
-        return torch.no_grad()
-
-    def stop_gradient(self, x: Tensor) -> Tensor:
-        return x.detach()
-
-    def fresh(self, x: Tensor) -> Tensor:
-        return x  # functions of tensors return new ones, and a copy would be part of the graph
-
-    def tally(self, counts: Tensor, mask: Tensor) -> Tensor:
-        return counts + mask
-
-    def norm(self, x: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return norm
-
-    def axpy(self, a: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
-        return torch.addcmul(y, a, x) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
-
-    def gram(self, gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:
-        if isinstance(index, Tensor) or history.numel() < LARGE:
-            return torch.bmm(history, history.mT)  # anew: one product, where the update of a row takes six operations
-        products = torch.bmm(history.narrow(1, index, 1), history.mT)
-        gram.narrow(1, index, 1).copy_(products)
-        gram.narrow(2, index, 1).copy_(products.mT)
-        return gram
-
-    def products(self, row: Tensor, history: Tensor) -> Tensor:
-        return torch.bmm(row, history.mT)
-
-    def products_of_two(self, x: Tensor, y: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.bmm(torch.cat((x, y), dim=1), history.mT)
-        return both.narrow(1, 0, 1), both.narrow(1, 1, 1)
-
-    def combine(self, weights: Tensor, history: Tensor) -> Tensor:
-        return torch.bmm(weights, history)
-
-    def combine_onto(self, row: Tensor, weights: Tensor, history: Tensor) -> Tensor:
-        return torch.baddbmm(row, weights, history)
-
-    def solve_rows(self, matrix: Tensor, row: Tensor) -> Tensor:
-        if self.recorded(matrix):
-            return _eliminated(matrix, row)
-        # solve_ex: `solve` reads its error code back from the device at every call.
-        solution: Tensor = torch.linalg.solve_ex(matrix, row, left=False).result
-        return solution
-
-    def entry(self, row: Tensor, index: int | Tensor) -> Tensor:
-        return row.index_select(2, index) if isinstance(index, Tensor) else row.narrow(2, index, 1)
-
-    def set_row(self, history: Tensor, index: int | Tensor, row: Tensor) -> Tensor:
-        # In place: a history belongs to one solve, which runs without a graph.
-        if isinstance(index, Tensor):
-            return history.index_copy_(1, index, row[:, None] if row.ndim == 2 else row)
-        (history.select(1, index) if row.ndim == 2 else history.narrow(1, index, 1)).copy_(row)
-        return history
+def _gram(gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:
+    if isinstance(index, Tensor) or history.numel() < LARGE:  # Decision 18.
+        return torch.bmm(history, history.mT)  # recomputed: one product, while the update of a row takes six operations
+    products = torch.bmm(history.narrow(1, index, 1), history.mT)
+    gram.narrow(1, index, 1).copy_(products)
+    gram.narrow(2, index, 1).copy_(products.mT)
+    return gram
 
 
 def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
@@ -193,4 +201,4 @@ def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
     return table.narrow(1, matrix.shape[-1], 1)
 
 
-BACKEND = TorchBackend("torch", xp, (Tensor,))
+BACKEND = TorchBackend("torch", xp, (Tensor,), space=TorchSpace)

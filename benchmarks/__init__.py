@@ -1,1 +1,1 @@
-"""Costs beside peers: ``python -m benchmarks``."""
+"""Costs of this library compared with other libraries: ``python -m benchmarks``."""

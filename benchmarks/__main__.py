@@ -1,30 +1,30 @@
-"""``python -m benchmarks``: all measurements, by name."""
+"""``python -m benchmarks``: run one benchmark by its name."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "solvers": ("solvers", "solvers beside TorchDEQ's, jaxopt's, optimistix' and SciPy's"),
-    "gradients": ("gradients", "time and memory after the solve, beside TorchDEQ's"),
-    "training": ("training", "a step of a convolution block to one residual, beside TorchDEQ's"),
-    "scaling": ("scaling", "cost against batch, width, k and the solver's memory"),
-    "step": ("torch_step", "the same of forced evaluations: time and memory of all gradients"),
-    "layer": ("jax_layer", "a layer in JAX, beside jaxopt's and optimistix'"),
-    "fig1": ("fig1", "Figure 1: cosine of the phantom and the exact gradient against k"),
-    "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, beside its bound"),
-    "gpu": ("gpu", "all that needs a GPU: the tests marked gpu, and times"),
+    "solvers": ("solvers", "solvers, compared with TorchDEQ, jaxopt, optimistix and SciPy"),
+    "gradients": ("gradients", "time and memory of gradients, compared with TorchDEQ"),
+    "training": ("training", "a training step solved to a given residual, compared with TorchDEQ"),
+    "scaling": ("scaling", "cost as a function of batch, width, k and the solver's memory"),
+    "step": ("torch_step", "a training step with a given number of evaluations, likewise"),
+    "layer": ("jax_layer", "a layer in JAX, compared with jaxopt and optimistix"),
+    "fig1": ("fig1", "Figure 1: cosine of phantom and exact gradient as a function of k"),
+    "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, compared with its bound"),
+    "gpu": ("gpu", "everything that needs a GPU: the tests marked gpu, then timings"),
 }
 
 
 def usage() -> str:
-    """What --help prints."""
+    """The text of --help."""
     lines = [f"  {name:<11}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: python -m benchmarks COMMAND [--help] [options]",
             "",
-            "Times are ratios of what ran side by side; absolute ones mean little.",
+            "Compare ratios of times within one run; absolute times depend on the machine.",
             "",
             *lines,
         ]
@@ -32,13 +32,13 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one of them; returns the exit code."""
+    """Run one benchmark and return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"python -m benchmarks: there is no {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"python -m benchmarks: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     code: int = module.main(rest)

@@ -1,4 +1,4 @@
-"""The solvers of this library and of its peers, each as a function without arguments that solves one equation."""
+"""Solvers of this library and of other libraries, each as a function without arguments that solves one equation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ import implicit_core as ic
 from .equations import Equation
 
 RTOL = 1e-5
-"""What no sample's residual ‖F(h) - h‖ may exceed, relative to ‖F(h)‖."""
+"""Largest allowed residual ‖F(h) - h‖ of a sample, relative to ‖F(h)‖."""
 LIMIT = 200
-"""Evaluations of F after which a solver has not made it."""
+"""A solver that needs more evaluations of F than this has failed."""
 OURS: dict[str, type[ic.Solver]] = {
     "fixed point": ic.FixedPointIteration,
     "Anderson": ic.Anderson,
@@ -33,9 +33,9 @@ class Contender:
     Attributes
     ----------
     run
-        Solves it.
+        Solves the equation.
     evaluations
-        Of F in that; None where it did not reach the residual.
+        Number of evaluations of F in one run; None if the residual was not reached.
     """
 
     run: Callable[[], Any]
@@ -52,9 +52,9 @@ def _worst(value: np.ndarray, h: np.ndarray) -> float:
 
 
 def ours_in_torch(equation: Equation, family: str, steps: int | None = None) -> Contender:
-    """The solver of this library; with ``steps``, as many evaluations of F whatever the residual.
+    """The solver of this library; with ``steps``, exactly that many evaluations of F, whatever the residual.
 
-    Broyden's holds 40 steps: TorchDEQ's holds all it makes.
+    Broyden's method keeps 40 steps here, because TorchDEQ's keeps all its steps.
     """
     from implicit_core.adapters import torch as ict
 
@@ -68,7 +68,7 @@ def ours_in_torch(equation: Equation, family: str, steps: int | None = None) -> 
 
 
 def torchdeqs(equation: Equation, family: str, steps: int | None = None) -> Contender:
-    """TorchDEQ's."""
+    """The solver of TorchDEQ."""
     import torch
     import torchdeq
 
@@ -98,15 +98,15 @@ def torchdeqs(equation: Equation, family: str, steps: int | None = None) -> Cont
     return Contender(run, evaluations if lowest <= RTOL or steps else None)
 
 
-# SciPy, which takes the whole batch as one system: it is stopped at the first point that will do.
+# SciPy solves the whole batch as one system. It is stopped at the first point with a small enough residual.
 
 
 class _ReachedError(Exception):
-    """The residual was reached."""
+    """Raised when the residual is small enough, to stop SciPy."""
 
 
 def scipys(equation: Equation, family: str) -> Contender:
-    """SciPy's, on F in PyTorch."""
+    """The solver of SciPy, on F in PyTorch."""
     import torch
     from scipy import optimize
 
@@ -128,7 +128,7 @@ def scipys(equation: Equation, family: str) -> Contender:
         nonlocal evaluations
         evaluations = 0
         try:
-            # Its own first guess of the step's length is meant for other equations: here ∂(F - h)/∂h is near -1.
+            # SciPy's default for the initial Jacobian does not fit: here ∂(F - h)/∂h is close to -I.
             guess = {} if family == "Newton-Krylov" else {"alpha": 1.0}
             getattr(optimize, SCIPYS[family])(residual, h0.numpy().reshape(-1), f_tol=0.0, maxiter=LIMIT, **guess)
         except _ReachedError:
@@ -146,7 +146,7 @@ def scipys(equation: Equation, family: str) -> Contender:
 
 
 def ours_in_jax(equation: Equation, family: str) -> Contender:
-    """That of this library."""
+    """The solver of this library, under jit."""
     import jax
 
     from implicit_core.adapters import jax as icj
@@ -163,13 +163,13 @@ def ours_in_jax(equation: Equation, family: str) -> Contender:
 
 
 def jaxopts(equation: Equation, family: str) -> Contender:
-    """Jaxopt's."""
+    """The solver of jaxopt, under jit."""
     import jaxopt
 
     def make(f: Callable[..., Any], tolerance: Any) -> Callable[[Any, Any], Any]:
         options = {"history_size": 5} if family == "Anderson" else {}
         if family == "Broyden":
-            # Of h - F(h): its first guess of the Jacobian is the identity.
+            # The root of h - F(h), since jaxopt starts with the identity as the Jacobian.
             solver = jaxopt.Broyden(lambda h, z: h - f(h, z), maxiter=LIMIT, tol=tolerance)
         else:
             solver = getattr(jaxopt, JAXOPTS[family])(f, maxiter=LIMIT, tol=tolerance, **options)
@@ -179,7 +179,7 @@ def jaxopts(equation: Equation, family: str) -> Contender:
 
 
 def optimistixs(equation: Equation, family: str) -> Contender:
-    """optimistix', which has plain iteration alone of these."""
+    """The solver of optimistix, under jit; of these methods it has plain iteration only."""
     import optimistix as optx
 
     assert family == "fixed point"
@@ -192,7 +192,7 @@ def optimistixs(equation: Equation, family: str) -> Contender:
 
 
 def _calibrated(equation: Equation, make: Callable[..., Callable[[Any, Any], Any]]) -> Contender:
-    """One that stops by another measure, with the loosest tolerance with which it has seen the residual."""
+    """A solver with another stop test, run with the loosest tolerance that reaches the residual."""
     import jax
     import jax.numpy as jnp
 

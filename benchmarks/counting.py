@@ -1,4 +1,4 @@
-"""What PyTorch carries out, counted instead of timed."""
+"""Counts of PyTorch operations and of evaluations of F."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts what reaches PyTorch's dispatcher, views included."""
+    """Counts the operations that reach PyTorch's dispatcher, including views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Counted:
-    """F(h, z), counting its evaluations, those of them that record a graph, and the pullbacks through it."""
+    """F(h, z) with counts of its evaluations, of the evaluations that record a graph, and of the pullbacks."""
 
     def __init__(self, f: Callable[[Tensor, Any], Tensor]) -> None:
         self._f = f
@@ -29,7 +29,7 @@ class Counted:
 
     def __call__(self, h: Tensor, z: Any) -> Tensor:
         """F(h, z)."""
-        self.evaluations += 1  # before: a checkpoint leaves F by an exception once it has what it needs
+        self.evaluations += 1  # counted first: a checkpoint may leave F through an exception
         value = self._f(h, z)
         if value.requires_grad:
             self.recorded += 1

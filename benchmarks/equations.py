@@ -1,4 +1,4 @@
-"""The fixed-point equations that solvers are compared on, each with F in PyTorch and in JAX."""
+"""Fixed-point equations for comparing solvers, each with F in PyTorch and in JAX."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
+from implicit_core.arrays import Array
+
 Weights = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What F is written with beyond arithmetic; features are the last axis, channels the second."""
+    """The functions of a framework from which F is built; features are the last axis, channels the second."""
 
     tanh: Callable[[Array], Array]
     relu: Callable[[Array], Array]
@@ -27,7 +28,7 @@ GROUPS = 4
 
 
 def torch_operations() -> Operations:
-    """PyTorch's."""
+    """The functions of PyTorch."""
     import torch
     from torch.nn import functional
 
@@ -43,7 +44,7 @@ def torch_operations() -> Operations:
 
 
 def jax_operations() -> Operations:
-    """JAX'."""
+    """The functions of JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -69,13 +70,13 @@ class Equation:
     Attributes
     ----------
     name
-        What to call it.
+        Name in the tables.
     function
         ``(operations, h, z) -> F(h, z)``.
     shape
-        Of h; the first axis is the batch.
+        Shape of h; the first axis is the batch.
     z
-        Inputs and weights, NumPy arrays, which become float32.
+        Inputs and weights: NumPy arrays, converted to float32.
     """
 
     name: str
@@ -88,7 +89,7 @@ class Equation:
         object.__setattr__(self, "z", z)
 
     def bare(self, evaluations: int) -> Callable[[], Array]:
-        """So many evaluations of F in PyTorch, and nothing else."""
+        """A function that evaluates F in PyTorch ``evaluations`` times and does nothing else."""
         import torch
 
         f, h0, z = self.torch()
@@ -103,7 +104,7 @@ class Equation:
         return run
 
     def torch(self) -> tuple[Callable[[Array, Weights], Array], Array, Weights]:
-        """F, the start and z in PyTorch."""
+        """F, the initial state and z in PyTorch."""
         import torch
 
         operations = torch_operations()
@@ -111,7 +112,7 @@ class Equation:
         return lambda h, z: self.function(operations, h, z), torch.zeros(self.shape), z
 
     def jax(self) -> tuple[Callable[[Array, Weights], Array], Array, Weights]:
-        """F, the start and z in JAX."""
+        """F, the initial state and z in JAX."""
         import jax.numpy as jnp
 
         operations = jax_operations()
@@ -148,13 +149,13 @@ def _symmetric(rng: np.random.Generator, width: int, radius: float) -> np.ndarra
 
 
 def random_layer(rng: np.random.Generator, batch: int, width: int) -> Equation:
-    """tanh(W h + x) with W of independent normal numbers, spectral radius 0.9."""
+    """tanh(W h + x), W with independent normal entries and spectral radius 0.9."""
     z = {"w": 0.9 * rng.normal(size=(width, width)) / width**0.5, "x": rng.normal(size=(batch, width))}
     return Equation(f"random {batch}x{width}", _layer, (batch, width), z)
 
 
 def symmetric_layer(rng: np.random.Generator, batch: int, width: int) -> Equation:
-    """The same with W symmetric, its eigenvalues evenly in ±0.95."""
+    """tanh(W h + x), W symmetric with eigenvalues evenly spaced in ±0.95."""
     z = {"w": _symmetric(rng, width, 0.95), "x": 0.3 * rng.normal(size=(batch, width))}
     return Equation(f"symmetric {batch}x{width}", _layer, (batch, width), z)
 
@@ -172,7 +173,7 @@ def convolution(rng: np.random.Generator, batch: int, channels: int, size: int) 
 
 
 def attention(rng: np.random.Generator, batch: int, tokens: int, width: int) -> Equation:
-    """A self-attention block with a feed-forward part, as in a DEQ-transformer."""
+    """Self-attention and a feed-forward part, as in a DEQ transformer."""
     z = {name: rng.normal(size=(width, width)) / width**0.5 for name in ("query", "key")}
     z["value"] = 0.7 * rng.normal(size=(width, width)) / width**0.5
     z["up"] = rng.normal(size=(width, 2 * width)) / width**0.5
@@ -191,7 +192,7 @@ def heat(rng: np.random.Generator, batch: int, points: int, stiffness: float) ->
 
 
 def many_speeds(rng: np.random.Generator, batch: int, width: int) -> Equation:
-    """A layer whose samples contract at rates from 0.05 to 0.95."""
+    """A layer whose samples contract at different rates, from 0.05 to 0.95."""
     z = {
         "w": _symmetric(rng, width, 1.0),
         "x": 0.3 * rng.normal(size=(batch, width)),
@@ -205,7 +206,7 @@ QUICK = [(32, 128)]
 
 
 def equations(seed: int, *, quick: bool = False) -> list[Equation]:
-    """All of them, or the small ones."""
+    """All equations; with ``quick``, at small sizes."""
     rng = np.random.default_rng(seed)
     return [
         *(make(rng, *size) for make in (random_layer, symmetric_layer) for size in (QUICK if quick else SIZES)),

@@ -1,22 +1,22 @@
-"""Figure 1 of the paper: cosine of the phantom gradient with the exact one, against k.
+"""Figure 1 of the paper: cosine of the phantom gradient with the exact one as a function of k.
 
 The synthetic setting: a layer F(h, x) = tanh(W h + U x + b) whose W is spectrally normalized, so that F's Lipschitz
 constant in h is L_h = 0.9; a mean square as the loss; gradients with respect to W, U and b, in float64. The exact
-gradient is backpropagation through 100 fixed-point iterations, which must leave a relative error below 1e-5; 20 steps
-of Broyden's method on the adjoint system must give the same, to a cosine above 0.9999. The inexact point is that of
-3 iterations; its gradients, too, are held against the exact one at the fixed point.
+gradient is backpropagation through 100 fixed-point iterations, which must leave a relative error below 1e-5. As a
+cross-check, 20 steps of Broyden's method on the adjoint system must give a gradient whose cosine with it is above
+0.9999. The inexact point is the result of 3 iterations; its gradients are compared with the same exact gradient.
 
 The paper gives neither width nor initialization. W is orthogonal before it is normalized, so that all its singular
-values are 0.9 and the series converges slowly; with ``--weight gaussian`` only the largest is.
+values are 0.9 and the series converges slowly; with ``--weight gaussian`` only the largest singular value is 0.9.
 
-What the paper says of the figure is asserted of the means over the problems, each in the form in which it holds here:
+The statements of the paper about the figure are checked for the means over the problems, in this form:
 
-1. The cosine rises with k for every λ: from each k to the next, but for 2e-3, and from the first k to the last.
-2. A smaller λ rises slower: at no k is its cosine above that of a larger one by more than 2e-3, and its mean over k
-   is lower. (At k = 1 the Neumann form only scales with λ, so that the cosines are equal.)
-3. Both forms agree at the exact fixed point, to 1e-9. At the inexact one the unrolled form's cosine is at least the
-   Neumann form's for every λ and k, and with λ = 1 what it lacks to 1 at the last k is less than a tenth as much:
-   k steps go on with the solve, while the Neumann form keeps the Jacobian of a wrong point.
+1. The cosine rises with k for every λ: from each k to the next, up to 2e-3, and from the first k to the last.
+2. With a smaller λ it rises more slowly: at each k it is at most 2e-3 above the cosine of a larger λ, and its mean over
+   k is lower. (At k = 1 the Neumann form only scales with λ, so that the cosines are equal.)
+3. Both forms agree at the exact fixed point, to 1e-9. At the inexact point the unrolled form's cosine is at least the
+   Neumann form's for every λ and k. With λ = 1 and the last k, 1 - cosine of the unrolled form is less than a tenth of
+   the Neumann form's: its k steps continue the solve, while the Neumann form uses the Jacobian at a wrong point.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ import numpy as np
 from rich.console import Console
 
 import implicit_core as ic
+from implicit_core.arrays import PyTree
 
 from . import report
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-Tree = dict[str, Any]
 Curves = dict[tuple[str, str], Array]
 
 CONTRACTION, ITERATIONS, INEXACT, BROYDEN = 0.9, 100, 3, 20
@@ -41,21 +41,21 @@ POINTS = ("exact", "inexact")
 NOISE, AGREEMENT = 2e-3, 1e-9
 LEGEND = """\
 Mean over the problems of the cosine with the exact gradient at the fixed
-point; the spread is in the picture and the CSV."""
+point; the standard deviation is in the picture and the CSV."""
 
 
-def value(h: Array, z: Tree) -> Array:
+def value(h: Array, z: PyTree) -> Array:
     """tanh(W h + U x + b), per problem: h and x (problems, batch, width), W and U (problems, width, width)."""
     mapped: Array = np.tanh(h @ z["w"].mT + z["x"] @ z["u"].mT + z["b"])
     return mapped
 
 
-def linearize(h: Array, z: Tree) -> ic.Linearization:
+def linearize(h: Array, z: PyTree) -> ic.Linearization:
     """F at (h, z) and its pullbacks; the inputs x have no gradient."""
     mapped = value(h, z)
     slope = 1 - mapped**2
 
-    def vjp_z(v: Array) -> Tree:
+    def vjp_z(v: Array) -> PyTree:
         v = v * slope
         return {"w": v.mT @ h, "u": v.mT @ z["x"], "b": v.sum(1, keepdims=True), "x": None}
 
@@ -65,8 +65,8 @@ def linearize(h: Array, z: Tree) -> ic.Linearization:
 PROBLEM = ic.Problem(value, linearize=linearize, batch_ndim=1)
 
 
-def draw(rng: np.random.Generator, problems: int, batch: int, width: int, weight: str) -> tuple[Tree, Array]:
-    """Parameters and inputs of independent problems, and the loss's targets (problems, batch, width)."""
+def draw(rng: np.random.Generator, problems: int, batch: int, width: int, weight: str) -> tuple[PyTree, Array]:
+    """Parameters and inputs of independent problems, and the targets of the loss (problems, batch, width)."""
     square, state = (problems, width, width), (problems, batch, width)
     w, u = rng.normal(size=square), rng.normal(size=square)
     if weight == "orthogonal":
@@ -76,18 +76,18 @@ def draw(rng: np.random.Generator, problems: int, batch: int, width: int, weight
     return z | {"x": rng.normal(size=state)}, rng.normal(size=state)
 
 
-def gradient(estimator: ic.Estimator, h: Array, z: Tree, targets: Array) -> Array:
-    """Of ½ ‖h - y‖² at the estimator's value, with respect to W, U and b: (problems, parameters)."""
+def gradient(estimator: ic.Estimator, h: Array, z: PyTree, targets: Array) -> Array:
+    """Gradient of ½ ‖h - y‖² at the estimator's value, with respect to W, U and b: (problems, parameters)."""
     point, pullback = estimator.vjp(PROBLEM, h, z)
     return flat(pullback(point - targets))
 
 
-def flat(z_bar: Tree) -> Array:
-    """A cotangent of z, one row a problem."""
+def flat(z_bar: PyTree) -> Array:
+    """A cotangent of z as a matrix, one row for each problem."""
     return np.concatenate([z_bar[name].reshape(len(z_bar[name]), -1) for name in ("w", "u", "b")], axis=1)
 
 
-def adjoint_gradient(h: Array, z: Tree, targets: Array) -> Array:
+def adjoint_gradient(h: Array, z: PyTree, targets: Array) -> Array:
     """The exact gradient (Eq. 4) at h by Broyden's method on g = (∂F/∂h)ᵀ g + v, as the paper's cross-check."""
     at, v = linearize(h, z), h - targets
     assert at.vjp_h is not None
@@ -99,19 +99,19 @@ def adjoint_gradient(h: Array, z: Tree, targets: Array) -> Array:
 
 
 def cosine(a: Array, b: Array) -> Array:
-    """Row by row."""
+    """Cosine of each row of ``a`` with the same row of ``b``."""
     similarity: Array = np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return similarity
 
 
-def relative_error(h: Array, z: Tree) -> Array:
+def relative_error(h: Array, z: PyTree) -> Array:
     """‖h - F(h, z)‖ / ‖h‖ of each problem."""
     error: Array = np.linalg.norm(h - value(h, z), axis=(1, 2)) / np.linalg.norm(h, axis=(1, 2))
     return error
 
 
-def measure(z: Tree, targets: Array, terms: int, announce: Callable[[str], None]) -> tuple[Curves, dict[str, float]]:
-    """The cosines (λ, k, problems) of each form and point, and what the setting is judged by."""
+def measure(z: PyTree, targets: Array, terms: int, announce: Callable[[str], None]) -> tuple[Curves, dict[str, float]]:
+    """The cosines (λ, k, problems) of each form and point, and the checks of the setting."""
     zero = np.zeros_like(targets)
     fixed, pullback = ic.BPTT(ITERATIONS).vjp(PROBLEM, zero, z)
     exact = flat(pullback(fixed - targets))
@@ -131,7 +131,7 @@ def measure(z: Tree, targets: Array, terms: int, announce: Callable[[str], None]
 
 
 def contradictions(means: Curves, setting: dict[str, float]) -> list[str]:
-    """What of the module's docstring does not hold of mean cosines (λ, k), in words; empty if all does."""
+    """The statements of the module's docstring that mean cosines (λ, k) contradict."""
     checks = {
         f"relative error {setting['relative_error']:.1e} of the fixed point is below 1e-5": (
             setting["relative_error"] < 1e-5
@@ -145,7 +145,7 @@ def contradictions(means: Curves, setting: dict[str, float]) -> list[str]:
         rises = np.all(np.diff(mean, axis=1) >= -NOISE) and np.all(mean[:, -1] > mean[:, 0])
         checks[f"1. the cosine rises with k for every λ {where}"] = bool(rises)
         ordered = np.all(np.diff(mean, axis=0) >= -NOISE) and np.all(np.diff(mean.mean(axis=1)) > 0)
-        checks[f"2. a smaller λ rises slower {where}"] = bool(ordered)
+        checks[f"2. the cosine rises more slowly with a smaller λ {where}"] = bool(ordered)
     gaps = {point: means["unrolled", point] - means["Neumann", point] for point in POINTS}
     lacking = {form: 1 - means[form, "inexact"][-1, -1] for form in FORMS}
     checks["3. both forms agree at the exact fixed point"] = bool(np.all(np.abs(gaps["exact"]) <= AGREEMENT))
@@ -157,7 +157,7 @@ def contradictions(means: Curves, setting: dict[str, float]) -> list[str]:
 
 
 def rows(curves: Curves) -> list[dict[str, Any]]:
-    """One a form, fixed point, λ and k, over the problems."""
+    """One row for each form, fixed point, λ and k, with statistics over the problems."""
     return [
         {
             "form": form,
@@ -175,7 +175,7 @@ def rows(curves: Curves) -> list[dict[str, Any]]:
 
 
 def table(curves: Curves, title: Sequence[str]) -> report.Table:
-    """Mean cosines at some k."""
+    """Mean cosines at the values of k in ``SHOWN``."""
     terms = [k for k in SHOWN if k <= next(iter(curves.values())).shape[1]]
     body = [
         (f"{form}, {point}, λ = {lam}", *(f"{by_k[k - 1].mean():.4f}" for k in terms))
@@ -186,9 +186,9 @@ def table(curves: Curves, title: Sequence[str]) -> report.Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; returns the exit code, 1 if a statement does not hold."""
+    """Run the benchmark; returns the exit code, 1 if a statement does not hold."""
     parser = report.parser("fig1", (__doc__ or "").partition("\n")[0], timed=False)
-    parser.add_argument("--weight", choices=("orthogonal", "gaussian"), default="orthogonal", help="before scaling")
+    parser.add_argument("--weight", choices=("orthogonal", "gaussian"), default="orthogonal", help="W before scaling")
     options = parser.parse_args(arguments)
     problems, batch, width, terms = (16, 8, 32, 20) if options.quick else (20, 16, 64, 30)
     z, targets = draw(np.random.default_rng(options.seed), problems, batch, width, options.weight)
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{problems} problems, width {width}, batch {batch}",
         f"exact: {ITERATIONS} iterations, relative error at most {setting['relative_error']:.0e}, "
         f"cross-check {setting['cross_check']:.6f}",
-        f"inexact: {INEXACT} iterations, relative error {setting['inexact_relative_error']:.2f} on the average",
+        f"inexact: {INEXACT} iterations, mean relative error {setting['inexact_relative_error']:.2f}",
     ]
     record = {"rows": rows(curves), "setting": setting} | report.facts(options)
     report.publish(console, options.output, "fig1", [table(curves, title)], record, picture)
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """A panel for each form (columns) and fixed point (rows): the mean, and a standard deviation about it."""
+    """A panel for each form (column) and fixed point (row): the mean, with a band of one standard deviation."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey=True)
@@ -220,9 +220,11 @@ def picture(record: dict[str, Any]) -> Any:
             found = [
                 row for row in record["rows"] if (row["form"], row["fixed_point"], row["lambda"]) == (form, point, lam)
             ]
-            k, mean, spread = (np.array([row[name] for row in found]) for name in ("k", "mean", "standard_deviation"))
+            k, mean, deviation = (
+                np.array([row[name] for row in found]) for name in ("k", "mean", "standard_deviation")
+            )
             axis.plot(k, mean, color=color, lw=1.6, label=f"λ = {lam:g}")
-            axis.fill_between(k, mean - spread, np.minimum(mean + spread, 1), color=color, alpha=0.2, lw=0)
+            axis.fill_between(k, mean - deviation, np.minimum(mean + deviation, 1), color=color, alpha=0.2, lw=0)
         axis.text(0.97, 0.05, f"{form}, {point} fixed point", transform=axis.transAxes, ha="right")
         axis.axhline(1, color="0.6", lw=0.8, ls=":")
         axis.grid(alpha=0.25)

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: the tests marked gpu, then times and memory in PyTorch, JAX and CuPy.
 
-Writes gpu-<card>.json and gpu-<card>.md, and says what was left out and why. README.md tells how to read the tables.
+Writes gpu-<card>.json and gpu-<card>.md, and lists what was left out and why. README.md explains the tables.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from .report import Table, environment, positive, progress
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "cupy": "CuPy"}
 RESULTS = Path(__file__).parent / "results"
 TARGET = 3.0
-"""How much faster the smallest layer is to be with CUDA graphs."""
+"""Required speed-up of the smallest layer with CUDA graphs."""
 RESERVE = 20.0
-"""Seconds kept for starting processes and writing results."""
+"""Seconds reserved for starting processes and writing results."""
 GRACE = 60.0
-"""Seconds that a row begun in time may take, before its process is ended."""
+"""Seconds after the deadline of a part when its process is killed."""
 LEGEND = """\
 fwd, bwd, step  milliseconds of forward pass, backward pass and both: medians
-/ F             forward pass over as many evaluations of F by themselves
-MB              most memory beyond that of the problem, in a step
+/ F             forward pass, divided by the time of as many bare evaluations of F
+MB              peak memory of a step, without the memory of the problem
 tanh            F(h, x) = tanh(h Wᵀ + x), batch x width
 conv            convolution, normalization, ReLU, convolution;
                 batch x channels x size
-20 forced steps a solve; Neumann(5, 0.5) unless another gradient is named."""
+20 steps in each solve; Neumann(5, 0.5) unless another gradient is named."""
 CLOCKS = {
     "torch": "CUDA events",
-    "jax": "the host's clock; fwd and step are compiled, each by itself",
+    "jax": "the host's clock; fwd and step are compiled separately",
     "cupy": "CUDA events",
 }
 HEAD = ("case", "method", "fwd", "bwd", "step", "/ F", "MB")
@@ -54,22 +54,30 @@ HEAD = ("case", "method", "fwd", "bwd", "step", "/ F", "MB")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks gpu",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = options.add_argument
     add("--quick", action="store_true", help="small problems and few repetitions")
-    add("--repetitions", type=positive, default=20, help="of each row")
-    add("--budget", type=positive, default=480, help="seconds after which nothing more is begun")
+    add("--repetitions", type=positive, default=20, help="timed runs of each row")
+    add("--budget", type=positive, default=480, help="seconds after which no further row is started")
     add("--tests", action=argparse.BooleanOptionalAction, default=True, help="run the tests marked gpu first")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run for those who have no GPU")
-    add("--output", type=Path, default=None, metavar="DIR", help=f"where to write; {RESULTS.name}/ beside this script")
-    add("--only", choices=FRAMEWORKS, help=argparse.SUPPRESS)  # what a process for one framework is told
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, without a GPU")
+    add(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help=f"results folder, or {RESULTS.name}/ next to this script",
+    )
+    add("--only", choices=FRAMEWORKS, help=argparse.SUPPRESS)  # used for the process of one framework
     add("--seconds", type=float, help=argparse.SUPPRESS)
     return options
 
 
 def settings(options: argparse.Namespace, seconds: float) -> Settings:
-    """What the parts are told."""
+    """The settings of all parts."""
     sizes, block = gpu_rows.SIZES, gpu_rows.BLOCK
     if options.quick:
         sizes, block = ((4, 8),) if options.device == "cpu" else sizes[:2], (2, 4, 6)
@@ -78,24 +86,24 @@ def settings(options: argparse.Namespace, seconds: float) -> Settings:
 
 
 def part(options: argparse.Namespace) -> int:
-    """Measure one framework, in a process of its own; a line of JSON for each thing that happens."""
+    """Measure one framework in this process; prints a line of JSON for each event."""
     module = importlib.import_module(f".gpu_{options.only}", __package__)
 
-    def tell(kind: str, what: Any) -> None:
+    def emit(kind: str, what: Any) -> None:
         print(json.dumps({kind: what}), flush=True)
 
     if reason := module.missing(options.device):
-        tell("omission", asdict(Omission(FRAMEWORKS[options.only], reason)))
+        emit("omission", asdict(Omission(FRAMEWORKS[options.only], reason)))
         return 0
-    tell("versions", module.versions())
-    tell("card", "cpu" if options.device == "cpu" else module.card())
-    for found in module.run(settings(options, options.seconds), lambda name: tell("begin", name)):
-        tell("row" if isinstance(found, Row) else "omission", asdict(found))
+    emit("versions", module.versions())
+    emit("card", "cpu" if options.device == "cpu" else module.card())
+    for found in module.run(settings(options, options.seconds), lambda name: emit("begin", name)):
+        emit("row" if isinstance(found, Row) else "omission", asdict(found))
     return 0
 
 
 class Record:
-    """What was found in all frameworks."""
+    """The results of all frameworks."""
 
     def __init__(self) -> None:
         self.cards: list[str] = []
@@ -106,7 +114,7 @@ class Record:
         self.failures: list[str] = []
 
     def take(self, framework: str, line: dict[str, Any]) -> str | None:
-        """Note what a part told; returns what it begins."""
+        """Record one event of a part; returns the name of the row if the event is its start."""
         ((kind, what),) = line.items()
         if kind == "row":
             self.rows.setdefault(framework, []).append(Row(**what))
@@ -122,20 +130,20 @@ class Record:
         return what if kind == "begin" else None
 
     def add_tests(self, found: dict[str, Outcome], wrong: str | None) -> None:
-        """Note what came of the tests."""
+        """Record the outcomes of the tests."""
         self.tests = found
         self.failures += [wrong] if wrong else []
         self.failures += [f"{name}: {each.failed} tests failed" for name, each in found.items() if each.failed]
         for name in FRAMEWORKS.values():
             if wrong is None and not (name in found and found[name].passed + found[name].failed):
-                self.omissions.append(Omission(f"tests of {name}", "none was run"))
+                self.omissions.append(Omission(f"tests of {name}", "no test was run"))
 
     def speedups(self) -> dict[str, float]:
-        """How much faster the smallest layer is with CUDA graphs: its solve, and its training step."""
+        """Speed-up of the smallest layer with CUDA graphs: of its solve and of its training step."""
         rows = {row.method: row for row in self.rows.get("torch", ()) if row.case == "tanh 32 x 128"}
         pairs = {
             "a solve": ("Anderson, Neumann(5)", "Anderson, graphs", "forward"),
-            "a solve that looks every 5 steps": (
+            "a solve with check_every=5": (
                 "Anderson, check_every=5",
                 "Anderson, graphs, check_every=5",
                 "forward",
@@ -149,7 +157,7 @@ class Record:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The record for JSON."""
         found = environment("implicit-core", "torchdeq")
         return {
             "card": self.cards[0] if self.cards else None,
@@ -164,7 +172,7 @@ class Record:
 
 
 def collect(options: argparse.Namespace, console: Console) -> Record:
-    """Tests, then each framework in a process of its own."""
+    """Run the tests, then each framework in its own process."""
     record, begin = Record(), monotonic()
 
     def left() -> float:
@@ -181,7 +189,7 @@ def collect(options: argparse.Namespace, console: Console) -> Record:
 
 
 def measure(options: argparse.Namespace, record: Record, framework: str, seconds: float, console: Console) -> None:
-    """One framework; its process may break down without the others."""
+    """Measure one framework in a new process, so that a crash does not affect the others."""
     command = [*report.COMMAND, "gpu", "--only", framework, "--seconds", f"{seconds}", "--device", options.device]
     command += ["--repetitions", f"{options.repetitions}", *["--quick"] * options.quick]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -200,16 +208,16 @@ def measure(options: argparse.Namespace, record: Record, framework: str, seconds
         process.wait()
         watch.cancel()
         errors.seek(0)
-        told = errors.read()
-    if f"No module named '{framework}'" in told:
+        errors_text = errors.read()
+    if f"No module named '{framework}'" in errors_text:
         record.omissions.append(Omission(FRAMEWORKS[framework], "it is not installed"))
     elif process.returncode:
-        last = told.strip().splitlines()[-1:] or ["without a word"]
-        record.failures.append(f"{FRAMEWORKS[framework]} ended with {process.returncode}: {last[0]}")
+        last = errors_text.strip().splitlines()[-1:] or ["no error message"]
+        record.failures.append(f"{FRAMEWORKS[framework]} exited with {process.returncode}: {last[0]}")
 
 
 def tables(record: Record) -> list[Table]:
-    """One for each framework."""
+    """One table for each framework."""
     found = []
     for framework, rows in record.rows.items():
         card = record.cards[0] if record.cards else "?"
@@ -224,22 +232,22 @@ def tables(record: Record) -> list[Table]:
 
 
 def texts(row: Row) -> tuple[str, ...]:
-    """A row as text, but for its case."""
+    """The cells of a row, without its case."""
     forward, backward, step = (median(times) if times else None for times in (row.forward, row.backward, row.step))
     memory = None if row.memory is None else row.memory / 1e6
     return row.method, *("-" if a is None else f"{a:.3g}" for a in (forward, backward, step, row.ratio(), memory))
 
 
 def summary(record: Record) -> list[str]:
-    """What is to be said beside the tables."""
+    """The lines below the tables: tests, speed-ups, omissions and failures."""
     lines = []
     for name, each in record.tests.items():
         skipped = sum(each.skipped.values())
         lines.append(f"Tests of {name}: {each.passed} passed, {each.failed} failed, {skipped} skipped.")
         lines += [f"  skipped {count}: {reason}" for reason, count in each.skipped.items()]
     for name, ratio in record.speedups().items():
-        verdict = "at least" if ratio >= TARGET else "short of"
-        lines.append(f"With CUDA graphs {name} of the 32 x 128 layer is {ratio:.1f} times as fast: {verdict} {TARGET}.")
+        verdict = "at least" if ratio >= TARGET else "less than"
+        lines.append(f"With CUDA graphs {name} of the 32 x 128 layer is {ratio:.1f} times as fast, {verdict} {TARGET}.")
     reasons = Counter(omission.why for omission in record.omissions if not omission.why.startswith("failed"))
     for why in reasons:
         names = [omission.what for omission in record.omissions if omission.why == why]
@@ -282,13 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Those of the command line if None.
+        The command line's if None.
     """
     options = parser().parse_args(arguments)
     if options.only:
         return part(options)
     if options.device == "cuda" and (reasons := without_gpu()):
-        print(f"No GPU was found: {reasons}. A dry run on the processor: --device cpu --output DIR", file=sys.stderr)
+        print(f"No GPU was found: {reasons}. For a dry run on the CPU: --device cpu --output DIR", file=sys.stderr)
         return 2
     console = Console(width=80)
     record = collect(options, console)
@@ -299,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(line, highlight=False, soft_wrap=True)
     folder = options.output or (RESULTS if options.device == "cuda" else None)
     if folder is None:
-        console.print("A dry run: nothing was written. --output DIR writes it.", highlight=False)
+        console.print("Dry run: nothing was written. Use --output DIR to write the results.", highlight=False)
     else:
         for path in save(record, folder):
             console.print(f"Written: {path}", soft_wrap=True, highlight=False)

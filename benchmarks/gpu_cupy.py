@@ -1,4 +1,4 @@
-"""The GPU benchmark in CuPy: fused kernels, plain expressions, and derivatives that PyTorch and JAX lend."""
+"""The GPU benchmark in CuPy: fused kernels, plain expressions, and derivatives from PyTorch and JAX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,19 +13,19 @@ from .gpu_rows import FORCED, GRADIENTS, STEPS, Measured, Omission, Row, Setting
 
 
 def missing(device: str) -> str | None:
-    """Why it can't be measured on a device; None if it can."""
+    """Why CuPy cannot be measured on a device; None if it can."""
     if device == "cpu":
-        return "CuPy has no arrays on the processor"
+        return "CuPy has no arrays on the CPU"
     return None if cupy.cuda.is_available() else "CuPy found no CUDA device"
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured."""
+    """Versions of the measured packages."""
     return {"cupy": cupy.__version__, "CUDA of cupy": str(cupy.cuda.runtime.runtimeGetVersion())}
 
 
 def card() -> str:
-    """The GPU's name."""
+    """Name of the GPU."""
     return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
 
 
@@ -55,11 +55,11 @@ def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
             if name != "Neumann(5)"
         ]
     yield from carry_out(tasks, settings, announce)
-    yield Omission("convolutions in CuPy", "CuPy has none; PyTorch's would be lent, and are measured there")
+    yield Omission("convolutions in CuPy", "CuPy has no convolutions; PyTorch's are measured in PyTorch")
 
 
 def _problem(value: Any, slope: Any) -> ic.Problem:
-    """The tanh layer from a function of (h Wᵀ, x), and one of (v, y) to the cotangent of both."""
+    """The tanh layer, from ``value(a, x)`` and its pullback ``slope(v, y, a, x)``, with a = h Wᵀ and y the value."""
 
     def f(h: Any, z: Any) -> Any:
         return value(h @ z["w"].T, z["x"])
@@ -99,7 +99,7 @@ def _from_jax() -> ic.Problem:
 
 
 class _Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]  # CuPy's classes have no types
-    """The most bytes that arrays hold at once."""
+    """Peak memory of arrays in bytes."""
 
     name = "peak"
 
@@ -107,12 +107,12 @@ class _Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]  # CuPy's classes have 
         self.held = self.most = 0
 
     def malloc_postprocess(self, **facts: Any) -> None:
-        """A block was handed out."""
+        """Called when a block is allocated."""
         self.held += facts["mem_size"]
         self.most = max(self.most, self.held)
 
     def free_postprocess(self, **facts: Any) -> None:
-        """A block was given back."""
+        """Called when a block is freed."""
         self.held -= facts["mem_size"]
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark in JAX; it has no device events, so the host's clock is read when results are there."""
+"""The GPU benchmark in JAX. JAX has no device events, so the host's clock is read when the results are ready."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,19 +17,19 @@ Loss = Callable[[Any, jax.Array], jax.Array]
 
 
 def missing(device: str) -> str | None:
-    """Why it can't be measured on a device; None if it can."""
+    """Why JAX cannot be measured on a device; None if it can."""
     if device == "cpu" or any(found.platform == "gpu" for found in jax.devices()):
         return None
     return "JAX found no GPU"
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured."""
+    """Versions of the measured packages."""
     return {"jax": jax.__version__}
 
 
 def card() -> str:
-    """The GPU's name."""
+    """Name of the GPU."""
     return str(jax.devices()[0].device_kind)
 
 
@@ -50,7 +50,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     }
     tasks += _tasks(settings, f"conv {batch}x{channels}x{size}²", _block, {"x": x, **kernels}, jnp.zeros_like(x))
     yield from carry_out(tasks, settings, announce)
-    yield Omission("peak memory in JAX", "it tells that of the process so far, not that of a step")
+    yield Omission("peak memory in JAX", "JAX reports the peak of the whole process, not of a step")
 
 
 def _tanh(h: jax.Array, z: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the frameworks' parts of the GPU benchmark share: problems, rows, and what is left out and why."""
+"""Shared by the parts of the GPU benchmark: problems, rows, and omissions with their reasons."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ import implicit_core as ic
 
 LAM, K = 0.5, 5
 STEPS = 20
-"""Evaluations of F in every solve: the tolerance is zero, so that all do the same work."""
+"""Evaluations of F in every solve: the tolerance is zero, so that all solves do the same work."""
 CONTRACTION = 0.9
 SIZES = ((32, 128), (256, 1024), (1024, 1024), (256, 4096))
 BLOCK = (64, 64, 32)
@@ -28,20 +28,20 @@ GRADIENTS: dict[str, ic.Estimator] = {
 
 @dataclass
 class Row:
-    """One way to compute one layer; times in milliseconds, memory in bytes.
+    """Measurements of one method on one layer; times in milliseconds, memory in bytes.
 
     Attributes
     ----------
     case, method
-        What was computed, and how.
+        The layer, and the solver with its gradient.
     evaluations
-        Evaluations of F in the forward pass; None where they are not counted.
+        Evaluations of F in the forward pass; None if they are not counted.
     forward, backward, step
-        Each time it was measured.
+        One time for each repetition.
     bare
-        One evaluation of F by itself, without derivatives.
+        Time of one evaluation of F, without derivatives.
     memory
-        Most bytes beyond those of the problem, in a step.
+        Peak memory of a step, without the memory of the problem.
     """
 
     case: str
@@ -54,7 +54,7 @@ class Row:
     memory: int | None = None
 
     def ratio(self) -> float | None:
-        """Time of the forward pass over that of as many bare evaluations of F."""
+        """Time of the forward pass, divided by the time of as many bare evaluations of F."""
         if not (self.forward and self.bare and self.evaluations):
             return None
         return median(self.forward) / (self.evaluations * self.bare)
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Omission:
-    """What was not measured, and why."""
+    """Something that was not measured, and the reason."""
 
     what: str
     why: str
@@ -70,20 +70,20 @@ class Omission:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all parts are told.
+    """The settings of all parts.
 
     Attributes
     ----------
     device
         ``"cuda"``, or ``"cpu"`` for a dry run.
     repetitions
-        How often each row is measured.
+        Number of timed runs of each row.
     sizes
         Batch and width of the tanh layers.
     block
         Batch, channels and size of the convolution block.
     until
-        When no further row is begun, by :func:`time.monotonic`.
+        Time after which no further row is started, on the clock :func:`time.monotonic`.
     """
 
     device: str
@@ -95,11 +95,11 @@ class Settings:
 
 Measured = Iterator[Row | Omission]
 Task = tuple[str, str, Callable[[], Row]]
-"""A case, a method, and what measures it."""
+"""A case, a method, and the function that measures it."""
 
 
 def carry_out(tasks: list[Task], settings: Settings, announce: Callable[[str], None]) -> Measured:
-    """The rows, as long as there is time; a row that fails does not stop the others."""
+    """Measure rows until the time is up; a row that fails does not stop the others."""
     for case, method, measure in tasks:
         if monotonic() > settings.until:
             yield Omission(f"{case}, {method}", "the time was up")
@@ -107,14 +107,14 @@ def carry_out(tasks: list[Task], settings: Settings, announce: Callable[[str], N
         announce(f"{case}, {method}")
         try:
             yield measure()
-        except Exception as error:  # it is told, and counted as a failure
+        except Exception as error:  # reported and counted as a failure
             yield Omission(f"{case}, {method}", f"failed: {type(error).__name__}: {error}")
 
 
 def layer(batch: int, width: int) -> dict[str, np.ndarray]:
     """W, with ‖W‖₂ = 0.9, and x of the layer tanh(h Wᵀ + x), float32."""
     rng = np.random.default_rng(0)
-    # A sum of two reflections, scaled: orthogonal enough, and cheaper than a QR decomposition.
+    # A product of two reflections, scaled: orthogonal, and cheaper than a QR decomposition.
     u, v = (a / np.linalg.norm(a) for a in rng.standard_normal((2, width)))
     w = np.eye(width) - 2 * np.outer(u, u)
     w = CONTRACTION * (w - 2 * np.outer(w @ v, v))
@@ -122,7 +122,7 @@ def layer(batch: int, width: int) -> dict[str, np.ndarray]:
 
 
 def solvers(**more: Any) -> dict[str, ic.Solver]:
-    """The solvers, forced to the same number of steps."""
+    """The solvers, all with the same number of steps."""
     return {
         "plain": ic.FixedPointIteration(**FORCED, **more),
         "Anderson": ic.Anderson(**FORCED, **more),

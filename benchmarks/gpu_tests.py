@@ -1,4 +1,4 @@
-"""Running the tests that need a GPU, and telling what came of them; what was skipped has not passed."""
+"""Run the tests that need a GPU and count their outcomes; a skipped test does not count as passed."""
 
 import os
 import subprocess
@@ -17,14 +17,14 @@ FRAMEWORKS = {"cupy": "CuPy", "jax": "JAX"}
 
 @dataclass
 class Outcome:
-    """Of the tests of one framework.
+    """Outcomes of the tests of one framework.
 
     Attributes
     ----------
     passed, failed
-        How many.
+        Number of tests.
     skipped
-        How many, by the reason given.
+        Number of tests for each reason.
     """
 
     passed: int = 0
@@ -33,14 +33,14 @@ class Outcome:
 
 
 def run(seconds: float, arguments: Sequence[str] = ()) -> tuple[dict[str, Outcome], str | None]:
-    """The outcomes by framework, and what is wrong with the run as a whole.
+    """The outcomes by framework, and the error of the run as a whole or None.
 
     Parameters
     ----------
     seconds
-        When it is stopped.
+        Time limit.
     arguments
-        More of pytest's.
+        Further arguments of pytest.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
@@ -59,7 +59,7 @@ def run(seconds: float, arguments: Sequence[str] = ()) -> tuple[dict[str, Outcom
 
 
 def read(report: Path) -> dict[str, Outcome]:
-    """The outcomes by framework, from a report in JUnit's format."""
+    """The outcomes by framework, from a JUnit report."""
     found: dict[str, Outcome] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}".lower()
@@ -76,6 +76,6 @@ def read(report: Path) -> dict[str, Outcome]:
 
 
 def _reason(skip: ElementTree.Element) -> str:
-    """The reason given; that of a whole module stands in the text, as the representation of a tuple."""
+    """The reason of a skip. For a skipped module it is in the text, at the end of the repr of a tuple."""
     _, _, of_module = (skip.text or "").partition("Skipped: ")
     return of_module.rstrip("')\n") or (skip.get("message") or "no reason given").strip()

@@ -1,4 +1,4 @@
-"""The GPU benchmark in PyTorch, beside TorchDEQ."""
+"""The GPU benchmark in PyTorch, compared with TorchDEQ."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from .torch_step import Block, torchdeqs
 Forward = Callable[[], Tensor]
 
 CAPTURED = "Anderson, step captured"
-"""The training step behind Anderson, with Neumann(5), captured as one CUDA graph."""
+"""The training step with Anderson and Neumann(5), captured as one CUDA graph."""
 
 
 def missing(device: str) -> str | None:
-    """Why it can't be measured on a device; None if it can."""
+    """Why PyTorch cannot be measured on a device; None if it can."""
     return None if device == "cpu" or torch.cuda.is_available() else "PyTorch found no CUDA device"
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured."""
+    """Versions of the measured packages."""
     return {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
 
 
 def card() -> str:
-    """The GPU's name."""
+    """Name of the GPU."""
     return torch.cuda.get_device_name()
 
 
@@ -42,7 +42,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     for batch, width in settings.sizes:
         case, given = f"tanh {batch} x {width}", layer(batch, width)
         w, x = (torch.asarray(given[name], device=settings.device).requires_grad_() for name in ("w", "x"))
-        # Bound now: the names are others in the next round.
+        # Bound here, since the next iteration rebinds w.
         f = partial(_tanh, w)
         tasks += _tasks(settings, case, f, x, (w, x))
     batch, channels, size = settings.block
@@ -132,7 +132,7 @@ def _captured(settings: Settings, case: str, forward: Forward, leaves: tuple[Ten
     def step() -> None:
         forward().square().mean().backward()
 
-    def begin_anew() -> None:
+    def clear_gradients() -> None:
         for leaf in leaves:
             leaf.grad = None
 
@@ -140,10 +140,10 @@ def _captured(settings: Settings, case: str, forward: Forward, leaves: tuple[Ten
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            begin_anew()
+            clear_gradients()
             step()
     torch.cuda.current_stream().wait_stream(side)
-    begin_anew()
+    clear_gradients()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

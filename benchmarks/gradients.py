@@ -1,4 +1,4 @@
-"""Gradients after the solve, beside TorchDEQ's, hand-written loops and full backpropagation: time and memory."""
+"""Time and memory of gradients after the solve, compared with TorchDEQ, hand-written loops and backpropagation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from .timing import interleaved
 
 LAM = 0.5
 STEPS = 25
-"""Of full backpropagation."""
+"""Number of steps in full backpropagation."""
 HEAD = ("gradient", "F", "VJP", "after / UPG(5)", "pull / VJPs", "held MB", "peak MB")
 LEGEND = """\
 F          evaluations of F after the solve
 VJP        pullbacks through F
-after      time of all that follows the solve, the backward pass included, over
-           that of TorchDEQ's UPG(5)
-pull       time of the backward pass over that of its VJPs, each by itself
-held       MB of tensors that wait for the backward pass
+after      time of everything after the solve, including the backward pass,
+           divided by the same time for TorchDEQ's UPG(5)
+pull       time of the backward pass, divided by the time of its VJPs alone
+held       MB of tensors that are kept for the backward pass
 peak       MB of tensors alive at once, at most, after the solve"""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """tanh(h Wᵀ + x) at its fixed point, and the cotangent that is pulled back to W and x."""
+    """tanh(h Wᵀ + x) at its fixed point, and a cotangent to pull back to W and x."""
 
     h: Tensor
     w: Tensor
@@ -48,12 +48,12 @@ class Setting:
 
     @property
     def z(self) -> tuple[Tensor, Tensor]:
-        """What is differentiated with respect to."""
+        """The inputs and parameters of the gradient."""
         return self.w, self.x
 
 
 def build(batch: int, width: int, seed: int) -> Setting:
-    """The layer, solved."""
+    """Solve the layer."""
     equation = random_layer(np.random.default_rng(seed), batch, width)
     w, x = (torch.from_numpy(equation.z[name]).requires_grad_() for name in ("w", "x"))
     v = torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
@@ -64,11 +64,11 @@ def build(batch: int, width: int, seed: int) -> Setting:
 
 F = Callable[[Tensor, Any], Tensor]
 Way = Callable[[F], Tensor]
-"""``forward(f)``: the value with its graph, computed from the fixed point on."""
+"""``forward(f)``: the value with its graph, starting at the fixed point."""
 
 
 def ours(setting: Setting, gradient: ic.Estimator) -> Way:
-    """The layer of this library, with a solver that has the solution: it is checked, at the cost of one F."""
+    """The layer of this library with a solver that returns the known solution, which is checked with one F."""
 
     def forward(f: F) -> Tensor:
         return ic.fixed_point(
@@ -79,7 +79,7 @@ def ours(setting: Setting, gradient: ic.Estimator) -> Way:
 
 
 def torchdeqs(setting: Setting, **settings: Any) -> Way:
-    """TorchDEQ's, likewise; unchecked."""
+    """The layer of TorchDEQ with a solver that returns the known solution, without a check."""
     import torchdeq
     from torchdeq.solver import register_solver
 
@@ -89,7 +89,7 @@ def torchdeqs(setting: Setting, **settings: Any) -> Way:
 
 
 def loop(setting: Setting, k: int, lam: float, start: Tensor | None = None) -> Way:
-    """Nothing but k damped steps."""
+    """A loop of k damped steps."""
 
     def forward(f: F) -> Tensor:
         h = setting.h if start is None else start
@@ -101,7 +101,7 @@ def loop(setting: Setting, k: int, lam: float, start: Tensor | None = None) -> W
 
 
 def series(setting: Setting, k: int) -> Way:
-    """Nothing but the Neumann series, in a hook on one F."""
+    """A Neumann series with k terms, in a hook on one F."""
 
     def forward(f: F) -> Tensor:
         h = setting.h.detach().requires_grad_()
@@ -127,7 +127,7 @@ def series(setting: Setting, k: int) -> Way:
 
 
 def ways(setting: Setting, ks: Sequence[int]) -> dict[str, tuple[Way, tuple[int, int, int] | None]]:
-    """All rows: how, and how many VJPs to h alone, to z alone and to both a pullback is, where that is fixed."""
+    """All rows, each with the numbers of VJPs with respect to h, z and both in a pullback; None if not fixed."""
     rows: dict[str, tuple[Way, tuple[int, int, int] | None]] = {"OneStep": (ours(setting, ic.OneStep()), (0, 1, 0))}
     for k in ks:
         rows[f"Neumann({k})"] = ours(setting, ic.Neumann(k, LAM)), (k - 1, 1, 0)
@@ -146,7 +146,7 @@ def ways(setting: Setting, ks: Sequence[int]) -> dict[str, tuple[Way, tuple[int,
 
 
 def vjps(setting: Setting) -> dict[str, Callable[[], Any]]:
-    """One VJP of each kind, by itself: to h, to z = (W, x), and to both."""
+    """One VJP of each kind: with respect to h, to z = (W, x), and to both."""
     h = setting.h.detach().requires_grad_()
     value = setting.f(h, setting.z)
     inputs = {"vjp h": (h,), "vjp z": setting.z, "vjp": (h, *setting.z)}
@@ -164,7 +164,7 @@ def count(setting: Setting, way: Way) -> dict[str, int]:
         held = live.bytes
         live.peak = held
         torch.autograd.grad(value, setting.z, setting.v)
-    # What the solver evaluates to check its point records no graph, and is no part of it.
+    # The evaluation that checks the solution records no graph, so it is not counted.
     return {"evaluations": f.recorded, "vjps": f.vjps, "held": held, "peak": live.peak}
 
 
@@ -173,7 +173,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows."""
     found = ways(setting, ks)
-    # TorchDEQ's hook runs without end where a graph is walked twice.
+    # TorchDEQ's hook never ends when one graph is differentiated twice, so its pullback is not timed alone.
     values = {name: way(setting.f) for name, (way, kinds) in found.items() if kinds is not None}
     runs: dict[str, Callable[[], Any]] = dict(vjps(setting))
     values_of_z = tuple(x.detach() for x in setting.z)
@@ -218,7 +218,7 @@ def table(rows: list[dict[str, Any]], title: str) -> report.Table:
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """Time and memory against k."""
+    """Time and memory as functions of k."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -231,7 +231,7 @@ def picture(record: dict[str, Any]) -> Any:
         axes[0].plot([5], [1e3 * median(rows[name]["after"])], style, label=name)
         axes[1].plot([5], [rows[name]["held"] / MB], style, label=name)
     axes[0].set(xlabel="k", ylabel="ms after the solve", title="time")
-    axes[1].set(xlabel="k", ylabel="MB", title="held for the backward pass")
+    axes[1].set(xlabel="k", ylabel="MB", title="kept for the backward pass")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     parser = report.parser("gradients", __doc__)
     parser.add_argument("--batch", type=report.positive, help="samples (default: 256)")
-    parser.add_argument("--width", type=report.positive, help="numbers in a state (default: 1024)")
+    parser.add_argument("--width", type=report.positive, help="size of a state (default: 1024)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     batch, width = options.batch or (32 if options.quick else 256), options.width or (128 if options.quick else 1024)

@@ -1,7 +1,7 @@
-"""Time, compile time and memory of an implicit layer in JAX, beside jaxopt's and optimistix'.
+"""Time, compile time and memory of an implicit layer in JAX, compared with jaxopt and optimistix.
 
-Every row solves the same equation with the same weights to the same residual, then takes the gradient of one loss with
-respect to the input and the weights. README.md tells how to read the table.
+Every row solves the same equation to the same residual, then computes the gradient of the same loss with respect to the
+input and the weights. README.md explains the table.
 """
 
 import argparse
@@ -25,12 +25,12 @@ MB = 1e6
 LAM = 0.5
 HEAD = ("solver, gradient", "solve / F", "gradient / F", "compile", "MB", "cosine")
 LEGEND = """\
-solve / F     time of a solve over that of one bare evaluation of F: median and
-              quartiles
-gradient / F  the same of the solve, a loss and its gradient
+solve / F     time of a solve, divided by the time of one bare evaluation of F:
+              median and quartiles
+gradient / F  the same for the solve, a loss and its gradient
 compile       ms to trace and compile: the solve + the solve and the gradient
-MB            of temporary memory in the compiled gradient
-cosine        of the gradient with the exact one"""
+MB            temporary memory of the compiled gradient
+cosine        between the gradient and the exact one"""
 
 Array = jax.Array
 Layer = Callable[[tuple[Array, Array]], Array]
@@ -43,7 +43,7 @@ def f(h: Array, z: tuple[Array, Array]) -> Array:
 
 @dataclass
 class Row:
-    """What was measured of one layer; times in seconds, memory in bytes."""
+    """Measurements of one layer; times in seconds, memory in bytes."""
 
     name: str
     temporary: int
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The problem: a start, z = (W, x), the target of the loss, and the residual that no sample is to exceed."""
+    """The problem: initial state, z = (W, x), target of the loss, and largest allowed residual of a sample."""
 
     h0: Array
     z: tuple[Array, Array]
@@ -69,12 +69,12 @@ class Setting:
         return float(jnp.linalg.norm(f(h, self.z) - h, axis=1).max())
 
     def loss(self, layer: Layer, z: tuple[Array, Array]) -> Array:
-        """A mean square."""
+        """The mean square distance from the target."""
         return jnp.mean((layer(z) - self.target) ** 2)
 
 
 def build(options: argparse.Namespace) -> Setting:
-    """W is symmetric, its eigenvalues evenly in ± the radius."""
+    """W is symmetric, with eigenvalues evenly spaced in ± the radius."""
     rng = np.random.default_rng(options.seed)
     q, _ = np.linalg.qr(rng.normal(size=(options.width, options.width)))
     w = (q * np.linspace(-options.radius, options.radius, options.width)) @ q.T
@@ -109,17 +109,17 @@ def optimistixs(setting: Setting, tolerance: Any, linear_solver: Any) -> Layer:
 
 
 def calibrated(setting: Setting, make: Callable[..., Layer], *arguments: Any) -> Layer:
-    """The layer of a library that stops by another measure, with the loosest tolerance that gives the residual."""
+    """A layer with another stop test, with the loosest tolerance that reaches the residual."""
     run = jax.jit(lambda tolerance, z: make(setting, tolerance, *arguments)(z))
     for exponent in np.arange(0.0, 8.0, 0.05):
         tolerance = float(10.0**-exponent)
         if setting.worst(run(tolerance, setting.z)) <= setting.residual:
             return make(setting, tolerance, *arguments)
-    raise ValueError(f"no tolerance gives the residual {setting.residual}")
+    raise ValueError(f"no tolerance reaches the residual {setting.residual}")
 
 
 def layers(setting: Setting, k: int) -> dict[str, Layer]:
-    """The rows: what to call them, and how they are computed."""
+    """The rows of the table, by name."""
     plain, anderson = ic.FixedPointIteration, ic.Anderson
     gmres, bicgstab, richardson = (ic.Implicit(solver(rtol=1e-5)) for solver in (ic.GMRES, ic.BiCGSTAB, ic.Richardson))
     rows = {
@@ -155,7 +155,7 @@ def layers(setting: Setting, k: int) -> dict[str, Layer]:
 
 
 def compiled(function: Callable[..., Any], z: tuple[Array, Array]) -> tuple[Any, float]:
-    """``function``, compiled for z from nothing, and the seconds that took."""
+    """``function`` compiled for z with empty caches, and the seconds that it took."""
     jax.clear_caches()
     begin = time.perf_counter()
     program = jax.jit(function).lower(z).compile()
@@ -163,7 +163,7 @@ def compiled(function: Callable[..., Any], z: tuple[Array, Array]) -> tuple[Any,
 
 
 def timed(program: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds for a run."""
+    """Seconds of one run."""
     begin = time.perf_counter()
     jax.block_until_ready(program(*arguments))
     return time.perf_counter() - begin
@@ -181,7 +181,7 @@ def exact(setting: Setting) -> Array:
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[Row]:
-    """All rows; repetitions are interleaved, and each is divided by the bare evaluations measured in its turn."""
+    """All rows; times are divided by the time of a bare evaluation of F in the same round."""
     setting = build(options)
     variants = layers(setting, options.k)
     reference = exact(setting)
@@ -218,11 +218,11 @@ def measure(options: argparse.Namespace, console: Console) -> list[Row]:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text."""
-    spread = [quartiles(times) for times in (row.forward, row.gradient)]
-    built = [1e3 * quartiles(times)[1] for times in (row.compile_forward, row.compile_gradient)]
+    times = [quartiles(seconds) for seconds in (row.forward, row.gradient)]
+    built = [1e3 * quartiles(seconds)[1] for seconds in (row.compile_forward, row.compile_gradient)]
     return (
         row.name,
-        *(f"{middle:.0f} ({low:.0f}-{high:.0f})" for low, middle, high in spread),
+        *(f"{middle:.0f} ({low:.0f}-{high:.0f})" for low, middle, high in times),
         "+".join(f"{milliseconds:.0f}" for milliseconds in built),
         f"{row.temporary / MB:.1f}",
         f"{row.cosine:.4f}",
@@ -230,14 +230,14 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number of this run means nothing without."""
+    """The settings, the versions and the machine behind the numbers."""
     names = ("batch", "width", "radius", "residual", "k", "repetitions", "compiles", "seed")
     settings = {name: getattr(options, name) for name in names} | {"lam": LAM, "dtype": "float32"}
     return {"settings": settings} | environment("jax", "jaxopt", "optimistix")
 
 
 def title(found: dict[str, Any]) -> list[str]:
-    """The facts in lines."""
+    """The facts as lines of text."""
     s, v = found["settings"], found["versions"]
     return [
         f"tanh(W h + x), {s['batch']} x {s['width']}, float32, spectral radius {s['radius']}; lambda = {s['lam']}",
@@ -250,18 +250,20 @@ def title(found: dict[str, Any]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks layer",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = options.add_argument
     add("--batch", type=positive, default=128, help="samples")
-    add("--width", type=positive, default=512, help="numbers in a state")
+    add("--width", type=positive, default=512, help="size of a state")
     add("--radius", type=float, default=0.95, help="spectral radius of W")
-    add("--residual", type=float, default=1e-4, help="largest residual of a sample at the solver's point")
+    add("--residual", type=float, default=1e-4, help="largest allowed residual of a sample")
     add("--k", type=positive, default=5, help="terms and steps of the phantom gradients")
     add("--repetitions", type=positive, default=20, help="timed runs of each row")
     add("--compiles", type=positive, default=3, help="compilations of each row")
-    add("--seed", type=int, default=0, help="of weights and input")
-    add("--output", type=output, action="append", default=[], help="save as .json or .md; may be given again")
+    add("--seed", type=int, default=0, help="seed of weights and input")
+    add("--output", type=output, action="append", default=[], help="save as .json or .md; may be repeated")
     return options
 
 
@@ -271,12 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Those of the command line if None.
+        The command line's if None.
     """
     options = parser().parse_args(arguments)
     console = Console(width=80)
-    with warnings.catch_warnings(), jax.enable_x64(False):  # jaxopt's Anderson can't do float32 with float64 about
-        warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt's, on being imported
+    with warnings.catch_warnings(), jax.enable_x64(False):  # jaxopt's Anderson fails in float32 with x64 enabled
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by importing jaxopt
         rows = measure(options, console)
     found = facts(options)
     table = Table(HEAD, [cells(row) for row in rows], title(found), LEGEND)

@@ -1,4 +1,4 @@
-"""The memory of tensors on the CPU, counted instead of sampled."""
+"""The memory of tensors, counted exactly instead of sampled."""
 
 import weakref
 from typing import Any
@@ -11,26 +11,26 @@ MB = 1e6
 
 
 class LiveTensors(TorchDispatchMode):
-    """Watches the storages that operations make within the context, until they are freed.
+    """Counts the bytes of the storages that are allocated within the context, until they are freed.
 
-    What was there before, and views of it, don't count; nor does what a kernel takes and gives back within one
-    operation. The same program gives the same numbers in every run.
+    Storages from before the context, and their views, do not count. Memory that a kernel allocates and frees within one
+    operation does not count either. The same program gives the same numbers in every run.
 
     Attributes
     ----------
     bytes, count
-        Of the storages alive now.
+        Bytes and number of the storages alive now.
     peak
-        Most bytes since the beginning, or since it was last set.
+        Largest number of bytes alive at once, since the start or since the last assignment to ``peak``.
     made
-        Bytes of all storages so far, the freed ones included.
+        Bytes of all storages so far, including freed ones.
 
     Examples
     --------
     >>> import torch
     >>> x = torch.ones(1000)
     >>> with LiveTensors() as live:
-    ...     y = torch.exp(x[10:] + 1)  # 990 numbers, and as many for the sum
+    ...     y = torch.exp(x[10:] + 1)  # 990 numbers for the sum, 990 for the result
     >>> live.bytes, live.count, live.peak, live.made
     (3960, 1, 7920, 7920)
     """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: progress, the machine in words, and a table on the screen and in files."""
+"""Shared by the benchmarks: command lines, progress bars, facts about the machine, and tables."""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "benchmarks")
-"""What is run in :data:`ROOT` for a part in a process of its own."""
+"""Command that runs a part of a benchmark in its own process, from :data:`ROOT`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Table:
     legend
         Text below it.
     wrap
-        Whether the words of a head may stand below each other.
+        Whether a column head is broken into one word per line.
     """
 
     head: Sequence[str]
@@ -66,7 +66,7 @@ class Table:
             self.save(path, record)
 
     def markdown(self) -> str:
-        """It as a page."""
+        """The table as Markdown."""
         lines = [
             *(f"{line}  " for line in self.title),
             "",
@@ -78,27 +78,27 @@ class Table:
         return "\n".join([*lines, "", *legend])
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
-        """Write it as a page, or ``record`` as JSON, as the suffix says."""
+        """Write the table (suffix ``.md``) or ``record`` as JSON (any other suffix)."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = self.markdown() if path.suffix == ".md" else json.dumps(record, indent=1) + "\n"
         path.write_text(text)
 
 
 def parser(name: str, description: str | None, *, timed: bool = True) -> argparse.ArgumentParser:
-    """A command line, with what all of them take; what is ``timed`` is repeated, and takes a number of threads."""
+    """A command line with the common options; a ``timed`` benchmark also has repetitions and threads."""
     options = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
     add = options.add_argument
     add("--quick", action="store_true", help="small sizes and few repetitions: under a minute")
     if timed:
-        add("--repetitions", type=positive, help="of each row; as many as are needed if not given")
-        add("--threads", type=positive, default=2, help="of PyTorch (default: 2)")
-    add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+        add("--repetitions", type=positive, help="timed runs of each row (default: depends on the benchmark)")
+        add("--threads", type=positive, default=2, help="threads of PyTorch (default: 2)")
+    add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
     add("--output", type=Path, help="folder for the tables (.md), the numbers (.json) and a picture (.png)")
     return options
 
 
 def facts(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
-    """What a number means nothing without."""
+    """The settings, the versions and the machine behind the numbers."""
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     return {"settings": settings} | environment(*packages)
 
@@ -111,7 +111,7 @@ def publish(
     record: dict[str, Any],
     picture: Callable[[dict[str, Any]], Any],
 ) -> None:
-    """Print tables; with a folder, save them, the numbers they are from, and a picture."""
+    """Print the tables; if a folder is given, save the tables, their numbers and a picture."""
     for table in tables:
         table.show(console)
         console.print()
@@ -131,7 +131,7 @@ def publish(
 
 
 def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows that have the same keys, which head the columns; numbers to eight digits."""
+    """Write rows with the same keys as CSV: the keys are the header, numbers have eight digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -141,7 +141,7 @@ def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def verdict(console: Console, broken: Sequence[str]) -> int:
-    """Print which of the paper's statements the numbers contradict, if any; returns the exit code."""
+    """Print the statements of the paper that the numbers contradict; returns the exit code."""
     for sentence in broken:
         console.print(f"Does not hold: {sentence}.", style="red", highlight=False)
     if not broken:
@@ -151,7 +151,7 @@ def verdict(console: Console, broken: Sequence[str]) -> int:
 
 @contextmanager
 def progress(console: Console, total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar; the function it gives names what is done next."""
+    """A progress bar; calls of the yielded function name the next run and advance the bar."""
     columns = TextColumn("{task.description:<24}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
@@ -159,13 +159,13 @@ def progress(console: Console, total: int | None) -> Iterator[Callable[[str], No
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The three quartiles; of one value, that value."""
+    """The three quartiles; a single value is all three."""
     low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return low, middle, high
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Versions and the machine, without which no number means anything."""
+    """Versions of Python and of packages, and the machine."""
     versions = {"python": platform.python_version()}
     for package in ("implicit-core", *packages):
         try:
@@ -179,7 +179,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def cpu() -> str:
-    """The processor's name, where the system tells."""
+    """The name of the processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -189,7 +189,7 @@ def cpu() -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """A positive integer, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -197,7 +197,7 @@ def positive(text: str) -> int:
 
 
 def output(text: str) -> Path:
-    """A path whose suffix names a format, for argparse."""
+    """A path with the suffix .json or .md, for argparse."""
     path = Path(text)
     if path.suffix not in (".json", ".md"):
         raise argparse.ArgumentTypeError(f"must end in .json or .md, got {text}")

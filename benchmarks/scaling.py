@@ -1,4 +1,4 @@
-"""How cost grows with the batch, the width, k and the solver's memory."""
+"""Cost as a function of the batch, the width, k and the solver's memory."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,16 +18,16 @@ from .timing import interleaved
 
 FORCED = 20
 SOLVERS = {"fixed point": ic.FixedPointIteration, "Anderson": ic.Anderson, "Broyden": ic.Broyden}
-HEAD = ("of what", "against", "from", "to", "slope", "ms at the end")
+HEAD = ("method", "variable", "from", "to", "slope", "ms at the end")
 LEGEND = """\
-slope    of log time over log of the variable, fitted over its upper half; 1 is
-         linear. F is a matrix product: 1 in the batch, 2 in the width"""
+slope    slope of log time against log variable, fitted over the upper half; 1 is
+         linear. For a matrix product such as F: 1 in the batch, 2 in the width"""
 
 Curve = tuple[list[int], dict[str, list[float]]]
 
 
 def solves(batch: int, width: int, seed: int, **memory: int) -> dict[str, Callable[[], Any]]:
-    """A run for each solver, and one of as many bare evaluations of F."""
+    """A run for each solver, and one with the same number of bare evaluations of F."""
     equation = random_layer(np.random.default_rng(seed), batch, width)
     f, h0, z = equation.torch()
     runs: dict[str, Callable[[], Any]] = {"F alone": equation.bare(FORCED)}
@@ -52,7 +52,7 @@ def pullbacks(k: int, batch: int, width: int, seed: int) -> dict[str, Callable[[
 def curve(
     values: list[int], runs: Callable[[int], dict[str, Callable[[], Any]]], repetitions: int, announce: Any
 ) -> Curve:
-    """Median times at all values of a variable."""
+    """Median times for all values of a variable."""
     times: dict[str, list[float]] = {}
     for value in values:
         for name, taken in interleaved(runs(value), repetitions, announce).items():
@@ -61,7 +61,7 @@ def curve(
 
 
 def slope(values: Sequence[int], times: Sequence[float]) -> float:
-    """Of log time over log value, in the upper half."""
+    """Slope of log time against log value, fitted over the upper half."""
     half = len(values) // 2
     return float(np.polyfit(np.log(values[half:]), np.log(times[half:]), 1)[0])
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=80)
     with report.progress(console, total) as announce:
         curves = {
-            name: curve(values, runs, repetitions, lambda _, name=name: announce(f"against {name}"))
+            name: curve(values, runs, repetitions, lambda _, name=name: announce(f"as a function of {name}"))
             for name, (values, runs) in variables.items()
         }
     body = [
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (values, found) in curves.items()
         for what, times in found.items()
     ]
-    title = f"{FORCED} steps of tanh(W h + x): width {width} and batch {batch} where they are not varied"
+    title = f"{FORCED} steps of tanh(W h + x): width {width} and batch {batch} unless varied"
     record = {"curves": {name: {"values": v, "times": t} for name, (v, t) in curves.items()}}
     record |= report.facts(options, "torch")
     report.publish(console, options.output, "scaling", [report.Table(HEAD, body, [title], LEGEND)], record, picture)

@@ -1,4 +1,4 @@
-"""Solvers beside those of TorchDEQ, jaxopt, optimistix and SciPy: evaluations of F, time and overhead."""
+"""Solvers compared with TorchDEQ, jaxopt, optimistix and SciPy: evaluations of F, time and overhead."""
 
 import argparse
 import warnings
@@ -15,7 +15,7 @@ from .equations import QUICK, SIZES, Equation, equations, random_layer
 from .timing import geometric_mean, interleaved, ratio
 
 FORCED = 30
-"""Evaluations of F in every solve whose overhead is measured."""
+"""Number of evaluations of F in each solve of the overhead measurement."""
 BUDGETS = {
     ("fixed point", "32x128"): 1.5,
     ("Anderson", "32x128"): 5.0,
@@ -25,20 +25,20 @@ BUDGETS = {
     ("Broyden", "256x1024"): 1.5,
 }
 LEGEND = """\
-F      evaluations of F until every sample's residual was at most 1e-5 of F;
-       a dash: not within 200
-time   of a solve to that residual, over ours: TorchDEQ and SciPy over ours in
-       PyTorch, jaxopt and optimistix over ours in JAX, under jit"""
+F      evaluations of F until every sample's relative residual was at most 1e-5;
+       a dash: not reached within 200 evaluations
+time   time of that solve, divided by our time: in PyTorch for TorchDEQ and
+       SciPy, in JAX under jit for jaxopt and optimistix"""
 OVERHEAD_LEGEND = """\
-/ F    time of 30 forced steps over that of 30 bare evaluations of F
-ops    operations a step that reach PyTorch's dispatcher, views included, beside
-       those of F"""
+/ F    time of 30 steps, divided by the time of 30 bare evaluations of F
+ops    operations per step that reach PyTorch's dispatcher, including views and
+       without the operations of F"""
 
 Libraries = dict[str, Callable[[Equation, str], Contender]]
 
 
 def libraries(family: str) -> Libraries:
-    """Who has such a solver; ours in PyTorch and in JAX are the first two."""
+    """The libraries that have this solver; ours in PyTorch and in JAX come first."""
     from . import contenders as c
 
     found: Libraries = {"ours": c.ours_in_torch, "ours, jit": c.ours_in_jax}
@@ -59,7 +59,7 @@ OVER = {"TorchDEQ": "ours", "SciPy": "ours", "jaxopt": "ours, jit", "optimistix"
 
 
 def to_a_residual(equation: Equation, family: str, repetitions: int, announce: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluations and times of all libraries' solvers of one name on one equation."""
+    """Evaluations and times of one solver in all libraries on one equation."""
     label = f"{family}, {equation.name}"
     announce(label)
     found = {name: make(equation, family) for name, make in libraries(family).items()}
@@ -81,9 +81,9 @@ def to_a_residual(equation: Equation, family: str, repetitions: int, announce: C
 def fastest_in_jax(
     equation: Equation, rows: dict[str, dict[str, Any]], repetitions: int, announce: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The fastest of our solvers beside the fastest of the peers', whatever their names, under jit.
+    """Our fastest solver compared with the fastest of the other libraries under jit, whatever their methods.
 
-    ``rows`` has, for each name of a solver, what :func:`to_a_residual` found.
+    ``rows`` maps the name of each solver to the result of :func:`to_a_residual`.
     """
     label = f"under jit, {equation.name}"
     announce(label)
@@ -103,7 +103,7 @@ def fastest_in_jax(
 
 
 def operations(make: Callable[..., Contender], equation: Equation, family: str, own: int) -> float:
-    """A step's, beside F's, at steps that are like all later ones."""
+    """Operations per step without the ``own`` operations of F, counted over late steps, when the history is full."""
     counts = []
     for steps in (FORCED, FORCED - 10):
         run = make(equation, family, steps).run
@@ -114,7 +114,7 @@ def operations(make: Callable[..., Contender], equation: Equation, family: str, 
 
 
 def overhead(equation: Equation, repetitions: int, announce: Callable[[str], None]) -> list[dict[str, Any]]:
-    """What steps cost beside F, here and in TorchDEQ."""
+    """Overhead of the steps over F, here and in TorchDEQ."""
     from .contenders import ours_in_torch, torchdeqs
 
     evaluate = equation.bare(FORCED)
@@ -141,8 +141,12 @@ def overhead(equation: Equation, repetitions: int, announce: Callable[[str], Non
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = report.parser("solvers", __doc__)
-    options.add_argument("--solver", choices=OURS, action="append", help="only this one; may be given again")
-    options.add_argument("--equation", action="append", help="only those that begin so: 'stiff'; may be given again")
+    options.add_argument("--solver", choices=OURS, action="append", help="run only this solver; may be repeated")
+    options.add_argument(
+        "--equation",
+        action="append",
+        help="only names that begin with this, like 'stiff'; may be repeated",
+    )
     return options
 
 
@@ -167,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls = [len(libraries(family)) * repetitions + 1 for family in families for _ in problems]
     total = sum(calls) + len(problems) * (1 + 6 * repetitions) + len(sizes) * len(TORCHDEQS) * 3 * 3 * repetitions
     record: dict[str, Any] = {"rtol": RTOL, "limit": LIMIT, "solvers": {}, "under jit": [], "overhead": []}
-    # Float32 alone: with float64 about, peers mix the two.
+    # Float32 only: with x64 enabled, other libraries mix the two types.
     with warnings.catch_warnings(), jax.enable_x64(False), report.progress(console, total) as announce:
-        warnings.simplefilter("ignore")  # the peers'
+        warnings.simplefilter("ignore")  # warnings of the other libraries
         for size in sizes:
             layer = random_layer(np.random.default_rng(options.seed), *size)
             record["overhead"] += overhead(layer, 3 * repetitions, announce)
@@ -186,9 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def solver_table(family: str, rows: list[dict[str, Any]]) -> report.Table:
-    """Evaluations and relative times of the solvers of one name."""
+    """Evaluations and relative times of one solver in all libraries."""
     libraries = [name for name in rows[0]["evaluations"] if name != "ours, jit"]
-    peers = libraries[1:]
+    others = libraries[1:]
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -197,29 +201,29 @@ def solver_table(family: str, rows: list[dict[str, Any]]) -> report.Table:
         (
             row["equation"],
             *(cell(row["evaluations"][name], "d") for name in libraries),
-            *(cell(row["over ours"].get(name), ".2f") for name in peers),
+            *(cell(row["over ours"].get(name), ".2f") for name in others),
         )
         for row in rows
     ]
-    means = [geometric_mean(r["over ours"][name] for r in rows if name in r["over ours"]) for name in peers]
+    means = [geometric_mean(r["over ours"][name] for r in rows if name in r["over ours"]) for name in others]
     body.append(("geometric mean", *("" for _ in libraries), *(f"{mean:.2f}" for mean in means)))
-    head = ("equation", *(f"{name} F" for name in libraries), *(f"{name} time" for name in peers))
-    return report.Table(head, body, [f"{family}: evaluations of F, and time over ours"], LEGEND, wrap=True)
+    head = ("equation", *(f"{name} F" for name in libraries), *(f"{name} time" for name in others))
+    return report.Table(head, body, [f"{family}: evaluations of F, and time relative to ours"], LEGEND, wrap=True)
 
 
 def jit_table(rows: list[dict[str, Any]]) -> report.Table:
-    """The fastest beside the fastest."""
+    """Our fastest solver and the fastest of the other libraries."""
     body = [
         (row["equation"], row["ours"][1], f"{row['theirs'][0]}, {row['theirs'][1]}", f"{row['ratio']:.2f}")
         for row in rows
     ]
     body.append(("geometric mean", "", "", f"{geometric_mean(row['ratio'] for row in rows):.2f}"))
     head = ("equation", "our fastest", "their fastest", "theirs / ours")
-    return report.Table(head, body, ["Under jit: the fastest solver of the peers beside the fastest of ours"], "")
+    return report.Table(head, body, ["Under jit: our fastest solver and the fastest of the other libraries"], "")
 
 
 def overhead_table(record: dict[str, Any]) -> report.Table:
-    """What steps cost beside F."""
+    """Overhead of the steps over F."""
     body = []
     for row in record["overhead"]:
         budget = BUDGETS.get((row["solver"], row["size"]))
@@ -238,7 +242,7 @@ def overhead_table(record: dict[str, Any]) -> report.Table:
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """Times over ours, a point for each equation."""
+    """Times relative to ours, one point for each equation."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -1,25 +1,25 @@
-"""Theorem 3 of the paper: SGD with phantom gradients, beside its bound.
+"""Theorem 3 of the paper: SGD with phantom gradients, compared with its bound.
 
 The implicit layer F(h, θ) = g Q φ(h) + X θ + b has two states and two parameters, with a gain g, X and b for each data
 point: Q is a rotation, φ(h) = (h + β sin h) / (1 + β), and |g| ≤ 0.8, so that L_h = 0.8. The loss is the sum over the
 states of 1 - cos u + γ log(1 + u²), u = h - y: smooth, bounded below, with bounded gradients and many local minima.
 Gains of both signs weigh the data points differently in a truncated series, so that its mean has a bias. Each run has
-its own θ and draws a random data point a step, an unbiased gradient of R. Step sizes are c / √τ.
+its own θ and draws a random data point in each step, which gives an unbiased gradient of R. Step sizes are c / √τ.
 
-R and ∇R are Newton's method and a dense solve over all data points, at steps evenly in log τ, each of which stands for
-those since the one before. ε (Eq. 20) is the largest distance of the phantom gradient from the exact one, a dense solve
-too, over all steps and runs; G is the largest norm of an exact one. The plateau is the weighted mean (Eq. 21) over the
-last half of the steps.
+R and ∇R are computed with Newton's method and a dense solve over all data points, at steps evenly spaced in log τ; each
+of these steps also represents the steps since the previous one. ε (Eq. 20) is the largest distance of the phantom
+gradient from the exact one (also a dense solve) over all steps and runs; G is the largest norm of an exact gradient.
+The plateau is the weighted mean (Eq. 21) over the last half of the steps.
 
-What is asserted, of means over the runs:
+These statements are checked, for means over the runs:
 
-1. With the exact gradient the weighted mean follows log T / √T: its ratio to that grows by less than a tenth over the
-   last decade of T. The curve drawn has C, the largest ratio from T = 10 on.
-2. The ε term: with k = 1 that ratio grows by more than a tenth, and the plateau is at least three times as high.
-3. Plateaus fall with k (a larger k's is at most 1.1 times a smaller one's) and ε does, too.
-4. Plateaus are at most ε G above the exact gradient's, from the descent lemma with Σ η ε ‖∇R‖ for the error. This is
-   far from tight, since ε and G are maxima. What is: the plateau is at most 2 B above 1.1 times the exact gradient's,
-   where B is the mean of ‖E phantom - ∇R‖² on the same steps, the lemma's error being the mean over the data.
+1. With the exact gradient the weighted mean follows log T / √T: the ratio of the two grows by less than a tenth over
+   the last decade of T. The curve in the picture is C log T / √T, where C is the largest ratio for T ≥ 10.
+2. The ε term: with k = 1 the ratio grows by more than a tenth, and the plateau is at least three times as high.
+3. The plateau falls with k (for a larger k it is at most 1.1 times as high), and so does ε.
+4. The plateau is at most ε G above the exact gradient's, from the descent lemma with the error Σ η ε ‖∇R‖. This bound
+   is loose, since ε and G are maxima. A tighter one: the plateau is at most 2 B above 1.1 times the exact gradient's,
+   where B is the mean of ‖E phantom - ∇R‖² over the same steps, since the lemma needs only the mean error.
 5. R decreases with every gradient.
 """
 
@@ -32,12 +32,12 @@ import numpy as np
 from rich.console import Console
 
 import implicit_core as ic
+from implicit_core.arrays import PyTree
 
 from . import report
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.integer[Any]]]
-Tree = dict[str, Any]
 
 STATES, PARAMETERS, DATA = 2, 2, 6
 CONTRACTION, ANGLE, BETA, GAMMA, RATE = 0.8, 0.3, 0.3, 0.3, 0.1
@@ -50,9 +50,9 @@ GRADIENTS: dict[str, ic.Estimator] = {
 SOLVER = ic.Anderson(memory=3, rtol=1e-7, atol=1e-7, max_steps=200)
 LEGEND = f"""\
 Neumann(k, λ = {LAM:g}); means over the runs.
-mean     of ‖∇R‖² over all steps, weighted by step size (Eq. 21)
-plateau  the same over their last half
-B        of ‖E phantom - ∇R‖² there
+mean     mean of ‖∇R‖² over all steps, weighted by step size (Eq. 21)
+plateau  the same mean over the last half of the steps
+B        mean of ‖E phantom - ∇R‖² over the last half of the steps
 ε        largest ‖phantom - exact‖ (Eq. 20);  G: largest ‖exact‖"""
 
 
@@ -62,18 +62,18 @@ def phi(h: Array) -> Array:
 
 
 def slope(h: Array) -> Array:
-    """Of φ."""
+    """The derivative of φ."""
     steepness: Array = (1 + BETA * np.cos(h)) / (1 + BETA)
     return steepness
 
 
-def value(h: Array, z: Tree) -> Array:
+def value(h: Array, z: PyTree) -> Array:
     """F(h, θ) = g Q φ(h) + X θ + b: h and b (samples, 2), θ (samples, 2), g (samples, 1), X (samples, 2, 2)."""
     mapped: Array = z["gain"] * (phi(h) @ Q.T) + (z["x"] @ z["theta"][..., None])[..., 0] + z["b"]
     return mapped
 
 
-def linearize(h: Array, z: Tree) -> ic.Linearization:
+def linearize(h: Array, z: PyTree) -> ic.Linearization:
     """F at (h, θ) and its pullbacks; the data have no gradient."""
     tilt = z["gain"] * slope(h)
     return ic.Linearization(
@@ -93,19 +93,19 @@ def loss(h: Array, y: Array) -> Array:
 
 
 def loss_gradient(h: Array, y: Array) -> Array:
-    """Of the loss with respect to h."""
+    """Gradient of the loss with respect to h."""
     gradient: Array = np.sin(h - y) + 2 * GAMMA * (h - y) / (1 + (h - y) ** 2)
     return gradient
 
 
-def residual_jacobian(h: Array, z: Tree) -> Array:
+def residual_jacobian(h: Array, z: PyTree) -> Array:
     """I - ∂F/∂h, dense: (samples, 2, 2)."""
     jacobian: Array = np.eye(STATES) - z["gain"][..., None] * Q * slope(h)[:, None, :]
     return jacobian
 
 
-def newton(h: Array, z: Tree) -> Array:
-    """The fixed point from h on, by dense Newton steps."""
+def newton(h: Array, z: PyTree) -> Array:
+    """The fixed point, by dense Newton steps from h."""
     for _ in range(30):
         left = value(h, z) - h
         if np.max(np.abs(left)) < 1e-12:
@@ -114,15 +114,15 @@ def newton(h: Array, z: Tree) -> Array:
     raise RuntimeError(f"Newton's method left a residual of {np.max(np.abs(left)):.1e} after 30 steps")
 
 
-def dense_gradient(h: Array, z: Tree, v: Array) -> Array:
+def dense_gradient(h: Array, z: PyTree, v: Array) -> Array:
     """Xᵀ (I - ∂F/∂h)⁻ᵀ v (Eq. 4) by a dense solve: (samples, 2)."""
     w = np.linalg.solve(residual_jacobian(h, z).mT, v[..., None])
     gradient: Array = (z["x"].mT @ w)[..., 0]
     return gradient
 
 
-def draw(rng: np.random.Generator) -> Tree:
-    """The data points: gains evenly in ± L_h, and random X, b and targets y."""
+def draw(rng: np.random.Generator) -> PyTree:
+    """The data points: gains evenly spaced in ± L_h, and random X, b and targets y."""
     return {
         "gain": rng.permutation(np.linspace(-CONTRACTION, CONTRACTION, DATA))[:, None],
         "x": rng.normal(size=(DATA, STATES, PARAMETERS)),
@@ -131,13 +131,13 @@ def draw(rng: np.random.Generator) -> Tree:
     }
 
 
-def at(theta: Array, data: Tree, chosen: Indices) -> Tree:
-    """What F takes at samples (θ, data point)."""
+def at(theta: Array, data: PyTree, chosen: Indices) -> PyTree:
+    """The argument z of F for samples (θ, data point)."""
     return {"theta": theta} | {name: data[name][chosen] for name in ("gain", "x", "b")}
 
 
-def estimate(h: Array, z: Tree, v: Array) -> Array:
-    """All gradients of samples (gradients x runs), each of its own part of them: (samples, 2)."""
+def estimate(h: Array, z: PyTree, v: Array) -> Array:
+    """The gradients of samples (gradients x runs), each part with its own estimator: (samples, 2)."""
     parts = np.split(np.arange(len(h)), len(GRADIENTS))
     found = [
         gradient.vjp(PROBLEM, h[part], {name: leaf[part] for name, leaf in z.items()})[1](v[part])["theta"]
@@ -148,14 +148,14 @@ def estimate(h: Array, z: Tree, v: Array) -> Array:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was seen on the way, of every gradient and run.
+    """The course of every gradient and run.
 
     Attributes
     ----------
     steps
         τ at which R was evaluated.
     weights
-        The step sizes that each of them stands for, summed.
+        For each of them, the sum of the step sizes since the previous one.
     squares, biases, risks
         ‖∇R‖², ‖E phantom - ∇R‖² and R: (steps, gradients, runs).
     epsilon
@@ -184,7 +184,7 @@ class Trace:
         return mean
 
 
-def evaluate(theta: Array, data: Tree, states: Array) -> tuple[Array, Array, Array]:
+def evaluate(theta: Array, data: PyTree, states: Array) -> tuple[Array, Array, Array]:
     """‖∇R‖², ‖E phantom - ∇R‖² and R at θ (samples, 2), from states (samples, data, 2) near the fixed points."""
     samples = len(theta)
     chosen = np.tile(np.arange(DATA), samples)
@@ -198,7 +198,7 @@ def evaluate(theta: Array, data: Tree, states: Array) -> tuple[Array, Array, Arr
 
 
 def descend(seed: int, runs: int, steps: int, announce: Callable[[str], None]) -> Trace:
-    """SGD with each gradient from the same starts and on the same data points: (gradients x runs) samples at once."""
+    """SGD with every gradient, from the same starts and on the same data points: (gradients x runs) samples at once."""
     rng = np.random.default_rng(seed)
     data, ways = draw(rng), len(GRADIENTS)
     theta = np.tile(4 * rng.normal(size=(runs, PARAMETERS)), (ways, 1))
@@ -224,8 +224,8 @@ def descend(seed: int, runs: int, steps: int, announce: Callable[[str], None]) -
     return Trace(np.array(grid), weights, squares, biases, risks, epsilon, float(largest))
 
 
-def solved(h: Array, z: Tree) -> Array:
-    """The fixed point from h on; all samples must reach it."""
+def solved(h: Array, z: PyTree) -> Array:
+    """The fixed point, solved from h; all samples must converge."""
     solution = ic.solve(PROBLEM, h, z, solver=SOLVER)
     if not np.all(solution.status == ic.CONVERGED):
         raise RuntimeError(f"{np.sum(solution.status != ic.CONVERGED)} samples did not converge")
@@ -234,31 +234,31 @@ def solved(h: Array, z: Tree) -> Array:
 
 
 def evaluated(steps: int) -> list[int]:
-    """The steps at which R is evaluated, from the first to the last: 40 a decade."""
+    """The steps at which R is evaluated: the first, the last, and 40 in each decade."""
     count = 1 + round(40 * np.log10(steps))
     return sorted({round(tau) for tau in np.geomspace(1, steps, count)})
 
 
 def reference(steps: Array) -> Array:
-    """The shape log T / √T (Eq. 21)."""
+    """The rate log T / √T (Eq. 21)."""
     shape: Array = np.log(steps) / np.sqrt(steps)
     return shape
 
 
 def constant(steps: Array, mean: Array) -> float:
-    """C: the largest ratio of a mean to log T / √T from T = 10 on."""
+    """C: the largest ratio of a mean to log T / √T for T ≥ 10."""
     return float(np.max(mean[steps >= 10] / reference(steps[steps >= 10])))
 
 
 def growth(steps: Array, mean: Array) -> float:
-    """Of the ratio of a mean to log T / √T over the last decade of T: 1 if it stays."""
+    """Growth factor of the ratio of a mean to log T / √T over the last decade of T."""
     ends = [np.searchsorted(steps, steps[-1] / 10), -1]
     before, after = mean[ends] / reference(steps[ends])
     return float(after / before)
 
 
 def summary(trace: Trace) -> dict[str, Any]:
-    """What the statements are about: curves, and a row for each gradient."""
+    """The quantities of the statements: curves, and a row for each gradient."""
     columns = {
         "epsilon": trace.epsilon,
         "mean": trace.means()[-1].mean(axis=1),
@@ -281,14 +281,14 @@ def summary(trace: Trace) -> dict[str, Any]:
 
 
 def contradictions(found: Mapping[str, Any]) -> list[str]:
-    """What of the module's docstring does not hold of a summary, in words; empty if all does."""
+    """The statements of the module's docstring that a summary contradicts."""
     by_name, growths = found["rows"], found["growth"]
     exact, phantoms = by_name["exact"], [row for name, row in by_name.items() if name != "exact"]
     pairs = list(pairwise(phantoms))
     checks = {
         "1. the exact gradient's mean follows log T / √T": growths["exact"] < 1.1,
-        "2. the mean of k = 1 leaves log T / √T": growths["k = 1"] > 1.1,
-        "2. the plateau of k = 1 stands out": phantoms[0]["plateau"] >= 3 * exact["plateau"],
+        "2. the mean of k = 1 does not follow log T / √T": growths["k = 1"] > 1.1,
+        "2. the plateau of k = 1 is three times as high": phantoms[0]["plateau"] >= 3 * exact["plateau"],
         "3. the plateau falls with k": all(b["plateau"] <= 1.1 * a["plateau"] for a, b in pairs),
         "3. ε falls with k": all(b["epsilon"] < a["epsilon"] for a, b in pairs),
     }
@@ -304,7 +304,7 @@ def contradictions(found: Mapping[str, Any]) -> list[str]:
 
 
 def points(trace: Trace) -> list[dict[str, Any]]:
-    """One a gradient and T: the mean (Eq. 21) over the runs, its standard deviation, and C log T / √T."""
+    """One row for each gradient and T: the mean (Eq. 21) over the runs, its standard deviation, and C log T / √T."""
     means = trace.means()
     bound = constant(trace.steps, means[:, 0].mean(axis=1)) * reference(trace.steps)
     return [
@@ -342,7 +342,7 @@ def table(found: Mapping[str, Any], title: Sequence[str]) -> report.Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; returns the exit code, 1 if a statement does not hold."""
+    """Run the benchmark; returns the exit code, 1 if a statement does not hold."""
     options = report.parser("theorem3", (__doc__ or "").partition("\n")[0], timed=False).parse_args(arguments)
     runs, steps = (32, 1000) if options.quick else (64, 10_000)
     console = Console(width=80)

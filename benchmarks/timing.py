@@ -1,4 +1,4 @@
-"""Paired times: on a shared machine only what ran side by side can be compared."""
+"""Paired times: on a shared machine, only times measured in the same round can be compared."""
 
 import gc
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """For one call."""
+    """Seconds that one call takes."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
@@ -21,10 +21,10 @@ def interleaved(
     announce: Callable[[str], None] = lambda _: None,
     limit: float = 60.0,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every repetition; in each, all of them run, one after the other.
+    """Seconds of every run in every repetition; a repetition calls all runs in turn.
 
-    Each runs twice, and the second time counts: what ran before has left its threads awake and its memory in the cache.
-    There are fewer, two at least, where they would take longer than ``limit`` seconds.
+    Each run is called twice in a row and the second call is timed, since the first one warms up threads and caches.
+    If all repetitions would take longer than ``limit`` seconds, there are fewer, but at least two.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     once = sum(seconds(run) for run in runs.values())
@@ -38,11 +38,11 @@ def interleaved(
 
 
 def ratio(times: Mapping[str, list[float]], name: str, to: str) -> float:
-    """The median, over the repetitions, of the time of one run over that of another."""
+    """The median over the repetitions of time(``name``) / time(``to``)."""
     return median(a / b for a, b in zip(times[name], times[to], strict=True))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers; NaN of none."""
+    """The geometric mean of positive numbers; NaN if there are no numbers."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan

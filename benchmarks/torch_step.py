@@ -1,7 +1,7 @@
-"""Time and memory of one training step of a convolution block in PyTorch on the CPU, beside TorchDEQ's.
+"""Time and memory of one training step of a convolution block in PyTorch on the CPU, compared with TorchDEQ.
 
-Every row solves the same cell with the same weights from the same start by the same number of steps, then takes the
-gradient of one loss with respect to the input and all parameters. README.md tells how to read the table.
+Every row solves the same cell from the same start with the same number of steps, then computes the gradient of the
+same loss with respect to the input and all parameters. README.md explains the table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .report import COMMAND, ROOT, Table, environment, output, positive, progres
 
 LAM = 0.5
 GAIN = 2.0
-"""Of the second convolution: 20 steps of plain iteration reach a relative residual of 2e-4."""
+"""Gain of the second convolution: 20 steps of plain iteration reach a relative residual of 2e-4."""
 SOLVERS = {
     "fixed-point": (ic.FixedPointIteration, "fixed_point_iter"),
     "anderson": (ic.Anderson, "anderson"),
@@ -37,8 +37,8 @@ LEGEND = """\
 F      evaluations of F in the forward pass + in the backward pass
 VJP    pullbacks through F
 ms     time of a step: median, and quartiles
-/ F    that over the time of as many bare evaluations of F, without a graph
-held   MB of tensors that wait for the backward pass
+/ F    ms, divided by the time of as many bare evaluations of F, without a graph
+held   MB of tensors that are kept for the backward pass
 peak   MB of tensors alive at once, at most
 RSS    MB of resident memory that a step needs beyond one bare F"""
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
         nn.init.normal_(self.second.weight, std=GAIN / (3 * channels**0.5))
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """F(h, x), all of them (batch, channels, height, width)."""
+        """F(h, x); h, x and F(h, x) are (batch, channels, height, width)."""
         return self.second(torch.relu(self.norm(self.first(h) + x)))
 
 
@@ -64,7 +64,7 @@ Layer = Callable[[Cell, Tensor], Tensor]
 
 @dataclass
 class Row:
-    """What was measured of one way to take the gradient; times in seconds, memory in bytes."""
+    """Measurements of one gradient; times in seconds, memory in bytes."""
 
     name: str
     forward_evaluations: int
@@ -88,7 +88,7 @@ def ours(gradient: ic.Estimator, solver: ic.Solver) -> Layer:
 
 
 def torchdeqs(solver: str, steps: int, **settings: Any) -> Layer:
-    """A layer of TorchDEQ. Its solves make so many steps, and the backward one is plain iteration, if not set."""
+    """A layer of TorchDEQ. By default each solve makes ``steps`` steps, and the backward solve is plain iteration."""
     import torchdeq
 
     forced = {"f_max_iter": steps, "f_tol": 0.0, "b_max_iter": steps, "b_tol": 0.0}
@@ -101,7 +101,7 @@ def torchdeqs(solver: str, steps: int, **settings: Any) -> Layer:
 
 
 def layers(solver: str, steps: int, k: int) -> dict[str, Layer]:
-    """The rows: what to call them, and how they are computed."""
+    """The rows of the table, by name."""
     make, theirs = SOLVERS[solver]
     forced = make(rtol=0.0, atol=0.0, max_steps=steps)
     richardson = ic.Richardson(rtol=0.0, max_steps=steps)
@@ -124,7 +124,7 @@ def layers(solver: str, steps: int, k: int) -> dict[str, Layer]:
 
 
 def loss(h: Tensor) -> Tensor:
-    """A loss with a gradient everywhere."""
+    """A smooth loss."""
     return h.square().mean()
 
 
@@ -154,7 +154,7 @@ def bare(cell: Block, x: Tensor, steps: int) -> float:
 
 
 def count(name: str, layer: Layer, cell: Block, x: Tensor) -> Row:
-    """A row without times: one step, its evaluations, pullbacks and bytes counted."""
+    """A row without times: the evaluations, pullbacks and bytes of one step."""
     counted = Counted(cell)
     with LiveTensors() as live:
         h = layer(counted, x)
@@ -164,7 +164,7 @@ def count(name: str, layer: Layer, cell: Block, x: Tensor) -> Row:
 
 
 def grown(options: argparse.Namespace) -> int | None:
-    """Bytes by which the resident memory of this process grows in the first step of ``options.only``, at most."""
+    """Largest growth in bytes of this process's resident memory during the first step of ``options.only``."""
     cell, x = build(options)
     layer = layers(options.solver, options.steps, options.k)[options.only]
     bare(cell, x, 1)
@@ -175,9 +175,9 @@ def grown(options: argparse.Namespace) -> int | None:
 
 
 def high_water() -> int | None:
-    """Most resident bytes of this process so far, where the system tells.
+    """Largest resident memory of this process so far in bytes; None if the system does not report it.
 
-    ``getrusage`` will not do: a child begins with its parent's.
+    ``getrusage`` is not used, because a child process starts with the value of its parent.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -188,9 +188,9 @@ def high_water() -> int | None:
 
 
 def grown_elsewhere(name: str, arguments: Sequence[str]) -> int | None:
-    """``grown`` in a fresh process."""
+    """``grown`` in a new process."""
     command = [*COMMAND, "step", *arguments, "--only", name]
-    # glibc then gives the memory of every tensor back at once, and two runs agree to 0.2 %.
+    # With this setting glibc returns the memory of a tensor at once, and two runs agree to 0.2 %.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     result: int | None = json.loads(done.stdout)
@@ -198,7 +198,7 @@ def grown_elsewhere(name: str, arguments: Sequence[str]) -> int | None:
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> list[Row]:
-    """All rows; repetitions are interleaved, and each is divided by the bare evaluations measured in its turn."""
+    """All rows; each timed step is divided by bare evaluations of F measured just before it."""
     cell, x = build(options)
     variants = layers(options.solver, options.steps, options.k)
     with progress(console, len(variants) * (options.repetitions + 1 + options.rss)) as announce:
@@ -245,7 +245,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number of this run means nothing without."""
+    """The settings, the versions and the machine behind the numbers."""
     names = ("batch", "channels", "size", "solver", "steps", "k", "repetitions", "threads", "seed")
     return {
         "settings": {name: getattr(options, name) for name in names} | {"lam": LAM, "dtype": "float32"},
@@ -253,11 +253,11 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def title(found: dict[str, Any]) -> list[str]:
-    """The facts in lines."""
+    """The facts as lines of text."""
     s, v = found["settings"], found["versions"]
     return [
         f"batch {s['batch']}, {s['channels']} channels, {s['size']} x {s['size']}, float32; lambda = {s['lam']}",
-        f"{s['steps']} forced steps of {s['solver']}; {s['repetitions']} repetitions",
+        f"{s['steps']} steps of {s['solver']} in every solve; {s['repetitions']} repetitions",
         f"{found['machine']['cpu']}, threads: {s['threads']}",
         f"implicit_core {v['implicit-core']}, torch {v['torch']}, TorchDEQ {v['torchdeq']}",
     ]
@@ -266,21 +266,33 @@ def title(found: dict[str, Any]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks step",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = options.add_argument
     add("--batch", type=positive, default=32, help="samples")
     add("--channels", type=positive, default=32, help="channels of input and state")
     add("--size", type=positive, default=32, help="height and width")
-    add("--solver", choices=SOLVERS, default="fixed-point", help="of the forward pass, in both libraries")
-    add("--steps", type=positive, default=20, help="evaluations of F in every solve; TorchDEQ's and Richardson's VJPs")
+    add("--solver", choices=SOLVERS, default="fixed-point", help="solver of the forward pass, in both libraries")
+    add(
+        "--steps",
+        type=positive,
+        default=20,
+        help="steps of every solve except GMRES",
+    )
     add("--k", type=positive, default=5, help="terms and steps of the phantom gradients")
     add("--repetitions", type=positive, default=5, help="timed steps of each row")
     add("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
-    add("--seed", type=int, default=0, help="of weights and input")
-    add("--rss", action=argparse.BooleanOptionalAction, default=True, help="measure RSS, in a process for each row")
-    add("--output", type=output, action="append", default=[], help="save as .json or .md; may be given again")
-    add("--only", help=argparse.SUPPRESS)  # what a process for one row is told
+    add("--seed", type=int, default=0, help="seed of weights and input")
+    add(
+        "--rss",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure RSS in a new process for each row",
+    )
+    add("--output", type=output, action="append", default=[], help="save as .json or .md; may be repeated")
+    add("--only", help=argparse.SUPPRESS)  # used for the process of one row
     return options
 
 
@@ -290,13 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Those of the command line if None.
+        The command line's if None.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     console = Console(width=80)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ic.InexactGradientWarning)  # Richardson's steps are forced, not to a tolerance
+        warnings.simplefilter("ignore", ic.InexactGradientWarning)  # Richardson makes a fixed number of steps
         if options.only:
             print(json.dumps(grown(options)))
             return 0

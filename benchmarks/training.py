@@ -1,4 +1,4 @@
-"""One training step of a convolution block, forward and backward, to one residual, beside TorchDEQ's."""
+"""One training step of a convolution block, solved to a given residual, compared with TorchDEQ."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,19 +29,19 @@ HEAD = ("F", "VJP", "residual", "ms", "IFT / it", "held MB", "peak MB", "cosine"
 LEGEND = """\
 F          evaluations of F in the forward pass + in the backward pass
 VJP        pullbacks through F
-residual   largest of a sample at the solver's point, relative to F
+residual   largest relative residual of a sample at the solver's result
 ms         time of a step: the median
-IFT / it   time of TorchDEQ's step with implicit gradient over that of this
-held       MB of tensors that wait for the backward pass
+IFT / it   time of TorchDEQ's step with the implicit gradient, divided by ms
+held       MB of tensors that are kept for the backward pass
 peak       MB of tensors alive at once, at most
-cosine     of the gradient of all parameters with the exact one"""
+cosine     between the gradient of all parameters and the exact one"""
 
 
 def layers(solver: str, rtol: float, backward_rtol: float) -> dict[str, Layer]:
-    """The rows."""
+    """The rows of the table."""
     make, theirs = SOLVERS[solver]
     mine = partial(ours, solver=make(rtol=rtol, atol=0.0, max_steps=LIMIT))
-    # The solver of the forward pass is that of the backward pass, as in its examples.
+    # The backward pass uses the solver of the forward pass, as in the examples of TorchDEQ.
     stop = {"f_stop_mode": "rel", "f_tol": rtol, "b_stop_mode": "rel", "b_tol": backward_rtol}
     their = partial(torchdeqs, theirs, LIMIT, b_solver=theirs, **stop)
     return {
@@ -122,7 +122,7 @@ def table(solver: str, rows: list[dict[str, Any]], title: str) -> report.Table:
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """Speed against the exactness of the gradient."""
+    """Speed of each gradient, relative to the implicit gradient of TorchDEQ."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(record["rows"]), figsize=(12, 3.8), sharex=True, squeeze=False)
@@ -131,7 +131,7 @@ def picture(record: dict[str, Any]) -> Any:
         colors = ["0.6" if name.startswith("TorchDEQ") else "C0" for name in names]
         axis.barh(names, [row["IFT over it"] for row in rows], color=colors)
         axis.axvline(1.0, color="k", linewidth=0.8)
-        axis.set(title=f"after {solver}", xlabel="speed over TorchDEQ's IFT")
+        axis.set(title=f"after {solver}", xlabel="speed relative to TorchDEQ's IFT")
         axis.invert_yaxis()
     for axis in axes[0][1:]:
         axis.set_yticklabels([])
@@ -142,8 +142,10 @@ def picture(record: dict[str, Any]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     parser = report.parser("training", __doc__)
-    parser.add_argument("--rtol", type=float, default=1e-3, help="of the forward residual (default: 1e-3)")
-    parser.add_argument("--backward-rtol", type=float, default=1e-3, help="of exact gradients (default: 1e-3)")
+    parser.add_argument("--rtol", type=float, default=1e-3, help="tolerance of the solve (default: 1e-3)")
+    parser.add_argument(
+        "--backward-rtol", type=float, default=1e-3, help="tolerance of exact gradients (default: 1e-3)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

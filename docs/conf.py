@@ -29,18 +29,19 @@ nitpick_ignore_regex = [(r"py:.*", r"(collections|torch)\..*")]
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# Notebooks run at every build, in the environment of the build. An exception in a cell is a warning with its traceback,
-# and warnings fail the build, after all pages were tried. Raised, it would end the build at once, without a traceback.
+# Notebooks run at every build, in the environment of the build. An exception in a cell becomes a warning with its
+# traceback, and warnings make the build fail once all pages have run. Raised, it would end the build at once, without a
+# traceback.
 nb_execution_mode = "force"
 nb_execution_show_tb = True
 nb_execution_timeout = 120
 nb_merge_streams = True
-# Kernels inherit these: how pictures look; one thread each, since pages run side by side.
+# Kernels inherit these: the style of figures, and one thread each, since pages run in parallel.
 os.environ["MATPLOTLIBRC"] = str(DOCS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# MathJax is part of the site, so that formulas are drawn without a network. As an extension, the package that brings it
-# would end parallel builds.
+# MathJax is part of the site, so that formulas are drawn without a network. Its package is not loaded as an extension,
+# which would rule out parallel builds.
 MATHJAX = importlib.util.find_spec("sphinx-mathjax-offline")
 if MATHJAX is None or MATHJAX.origin is None:
     raise ImportError("sphinx-mathjax-offline is missing: make docs installs what the site needs")
@@ -50,8 +51,9 @@ mathjax_options = {"async": "async"}
 # Reference
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # types are in the docstrings' words; a signature shows names and defaults
+autodoc_typehints = "none"  # docstrings describe types; signatures show names and defaults
 napoleon_google_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
@@ -65,7 +67,7 @@ html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
 copybutton_exclude = ".linenos, .gp, .go"
 
-# Files outside of docs/ that have a page, for links to them
+# Files outside of docs/ that have a page; links to them lead there
 PAGES = {
     ROOT / "README.md": DOCS / "index.md",
     ROOT / "CHANGELOG.md": DOCS / "changelog.md",
@@ -76,7 +78,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def on_the_site(text: str, source: Path, page: Path) -> str:
-    """Markdown of the file ``source`` as ``page`` shows it: links go to pages, or are words where there is none."""
+    """Markdown of the file ``source`` for ``page``: links lead to pages, or become plain words if there is no page."""
 
     def link(match: re.Match[str]) -> str:
         words, path, anchor = match[1], match[2], match[3] or ""
@@ -92,21 +94,21 @@ def on_the_site(text: str, source: Path, page: Path) -> str:
 
 
 def short_name(app: Sphinx, env: Any, node: Any, words: Any) -> Any:
-    """Docstrings of the adapters write ``Problem`` for ``implicit_core.Problem``."""
-    if node.get("refdomain") == "py" and node["reftarget"] in implicit_core.__all__:
+    """Resolve names of ``implicit_core`` without its prefix, such as ``Problem`` or ``Backend.solving``."""
+    if node.get("refdomain") == "py" and node["reftarget"].split(".")[0] in implicit_core.__all__:
         target = f"implicit_core.{node['reftarget']}"
         return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, words)
     return None
 
 
 def attributes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Attributes that a docstring lists together, ``a, b``, are one entry; Sphinx would take ``a,`` for a type."""
+    """Make one entry of attributes that a docstring lists together, ``a, b``; Sphinx would read ``a,`` as a type."""
     lines[:] = [re.sub(r"^( *[A-Z])\. ", r"\1\\. ", line) for line in lines]  # "Z. Geng" begins no list
     lines[:] = [re.sub(r"(?<=:ivar )\w+(, \w+)+(?=:)", lambda names: names[0].replace(" ", ""), line) for line in lines]
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx asks of a configuration that is also an extension."""
+    """Connect the functions above to Sphinx: this configuration is also an extension."""
 
     def read(app: Sphinx, name: str, source: list[str]) -> None:
         page = Path(app.env.doc2path(name))

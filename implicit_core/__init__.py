@@ -12,7 +12,18 @@
 """
 
 from .backend import Backend
-from .estimators import BPTT, NPG, UPG, Estimator, Implicit, InexactGradientWarning, Neumann, OneStep, Unroll
+from .estimators import (
+    BPTT,
+    NPG,
+    UPG,
+    Estimator,
+    Implicit,
+    InexactGradientWarning,
+    Neumann,
+    NeumannSeries,
+    OneStep,
+    Unroll,
+)
 from .fixed_point import fixed_point
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
@@ -45,6 +56,7 @@ __all__ = [
     "LinearSolver",
     "Linearization",
     "Neumann",
+    "NeumannSeries",
     "NewtonKrylov",
     "OneStep",
     "Problem",

@@ -24,9 +24,9 @@ MODULES = {
     "threadpoolctl": "threadpoolctl",
     "torch": "torch",
 }
-"""Modules that the demo needs beyond the core's dependencies, and what their distributions are called."""
+"""Modules that the demo needs beyond the core's dependencies, and the names of their distributions."""
 EXTRAS = {"numpy": "demo", "torch": "demo,torch", "jax": "jax-demo", "cupy": "demo,cupy12", "all": "jax-demo,torch"}
-"""What installs them, for each choice of frameworks."""
+"""Extras that install them, for each choice of frameworks."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Those of the command line if None.
+        Arguments of the command line if None.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -67,7 +67,7 @@ def info(_options: argparse.Namespace) -> int:
 
 
 def _framework(name: str, is_installed: bool) -> tuple[str, str, str, list[str]]:
-    """A row of the table: name, installed or not, version, and what is to be said of the devices."""
+    """A row of the table: name, installed or not, version, and lines about the devices."""
     if not is_installed:
         return name, "no", "-", ["-"]
     try:
@@ -92,8 +92,7 @@ def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
             raise
         extras = EXTRAS[options.framework]
         print(
-            f"The demo needs {MODULES[module]}, which is not installed; "
-            f'in a checkout: pip install ".[{extras}]", elsewhere: pip install "implicit-core[{extras}]".',
+            f'The demo needs {MODULES[module]}, which is not installed; in a checkout: pip install -e ".[{extras}]".',
             file=sys.stderr,
         )
         if module == "cupy":
@@ -124,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help=about,
         description=f"{about.capitalize()}\non scikit-learn's handwritten digits, "
-        "in NumPy, PyTorch and JAX side by side;\nprint a table and save the curves.",
+        "in NumPy, PyTorch and JAX;\nprint a table and save the curves.",
         epilog="example:\n  python -m implicit_core demo --framework torch --output curves.png",
         formatter_class=_Formatter,
     )

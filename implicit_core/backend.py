@@ -1,22 +1,28 @@
-"""The backend seam: what the core needs and the array API standard has no answer for.
+"""What the core needs of an array framework beyond the array API standard: arrays, pytrees, devices and loops.
 
-The base class spells everything portably, with a Python loop; a framework's module in ``backends/`` overrides only
-what that framework spells better or differently. Every method is pure except :meth:`Backend.set_row` and
-:meth:`Backend.gram`, which may reuse the history, or the matrix, that they are given.
+Decision 33.
+
+:class:`Backend` spells all of it portably, so that a framework that follows the standard needs no code. A module in
+``backends/`` overrides only what its framework spells differently. The arithmetic of the solvers is in
+:class:`~implicit_core.space.Space`, which a framework may subclass where it has faster spellings.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import array_api_extra as xpx
 import optree
 from array_api_compat import device as device_of
 
-Array = Any
-PyTree = Any
+from .arrays import Array, Mask, PyTree
+from .space import Space
+
 Carry = TypeVar("Carry")
+Loop = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any, int, int], Any]
+"""``(cond, body, carry, max_steps, check_every) -> carry``."""
+Known = Mask | bool
+"""A mask; True or False where it was read, and holds in all samples or in none."""
 
 
 class Stream(NamedTuple):
@@ -26,19 +32,27 @@ class Stream(NamedTuple):
     address: int
 
 
-class Look(NamedTuple):
-    """What a loop that looks at numbers can do better than one that is traced.
+class Streams(Protocol):
+    """For frameworks with streams: the order of work when arrays are exchanged with another framework."""
 
-    Attributes
-    ----------
-    masks
-        ``carry -> masks``, each (N, 1); the loop ends when the first holds in no sample.
-    body
-        ``(carry, counts) -> carry``: the loop's body, told in how many samples each mask holds.
-    """
+    def current(self, tree: PyTree) -> Stream | None:
+        """The stream that work with the arrays of ``tree`` is queued on; None if they are not on a CUDA device."""
 
-    masks: Callable[[Any], tuple[Array, ...]]
-    body: Callable[[Any, list[int]], Any]
+    def use(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Queue work on a stream of another framework within this context."""
+
+
+class Tracing(Protocol):
+    """For frameworks whose arrays may be traced, so that no number in them can be read."""
+
+    def check(self, ok: Array, message: str, **numbers: Array) -> None:
+        """Raise when the program runs, unless ``ok``. The message may name the numbers."""
+
+    def callback(self, function: Callable[..., None], *arrays: Array) -> None:
+        """Call ``function(*arrays)`` when the program runs."""
+
+    def constant(self, x: Array) -> Array:
+        """``x`` without derivatives, for a framework where :meth:`Backend.solving` cannot switch autodiff off."""
 
 
 class Backend:
@@ -52,6 +66,8 @@ class Backend:
         Its array-API namespace (from array-api-compat where the framework needs it).
     array_types
         Classes whose instances are this framework's arrays.
+    space
+        The class of its vector spaces: :class:`~implicit_core.space.Space`, or a subclass with faster spellings.
 
     Examples
     --------
@@ -61,52 +77,33 @@ class Backend:
     <backend numpy>
     """
 
-    def __init__(self, name: str, xp: ModuleType, array_types: tuple[type, ...]) -> None:
+    immutable: bool = False
+    """Whether arrays cannot be written to."""
+    has_autodiff: bool = False
+    """Whether the framework differentiates functions of its arrays. They return new arrays then."""
+    streams: Streams | None = None
+    tracing: Tracing | None = None
+    recorder: Loop | None = None
+    """Carries out a loop instead of :meth:`while_loop`, in a framework that records loops to replay them."""
+
+    def __init__(self, name: str, xp: ModuleType, array_types: tuple[type, ...], *, space: type[Space] = Space) -> None:
         self.name = name
         self.xp = xp
         self.array_types = array_types
+        self._space = space
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
 
-    # What an array is, and where.
+    def space(self, like: PyTree, batch_ndim: int, name: str = "h0") -> Space:
+        """The vector space of states shaped as ``like``, which errors call ``name``."""
+        return self._space(self, like, batch_ndim, name)
+
+    # Arrays.
 
     def is_array(self, x: object) -> bool:
         """Whether ``x`` is one of this framework's arrays."""
         return isinstance(x, self.array_types)
-
-    def device(self, x: Array) -> Any:
-        """The device ``x`` lives on; None where that can't be known (a traced array)."""
-        return device_of(x)
-
-    def beside(self, tree: PyTree) -> AbstractContextManager[Any]:
-        """Within it arrays are made, and computed with, where those of ``tree`` are.
-
-        For frameworks with a current device: the core, and the user's functions, run on that of the arrays.
-        """
-        return nullcontext()
-
-    def from_dlpack(self, x: Any) -> Array:
-        """An array of another framework as one of this, in the same memory.
-
-        Raises
-        ------
-        TypeError, BufferError
-            If its device or dtype is not known here.
-        """
-        return self.xp.from_dlpack(x)
-
-    def stream(self, tree: PyTree) -> Stream | None:
-        """The stream that work with the arrays of ``tree`` goes to; None where there are no streams to choose from."""
-        return None
-
-    def on_stream(self, stream: Stream | None) -> AbstractContextManager[Any]:
-        """Within it, work goes to a stream of another framework, as far as this one can choose."""
-        return nullcontext()
-
-    def devices(self) -> list[str]:
-        """Devices found on this machine, in words."""
-        return ["cpu"]
 
     def finfo(self, dtype: Any) -> Any:
         """Limits of a floating dtype, as in the array API."""
@@ -116,235 +113,112 @@ class Backend:
         """Whether a dtype is of a kind, as in the array API."""
         return bool(self.xp.isdtype(dtype, kind))
 
+    def stop_gradient(self, x: Array) -> Array:
+        """``x``, detached from any autodiff graph."""
+        return x
+
+    def from_dlpack(self, x: Any) -> Array:
+        """An array of another framework as one of this framework, in the same memory.
+
+        Raises
+        ------
+        TypeError, BufferError
+            If this framework does not have its device or dtype.
+        """
+        return self.xp.from_dlpack(x)
+
+    # Devices.
+
+    def device(self, x: Array) -> Any:
+        """The device of ``x``; None if it is not known (a traced array)."""
+        return device_of(x)
+
+    def devices(self) -> list[str]:
+        """Devices of this machine, in words."""
+        return ["cpu"]
+
+    def on_device_of(self, tree: PyTree) -> AbstractContextManager[Any]:
+        """Make the device of the arrays in ``tree`` the current one within this context.
+
+        For frameworks with a current device: the core, and the user's functions, make new arrays there.
+        """
+        return nullcontext()
+
     # Pytrees.
 
-    def flatten(self, tree: PyTree) -> tuple[list[Any], Hashable]:
-        """Leaves and structure of a pytree; ``None`` is an empty node."""
-        return optree.tree_flatten(tree)
-
-    def flatten_with_none(self, tree: PyTree) -> tuple[list[Any], Hashable]:
-        """As :meth:`flatten`, with ``None`` a leaf."""
-        return optree.tree_flatten(tree, none_is_leaf=True)
+    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
+        """Leaves and structure of a pytree; ``None`` is an empty node, or a leaf if ``none_is_leaf``."""
+        return optree.tree_flatten(tree, none_is_leaf=none_is_leaf)
 
     def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
         """The inverse of :meth:`flatten`."""
         return optree.tree_unflatten(structure, leaves)
 
     def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-        """``fn`` over the leaves of pytrees of one structure."""
+        """Apply ``fn`` to the leaves of pytrees of one structure."""
         return optree.tree_map(fn, tree, *rest)
 
-    # Loops. A body is pure, with fixed shapes and dtypes, so that a framework may trace it.
+    # Loops. A body is a function of its carry with fixed shapes and dtypes, so that a framework may trace it.
 
     def while_loop(
         self,
-        cond: Callable[[Carry], Array],
-        body: Callable[[Carry], Carry],
+        masks: Callable[[Carry], tuple[Mask, ...]],
+        body: Callable[[Carry, tuple[Known, ...]], Carry],
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
-        look: Look | None = None,
     ) -> Carry:
-        """``while cond(carry): carry = body(carry)``, at most ``max_steps`` times.
+        """``carry = body(carry, masks(carry))`` until the first mask holds in no sample, at most ``max_steps`` times.
 
-        ``cond`` returns a boolean array without axes. Reading it is the loop's one host sync, made once in
-        ``check_every`` steps; where there is a ``look``, that is read in its place. Where operations are recorded
-        nothing can be read: ``max_steps`` are made.
+        Reading the masks is the loop's one host synchronization, made once in ``check_every`` steps. A mask that was
+        read, and holds in all samples or in none, is passed to the body as True or False. While a graph is captured
+        nothing can be read, and ``max_steps`` are made.
         """
-        loop = self.recorder()
-        if loop is not None:
-            done: Carry = loop(cond, body, carry, max_steps, check_every)
-            return done
+
+        def masked(carry: Carry) -> Carry:
+            return body(carry, masks(carry))
+
+        if self.recorder is not None:
+            recorded: Carry = self.recorder(lambda c: self.xp.any(masks(c)[0]), masked, carry, max_steps, check_every)
+            return recorded
         steps = 0
         while steps < max_steps:
-            masks = (cond(carry),) if look is None else look.masks(carry)
-            if self.recorded(masks[0]):
-                return self.repeat(body, carry, max_steps)
-            if look is None:
-                if not bool(masks[0]):
-                    break
-                carry = body(carry)
-            else:
-                counts = self.count(masks)
-                if not counts[0]:
-                    break
-                carry = look.body(carry, counts)
+            found = masks(carry)
+            if self.capturing(found[0]):  # nothing can be read, and samples that are done are frozen. Decision 60.
+                return self.repeat(masked, carry, max_steps)
+            counts, samples = self.count(found), found[0].shape[0]
+            if counts[0] == 0:
+                break
+            # Decisions 9 and 10.
+            known = tuple(n > 0 if n in (0, samples) else mask for mask, n in zip(found, counts, strict=True))
+            carry = body(carry, known)
             chunk = min(check_every, max_steps - steps)
             if chunk > 1:
-                carry = self.repeat(body, carry, chunk - 1)
+                carry = self.repeat(masked, carry, chunk - 1)
             steps += chunk
         return carry
 
-    def recorder(self) -> Callable[..., Any] | None:
-        """What takes a loop down in the place of carrying it out: ``(cond, body, carry, max_steps, check_every)``."""
-        return None
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        """Apply ``body`` a fixed number of times."""
+        for _ in range(times):
+            carry = body(carry)
+        return carry
 
-    def count(self, masks: Sequence[Array]) -> list[int]:
-        """In how many samples masks hold, (N, 1), read from the device at once."""
+    def count(self, masks: Sequence[Mask]) -> list[int]:
+        """The number of samples in which each mask holds, read from the device at once."""
         xp, base = self.xp, 1 + masks[0].shape[0]
         digits = [xp.sum(xp.astype(mask, xp.int64)) * base**i for i, mask in enumerate(masks)]
         number = int(sum(digits[1:], digits[0]))
         return [number // base**i % base for i in range(len(masks))]
 
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
-        """Apply ``body`` a static number of times."""
-        for _ in range(times):
-            carry = body(carry)
-        return carry
-
     def solving(self) -> AbstractContextManager[Any]:
-        """The state a solve runs in: nothing recorded for autodiff, no warning for what the statuses report."""
+        """The context of a solve: no autodiff graph, and no warnings for what a status reports."""
         return nullcontext()
 
-    def recorded(self, x: Array) -> bool:
-        """Whether operations on ``x`` are recorded, to be replayed as they are, instead of carried out."""
+    def capturing(self, x: Array) -> bool:
+        """Whether operations on ``x`` are being captured for a replay (a CUDA graph) instead of carried out."""
         return False
 
     def readable(self, x: Array) -> bool:
-        """Whether the numbers in ``x`` can be read now; those of a traced array can't."""
-        return not self.recorded(x)
-
-    def check_later(self, ok: Array, message: str, **numbers: Array) -> None:
-        """For arrays that are not readable: raise once they are, unless ``ok``. The message names the numbers."""
-        raise NotImplementedError(f"{self} has no arrays that can't be read")
-
-    def call_later(self, function: Callable[..., None], *arrays: Array) -> None:
-        """For arrays that are not readable: ``function(*arrays)`` once they are."""
-        raise NotImplementedError(f"{self} has no arrays that can't be read")
-
-    def undifferentiated(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        """``f`` as a solve calls it, for a framework where :meth:`solving` can't switch autodiff off."""
-        return f
-
-    def placement(self, x: Array) -> Any:
-        """How ``x``, (N, D), is spread over devices, where that is part of an array's type."""
-        return None
-
-    def spread(self, x: Array, placement: Any) -> Array:
-        """``x``, (N, ..., D), spread in the same way."""
-        return x
-
-    def spread_numbers(self, x: Array, placement: Any) -> Array:
-        """Per-sample numbers ``x``, (N, ...), spread as the samples are."""
-        return x
-
-    def unchanged(self, x: Array, before: Array) -> Any:
-        """Whether ``x`` still holds what it held ``before``, a boolean array without axes; True where that is certain.
-
-        It is not read here: each look at a number waits for the device. Where it can't be read later either it is True.
-        """
-        return not self.readable(x) or self.xp.all((x == before) | (x != x))
-
-    def fresh(self, x: Array) -> Array:
-        """``x`` in memory that the user's functions can't write to."""
-        return self.copy(x)
-
-    def address(self, x: Array) -> Any:
-        """Where the memory of ``x`` begins, a number; None where that is not known."""
-        return None
-
-    def has_graph(self, x: Array) -> bool:
-        """Whether ``x`` holds what it was computed from."""
-        return False
-
-    def stop_gradient(self, x: Array) -> Array:
-        """``x``, cut from any autodiff graph."""
-        return x
-
-    def tally(self, counts: Array, mask: Array) -> Array:
-        """``counts``, one more where ``mask`` holds."""
-        return counts + self.xp.astype(mask, counts.dtype)
-
-    def where(self, mask: Array, x: Array, y: Array) -> Array:
-        """``x`` where ``mask`` holds, else ``y``, as in the array API."""
-        return self.xp.where(mask, x, y)
-
-    def where_number(self, mask: Array, number: int, x: Array) -> Array:
-        """``number`` where ``mask`` holds, else ``x``."""
-        return self.xp.where(mask, self.xp.full((), number, dtype=x.dtype, device=self.device(x)), x)
-
-    def copy(self, x: Array) -> Array:
-        """``x`` in memory of its own, its rows one after the other, as other operations leave them.
-
-        In another order F's own sums would be rounded in another way.
-        """
-        return self.xp.reshape(self.xp.asarray(self.xp.reshape(x, (-1,)), copy=True), x.shape)
-
-    def rows_in_use(self, history: Array, index: Any) -> int:
-        """How many rows of a history to compute with, when the loop's counter is at ``index``; the rest is zero.
-
-        All of them, where the counter is no number, or where each size would be compiled by itself.
-        """
-        return min(int(index), int(history.shape[1]))
-
-    def head(self, array: Array, axis: int, n: int) -> Array:
-        """The first n along an axis."""
-        if array.shape[axis] == n:
-            return array
-        return array[(*(slice(None),) * axis, slice(n), ...)]
-
-    def minimum(self, index: Any, limit: int) -> Any:
-        """The smaller of a loop's counter and a constant."""
-        return min(index, limit)
-
-    def table(self, rows: Array) -> Any:
-        """The rows of an array, to be read with ``table[index]`` at an index the loop counts."""
-        return tuple(rows[i, ...] for i in range(rows.shape[0]))
-
-    # Per-sample linear algebra. States are (N, D), rows (N, 1, D), histories (N, m, D), per-sample numbers (N, 1).
-
-    def norm(self, x: Array) -> Array:
-        """Euclidean norm over the last axis, which is kept."""
-        return self.xp.linalg.vector_norm(x, axis=-1, keepdims=True)
-
-    def largest(self, x: Array) -> Array:
-        """Largest absolute value over the last axis, which is kept and not empty."""
-        return self.xp.max(self.xp.abs(x), axis=-1, keepdims=True)
-
-    def total(self, numbers: Array) -> Array:
-        """Sums over a sample, where parts of one may be held elsewhere: the sums over these too."""
-        return numbers
-
-    def axpy(self, a: Array | float, x: Array, y: Array) -> Array:
-        """``a x + y``."""
-        return a * x + y
-
-    def gram(self, gram: Array, history: Array, index: Any) -> Array:
-        """Inner products of the rows of a history with each other, (N, m, D) -> (N, m, m).
-
-        ``gram`` holds them as they were before the row at ``index`` was replaced, and is given up.
-        """
-        return history @ self.xp.matrix_transpose(history)
-
-    def products(self, row: Array, history: Array) -> Array:
-        """Inner products of a row with those of a history, (N, 1, D), (N, m, D) -> (N, 1, m)."""
-        return row @ self.xp.matrix_transpose(history)
-
-    def products_of_two(self, x: Array, y: Array, history: Array) -> tuple[Array, Array]:
-        """The same of two rows, for which the history is read once."""
-        both = self.products(self.xp.concat([x, y], axis=1), history)
-        return both[:, :1, :], both[:, 1:, :]
-
-    def combine(self, weights: Array, history: Array) -> Array:
-        """Weighted sum of the rows of a history, (N, 1, m), (N, m, D) -> (N, 1, D)."""
-        return weights @ history
-
-    def combine_onto(self, row: Array, weights: Array, history: Array) -> Array:
-        """``row + combine(weights, history)``."""
-        return row + weights @ history
-
-    def solve_rows(self, matrix: Array, row: Array) -> Array:
-        """The x with ``x matrix = row``, per sample; (N, m, m) and (N, 1, m).
-
-        ``matrix`` is symmetric and positive definite, or triangular and regular: no pivots are needed.
-        """
-        transpose = self.xp.matrix_transpose
-        return transpose(self.xp.linalg.solve(transpose(matrix), transpose(row)))
-
-    def entry(self, row: Array, index: Any) -> Array:
-        """One entry of a row, (N, 1, m) -> (N, 1, 1)."""
-        return row[:, :, index][:, :, None]
-
-    def set_row(self, history: Array, index: Any, row: Array) -> Array:
-        """The history with one row replaced by (N, D) or (N, 1, D). The history passed in is given up."""
-        return xpx.at(history)[:, index, :].set(row if row.ndim == 2 else row[:, 0, :], copy=None)
+        """Whether the numbers in ``x`` can be read now. Traced and captured arrays cannot be read."""
+        return not self.capturing(x)

@@ -1,9 +1,12 @@
 """Argument checks: each error names the argument, what came, and what was expected."""
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backend import Backend, PyTree
+from .arrays import PyTree
+
+if TYPE_CHECKING:
+    from .backend import Backend
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
@@ -58,7 +61,7 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
-def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
+def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
     """``value`` can be iterated on: real floating arrays that share their ``batch_ndim`` first axes, returned."""
     leaves, _ = backend.flatten(value)
     if not leaves:
@@ -89,7 +92,7 @@ def state(backend: Backend, name: str, value: PyTree, batch_ndim: int) -> tuple[
     return batch
 
 
-def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:
+def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:
     """``got`` has the structure, shapes, dtypes and devices of ``expected``."""
     leaves, structure = backend.flatten(got)
     expected_leaves, expected_structure = backend.flatten(expected)
@@ -103,13 +106,13 @@ def like(backend: Backend, name: str, got: PyTree, expected: PyTree, expected_na
             raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
 
 
-def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
+def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
     """``got`` has the structure of ``z``, and its floating arrays its shapes, dtypes and devices.
 
     None stands for a leaf of ``z`` without a derivative.
     """
-    leaves, structure = backend.flatten_with_none(got)
-    expected_leaves, expected = backend.flatten_with_none(z)
+    leaves, structure = backend.flatten(got, none_is_leaf=True)
+    expected_leaves, expected = backend.flatten(z, none_is_leaf=True)
     if structure != expected:
         raise TypeError(f"{name} must have the structure of z, {expected}, got {structure}")
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
@@ -124,7 +127,7 @@ def like_z(backend: Backend, name: str, got: PyTree, z: PyTree) -> None:
             raise error(f"{name} must {must}s of z: expected {wanted}, got {came}")
 
 
-def _difference(backend: Backend, leaf: Any, reference: Any) -> tuple[type[Exception], str, Any, Any] | None:
+def _difference(backend: "Backend", leaf: Any, reference: Any) -> tuple[type[Exception], str, Any, Any] | None:
     """In what two arrays differ first: the error that is, what one must do, what was expected and what came."""
     if leaf.shape != reference.shape:
         return ValueError, "have the shape", tuple(reference.shape), tuple(leaf.shape)

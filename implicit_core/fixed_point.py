@@ -4,27 +4,28 @@ from collections.abc import Callable
 from typing import Any
 
 from . import checks
-from .backend import PyTree
+from .arrays import H, PyTree, Z
 from .estimators import Estimator, Unroll
-from .problem import Map, Problem
-from .registry import find_adapter, find_backend, load_adapter
+from .layer import Layer, LayerOptions, undifferentiated
+from .problem import Map, Problem, as_problem
+from .registry import find_adapter, find_backend
 from .solution import Solution
-from .solve import as_problem, solve
-from .solvers import Anderson, FixedPointIteration, Solver
+from .solve import as_solver
+from .solvers import Anderson, FixedPointSolver
 
 
 def fixed_point(
-    f: Problem | Map,
-    h0: PyTree,
-    z: PyTree,
+    f: Problem[H, Z] | Map[H, Z],
+    h0: H,
+    z: Z,
     *,
-    solver: Solver | Callable[[Problem, PyTree, PyTree], PyTree] = Anderson(),
+    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
     gradient: Estimator = Unroll(k=5, lam=0.5),
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
     has_aux: bool = False,
-) -> Solution:
+) -> Solution[H]:
     """The fixed point h = F(h, z) as a layer: solved by ``solver``, differentiated by ``gradient``.
 
     Arrays of a framework with autodiff go to its adapter, and the result is differentiable in z. Elsewhere the value
@@ -74,52 +75,24 @@ def fixed_point(
     True
     """
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    # NumPy's h0 will do where z is of a framework with autodiff, if that takes it.
-    adapter = load_adapter(find_backend(h0).name) or find_adapter(z)
-    layer: Callable[..., Solution] = undifferentiated if adapter is None else adapter.fixed_point
-    options = {"solver": solver, "gradient": gradient, "batch_ndim": batch_ndim, "throw": throw, "trace": trace}
-    return with_aux(layer, f, h0, z, options) if has_aux else layer(f, h0, z, **options)
-
-
-def with_aux(
-    layer: Callable[..., Solution], f: Problem | Map, h0: PyTree, z: PyTree, options: dict[str, Any]
-) -> Solution:
-    """``layer`` for an f that returns a pair (h, aux)."""
+    if throw and gradient.starts_from_h0:
+        raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")
+    options = LayerOptions(as_solver(solver), gradient, throw, trace)
+    # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.
+    adapter = find_adapter(h0) or find_adapter(z)
+    layer: Layer = undifferentiated if adapter is None else adapter.layer
+    if not has_aux:
+        return layer(as_problem(f, batch_ndim), h0, z, options)
     if isinstance(f, Problem):
         raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
 
-    def both(h: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
-        pair = f(h, z)
+    def both(h: H, z: Z) -> tuple[H, PyTree]:
+        pair: Any = f(h, z)
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(pair).__name__}")
         return pair
 
-    solution = layer(lambda h, z: both(h, z)[0], h0, z, **options)
-    with find_backend(h0).beside(h0):
+    solution = layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim), h0, z, options)
+    # Decision 15.
+    with find_backend(solution.value).on_device_of(solution.value):
         return solution._replace(aux=both(solution.value, z)[1])
-
-
-def undifferentiated(
-    f: Problem | Map, h0: PyTree, z: PyTree, *, gradient: Estimator, batch_ndim: int | None, **options: Any
-) -> Solution:
-    """The layer's value, without a binding to any autodiff."""
-    problem = as_problem(f, batch_ndim)
-    solution = solver_point(problem, h0, z, gradient=gradient, **options)
-    return solution._replace(value=gradient.value(problem, solution.value, z))
-
-
-def solver_point(
-    problem: Problem, h0: PyTree, z: PyTree, *, gradient: Estimator, solver: Any, throw: bool, trace: bool
-) -> Solution:
-    """The point at which ``gradient`` sets in: the solver's, or h0 itself, judged by one evaluation of F."""
-    if throw:
-        refuse_throw(gradient)
-    if gradient.starts_from_h0:
-        solver = FixedPointIteration(max_steps=1)
-    return solve(problem, h0, z, solver=solver, throw=throw, trace=trace)
-
-
-def refuse_throw(gradient: Estimator) -> None:
-    """``throw=True`` is for estimators that follow a solve."""
-    if gradient.starts_from_h0:
-        raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")

@@ -3,27 +3,26 @@
 from collections.abc import Callable
 
 from . import checks
-from .backend import PyTree
+from .arrays import H, State
 from .linear_solvers import GMRES, LinearSolver
 from .registry import find_backend
 from .solution import Solution, Stats
-from .space import Space, State
 
 
 def solve_linear(
-    operator: Callable[[PyTree], PyTree],
-    b: PyTree,
+    operator: Callable[[H], H],
+    b: H,
     *,
     solver: LinearSolver = GMRES(),
     batch_ndim: int = 0,
     throw: bool = False,
-) -> Solution:
-    """Solve A x = b for every sample, A given by its products.
+) -> Solution[H]:
+    """Solve A x = b for every sample, with A given by its products.
 
     Parameters
     ----------
     operator
-        ``operator(v)``, A v, shaped as b; linear, and acting on each sample by itself.
+        ``operator(v)`` is A v, shaped as b. It is linear, and acts on each sample independently.
     b
         Right-hand side, an array or a pytree of arrays, (batch..., state...).
     solver
@@ -31,7 +30,7 @@ def solve_linear(
     batch_ndim
         How many first axes of every leaf of b index independent samples.
     throw
-        Raise where a sample did not converge.
+        Raise if a sample did not converge.
 
     Returns
     -------
@@ -44,7 +43,7 @@ def solve_linear(
     SolveError
         With ``throw``, if a sample did not converge.
     TypeError, ValueError
-        If an argument, or what ``operator`` returns, has a wrong type, structure, shape, dtype or device.
+        If an argument, or a result of ``operator``, has a wrong type, structure, shape, dtype or device.
 
     Examples
     --------
@@ -57,16 +56,16 @@ def solve_linear(
     checks.function("operator", operator)
     checks.instance("solver", solver, LinearSolver, "GMRES()")
     backend = find_backend(b, "b")
-    space = Space(backend, b, checks.integer("batch_ndim", batch_ndim, 0), "b")
+    space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b")
 
     def on_states(x: State) -> State:
         product = operator(space.unpack(x))
         checks.like(backend, "the result of operator", product, b, "b")
         return space.pack(product)
 
-    with backend.beside(b):
+    with backend.on_device_of(b):
         with backend.solving():
             result = solver.run(space, on_states, space.pack(b))
-        stats = Stats(space.per_sample(result.steps), result.applications, space.per_sample(result.residual))
+        stats = Stats(space.per_sample(result.steps), result.products, space.per_sample(result.residual))
         solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
         return solution.raise_for_status() if throw else solution

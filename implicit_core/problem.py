@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from . import checks
-from .backend import Backend, PyTree
+from .arrays import H, Z
+from .backend import Backend
 from .registry import find_backend
 
-Map = Callable[[PyTree, PyTree], PyTree]
-Linear = Callable[[PyTree], PyTree]
+Map = Callable[[H, Z], H]
+"""F: ``f(h, z)``."""
+DERIVATIVES = ("vjp_h", "vjp_z", "jvp_h", "jvp_z", "vjp", "jvp")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Linearization:
+class Linearization(Generic[H, Z]):
     """F and its derivatives at one point (h, z).
 
     Parameters
@@ -46,39 +49,44 @@ class Linearization:
     array([1.5, 1.5])
     """
 
-    value: PyTree
-    vjp_h: Linear | None = None
-    vjp_z: Linear | None = None
-    jvp_h: Linear | None = None
-    jvp_z: Linear | None = None
-    vjp: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
-    jvp: Callable[[PyTree, PyTree], PyTree] | None = None
+    value: H
+    vjp_h: Callable[[H], H] | None = None
+    vjp_z: Callable[[H], Z] | None = None
+    jvp_h: Callable[[H], H] | None = None
+    jvp_z: Callable[[Z], H] | None = None
+    vjp: Callable[[H], tuple[H, Z]] | None = None
+    jvp: Callable[[H, Z], H] | None = None
+
+    def wrap(self, outer: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> "Linearization[H, Z]":
+        """The same, where ``outer(name, derivative)`` replaces each derivative that is given."""
+        given = {name: getattr(self, name) for name in DERIVATIVES}
+        return Linearization(self.value, **{name: f and outer(name, f) for name, f in given.items()})
 
 
-class BoundLinearization:
-    """A :class:`Linearization` whose every result is checked against h and z; what the estimators work with."""
+class BoundLinearization(Generic[H, Z]):
+    """A :class:`Linearization` at (h, z) for the estimators: every result is checked against h and z."""
 
-    def __init__(self, raw: Linearization, backend: Backend, h: PyTree, z: PyTree) -> None:
+    def __init__(self, raw: Linearization[H, Z], backend: Backend, h: H, z: Z) -> None:
         self.raw, self.backend, self.h, self.z = raw, backend, h, z
 
     @property
-    def value(self) -> PyTree:
+    def value(self) -> H:
         """F(h, z)."""
         return self.raw.value
 
-    def vjp_h(self, v: PyTree) -> PyTree:
+    def vjp_h(self, v: H) -> H:
         """(∂F/∂h)ᵀ v."""
         if self.raw.vjp_h is None:
             return self.vjp(v)[0]
         return self._h("the h-cotangent from vjp", self.raw.vjp_h(v))
 
-    def vjp_z(self, v: PyTree) -> PyTree:
+    def vjp_z(self, v: H) -> Z:
         """(∂F/∂z)ᵀ v."""
         if self.raw.vjp_z is None:
             return self.vjp(v)[1]
         return self._z("the z-cotangent from vjp", self.raw.vjp_z(v))
 
-    def vjp(self, v: PyTree) -> tuple[PyTree, PyTree]:
+    def vjp(self, v: H) -> tuple[H, Z]:
         """((∂F/∂h)ᵀ v, (∂F/∂z)ᵀ v)."""
         if self.raw.vjp is None:
             self.require("vjp_h", "vjp_z")
@@ -88,26 +96,27 @@ class BoundLinearization:
             raise TypeError(f"vjp must return the pair (v_h, v_z), got {type(both).__name__}")
         return self._h("the h-cotangent from vjp", both[0]), self._z("the z-cotangent from vjp", both[1])
 
-    def jvp_h(self, dh: PyTree) -> PyTree:
+    def jvp_h(self, dh: H) -> H:
         """(∂F/∂h) dh."""
         if self.raw.jvp_h is None:
-            return self.jvp(dh, self._zeros(self.z))
+            return self.jvp(dh, zero_tangent(self.backend, self.z))
         return self._h("the tangent from jvp", self.raw.jvp_h(dh))
 
-    def jvp_z(self, dz: PyTree) -> PyTree:
+    def jvp_z(self, dz: Z) -> H:
         """(∂F/∂z) dz."""
         if self.raw.jvp_z is None:
-            return self.jvp(self._zeros(self.h), dz)
+            return self.jvp(zero_tangent(self.backend, self.h), dz)
         return self._h("the tangent from jvp", self.raw.jvp_z(dz))
 
-    def jvp(self, dh: PyTree, dz: PyTree) -> PyTree:
+    def jvp(self, dh: H, dz: Z) -> H:
         """(∂F/∂h) dh + (∂F/∂z) dz."""
         if self.raw.jvp is None:
             self.require("jvp_h", "jvp_z")
-            return self.backend.map(lambda a, b: a + b, self.jvp_h(dh), self.jvp_z(dz))
+            total: H = self.backend.map(lambda a, b: a + b, self.jvp_h(dh), self.jvp_z(dz))
+            return total
         return self._h("the tangent from jvp", self.raw.jvp(dh, dz))
 
-    def require(self, *names: str) -> "BoundLinearization":
+    def require(self, *names: str) -> "BoundLinearization[H, Z]":
         """Raise NotImplementedError now, rather than in a pullback called later, if a derivative is missing."""
         for name in names:
             joint = name.split("_", maxsplit=1)[0]
@@ -119,26 +128,28 @@ class BoundLinearization:
                 )
         return self
 
-    def _h(self, name: str, got: PyTree) -> PyTree:
+    def _h(self, name: str, got: H) -> H:
         checks.like(self.backend, name, got, self.h, "h")
         return got
 
-    def _z(self, name: str, got: PyTree) -> PyTree:
+    def _z(self, name: str, got: Z) -> Z:
         checks.like_z(self.backend, name, got, self.z)
         return got
 
-    def _zeros(self, tree: PyTree) -> PyTree:
-        backend = self.backend
 
-        def zero(leaf: Any) -> Any:
-            if backend.is_array(leaf):
-                return backend.xp.zeros_like(leaf)
-            return 0.0 if isinstance(leaf, (int, float)) else leaf
+def zero_tangent(backend: Backend, tree: Z) -> Z:
+    """The zero tangent of a pytree. A leaf that is not an array of numbers, nor a number, stands for itself."""
 
-        return backend.map(zero, tree)
+    def zero(leaf: Any) -> Any:
+        if backend.is_array(leaf):
+            return backend.xp.zeros_like(leaf)
+        return 0.0 if isinstance(leaf, (int, float)) else leaf
+
+    zeros: Z = backend.map(zero, tree)
+    return zeros
 
 
-class Problem:
+class Problem(Generic[H, Z]):
     """The fixed-point problem h = F(h, z) (Eq. 1), with whatever derivatives the user has.
 
     Parameters
@@ -159,8 +170,8 @@ class Problem:
 
     Notes
     -----
-    F and the callbacks are functions: they leave their arguments as they are, and return new arrays. In the ``dz`` that
-    reaches ``jvp``, what is not an array stays as it is in z.
+    F and the callbacks do not change their arguments. Leaves of z that are not arrays have no derivative. Where ``jvp``
+    is called with dz = 0, Python numbers in z become 0.0, and all other leaves that are not arrays stay as they are.
 
     Raises
     ------
@@ -182,11 +193,11 @@ class Problem:
 
     def __init__(
         self,
-        f: Map,
+        f: Map[H, Z],
         *,
-        vjp: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
-        jvp: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree] | None = None,
-        linearize: Callable[[PyTree, PyTree], Linearization] | None = None,
+        vjp: Callable[[H, Z, H], tuple[H, Z]] | None = None,
+        jvp: Callable[[H, Z, H, Z], H] | None = None,
+        linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
         batch_ndim: int = 0,
     ) -> None:
         checks.function("f", f)
@@ -205,49 +216,53 @@ class Problem:
         callbacks = [callback for callback, value in given.items() if value is not None]
         return f"Problem({', '.join([name, *callbacks, f'batch_ndim={self.batch_ndim}'])})"
 
-    def __call__(self, h: PyTree, z: PyTree) -> PyTree:
+    def __call__(self, h: H, z: Z) -> H:
         """F(h, z)."""
         return self.f(h, z)
 
-    def replace_f(self, f: Map) -> "Problem":
+    @property
+    def has_derivatives(self) -> bool:
+        """Whether a callback for derivatives was given."""
+        return not (self._vjp is None and self._jvp is None and self._linearize is None)
+
+    def replace_f(self, f: Map[H, Z]) -> "Problem[H, Z]":
         """The same problem with another callable for F, e.g. one that counts its calls."""
         return Problem(f, vjp=self._vjp, jvp=self._jvp, linearize=self._linearize, batch_ndim=self.batch_ndim)
 
-    @property
-    def has_jvp(self) -> bool:
-        """Whether the JVP was given as a callback, and needs no linearization."""
-        return self._jvp is not None
-
-    def linearize(self, h: PyTree, z: PyTree) -> BoundLinearization:
+    def linearize(self, h: H, z: Z) -> BoundLinearization[H, Z]:
         """F and its derivatives at (h, z), for one evaluation of F.
 
         Raises
         ------
         TypeError, ValueError
-            If F or a callback returns another structure, shape, dtype or device than that of h or z.
+            If the structure, shape, dtype or device of a result of F or of a callback differs from h or z.
         NotImplementedError
             On use of a derivative that the problem doesn't have.
         """
         backend = find_backend(h, "h")
         checks.state(backend, "h", h, self.batch_ndim)
-        with backend.beside(h):
+        with backend.on_device_of(h):
             raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
         checks.like(backend, "the result of f", raw.value, h, "h")
         return BoundLinearization(raw, backend, h, z)
 
-    def pushforward_h(self, h: PyTree, z: PyTree) -> tuple[Linear, int]:
-        """``dh -> (∂F/∂h) dh`` at (h, z), and the evaluations of F spent on it: none if ``jvp`` was given."""
-        jvp = self._jvp
-        if jvp is None:
-            return self.linearize(h, z).require("jvp_h").jvp_h, 1
-        raw = Linearization(None, jvp=lambda dh, dz: jvp(h, z, dh, dz))
-        return BoundLinearization(raw, find_backend(h, "h"), h, z).jvp_h, 0
-
-    def _from_callbacks(self, h: PyTree, z: PyTree) -> Linearization:
+    def _from_callbacks(self, h: H, z: Z) -> Linearization[H, Z]:
         vjp, jvp = self._vjp, self._jvp
         return Linearization(
             self.f(h, z),
             vjp=None if vjp is None else lambda v: vjp(h, z, v),
             jvp=None if jvp is None else lambda dh, dz: jvp(h, z, dh, dz),
         )
+
+
+def as_problem(f: Problem[H, Z] | Map[H, Z], batch_ndim: int | None) -> Problem[H, Z]:
+    """A :class:`Problem` from F and its ``batch_ndim``; a problem as it is."""
+    if not isinstance(f, Problem):
+        return Problem(f, batch_ndim=0 if batch_ndim is None else batch_ndim)
+    if batch_ndim is not None:
+        raise TypeError(
+            f"batch_ndim belongs to the problem, which has batch_ndim={f.batch_ndim}; "
+            f"got batch_ndim={batch_ndim} as well"
+        )
+    return f

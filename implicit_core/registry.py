@@ -1,12 +1,14 @@
-"""Finding the backend and the adapter of the arrays at hand, without importing a framework nobody imported."""
+"""Find the backend and the adapter of given arrays, without importing a framework."""
 
 import functools
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
-from .backend import Backend, PyTree
+from .arrays import PyTree
+from .backend import Backend
 
 # Root module of a framework -> the module that holds its BACKEND. Third parties join with an entry point of the
 # group "implicit_core.backends" (name: the framework's root module; value: the module).
@@ -23,16 +25,35 @@ _ADAPTERS = {
 }
 
 
+def _require_folders() -> None:
+    """Raise if a part of the package is missing, which a later import would report as a module that does not exist."""
+    missing = [name for name in ("adapters", "backends") if importlib.util.find_spec(f"implicit_core.{name}") is None]
+    if missing:
+        raise ImportError(
+            f"The package in {Path(__file__).parent} is incomplete (no {', no '.join(missing)}): run "
+            "`pip install -e .` in a complete checkout, or delete this copy if implicit_core is installed elsewhere."
+        )
+
+
+_require_folders()
+
+
 def _modules(kind: str, built_in: dict[str, str]) -> dict[str, str]:
     return _joined(kind) | built_in
 
 
 @functools.cache
 def _joined(kind: str) -> dict[str, str]:
-    """What third parties have registered; read once, since it takes milliseconds."""
-    import importlib.metadata  # 30 ms, and needed only where no built-in module answers
+    """Registrations by third parties; read once, since reading takes milliseconds."""
+    import importlib.metadata  # takes 30 ms, and is needed only if no built-in module matches
 
     return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=f"implicit_core.{kind}")}
+
+
+def _imported(name: str, attribute: str) -> ModuleType:
+    """A module with an attribute. One that has it already is looked up: torch.compile can trace that, but no import."""
+    module = sys.modules.get(name)
+    return module if module is not None and hasattr(module, attribute) else importlib.import_module(name)
 
 
 def load_backend(framework: str) -> Backend:
@@ -54,7 +75,7 @@ def load_backend(framework: str) -> Backend:
     if module is None:
         known = ", ".join(sorted(_modules("backends", _BACKENDS)))
         raise ValueError(f"no backend for {framework!r}; there are backends for: {known}")
-    backend: Backend = importlib.import_module(module).BACKEND
+    backend: Backend = _imported(module, "BACKEND").BACKEND
     return backend
 
 
@@ -64,13 +85,13 @@ def installed() -> dict[str, bool]:
 
 
 def load_adapter(framework: str) -> ModuleType | None:
-    """The adapter that binds a framework's autodiff, or None for a framework without one."""
+    """The adapter that binds a framework's autodiff, or None if it has no adapter."""
     module = _ADAPTERS.get(framework) or _modules("adapters", _ADAPTERS).get(framework)
-    return None if module is None else importlib.import_module(module)
+    return None if module is None else _imported(module, "problem")
 
 
 def find_adapter(tree: PyTree) -> ModuleType | None:
-    """The adapter of the arrays in ``tree``, or None where they have none."""
+    """The adapter of the arrays in ``tree``, or None if they have no adapter."""
     backend = _owner(tree, _ADAPTERS) or _owner(tree, _modules("adapters", _ADAPTERS))
     return None if backend is None else load_adapter(backend.name)
 
@@ -93,7 +114,7 @@ def find_backend(tree: PyTree, name: str = "h0") -> Backend:
     tree
         An array, or a pytree of arrays of one framework.
     name
-        What to call ``tree`` in an error.
+        Name of ``tree`` in an error.
 
     Raises
     ------

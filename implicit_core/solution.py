@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from array_api_compat import array_namespace
 
-from .backend import Array, PyTree
+from .arrays import Array, H, PyTree
 from .registry import find_backend
+
+CAPTURED = "throw=True cannot read statuses while a CUDA graph is being captured: read solution.status after a replay"
 
 
 class Status(IntEnum):
@@ -30,7 +32,7 @@ class Status(IntEnum):
     NONFINITE = 2
     """F, the residual or the solver's step became infinite or NaN; the point returned is the best, or last, before."""
     STAGNATED = 3
-    """They ran out, and the last ten did not reduce the residual; or a callable solver stopped short."""
+    """The steps ran out, and the last ten did not reduce the residual. Or a callable solver missed the tolerance."""
 
 
 CONVERGED = Status.CONVERGED
@@ -47,8 +49,8 @@ class Stats(NamedTuple):
     steps
         Evaluations of F until each sample was finished, integers of the batch's shape.
     evaluations
-        Evaluations of F, each for the whole batch. How many a callable solver made is not known where JAX traced it:
-        then it is one, that which judges the result.
+        Evaluations of F, each for the whole batch. The evaluations of a callable solver that JAX traced are not known:
+        then it is 1, the evaluation that measures its result.
     residual
         ‖F(h) - h‖₂ at each sample's returned point, of the batch's shape.
     trace
@@ -69,7 +71,7 @@ class Stats(NamedTuple):
     trace: Array | None = None
 
 
-class Solution(NamedTuple):
+class Solution(NamedTuple, Generic[H]):
     """A fixed point and how it was found.
 
     Attributes
@@ -81,7 +83,7 @@ class Solution(NamedTuple):
     stats
         Steps, evaluations and residuals.
     aux
-        What F returned beside h, evaluated once more at ``value``; None without ``has_aux``.
+        The auxiliary result of F, evaluated once more at ``value``; None without ``has_aux``.
 
     Examples
     --------
@@ -92,7 +94,7 @@ class Solution(NamedTuple):
     (True, array([2., 2.]))
     """
 
-    value: PyTree
+    value: H
     status: Array
     stats: Stats
     aux: PyTree = None
@@ -102,10 +104,10 @@ class Solution(NamedTuple):
         """Whether each sample converged, booleans of the batch's shape."""
         return self.status == Status.CONVERGED.value
 
-    def raise_for_status(self) -> "Solution":
+    def raise_for_status(self) -> "Solution[H]":
         """Return this solution if every sample converged.
 
-        Within ``jax.jit`` the statuses can't be read: there it is a check for ``jax.experimental.checkify``.
+        Statuses cannot be read within ``jax.jit``. There this is a check for ``jax.experimental.checkify``.
 
         Raises
         ------
@@ -156,7 +158,9 @@ def check_statuses(what: str, status: Array, residual: Array) -> None:
         failed = status != Status.CONVERGED.value
         xp = backend.xp
         samples = math.prod(status.shape)
-        backend.check_later(
+        if backend.tracing is None:
+            raise NotImplementedError(CAPTURED)
+        backend.tracing.check(
             ~xp.any(failed),
             f"{what} did not converge: {{failed}} of {samples} samples, largest residual {{residual}}",
             failed=xp.sum(xp.astype(failed, xp.int32)),

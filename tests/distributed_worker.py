@@ -1,6 +1,6 @@
-"""One of several processes that train a model with an implicit layer, and compare its gradients with those of one.
+"""One of several processes that train a model with an implicit layer and compare its gradients with a single process.
 
-Run by test_torch_training.py: ``python distributed_worker.py STRATEGY RANK WORLD FILE``.
+Run by test_torch_training.py: ``python distributed_worker.py RANK WORLD FILE STRATEGY...``.
 """
 
 import copy
@@ -65,9 +65,20 @@ def distributed(model: Model, strategy: str) -> nn.Module:
     return model
 
 
-def main(strategy: str, rank: int, world: int, file: str) -> None:
+def main(rank: int, world: int, file: str, *strategies: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=TIMEOUT)
     torch.set_num_threads(1)
+    for strategy in strategies:
+        try:
+            train(strategy, rank, world)
+        except RuntimeError as error:
+            print(f"{strategy} rank {rank}: RuntimeError: {error}")
+    dist.barrier()  # nobody leaves while another still listens
+    dist.destroy_process_group()
+
+
+def train(strategy: str, rank: int, world: int) -> None:
+    """Three steps with each estimator, alone and together."""
     for estimator in ESTIMATORS:
         torch.manual_seed(0)
         alone = Model(estimator).double()
@@ -86,9 +97,7 @@ def main(strategy: str, rank: int, world: int, file: str) -> None:
                 got = got.full_tensor() if hasattr(got, "full_tensor") else got
                 torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
         print(f"{strategy} rank {rank}: {estimator} agrees")
-    dist.barrier()  # nobody leaves while another still listens
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

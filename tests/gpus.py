@@ -1,4 +1,4 @@
-"""Marks of tests that need a GPU. They say what is missing where they are left out."""
+"""Marks of tests that need a GPU. The reason of a skip names what is missing."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 
 def without_cupy() -> str:
-    """Why CuPy can't be used here; nothing if it can."""
+    """Why CuPy cannot be used here; empty if it can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
     import cupy

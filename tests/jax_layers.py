@@ -1,13 +1,12 @@
 """A small layer in JAX, as a fixed point and as a long loop: what the tests of JAX's transformations share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import libraries  # noqa: F401  # configures JAX
 import numpy as np
-import pytest
 from problems import layer
 
 import implicit_core as ic
@@ -17,14 +16,6 @@ SOLVER = ic.FixedPointIteration(rtol=1e-13, max_steps=300)
 EXACT = ic.Implicit(ic.Richardson(rtol=1e-13))  # compiled in a fraction of the time that GMRES takes
 CONVERGED = [EXACT, ic.Neumann(300, 1.0), ic.Unroll(300, 1.0), ic.BPTT(300)]
 Layer = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-@pytest.fixture(autouse=True)
-def few_optimizations() -> Iterator[None]:
-    """For a test module that imports it: compiling takes half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def data(batch: int = 2, width: int = 3, **options: Any) -> tuple[jax.Array, jax.Array]:

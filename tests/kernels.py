@@ -1,4 +1,4 @@
-"""CuPy's kernels on the processor: their text, compiled by the C++ compiler of this machine, on NumPy arrays."""
+"""CuPy's kernels on the CPU: their source, compiled with the C++ compiler and run on NumPy arrays."""
 
 import ctypes
 import hashlib
@@ -71,7 +71,7 @@ class HostKernel:
             bound = [f"{'const ' * p.is_const}{p.ctype} &{p.name} = _raw_{p.name}[i];" for p in (*inputs, *outputs)]
             body = f"{' '.join(bound)}\n{kernel.operation};"
             return f"{begin}for (ptrdiff_t i = 0; i < size; ++i) {{ {body} }}\n}}\n"
-        # As on a GPU: several threads begin with the identity, and what they found is reduced in turn.
+        # As on a GPU: several threads start with the identity, and then their results are reduced.
         bound = [f"const {p.ctype} &{p.name} = _raw_{p.name}[i * inner + j];" for p in inputs]
         (out,) = outputs
         body = f"""

@@ -1,4 +1,4 @@
-"""Recording and replaying operations on the processor, by the rules of CUDA graphs."""
+"""Records and replays operations on the CPU, with the rules of CUDA graphs."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,6 +1,5 @@
 """The PyTorch binding: the same layer, with autograd around it."""
 
-import inspect
 import warnings
 import weakref
 from typing import Any
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.backends.torch import BACKEND
 
 SOLVER = ic.Anderson(rtol=1e-13, max_steps=200)
 EXACT = ic.Implicit(ic.GMRES(rtol=1e-13, max_steps=400))
@@ -55,7 +55,7 @@ def test_gradients_equal_the_numpy_callbacks(estimator: ic.Estimator) -> None:
 
 
 @pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(300, 1.0), ic.Unroll(300, 1.0), ic.BPTT(300)], ids=repr)
-def test_gradients_equal_those_of_a_long_loop(estimator: ic.Estimator) -> None:
+def test_gradients_equal_gradients_of_a_long_loop(estimator: ic.Estimator) -> None:
     h0, w, x = tensors(layer())
     h = h0
     for _ in range(300):
@@ -213,7 +213,7 @@ def test_without_grad_there_is_no_graph(estimator: ic.Estimator) -> None:
 
 @pytest.mark.parametrize("estimator", [ic.Unroll(2, 0.5), ic.Unroll(3, 1.0), ic.BPTT(3)], ids=repr)
 def test_torch_func_differentiates_the_surrogate_itself(estimator: ic.Estimator) -> None:
-    """Few steps, so that a tangent that leaked through the solver would show."""
+    """With few steps, so that a tangent through the solver would change the result."""
     h0, w, x = (a.detach() for a in tensors(layer(batch=2, width=3)))
     h = ic.solve(layer_of(w), h0, x, solver=SOLVER, batch_ndim=1).value
 
@@ -258,7 +258,7 @@ def test_an_autograd_problem_counts_as_its_function(estimator: ic.Estimator) -> 
 
 
 def test_a_problem_that_closes_over_parameters_is_refused() -> None:
-    """Its callbacks give gradients to z alone; the parameters would train on nothing."""
+    """Its callbacks give gradients with respect to z only, so the parameters would get no gradient."""
     _, w, x = tensors(layer())
     problem = ic.Problem(layer_of(w), vjp=lambda h, z, v: (v, v), batch_ndim=1)
     with pytest.raises(ValueError, match="put these tensors in z"):
@@ -312,7 +312,7 @@ def test_complex_parameters_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.Unroll(2, 1.0), ic.BPTT(2)], ids=repr)
-def test_the_output_is_nobody_elses_memory(estimator: ic.Estimator) -> None:
+def test_the_output_shares_no_memory(estimator: ic.Estimator) -> None:
     z = torch.zeros(3)
     with torch.no_grad():
         value = ic.fixed_point(lambda h, z: z, torch.zeros(3), z, gradient=estimator).value
@@ -331,11 +331,22 @@ def test_a_tangent_through_a_problems_closure_is_refused() -> None:
         torch.func.jvp(run, (w,), (w,))
 
 
-def test_the_adapter_has_the_signature_of_the_dispatcher() -> None:
-    ours, theirs = (inspect.signature(f).parameters for f in (ict.fixed_point, ic.fixed_point))
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
-    assert ict.fixed_point(lambda h, z: 0.5 * h + z, torch.zeros(2), torch.ones(2)).converged
+def test_the_adapter_reexports_fixed_point() -> None:
+    assert ict.fixed_point is ic.fixed_point
+
+
+@pytest.mark.parametrize("h0", [0, 0.0, np.zeros(3), (0.0, np.zeros(3))], ids=repr)
+@pytest.mark.parametrize("estimator", [ic.Unroll(), ic.Neumann()], ids=repr)
+def test_a_start_of_numbers_becomes_tensors_like_z(h0: Any, estimator: ic.Estimator) -> None:
+    z = torch.full((() if isinstance(h0, (int, float)) else (3,)), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def f(h: Any, z: torch.Tensor) -> Any:
+        return (0.5 * h[0] + z[0], 0.5 * h[1] + z) if isinstance(h, tuple) else 0.5 * h + z
+
+    leaf = BACKEND.flatten(ic.fixed_point(f, h0, z, gradient=estimator).value)[0][-1]
+    torch.testing.assert_close(leaf, torch.ones_like(z), rtol=1e-4, atol=0)
+    leaf.sum().backward()
+    assert z.grad is not None
 
 
 def test_scipy_solves_a_trainable_layer() -> None:
@@ -376,7 +387,7 @@ def test_pytrees_as_states() -> None:
 
 
 def test_training_holds_no_graph() -> None:
-    """Neither the output nor what it closes over outlives a step."""
+    """Neither the output nor the tensors that F closes over are kept after a step."""
     h0, w, x = tensors(symmetric_layer(batch=2, width=8))
     references = []
     for step in range(20):
@@ -414,15 +425,15 @@ def test_numpy_arrays_keep_the_same_call() -> None:
 @pytest.mark.parametrize("check_every", [1, 4])
 @pytest.mark.parametrize("estimator", ESTIMATORS[:-1], ids=repr)
 def test_a_layer_reads_the_stop_flag_and_nothing_else(estimator: ic.Estimator, check_every: int) -> None:
-    """Forward and backward; on a GPU every read waits for the device, and there is one for both masks."""
+    """Forward and backward. On a GPU every read waits for the device, so both masks are read at once."""
     with Reads() as reads:
         evaluations = one_step(estimator, check_every, "cpu")
-    masks = 2  # which samples are active, and which are better than they were
+    masks = 2  # active samples, and samples with a new best point
     assert reads.count == masks * flags(evaluations, check_every)
 
 
 class Reads(TorchFunctionMode):
-    """Counts the numbers that Python reads out of tensors."""
+    """Counts how often Python reads a number of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -451,7 +462,7 @@ def one_step(estimator: ic.Estimator, check_every: int, device: str) -> int:
 
 
 def flags(evaluations: int, check_every: int) -> int:
-    """One in check_every steps, and one before the first, which also tells whether f left h0 alone."""
+    """One read in check_every steps, and one before the first step, which also checks that f did not modify h0."""
     return (evaluations - 1) // check_every + 1
 
 
@@ -488,7 +499,7 @@ def test_on_a_gpu_a_solve_reads_one_flag_a_step() -> None:
 
 
 class JacobianFree(ic.Estimator):
-    """One that is not of the family AtFixedPoint."""
+    """An estimator that is not derived from AtFixedPoint."""
 
     def value(self, problem: ic.Problem, h: Any, z: Any) -> Any:
         return h
@@ -547,7 +558,7 @@ def test_sparse_parameters(estimator: ic.Estimator) -> None:
 
 def test_a_variable_that_is_yet_to_be_assigned() -> None:
     h0, w, x = tensors(layer())
-    scaled = 1.0 * w  # no parameter: the modules among f's variables are looked for
+    scaled = 1.0 * w  # not a parameter, so that the modules among f's variables are searched
 
     def f(h: Any, z: Any) -> Any:
         return torch.tanh(h @ scaled.T + z) if early else later

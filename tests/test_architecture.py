@@ -1,10 +1,16 @@
-"""The one dependency rule, what an import brings in, and a backend by a third party."""
+"""The dependency rule, the modules that an import loads, and a backend by a third party."""
 
 import ast
 import importlib.metadata
+import inspect
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import types
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +22,123 @@ from implicit_core import registry
 from implicit_core.backend import Backend
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(ic.__file__).parent
+FOLDERS = {
+    name: Path(import_module(f"implicit_core.{name}").__path__[0]) for name in ("adapters", "backends", "examples")
+}
+SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 FRAMEWORKS = {"numpy", "torch", "jax", "cupy", "scipy", "array_api_strict", "sklearn", "matplotlib", "rich"}
-ROOMS = {"adapters", "backends", "examples"}
+in_a_checkout = pytest.mark.skipif(
+    not (ROOT / "implicit_core").is_dir(), reason="no checkout, but an installed package"
+)
 
 
-def imports(path: Path, text: str | None = None) -> set[str]:
-    """Absolute names of the modules a file, with its text or another, imports anywhere in it."""
+def imports(file: str, text: str | None = None) -> set[str]:
+    """Absolute names of all modules that a file of the package imports; ``text`` replaces the text of the file."""
     found = set()
-    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
-    package = package if package.startswith("implicit_core") else f"implicit_core.{package}"
-    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
+    folder, *rest = file.split("/")
+    path = FOLDERS.get(folder, PACKAGE / folder).joinpath(*rest)
+    package = ["implicit_core", *file.split("/")[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
-def rooms(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("implicit_core.")} & ROOMS
+def folders(names: set[str]) -> set[str]:
+    """The folders beyond the core that modules lie in."""
+    return {name.split(".")[1] for name in names if name.startswith("implicit_core.")} & FOLDERS.keys()
 
 
-def files(folder: str) -> list[Path]:
-    found = sorted((ROOT / folder).rglob("*.py"))
+def files(folder: str) -> list[str]:
+    """Modules of a folder, as paths in the package."""
+    found = sorted(f"{folder}/{path.relative_to(FOLDERS[folder]).as_posix()}" for path in FOLDERS[folder].rglob("*.py"))
     assert found
     return found
 
 
-@pytest.mark.parametrize("path", files("implicit_core"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_core_imports_no_framework_no_backend_and_no_adapter(path: Path) -> None:
-    names = imports(path)
+def core_files() -> list[str]:
+    """Modules outside the folders."""
+    found = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    return [file for file in found if file.split("/")[0] not in FOLDERS]
+
+
+@pytest.mark.parametrize("file", core_files())
+def test_the_core_imports_no_framework_no_backend_and_no_adapter(file: str) -> None:
+    names = imports(file)
     assert not {name.split(".")[0] for name in names} & (FRAMEWORKS | {"array_api_compat.numpy"})
-    assert not rooms(names)
+    assert not folders(names)
 
 
-@pytest.mark.parametrize("path", files("backends"), ids=lambda path: path.name)
-def test_backends_know_only_the_seam(path: Path) -> None:
-    names = imports(path)
-    assert not rooms(names) & {"adapters", "examples"}
-    assert all(name.startswith("implicit_core.backend") for name in names if name.startswith("implicit_core."))
+@pytest.mark.parametrize("file", files("backends"))
+def test_backends_know_only_arrays_spaces_and_the_base_class(file: str) -> None:
+    names = imports(file)
+    assert not folders(names) & {"adapters", "examples"}
+    ours = {name.split(".")[1] for name in names if name.startswith("implicit_core.")}
+    assert ours <= {"arrays", "backend", "backends", "space"}
 
 
-@pytest.mark.parametrize("path", files("adapters"), ids=lambda path: path.name)
-def test_adapters_know_no_example_and_one_framework(path: Path) -> None:
-    names = imports(path)
-    assert "examples" not in rooms(names)
+@pytest.mark.parametrize("file", files("adapters"))
+def test_adapters_know_no_example_and_one_framework(file: str) -> None:
+    names = imports(file)
+    assert "examples" not in folders(names)
     used = {name.split(".")[0] for name in names} & FRAMEWORKS
-    assert used <= {path.relative_to(ROOT / "adapters").with_suffix("").parts[0]}
+    assert used <= {file.removesuffix(".py").split("/")[1]}
 
 
-def test_the_rule_has_teeth() -> None:
-    """The reader of imports sees each way a file could break the rule."""
+def test_violations_of_the_rule_are_found() -> None:
+    """``imports`` finds every form of import that breaks the rule."""
     text = "import torch.nn\nfrom ..backends import numpy\ndef f():\n    from implicit_core.adapters import torch\n"
-    names = imports(ROOT / "implicit_core" / "solvers" / "new.py", text)
+    names = imports("solvers/new.py", text)
     assert "torch" in {name.split(".")[0] for name in names}
-    assert rooms(names) == {"backends", "adapters"}
+    assert folders(names) == {"backends", "adapters"}
 
 
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def python_without_installs(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a folder; distributions are importable, but no editable install (``-S``: no .pth file is read)."""
+    environment = os.environ | {"PYTHONPATH": str(Path(np.__file__).parents[1])}
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_the_package_under_test_is_the_checkout_or_else_the_installed_wheel() -> None:
+    home = ROOT if (ROOT / "implicit_core").is_dir() else SITE_PACKAGES
+    assert home / "implicit_core" == PACKAGE
+    assert Path(python("import implicit_core; print(implicit_core.__file__)").strip()).parent == PACKAGE
+
+
+@in_a_checkout
+def test_the_checkout_is_the_package_without_an_install() -> None:
+    done = python_without_installs(
+        ROOT,
+        "import sys, numpy as np, implicit_core as ic, implicit_core.adapters, implicit_core.examples;"
+        "print(implicit_core.adapters.__file__, *ic.solve(lambda h, z: 0.5 * h, np.zeros(1), None).value);"
+        "print(*{'torch', 'jax', 'cupy'} & set(sys.modules))",
+    )
+    assert done.stdout == f"{ROOT / 'implicit_core' / 'adapters' / '__init__.py'} 0.0\n\n", done.stderr
+
+
+@pytest.mark.parametrize("links", ["missing", "text"])
+def test_a_part_of_the_package_names_what_is_missing(links: str, tmp_path: Path) -> None:
+    """The core copied alone, or a checkout on a system that writes links as text files."""
+    part = shutil.copytree(PACKAGE, tmp_path / "implicit_core", ignore=shutil.ignore_patterns(*FOLDERS, "__pycache__"))
+    if links == "text":
+        for name in FOLDERS:
+            (part / name).write_text(f"../{name}")
+    for code in ("import implicit_core", "from implicit_core.adapters import torch"):
+        done = python_without_installs(tmp_path, code)
+        assert done.stderr.splitlines()[-1] == (
+            f"ImportError: The package in {part} is incomplete (no adapters, no backends): run `pip install -e .` "
+            "in a complete checkout, or delete this copy if implicit_core is installed elsewhere."
+        )
 
 
 def test_import_brings_in_no_framework() -> None:
@@ -98,12 +160,39 @@ def test_a_framework_that_was_not_imported_is_not_imported_for_a_solve() -> None
     assert python(code).split() == ["False", "False"]
 
 
-def test_every_public_name_is_documented_with_what_it_takes() -> None:
-    for name in ic.__all__:
-        value = getattr(ic, name)
-        if isinstance(value, ic.Status):
-            continue
-        assert value.__doc__, name
+def undocumented(value: Any) -> list[str]:
+    """Parameters of a function or a class that no heading of its docstring names."""
+    text = inspect.getdoc(value) or ""
+    sections = re.findall(r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=\n\n\w+\n-+\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^\*{0,2}\w+(?:, \*{0,2}\w+)*$", "\n".join(sections), re.MULTILINE)
+    named = {name.strip("* ") for heading in headings for name in heading.split(",")}
+    return [name for name in inspect.signature(value).parameters if name not in named]
+
+
+def takes_parameters(value: Any) -> bool:
+    return callable(value) and not (isinstance(value, type) and issubclass(value, Exception | ic.Status))
+
+
+@pytest.mark.parametrize("name", [name for name in ic.__all__ if takes_parameters(getattr(ic, name))])
+def test_every_parameter_of_a_public_name_is_documented(name: str) -> None:
+    assert not undocumented(getattr(ic, name))
+
+
+def test_a_parameter_without_documentation_is_found() -> None:
+    def function(a: int, b: int, c: int) -> None:
+        """Do nothing.
+
+        Parameters
+        ----------
+        a, b
+            Two numbers. There is also
+            c
+        """
+
+    assert undocumented(function) == ["c"]
+
+
+def test_public_names_are_sorted() -> None:
     assert ic.__all__ == sorted(ic.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong says so at the call: the argument, what came, and what was expected."""
+"""Errors are raised at the call, and name the argument, its value and the expected values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -164,7 +164,7 @@ def test_throw_names_the_samples_and_the_reason(library: Library) -> None:
     assert ic.solve(case.problem(library), h0, z, throw=True) is not None
 
 
-def test_repr_says_what_was_set() -> None:
+def test_repr_shows_the_settings() -> None:
     assert repr(ic.Unroll(3, 0.25)) == "Unroll(k=3, lam=0.25, recompute=False)"
     assert "memory=7" in repr(ic.Anderson(memory=7))
     assert repr(problem(vjp=halved)) == "Problem(problem.<locals>.<lambda>, vjp, batch_ndim=0)"
@@ -180,7 +180,7 @@ def test_solvers_are_frozen_hashable_comparable_records() -> None:
 
 @pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()], ids=repr)
 def test_a_map_that_writes_to_its_argument_is_an_error(solver: ic.Solver) -> None:
-    """It would return its argument, and look converged."""
+    """Without the check such a map would return its argument and appear to have converged."""
 
     def in_place(h: Any, z: Any) -> Any:
         h *= 0.5
@@ -203,7 +203,7 @@ def test_a_linearization_that_writes_to_its_argument_is_an_error() -> None:
 
 
 def test_objects_in_z_reach_newton() -> None:
-    """A module, say, among the leaves of z: no tangent can be made for it, and none is needed."""
+    """A leaf of z may be an object such as a module: it has no tangent and needs none."""
     cell = torch.nn.Identity()
     mixed = ic.Problem(lambda h, z: 0.5 * h + z["x"], jvp=lambda h, z, dh, dz: 0.5 * dh + dz["x"])
     solution = ic.solve(mixed, np.zeros(3), {"x": ONES, "cell": cell, "n": 3}, solver=ic.NewtonKrylov())

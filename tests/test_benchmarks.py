@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they count is right; their times are nobody's promise."""
+"""The benchmarks run and count correctly; times are not tested."""
 
 import doctest
 import json
@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import jax_layer, memory, torch_step
+
+pytestmark = pytest.mark.slow
 
 TINY = ["--batch", "2", "--channels", "4", "--size", "6", "--steps", "7", "--k", "3", "--threads", "1"]
 COUNTS = {
@@ -42,13 +44,13 @@ def test_the_table_of_a_training_step(tmp_path: Path, capsys: pytest.CaptureFixt
     assert rows["OneStep"]["held"] == rows["Neumann(3)"]["held"] < rows["Unroll(3)"]["held"] < rows["BPTT(7)"]["held"]
 
 
-def test_resident_memory_is_that_of_a_process_of_its_own() -> None:
+def test_resident_memory_is_measured_in_a_new_process() -> None:
     grown = torch_step.grown_elsewhere("OneStep", TINY)
     assert grown is None if torch_step.high_water() is None else grown > 0
 
 
 @pytest.mark.parametrize("arguments", [["--output", "table.txt"], ["--steps", "0"], ["--solver", "newton"]])
-def test_wrong_arguments_are_told_before_anything_runs(
+def test_wrong_arguments_are_reported_before_anything_runs(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -78,7 +80,7 @@ def test_live_tensors() -> None:
 
 
 def saved(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The numbers of a run; what it printed and saved is looked at."""
+    """The saved numbers of a run, after checks of its printed and saved tables."""
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -93,7 +95,7 @@ def command(name: str, *arguments: str, folder: Path) -> int:
     )
 
 
-def test_solvers_beside_their_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_solvers_compared_with_other_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--solver", "fixed point", "--solver", "Anderson", "--equation", "stiff", "--equation", "symmetric"]
     assert command("solvers", *only, folder=tmp_path) == 0
     record = saved(tmp_path, "solvers", capsys)
@@ -104,12 +106,13 @@ def test_solvers_beside_their_peers(tmp_path: Path, capsys: pytest.CaptureFixtur
     for row in anderson.values():
         ours, *others = (row["evaluations"][name] for name in ("ours", "TorchDEQ", "SciPy", "jaxopt"))
         assert ours <= min(count for count in others if count)
-    limits = {"fixed point": 6, "Anderson": 22, "Broyden": 34}
+    # A step of plain iteration copies the result of F: Decision 6.
+    limits = {"fixed point": 7, "Anderson": 22, "Broyden": 34}
     for row in record["overhead"]:
         assert 0 < row["operations"]["ours"] <= limits[row["solver"]] < row["operations"]["TorchDEQ"]
 
 
-def test_gradients_beside_torchdeqs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gradients_compared_with_torchdeq(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("gradients", "--batch", "4", "--width", "8", folder=tmp_path) == 0
     rows = {row["name"]: row for row in saved(tmp_path, "gradients", capsys)["rows"]}
     counts = {name: (row["evaluations"], row["vjps"]) for name, row in rows.items()}
@@ -119,7 +122,7 @@ def test_gradients_beside_torchdeqs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["Neumann(5)"]["held"] == rows["OneStep"]["held"] <= rows["TorchDEQ UPG(5)"]["held"] / 2
 
 
-def test_a_training_step_beside_torchdeqs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_step_compared_with_torchdeq(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("training", folder=tmp_path) == 0
     for rows in saved(tmp_path, "training", capsys)["rows"].values():
         for row in rows:
@@ -132,9 +135,9 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert saved(tmp_path, "scaling", capsys)["curves"].keys() == {"batch", "width", "memory", "k"}
 
 
-def test_a_command_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(["solver"]) == 2
-    assert "there is no 'solver'; there are solvers, gradients" in capsys.readouterr().err
+    assert "unknown command 'solver'; choose from solvers, gradients" in capsys.readouterr().err
     assert benchmarks.main(["--help"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""Without CuPy, or with a CuPy that finds no GPU: what works, and what is said."""
+"""Without CuPy, or with CuPy but no GPU: which parts work, and which errors are raised."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
 
 
-def test_nothing_needs_cupy_but_what_is_about_it() -> None:
+def test_only_parts_for_cupy_need_cupy() -> None:
     code = (
         "import numpy as np, implicit_core as ic\n"
         "print(ic.solve(lambda h, z: 0.5 * h + 1, np.zeros(1), None).converged)\n"
@@ -40,7 +40,7 @@ def test_nothing_needs_cupy_but_what_is_about_it() -> None:
     "code",
     ["from implicit_core.adapters import cupy", "from implicit_core.registry import load_backend as f; f('cupy')"],
 )
-def test_what_is_about_it_names_it(code: str) -> None:
+def test_parts_for_cupy_name_it(code: str) -> None:
     done = python(NOT_INSTALLED + code)
     assert done.returncode == 1
     assert re.search(r"^(ImportError|ModuleNotFoundError): .*cupy", done.stderr, re.MULTILINE)
@@ -52,7 +52,7 @@ def test_the_demo_says_how_to_install_it() -> None:
     )
     assert done.returncode == 2
     assert "The demo needs CuPy, which is not installed" in done.stderr
-    assert 'pip install ".[demo,cupy12]"' in done.stderr
+    assert 'pip install -e ".[demo,cupy12]"' in done.stderr
     assert "for CUDA 13 it is cupy13" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""CuPy on a GPU: kernels, devices, streams, copies, and what other frameworks lend."""
+"""CuPy on a GPU: kernels, devices, streams, copies, and derivatives of other frameworks."""
 
 from typing import Any
 
@@ -45,27 +45,34 @@ def test_fused_kernels_against_the_portable_spelling(dtype: Any, d: int) -> None
     row, history, weights = normal(9, 1, d, dtype=dtype), normal(9, m, d, dtype=dtype), normal(9, 1, m, dtype=dtype)
     x, y, each = (normal(9, n, dtype=dtype, seed=n) for n in (d, d, 1))
     matrix = history @ history.transpose(0, 2, 1) + m * cupy.eye(m, dtype=dtype)
-    close(BACKEND.products(row, history), PORTABLE.products(row, history))
-    close(BACKEND.combine(weights, history), PORTABLE.combine(weights, history))
-    close(BACKEND.combine_onto(row, weights, history), PORTABLE.combine_onto(row, weights, history))
-    close(BACKEND.axpy(0.3, x, y), PORTABLE.axpy(0.3, x, y))
-    close(BACKEND.axpy(each, x, y), PORTABLE.axpy(each, x, y))
-    close(BACKEND.norm(x), PORTABLE.norm(x))
-    close(BACKEND.solve_rows(matrix, weights), PORTABLE.solve_rows(matrix, weights))
-    close(BACKEND.gram(matrix.copy(), history, 2)[:, 2], PORTABLE.gram(matrix, history, 2)[:, 2])
     large = normal(3, 40, 40, dtype=dtype) + 40 * cupy.eye(40, dtype=dtype)
-    close(
-        BACKEND.solve_rows(large, normal(3, 1, 40, dtype=dtype)),
-        PORTABLE.solve_rows(large, normal(3, 1, 40, dtype=dtype)),
-    )
+    results = []
+    for backend in (BACKEND, PORTABLE):
+        space = backend.space(x, 1)
+        results.append(
+            [
+                space.products((row,), (history,)),
+                *space.combine(weights, (history,)),
+                *space.combine(weights, (history,), (row,)),
+                space.multiply_add(0.3, x, y),
+                space.multiply_add(each, x, y),
+                space.norm((x,)),
+                space.solve_rows(matrix, weights),
+                space.gram((matrix.copy(),), (history,), 2)[0][:, 2],
+                space.solve_rows(large, normal(3, 1, 40, dtype=dtype)),
+            ]
+        )
+    for got, expected in zip(*results, strict=True):
+        close(got, expected)
 
 
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan, -5.0, 0.0])
 @pytest.mark.parametrize("length", [1, 5, 3000])
-def test_the_largest_of_what_is_not_finite(special: float, length: int) -> None:
+def test_the_largest_of_numbers_that_are_not_finite(special: float, length: int) -> None:
     x = np.full((3, length), -0.5)
     x[1, length // 2] = special
-    found = cupy.asnumpy(BACKEND.largest(cupy.asarray(x)))
+    state = cupy.asarray(x)
+    found = cupy.asnumpy(BACKEND.space(state, 1).largest((state,)))
     np.testing.assert_array_equal(found, np.max(np.abs(x), axis=1, keepdims=True))
 
 
@@ -80,18 +87,18 @@ def test_every_problem_is_solved_as_by_numpy(case: Case, solver: ic.Solver) -> N
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
-@pytest.mark.parametrize("lender", ["by hand", "torch", "jax"])
-def test_gradients_are_numpys(lender: str, estimator: ic.Estimator) -> None:
+@pytest.mark.parametrize("framework", ["by hand", "torch", "jax"])
+def test_gradients_are_numpys(framework: str, estimator: ic.Estimator) -> None:
     case = layer()
-    if lender == "torch" and not torch.cuda.is_available():
+    if framework == "torch" and not torch.cuda.is_available():
         pytest.skip("PyTorch found no CUDA device")
-    if lender == "jax" and not has_jax():
+    if framework == "jax" and not has_jax():
         pytest.skip("JAX found no GPU")
     problem = {
         "by hand": lambda: case.problem(CUPY),
         "torch": lambda: icc.from_torch(lambda h, z: case.f(TORCH.xp, h, z), batch_ndim=case.batch_ndim),
         "jax": lambda: icc.from_jax(lambda h, z: case.f(JAX.xp, h, z), batch_ndim=case.batch_ndim),
-    }[lender]()
+    }[framework]()
     root, z, v = case.oracle(), case.z, np.ones_like(case.h0)
     value, pullback = estimator.vjp(problem, CUPY.array(root), CUPY.array(z))
     expected, pull = estimator.vjp(case.problem(), root, z)
@@ -109,7 +116,7 @@ def has_jax() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 
 
-def test_what_torch_is_lent_is_where_it_was() -> None:
+def test_torch_works_in_the_same_memory_and_on_the_same_stream() -> None:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch found no CUDA device")
     seen, made, streams = [], [], []
@@ -129,7 +136,7 @@ def test_what_torch_is_lent_is_where_it_was() -> None:
     assert streams == [stream.ptr]
 
 
-def test_what_jax_is_lent_is_where_it_was() -> None:
+def test_jax_works_in_the_same_memory() -> None:
     if not has_jax():
         pytest.skip("JAX found no GPU")
     from implicit_core.backends.jax import BACKEND as THERE
@@ -160,7 +167,7 @@ def everything(case: Case, *, h0: Any, z: Any) -> None:
 
 
 def test_nothing_is_launched_but_on_the_current_stream() -> None:
-    """A kernel that takes seconds on the default stream: who waits for it, or launches there, ends after it."""
+    """A slow kernel runs on the default stream: work that waits for it, or is launched there, ends after it."""
     case = layer()
     h0, z = CUPY.array(case.h0), CUPY.array(case.z)
     spin = cupy.RawKernel(SPIN, "spin")
@@ -203,7 +210,7 @@ def test_arrays_of_another_device_are_worked_on_there() -> None:
 
 @pytest.mark.parametrize("check_every", [1, 4])
 @pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson, ic.Broyden])
-def test_a_solve_copies_one_flag_a_look(solver: Any, check_every: int) -> None:
+def test_a_solve_copies_one_flag_for_each_read(solver: Any, check_every: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch, whose profiler sees copies, found no CUDA device")
     case = symmetric_layer()

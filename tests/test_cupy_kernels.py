@@ -37,20 +37,21 @@ PORTABLE = Backend("numpy", array_api_compat.numpy, (np.ndarray, np.generic))
 
 
 class OnHost(module.CuPyBackend):
-    """CuPy's backend with NumPy in the place of CuPy."""
+    """CuPy's backend, for NumPy arrays."""
 
-    beside = Backend.beside
+    on_device_of = Backend.on_device_of
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
-    """That of all NumPy arrays, while a test runs."""
-    numpys = {"empty": np.empty, "ndarray": np.ndarray, "linalg": np.linalg, "concatenate": np.concatenate}
+    """The backend of all NumPy arrays while a test runs."""
+    names = ["empty", "ndarray", "linalg", "concatenate", "hypot", "maximum"]
+    numpys = {name: getattr(np, name) for name in names}
     kernel = module.cupy.ElementwiseKernel
     monkeypatch.setattr(module, "cupy", SimpleNamespace(ElementwiseKernel=lambda *a: HostKernel(kernel(*a)), **numpys))
     for name in NAMES:
         monkeypatch.setattr(module, name, HostKernel(getattr(module, name)))
-    instance = OnHost("numpy", array_api_compat.numpy, (np.ndarray, np.generic))
+    instance = OnHost("numpy", array_api_compat.numpy, (np.ndarray, np.generic), space=module.CuPySpace)
     monkeypatch.setattr(numpy_backend, "BACKEND", instance)
     module._solve_kernel.cache_clear()
     yield instance
@@ -68,42 +69,50 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
+def spaces(backend: OnHost, x: np.ndarray) -> list[Any]:
+    """The space of states (N, D) with CuPy's kernels, and the portable one."""
+    return [backend.space(x, 1), PORTABLE.space(x, 1)]
+
+
 # Each method against the portable spelling.
 
 
 @TYPES
 def test_sums_of_products(backend: OnHost, dtype: Any) -> None:
     row, history, weights = normal(3, 1, 7, dtype=dtype), normal(3, 5, 7, dtype=dtype), normal(3, 1, 5, dtype=dtype)
-    close(backend.products(row, history), PORTABLE.products(row, history))
-    close(backend.combine(weights, history), PORTABLE.combine(weights, history))
-    close(backend.combine_onto(row, weights, history), PORTABLE.combine_onto(row, weights, history))
+    ours, theirs = spaces(backend, row[:, 0])
+    close(ours.products((row,), (history,)), theirs.products((row,), (history,)))
+    two = np.concatenate([row, -row], axis=1)
+    close(ours.products((two,), (history,)), theirs.products((two,), (history,)))
+    close(*(space.combine(weights, (history,))[0] for space in (ours, theirs)))
+    close(*(space.combine(weights, (history,), (row,))[0] for space in (ours, theirs)))
 
 
 @TYPES
 def test_a_x_plus_y(backend: OnHost, dtype: Any) -> None:
     x, y, each = normal(4, 6, dtype=dtype), normal(4, 6, dtype=dtype, seed=1), normal(4, 1, dtype=dtype)
-    close(backend.axpy(0.3, x, y), PORTABLE.axpy(0.3, x, y))
-    close(backend.axpy(each, x, y), PORTABLE.axpy(each, x, y))
     matrices, scaling, floor = normal(3, 2, 2, dtype=dtype), normal(2, 2, dtype=dtype), normal(2, 2, dtype=dtype)
-    close(backend.axpy(matrices, scaling, floor), PORTABLE.axpy(matrices, scaling, floor))
-    close(backend.axpy(1e-5, each, np.asarray(1e-8, dtype)), PORTABLE.axpy(1e-5, each, np.asarray(1e-8, dtype)))
+    for arguments in (0.3, x, y), (each, x, y), (matrices, scaling, floor), (1e-5, each, np.asarray(1e-8, dtype)):
+        close(*(space.multiply_add(*arguments) for space in spaces(backend, x)))
 
 
 @TYPES
 @pytest.mark.parametrize("length", [1, 2, 3, 8])
-def test_the_largest_of_what_is_not_finite(backend: OnHost, dtype: Any, length: int) -> None:
+def test_the_largest_of_numbers_that_are_not_finite(backend: OnHost, dtype: Any, length: int) -> None:
     inf, nan = np.inf, np.nan
+    ours, theirs = spaces(backend, np.zeros((2, length), dtype))
     for special in (1.0, -3.0, inf, -inf, nan, 0.0, -0.0, 1e-30):
         for place in range(length):
             x = np.full((2, length), -0.5, dtype)
             x[1, place] = special
-            np.testing.assert_array_equal(backend.largest(x), PORTABLE.largest(x))
-    np.testing.assert_array_equal(backend.largest(np.full((1, length), -inf, dtype)), [[inf]])
+            np.testing.assert_array_equal(ours.largest((x,)), theirs.largest((x,)))
+    np.testing.assert_array_equal(ours.largest((np.full((2, length), -inf, dtype),)), [[inf], [inf]])
 
 
 @TYPES
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 20, 32, 33])
 def test_small_systems(backend: OnHost, dtype: Any, m: int) -> None:
+    space, _ = spaces(backend, np.zeros((6, 1), dtype))
     a = normal(6, m, m)
     systems = {
         "positive definite": a @ a.transpose(0, 2, 1) + m * np.eye(m),
@@ -112,41 +121,52 @@ def test_small_systems(backend: OnHost, dtype: Any, m: int) -> None:
     }
     row = normal(6, 1, m, dtype=dtype, seed=1)
     for matrix in systems.values():
-        got = backend.solve_rows(matrix.astype(dtype), row)
+        got = space.solve_rows(matrix.astype(dtype), row)
         assert got.dtype == dtype
         expected = row @ np.linalg.inv(matrix.astype(dtype).astype(np.float64))
         np.testing.assert_allclose(got, expected, rtol=1e-3 if dtype == np.float32 else 1e-10, atol=1e-5)
     spoiled = systems["positive definite"].astype(dtype)
-    before = backend.solve_rows(spoiled, row)
+    before = space.solve_rows(spoiled, row)
     spoiled[2] = np.nan
-    after = backend.solve_rows(spoiled, row)
+    after = space.solve_rows(spoiled, row)
     assert np.isnan(after[2]).all()
     np.testing.assert_array_equal(np.delete(after, 2, 0), np.delete(before, 2, 0))
 
 
 def test_a_gram_matrix_a_row_at_a_time(backend: OnHost) -> None:
-    gram, history = np.zeros((3, 4, 4)), np.zeros((3, 4, 9))
+    ours, theirs = spaces(backend, np.zeros((3, 9)))
+    gram, history = (np.zeros((3, 4, 4)),), (np.zeros((3, 4, 9)),)
     for step in range(6):
-        history = backend.set_row(history, step % 4, normal(3, 9, seed=step))
-        gram = backend.gram(gram, history, step % 4)
-        close(gram, PORTABLE.gram(gram, history, step % 4))
+        history = ours.set_row(history, step % 4, (normal(3, 9, seed=step),))
+        gram = ours.gram(gram, history, step % 4)
+        close(gram[0], theirs.gram(gram, history, step % 4)[0])
 
 
 def test_rows_entries_and_counts(backend: OnHost) -> None:
     history, row = normal(3, 4, 5), normal(3, 1, 5)
+    space, _ = spaces(backend, row[:, 0])
     for new in (row, row[:, 0, :]):
-        close(backend.set_row(history.copy(), 2, new)[:, 2], row[:, 0])
-    close(backend.entry(row, 3), row[:, :, 3:4])
-    counts = backend.tally(np.ones((2, 1), np.int32), np.array([[True], [False]]))
+        close(space.set_row((history.copy(),), 2, (new,))[0][:, 2], row[:, 0])
+    close(space.take(row, 3, axis=2), row[:, :, 3:4])
+    counts = space.plus_one(np.ones((3, 1), np.int32), np.array([[True], [False], [True]]))
     assert counts.dtype == np.int32
-    assert counts.tolist() == [[2], [1]]
+    assert counts.tolist() == [[2], [1], [2]]
 
 
-def test_nothing_of_nothing(backend: OnHost) -> None:
-    """A leaf without numbers."""
+def test_norms_of_several_leaves(backend: OnHost) -> None:
+    like = {"a": normal(3, 2), "b": normal(3, 4, seed=1), "empty": np.zeros((3, 0))}
+    ours, theirs = (b.space(like, 1) for b in (backend, PORTABLE))
+    x = ours.pack(like)
+    close(ours.norm(x), theirs.norm(x))
+    close(ours.largest(x), theirs.largest(x))
+
+
+def test_empty_leaves(backend: OnHost) -> None:
+    """A leaf of size zero."""
     empty, weights = np.zeros((3, 4, 0)), np.zeros((3, 1, 4))
-    assert backend.combine(weights, empty).shape == (3, 1, 0)
-    assert backend.products(empty[:, :1], empty).tolist() == np.zeros((3, 1, 4)).tolist()
+    space, _ = spaces(backend, np.zeros((3, 0)))
+    assert space.combine(weights, (empty,))[0].shape == (3, 1, 0)
+    assert space.products((empty[:, :1],), (empty,)).tolist() == np.zeros((3, 1, 4)).tolist()
 
 
 # The solvers and estimators on this backend.
@@ -182,7 +202,7 @@ def test_linear_solvers(backend: OnHost, gradient: ic.Estimator, monkeypatch: py
 
 
 class HostPointwise(Pointwise):
-    """Its kernels on NumPy arrays."""
+    """``Pointwise`` with its kernels on NumPy arrays."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -202,7 +222,7 @@ SIGMOID = "template <typename T> static T sigmoid(T x) { return 1 / (1 + exp(-x)
 @pytest.mark.parametrize("shapes", [[(3, 4), (3, 4), (3, 4)], [(3, 4), (4,), (3, 1)], [(2, 3, 4), (3, 1), ()]])
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise_functions_and_their_derivatives(name: str, shapes: list[tuple[int, ...]]) -> None:
-    """Against central differences, summed over what was broadcast."""
+    """Compared with central differences, added up over broadcast axes."""
     arguments, options = POINTWISE[name]
     phi = HostPointwise(*arguments, **options, preamble=SIGMOID)
     count = len(arguments[0].split(","))
@@ -213,8 +233,8 @@ def test_pointwise_functions_and_their_derivatives(name: str, shapes: list[tuple
     step = 1e-6
     slopes = []
     for i, a in enumerate(inputs):
-        moved = [phi(*inputs[:i], a + s * step, *inputs[i + 1 :]) for s in (1, -1)]
-        slopes.append((moved[0] - moved[1]) / (2 * step))
+        shifted = [phi(*inputs[:i], a + s * step, *inputs[i + 1 :]) for s in (1, -1)]
+        slopes.append((shifted[0] - shifted[1]) / (2 * step))
     cotangents = phi.vjp(v, y, *inputs)
     for a, slope, cotangent in zip(inputs, slopes, cotangents, strict=True):
         expected = v * slope
@@ -261,12 +281,12 @@ def test_names_and_expressions_that_do_not_fit(arguments: Any, options: Any, mes
         (("a", "a"), [3], "each of slopes must be a str"),
     ],
 )
-def test_what_is_no_text(arguments: Any, slopes: Any, message: str) -> None:
+def test_arguments_that_are_not_text(arguments: Any, slopes: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         icc.Pointwise(*arguments, slopes=slopes)
 
 
-def test_a_pointwise_function_shows_what_it_is() -> None:
+def test_repr_of_a_pointwise_function() -> None:
     assert repr(icc.Pointwise("a, x", "tanh(a + x)", slopes="1 - y * y")) == "Pointwise('a, x', 'tanh(a + x)')"
 
 
@@ -288,7 +308,7 @@ def test_a_problem_without_derivatives_says_where_to_get_them() -> None:
     "estimator", [ic.Implicit(ic.GMRES(rtol=1e-4)), ic.Unroll(5, 0.5), ic.Neumann(5, 0.5)], ids=repr
 )
 def test_the_demos_model(backend: OnHost, estimator: ic.Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy's beside NumPy's, on NumPy arrays: its steps, gradients, labels and counts are the same."""
+    """CuPy's model on NumPy arrays has the same steps, gradients, labels and counts as NumPy's."""
     from implicit_core.examples.digits import model_cupy
     from implicit_core.examples.digits.model import PIXELS, initial_parameters
     from implicit_core.examples.digits.model_numpy import NumPyModel

@@ -1,4 +1,4 @@
-"""Where arrays are: a second device, tensors that hold no numbers to look at, and a framework with a current device."""
+"""Where arrays are: a second device, tensors without numbers, and a framework with a current device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from implicit_core.adapters import torch as ict
 from implicit_core.backend import Backend
 from implicit_core.backends import numpy as numpy_backend
 from implicit_core.backends import torch as torch_backend
-from implicit_core.estimators import implicit, series
+from implicit_core.estimators import implicit, neumann_series
 
 STRICT = next(library for library in LIBRARIES if library.name == "array_api_strict")
 ELSEWHERE = array_api_strict.Device("device1")
@@ -47,7 +47,7 @@ def arrays(tree: Any) -> list[Any]:
     return [leaf for leaf in backend.flatten(tree)[0] if hasattr(leaf, "dtype")]
 
 
-# A second device, whose arrays array-api-strict does not let meet those of the first.
+# A second device; array-api-strict refuses operations on arrays of two devices.
 
 
 def there(tree: Any) -> Any:
@@ -76,7 +76,7 @@ def test_a_gradient_stays_on_the_device_of_its_arrays(estimator: ic.Estimator) -
     assert all(x.device == ELSEWHERE for x in found)
 
 
-def test_arrays_of_two_devices_are_told_apart() -> None:
+def test_arrays_of_two_devices_are_distinguished() -> None:
     case = layer()
     h0, z = STRICT.array(case.h0), there(case.z)
     with pytest.raises(ValueError, match=r"result of f must be on the device of h0, .*CPU_DEVICE.*, got .*device1"):
@@ -89,20 +89,19 @@ def test_arrays_of_two_devices_are_told_apart() -> None:
         pullback(h0)
 
 
-# Tensors without numbers: whoever looks at one gets an error.
+# Tensors without numbers: reading one is an error.
 
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops make some steps without a look at the flag, nor at whether f wrote to its argument, which it tells too."""
+    """Loops make a few steps, and read neither their masks nor the check that f left its argument unmodified."""
     backend = torch_backend.BACKEND
 
-    def some_steps(cond: Any, body: Any, carry: Any, max_steps: int, *rest: Any) -> Any:
-        cond(carry)
-        return backend.repeat(body, carry, min(4, max_steps))
+    def some_steps(masks: Any, body: Any, carry: Any, max_steps: int, *rest: Any) -> Any:
+        return backend.repeat(lambda c: body(c, masks(c)), carry, min(4, max_steps))
 
     monkeypatch.setattr(backend, "while_loop", some_steps)
-    monkeypatch.setattr(backend, "unchanged", lambda x, before: True)
+    monkeypatch.setattr(torch_backend.TorchSpace, "same", lambda space, x, y: True)
 
 
 def meta(tree: Any) -> Any:
@@ -118,7 +117,7 @@ def of_tensors(case: Case) -> Callable[..., Any]:
 @pytest.mark.parametrize("solver", [*SOLVERS[:-1], ic.Anderson(memory=2, damping=0.5)], ids=repr)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.usefixtures("blind")
-def test_a_step_looks_at_nothing(case: Case, solver: ic.Solver) -> None:
+def test_a_step_reads_nothing(case: Case, solver: ic.Solver) -> None:
     problem = ict.problem(of_tensors(case), batch_ndim=case.batch_ndim)
     solution = ic.solve(problem, meta(case.h0), meta(case.z), solver=solver)
     assert solution.stats.evaluations >= 1
@@ -127,7 +126,7 @@ def test_a_step_looks_at_nothing(case: Case, solver: ic.Solver) -> None:
 
 @pytest.mark.parametrize("gradient", ESTIMATORS[:5], ids=repr)
 @pytest.mark.usefixtures("blind")
-def test_forward_and_backward_look_at_nothing(gradient: ic.Estimator) -> None:
+def test_forward_and_backward_read_no_number(gradient: ic.Estimator) -> None:
     case = layer()
     z = {name: value.requires_grad_() for name, value in meta(case.z).items()}
     value = ic.fixed_point(of_tensors(case), meta(case.h0), z, gradient=gradient, batch_ndim=1).value
@@ -135,47 +134,53 @@ def test_forward_and_backward_look_at_nothing(gradient: ic.Estimator) -> None:
     assert all(x.grad.device.type == "meta" for x in z.values())
 
 
-@pytest.mark.parametrize("gradient", [ic.Implicit(), ic.Neumann("auto")], ids=repr)
+@pytest.mark.parametrize("gradient", [ic.Implicit(), ic.NeumannSeries()], ids=repr)
 @pytest.mark.usefixtures("blind")
-def test_what_stops_by_itself_looks_at_its_verdict_alone(
+def test_an_estimator_that_stops_by_itself_reads_its_statuses_alone(
     gradient: ic.Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the look at each step, which is the loop's."""
-    case, verdicts = layer(), []
+    """Reads besides the loop's read in each step."""
+    case, statuses = layer(), []
     z = {name: value.requires_grad_() for name, value in meta(case.z).items()}
-    module = implicit if isinstance(gradient, ic.Implicit) else series
-    monkeypatch.setattr(module, "report", lambda *arguments, **options: verdicts.append(arguments[3].shape))
+    module = implicit if isinstance(gradient, ic.Implicit) else neumann_series
+    monkeypatch.setattr(module, "report", lambda *arguments, **options: statuses.append(arguments[3].shape))
     value = ic.fixed_point(of_tensors(case), meta(case.h0), z, gradient=gradient, batch_ndim=1).value
     value.square().sum().backward()
-    assert verdicts == [(case.h0.shape[0], 1)]
+    assert statuses == [(case.h0.shape[0], 1)]
 
 
-class Looking(ic.Anderson):
-    """A step that looks at a number."""
+class Reading(ic.Anderson):
+    """A step that reads a number."""
 
     def step(self, system: Any, memory: Any, point: Any) -> Any:
         return super().step(system, memory, point) if bool(system.space.xp.any(point.active)) else None
 
 
 @pytest.mark.usefixtures("blind")
-def test_a_look_would_be_seen() -> None:
+def test_a_read_is_detected() -> None:
     case = layer()
     with pytest.raises(RuntimeError, match="meta"):
-        ic.solve(of_tensors(case), meta(case.h0), meta(case.z), solver=Looking(), batch_ndim=1)
+        ic.solve(of_tensors(case), meta(case.h0), meta(case.z), solver=Reading(), batch_ndim=1)
 
 
-# A framework with a current device, as CuPy: the user's functions and all arithmetic are within `beside`.
+# A framework with a current device, as CuPy: user functions and all arithmetic are within `on_device_of`.
+
+
+class PlacedSpace(numpy_backend.NumPySpace):
+    def norm(self, x: Any) -> Any:
+        self.backend.within()
+        return super().norm(x)
 
 
 class Placed(numpy_backend.NumPyBackend):
-    """NumPy's, which knows whether it is entered."""
+    """NumPy's backend, which records whether it is within ``on_device_of``."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.depth = self.outside = 0
 
     @contextmanager
-    def beside(self, tree: Any) -> Iterator[None]:
+    def on_device_of(self, tree: Any) -> Iterator[None]:
         assert any(self.is_array(leaf) for leaf in self.flatten(tree)[0])
         self.depth += 1
         try:
@@ -190,21 +195,17 @@ class Placed(numpy_backend.NumPyBackend):
         self.within()
         return super().map(fn, tree, *rest)
 
-    def norm(self, x: Any) -> Any:
-        self.within()
-        return super().norm(x)
-
 
 @pytest.fixture
 def placed(monkeypatch: pytest.MonkeyPatch) -> Placed:
     original = numpy_backend.BACKEND
-    backend = Placed(original.name, original.xp, original.array_types)
+    backend = Placed(original.name, original.xp, original.array_types, space=PlacedSpace)
     monkeypatch.setattr(numpy_backend, "BACKEND", backend)
     return backend
 
 
 def watched(problem: ic.Problem, backend: Placed) -> ic.Problem:
-    """Functions of the user's that note where they are called."""
+    """The problem with functions that check that they are called within ``on_device_of``."""
 
     def noting(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -219,7 +220,7 @@ def watched(problem: ic.Problem, backend: Placed) -> ic.Problem:
 
 @pytest.mark.parametrize("form", ["callbacks", "linearized"])
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
-def test_gradients_are_made_beside_the_arrays(estimator: ic.Estimator, form: str, placed: Placed) -> None:
+def test_gradients_are_made_on_the_device_of_the_arrays(estimator: ic.Estimator, form: str, placed: Placed) -> None:
     case = layer()
     problem = watched(case.problem() if form == "callbacks" else case.linearized(), placed)
     root = case.oracle()
@@ -234,7 +235,7 @@ def test_gradients_are_made_beside_the_arrays(estimator: ic.Estimator, form: str
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, lambda problem, h0, z: problem(problem(h0, z), z)], ids=named)
-def test_solves_are_made_beside_the_arrays(solver: Any, placed: Placed) -> None:
+def test_solves_are_made_on_the_device_of_the_arrays(solver: Any, placed: Placed) -> None:
     for form in (Case.problem, Case.linearized):
         problem = watched(form(layer()), placed)
         placed.outside = 0
@@ -243,7 +244,7 @@ def test_solves_are_made_beside_the_arrays(solver: Any, placed: Placed) -> None:
         assert np.all(np.isfinite(flat(solution.value)))
 
 
-def test_linear_solves_and_what_f_returns_beside_h_are_too(placed: Placed) -> None:
+def test_so_are_linear_solves_and_aux(placed: Placed) -> None:
     def operator(v: Any) -> Any:
         placed.within()
         return 2 * v

@@ -1,6 +1,6 @@
-"""Every example in a docstring and every block of Python on a page runs; links lead somewhere.
+"""Every example in a docstring and every block of Python on a page runs; links and cited decisions exist.
 
-Notebooks among the pages are run by ``make docs``, and by nothing here.
+``make docs`` runs the notebooks among the pages; the tests here do not.
 """
 
 import doctest
@@ -18,18 +18,22 @@ import implicit_core
 from implicit_core import adapters, backends
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["implicit_core"] + [
-    module.name
-    for package in (implicit_core, adapters, backends)
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.endswith("__main__")
-]
+PACKAGES = (implicit_core, adapters, backends)
+MODULES = sorted(
+    {"implicit_core"}
+    | {
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.endswith("__main__") and not module.name.startswith("implicit_core.examples")
+    }
+)
 PUBLIC = ["", ".theory", ".adapters.torch", ".adapters.jax", ".adapters.cupy"]
 SEED = r"default_rng\(\d|manual_seed\(\d|random\.(key|PRNGKey)\(\d|random\.seed\(\d"
 
 
 def read(page: str) -> str:
-    """A page, by its path from the root."""
+    """The text of a page, given its path from the root."""
     return (ROOT / page).read_text(encoding="utf-8")
 
 
@@ -40,13 +44,13 @@ WITH_BLOCKS = [page for page in PAGES if "```python\n" in read(page) and page no
 
 
 def on_a_gpu(name: str) -> Any:
-    """A module, or a page, marked if it is about CuPy."""
+    """A parameter for a module or a page; it has the marks of CuPy if it needs CuPy."""
     return pytest.param(name, marks=gpus.CUPY) if "cupy" in name else name
 
 
 @pytest.mark.parametrize("name", [on_a_gpu(name) for name in MODULES])
 def test_docstrings(name: str) -> None:
-    with jax.enable_x64(False):  # as a reader's JAX is
+    with jax.enable_x64(False):  # JAX's default
         result = doctest.testmod(importlib.import_module(name))
     assert not result.failed
 
@@ -62,24 +66,35 @@ def test_every_public_name_has_an_example(module: str) -> None:
 
 @pytest.mark.parametrize("page", [on_a_gpu(page) for page in WITH_BLOCKS])
 def test_blocks_of_python_on_pages(page: str) -> None:
-    """In order, and in one namespace, as a reader would type them."""
+    """In order and in one namespace, as a reader would type them."""
     namespace: dict[str, object] = {"__name__": page}
     for block in re.findall(r"```python\n(.*?)```", read(page), re.DOTALL):
         exec(block, namespace)
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
-def test_notebooks_end_with_what_they_have_shown_and_can_be_repeated(page: str) -> None:
+def test_notebooks_end_with_assertions_and_seed_random_numbers(page: str) -> None:
     cells = re.findall(r"^```\{code-cell\}.*?\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
     assert re.search(r"^assert ", cells[-1], re.MULTILINE), f"the last cell of {page} asserts nothing"
     code = "".join(cells)
     assert "rand" not in code or re.search(SEED, code), f"{page} draws random numbers without a seed"
 
 
+def documented() -> list[Any]:
+    """The objects that the reference documents."""
+    pages = "".join(read(page) for page in PAGES if page.startswith("docs/reference/"))
+    names = re.findall(r"^\.\. auto(?:class|exception|function):: (\S+)$", pages, re.MULTILINE)
+    return [getattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in names)]
+
+
 @pytest.mark.parametrize("module", PUBLIC)
-def test_the_reference_has_every_public_name(module: str) -> None:
-    words = set(re.findall(r"\w+", "".join(read(page) for page in PAGES if page.startswith("docs/reference/"))))
-    assert words.issuperset(importlib.import_module(f"implicit_core{module}").__all__)
+def test_the_reference_documents_every_public_name(module: str) -> None:
+    objects = documented()
+    found = vars(importlib.import_module(f"implicit_core{module}"))
+    for name in found["__all__"]:
+        value = found[name]
+        documents = type(value) if isinstance(value, implicit_core.Status) else value
+        assert any(documents is each for each in objects), name
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -91,13 +106,27 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert anchor in anchors(str(target.resolve().relative_to(ROOT))), f"{page} links to {path}#{anchor}"
 
 
+def test_decisions_are_numbered_and_cited_decisions_exist() -> None:
+    numbers = re.findall(r"^\(decision-(\d+)\)=\n### Decision (\d+): \S", read("docs/decisions.md"), re.MULTILINE)
+    known = [str(n + 1) for n in range(len(numbers))]
+    assert numbers == [(n, n) for n in known]
+    assert len(known) == read("docs/decisions.md").count("\n### ")
+    modules = [path for package in PACKAGES for path in Path(package.__path__[0]).rglob("*.py")]
+    cited = {path: re.findall(r"\bDecision (\d+)", path.read_text(encoding="utf-8")) for path in modules}
+    assert any(cited.values())
+    for source, found in cited.items():
+        assert set(found) <= set(known), source
+    for page in PAGES:
+        assert set(re.findall(r"\bDecision (\d+)", read(page))) <= set(known), page
+
+
 def prose(page: str) -> str:
-    """A page without its blocks of code, and without code in its lines."""
+    """A page without blocks of code and without inline code."""
     return re.sub(r"`[^`\n]*`", "`", re.sub(r"^ *(```+).*?^ *\1 *$", "", read(page), flags=re.DOTALL | re.MULTILINE))
 
 
 def anchors(page: str) -> set[str]:
-    """Of a page's headings, as GitHub and MyST make them, and of its targets ``(name)=``."""
+    """The anchors of a page: of its headings, as GitHub and MyST name them, and its targets ``(name)=``."""
     text = re.sub(r"^```.*?^```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -31,7 +31,7 @@ def root_of(case: Case, library: Library) -> Any:
 
 
 def pulled_back(estimator: ic.Estimator, problem: ic.Problem, library: Library, h: Any, z: Any, v: np.ndarray) -> Any:
-    """The value, and the pullback of ``v`` as one vector."""
+    """The value, and the pullback of ``v`` flattened to a vector."""
     value, pullback = estimator.vjp(problem, h, z)
     like = library.numpy(h)
     return value, flat(library.numpy(pullback(library.array(unflat(v, like)))))
@@ -169,7 +169,7 @@ def test_a_pullback_can_be_called_again(library: Library) -> None:
 
 
 def test_value_is_the_solvers_point_or_the_unrolled_one() -> None:
-    """At a point that is not the root, only Unroll and BPTT move on."""
+    """At a point that is not the root, only Unroll and BPTT return another value."""
     case = layer()
     for estimator in (ic.Neumann(5, 0.5), ic.OneStep()):
         value, _ = estimator.vjp(case.problem(), case.h0, case.z)
@@ -180,7 +180,7 @@ def test_value_is_the_solvers_point_or_the_unrolled_one() -> None:
 
 
 def test_leaves_of_z_without_a_gradient() -> None:
-    """Integers, text and None ride along in z; their cotangent is None."""
+    """Integers, text and None may be leaves of z; their cotangent is None."""
 
     def vjp(h: Any, z: Any, v: Any) -> Any:
         return 0.5 * v, {"scale": None, "labels": None, "x": v, "nothing": None}
@@ -195,7 +195,7 @@ def test_leaves_of_z_without_a_gradient() -> None:
         assert gradient["x"].shape == (3,)
 
 
-def test_implicit_never_fails_in_silence() -> None:
+def test_implicit_reports_every_failure() -> None:
     case = layer(contraction=0.95)
     h, v = root_of(case, NUMPY), np.ones(case.h0.shape)
     starved = ic.GMRES(rtol=1e-12, max_steps=2)
@@ -212,8 +212,8 @@ def test_implicit_never_fails_in_silence() -> None:
 
 @pytest.mark.parametrize("on_failure", ["raise", "warn", "nan"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_cotangent_that_is_not_finite_goes_on_as_nan(bad: float, on_failure: Any) -> None:
-    """As through any other operation; gradient scalers overflow on purpose, and look for it."""
+def test_a_cotangent_that_is_not_finite_becomes_nan(bad: float, on_failure: Any) -> None:
+    """As in any other operation; gradient scalers overflow on purpose and check for it."""
     case = layer()
     h, v = root_of(case, NUMPY), np.ones(case.h0.shape)
     estimator = ic.Implicit(on_failure=on_failure)

@@ -15,7 +15,7 @@ from problems import Case, layer, pytree
 import implicit_core as ic
 
 POINT = ic.FixedPointIteration(max_steps=1)
-"""Returns its start: every framework gets the same solver's point."""
+"""Returns its start, so that every framework gets the same point."""
 EXACT = ic.Implicit(ic.GMRES(rtol=1e-13))
 ESTIMATORS = [
     ic.OneStep(),
@@ -84,7 +84,7 @@ def test_values_and_gradients(case: Case, estimator: ic.Estimator) -> None:
 
 @pytest.mark.parametrize("solver", [ic.Anderson, ic.Broyden, ic.NewtonKrylov])
 def test_solves(solver: type) -> None:
-    """With each framework's own derivatives, where the solver asks for them."""
+    """Solvers that need derivatives get each framework's own."""
     case, settings = layer(), solver(rtol=1e-9)
     expected = ic.solve(case.problem(), case.h0, case.z, solver=settings)
     assert np.all(expected.converged)
@@ -101,7 +101,7 @@ def test_solves(solver: type) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_second_derivatives(estimator: ic.Estimator) -> None:
-    """Of a loss in the scales of W and x."""
+    """Second derivatives of a loss with respect to scales of W and x."""
     case = layer(batch=2, width=4)
     h = point_of(case)
 
@@ -121,8 +121,8 @@ def test_second_derivatives(estimator: ic.Estimator) -> None:
     assert np.linalg.norm(torchs) > 0.1
 
 
-def test_second_derivatives_of_the_exact_gradient_are_those_of_the_root() -> None:
-    """Against central differences of NumPy's exact gradient, which solves anew at each point."""
+def test_second_derivatives_of_the_exact_gradient_are_the_roots() -> None:
+    """Against central differences of NumPy's exact gradient, with a new solve at each point."""
     case = layer(batch=2, width=4)
     solver = ic.NewtonKrylov(rtol=1e-14, atol=1e-15)
 

@@ -1,4 +1,4 @@
-"""A sample never feels what becomes of another."""
+"""No sample affects another: results are bit-identical whatever the other samples do."""
 
 from typing import Any
 
@@ -66,8 +66,8 @@ def test_odd_samples_are_reported_and_the_others_bit_identical(solver: ic.Solver
     assert odd_steps[CONVERGED] == 1
     assert np.all(odd_status[ORDINARY] == ic.CONVERGED)
 
-    for ordinary, beside_odd in ((plain, odd_plain), (steps, odd_steps), (residual, odd_residual)):
-        np.testing.assert_array_equal(ordinary[ORDINARY], beside_odd[ORDINARY])
+    for ordinary, with_odd in ((plain, odd_plain), (steps, odd_steps), (residual, odd_residual)):
+        np.testing.assert_array_equal(ordinary[ORDINARY], with_odd[ORDINARY])
     np.testing.assert_array_equal(trace[:, ORDINARY], odd_trace[:, ORDINARY])
 
 
@@ -101,7 +101,7 @@ def test_linear_solves_are_isolated_too(solver: ic.LinearSolver, library: Librar
 
 
 def alone_and_together(solve: Any, samples: int) -> None:
-    """``solve(rows)`` on all samples at once, and on each by itself: the same to the last bit."""
+    """``solve(rows)`` gives bit-identical results for all samples at once and for each sample alone."""
     together = solve(slice(None))
     evaluations = set()
     for i in range(samples):
@@ -110,11 +110,11 @@ def alone_and_together(solve: Any, samples: int) -> None:
         np.testing.assert_array_equal(alone.value, together.value[i : i + 1])
         np.testing.assert_array_equal(alone.stats.residual, together.stats.residual[i : i + 1])
         np.testing.assert_array_equal(alone.status, together.status[i : i + 1])
-    assert len(evaluations) > 2, "the samples are to take different times"
+    assert len(evaluations) > 2, "samples take different numbers of steps"
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=[f"{type(s).__name__}{i}" for i, s in enumerate(SOLVERS)])
-def test_a_sample_does_not_feel_how_long_others_take(solver: ic.Solver) -> None:
+def test_a_sample_does_not_depend_on_the_steps_of_others(solver: ic.Solver) -> None:
     rng = np.random.default_rng(0)
     slope, x = np.linspace(0.05, 0.9, 6)[:, None], rng.normal(size=(6, 10))
 
@@ -133,7 +133,7 @@ def test_a_sample_does_not_feel_how_long_others_take(solver: ic.Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", LINEAR, ids=lambda solver: type(solver).__name__)
-def test_a_linear_system_does_not_feel_how_long_others_take(solver: ic.LinearSolver) -> None:
+def test_a_linear_system_does_not_depend_on_the_steps_of_others(solver: ic.LinearSolver) -> None:
     rng = np.random.default_rng(0)
     slope, b = np.linspace(0.01, 0.49, 6)[:, None], rng.normal(size=(6, 50))
 

@@ -1,4 +1,4 @@
-"""What a gradient costs in JAX: runs of F and of its derivatives counted as they happen, and memory."""
+"""Costs of a gradient in JAX: runs of F and of its derivatives, counted at run time, and memory."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jax.extend.core import jaxprs_in_params
-from jax_layers import data, few_optimizations  # noqa: F401
+from jax_layers import data
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
@@ -17,8 +17,8 @@ from implicit_core.adapters import jax as icj
 RUNS: Counter[str] = Counter()
 
 
-def tally(name: str, x: Any) -> Any:
-    """``x``; a callback without effects, which JAX and XLA drop where the result is not used."""
+def counted(name: str, x: Any) -> Any:
+    """``x``, with a count of each run; a pure callback, so that JAX and XLA drop it if the result is unused."""
 
     def count(x: Any) -> Any:
         RUNS[name] += 1
@@ -29,18 +29,18 @@ def tally(name: str, x: Any) -> Any:
 
 @jax.custom_jvp
 def product(h: Any, w: Any) -> Any:
-    return tally("F", h @ w.T)
+    return counted("F", h @ w.T)
 
 
 def product_rule(primals: Any, tangents: Any) -> Any:
-    """What is known to be zero costs nothing, as in JAX's own rules."""
+    """Tangents that are known to be zero cost nothing, as in JAX's own rules."""
     (h, w), (dh, dw) = primals, tangents
     result = product(h, w)
     total = jnp.zeros_like(result)
     if not isinstance(dh, SymbolicZero):
-        total += linear_call(lambda w, dh: tally("h-JVP", dh @ w.T), lambda w, v: tally("h-VJP", v @ w), w, dh)
+        total += linear_call(lambda w, dh: counted("h-JVP", dh @ w.T), lambda w, v: counted("h-VJP", v @ w), w, dh)
     if not isinstance(dw, SymbolicZero):
-        total += linear_call(lambda h, dw: tally("z-JVP", h @ dw.T), lambda h, v: tally("z-VJP", v.T @ h), h, dw)
+        total += linear_call(lambda h, dw: counted("z-JVP", h @ dw.T), lambda h, v: counted("z-VJP", v.T @ h), h, dw)
     return result, total
 
 
@@ -96,8 +96,8 @@ def test_costs(estimator: Any, f: int, by_h: int, by_z: int, forward: bool) -> N
 
 
 @pytest.mark.parametrize("linear_solver", [ic.GMRES(rtol=1e-6), ic.BiCGSTAB(), ic.Richardson()], ids=repr)
-def test_implicit_costs_what_its_linear_solver_says(linear_solver: ic.LinearSolver) -> None:
-    """As many h-VJPs as the same solve makes in NumPy."""
+def test_implicit_costs_the_products_of_its_linear_solver(linear_solver: ic.LinearSolver) -> None:
+    """It makes as many h-VJPs as the same solve in NumPy."""
     counts, evaluations = run_gradient(ic.Implicit(linear_solver), forward=False)
     w, x = (np.asarray(a) for a in data())
     h = np.zeros_like(x)
@@ -110,13 +110,13 @@ def test_implicit_costs_what_its_linear_solver_says(linear_solver: ic.LinearSolv
     assert counts["h-JVP"] == counts["z-JVP"] == 0
 
 
-BATCH, WIDTH = 13, 17  # of no other array
+BATCH, WIDTH = 13, 17  # sizes of no other array
 SMALL = ic.Implicit(ic.GMRES(restart=3))
 ESTIMATORS = [ic.Neumann(4, 0.5), ic.Neumann(12, 0.5), ic.Unroll(4, 0.5), ic.Unroll(12, 0.5), ic.Implicit()]
 
 
 def shapes(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Of all values computed in it, loops and branches included."""
+    """Shapes of all values computed in a jaxpr, including loops and branches."""
     found = {v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "shape")}
     return found.union(*(shapes(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
 
@@ -144,7 +144,7 @@ def test_no_sample_has_a_copy_of_the_parameters(estimator: ic.Estimator, mapped:
     assert {(BATCH, WIDTH), (WIDTH, WIDTH)} <= found
     assert per_sample_parameters(found) == []
     naive = jax.make_jaxpr(jax.vmap(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w.T))), (None, 0)))(w, x)
-    assert per_sample_parameters(shapes(naive.jaxpr)), "it is to be seen here"
+    assert per_sample_parameters(shapes(naive.jaxpr)), "the naive gradient has such copies"
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["batch", "vmap"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax_layers import assert_close, cell, data, few_optimizations, iterate, loop, loss  # noqa: F401
+from jax_layers import assert_close, cell, data, iterate, loop, loss
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
@@ -28,6 +28,11 @@ PAIRS = [
 ]
 IDS = [f"{type(solver).__name__}-{gradient!r}" for solver, gradient in PAIRS]
 KINDS = [AxisType.Auto, AxisType.Explicit]
+EVERY_PAIR = [  # in one kind of mesh, and some in the other
+    *((*pair, AxisType.Explicit) for pair in PAIRS),
+    *((*PAIRS[i], AxisType.Auto) for i in (1, 4, 7)),
+]
+EVERY_ID = [f"{IDS[PAIRS.index(pair[:2])]}-{pair[2].name}" for pair in EVERY_PAIR]
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
@@ -47,16 +52,20 @@ def expected(gradient: ic.Estimator) -> Any:
     """On one device; of a long loop where the estimator has converged."""
     w, x = data(batch=4)
     if isinstance(gradient, ic.OneStep) or getattr(gradient, "k", 200) < 200:
-        return jax.value_and_grad(functools.partial(total, ic.Anderson(**TIGHT), gradient), (0, 1))(w, x)
-    return jax.value_and_grad(loss(loop), (0, 1))(w, x)
+        return jax.jit(jax.value_and_grad(functools.partial(total, ic.Anderson(**TIGHT), gradient), (0, 1)))(w, x)
+    return looped(4, 3)
+
+
+@functools.cache
+def looped(batch: int, width: int) -> Any:
+    return jax.jit(jax.value_and_grad(loss(loop), (0, 1)))(*data(batch=batch, width=width))
 
 
 def on_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("solver", "gradient"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("solver", "gradient", "kind"), EVERY_PAIR, ids=EVERY_ID)
 def test_sharded_arrays(solver: Any, gradient: Any, kind: AxisType) -> None:
     mesh, (w, x) = mesh_of(kind), data(batch=4)
     run = jax.jit(jax.value_and_grad(functools.partial(total, solver, gradient), (0, 1)))
@@ -69,7 +78,7 @@ def test_sharded_arrays(solver: Any, gradient: Any, kind: AxisType) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_sharded_arrays_in_a_mesh_that_is_set(kind: AxisType) -> None:
-    """With h0 and the parameters made there, on no axis."""
+    """h0 and the parameters are created in the mesh and not sharded over any axis."""
     mesh, (w, x) = mesh_of(kind), data(batch=4)
     solver, gradient = PAIRS[3]
     with jax.set_mesh(mesh):
@@ -85,8 +94,8 @@ def test_a_sharded_state(kind: AxisType) -> None:
     sharded = jax.device_put(w, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P(None, "d")))
 
     def f(h: Any, z: Any) -> Any:
-        spread = NamedSharding(mesh, P(None, "d"))
-        product = jnp.matmul(h, z[0].T, out_sharding=spread) if kind is AxisType.Explicit else h @ z[0].T
+        sharded = NamedSharding(mesh, P(None, "d"))
+        product = jnp.matmul(h, z[0].T, out_sharding=sharded) if kind is AxisType.Explicit else h @ z[0].T
         return jnp.tanh(product + z[1])
 
     def run(w: Any, x: Any) -> Any:
@@ -94,11 +103,10 @@ def test_a_sharded_state(kind: AxisType) -> None:
         return jnp.sum(icj.fixed_point(f, jnp.zeros_like(x), (w, x), **options).value ** 3)
 
     ours = on_host(jax.jit(jax.value_and_grad(run, (0, 1)))(*sharded))
-    assert_close(ours, on_host(jax.value_and_grad(loss(loop), (0, 1))(w, x)), 1e-9)
+    assert_close(ours, on_host(looped(2, 4)), 1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("solver", "gradient"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("solver", "gradient", "kind"), EVERY_PAIR, ids=EVERY_ID)
 def test_shard_map(solver: Any, gradient: Any, kind: AxisType) -> None:
     mesh = mesh_of(kind)
     w, x = data(batch=4)
@@ -129,13 +137,14 @@ def test_each_device_takes_its_own_steps(solver: Any) -> None:
         )
         return solution.value, solution.stats.steps, jnp.reshape(solution.stats.evaluations, 1)
 
+    run_alone = jax.jit(run)
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     sharded = jax.device_put(slopes, NamedSharding(mesh, P("d")))
     value, steps, evaluations = map(np.asarray, jax.jit(mapped)(sharded))
     assert evaluations[0] < evaluations[3]
     assert steps[0] < steps[3]
     for i in range(4):
-        alone = jax.jit(run)(slopes[i : i + 1])
+        alone = run_alone(slopes[i : i + 1])
         assert_close(on_host((value[i : i + 1], steps[i : i + 1], evaluations[i : i + 1])), on_host(alone), 1e-12)
 
 
@@ -146,48 +155,58 @@ LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["varying axes checked", "unchecked"])
+def joint_step(h: Any, z: Any, mean: Any) -> Any:
+    return 0.5 * jnp.tanh(h @ z[0].T + z[1]) + 0.2 * mean
+
+
+def uneven() -> tuple[jax.Array, jax.Array]:
+    """Samples that would not stop at the same step."""
+    w, x = data(batch=4)
+    return w, x * jnp.asarray([[0.0], [0.1], [1.0], [3.0]])
+
+
+@functools.cache
+def on_one_device() -> Any:
+    """The value and the gradient of a long loop of ``joint_step``."""
+
+    def long(w: Any, x: Any) -> Any:
+        return iterate(lambda h: joint_step(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x))
+
+    gradient = jax.grad(lambda w, x: jnp.sum(long(w, x) ** 3), (0, 1))
+    return on_host(jax.jit(lambda w, x: (long(w, x), gradient(w, x)))(*uneven()))
+
+
 @pytest.mark.parametrize(
-    ("solver", "gradient"),
+    ("solver", "gradient", "check_vma"),
     [
-        *[(ic.Anderson(**TIGHT), gradient) for gradient in LINEAR],
-        *[(PAIRS[i][0], LINEAR[1]) for i in (0, 6, 7)],
+        *[(ic.Anderson(**TIGHT), gradient, True) for gradient in LINEAR],
+        *[(PAIRS[i][0], LINEAR[1], True) for i in (0, 6, 7)],
+        *[(ic.Anderson(**TIGHT), LINEAR[i], False) for i in (1, 3, 4)],
     ],
-    ids=repr,
+    ids=lambda value: {True: "varying axes checked", False: "unchecked"}.get(value) or repr(value),
 )
 def test_an_f_that_devices_compute_together(solver: Any, gradient: Any, check_vma: bool) -> None:
-    """Then no device may stop before the others, and a sample is one system with its like on them."""
-    mesh = mesh_of(AxisType.Auto)
-    w, x = data(batch=4)
-    x = x * jnp.asarray([[0.0], [0.1], [1.0], [3.0]])
-
-    def f(h: Any, z: Any, mean: Any) -> Any:
-        return 0.5 * jnp.tanh(h @ z[0].T + z[1]) + 0.2 * mean
+    """Then all devices stop together, and a sample forms one system with the same sample on the other devices."""
+    mesh, (w, x) = mesh_of(AxisType.Auto), uneven()
 
     def together(w: Any, x: Any) -> Any:
         options = {"solver": solver, "gradient": gradient, "batch_ndim": 1}
-        step = lambda h, z: f(h, z, jax.lax.pmean(h, "d"))  # noqa: E731
+        step = lambda h, z: joint_step(h, z, jax.lax.pmean(h, "d"))  # noqa: E731
         solution = icj.fixed_point(step, jnp.zeros_like(x), (w, x), **options)
         return solution.value, solution.stats.steps
 
-    def long(w: Any, x: Any) -> Any:
-        return iterate(lambda h: f(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x))
-
     mapped = jax.shard_map(together, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"), check_vma=check_vma)
     value, steps = jax.jit(mapped)(w, x)
-    assert_close(np.asarray(value), np.asarray(long(w, x)), 1e-9)
+    assert_close(np.asarray(value), on_one_device()[0], 1e-9)
     assert len(set(steps.tolist())) == 1
-    ours, theirs = (
-        jax.jit(jax.grad(lambda w, x, f=f: jnp.sum(f(w, x) ** 3), (0, 1)))(w, x)
-        for f in (lambda w, x: mapped(w, x)[0], long)
-    )
-    assert_close(on_host(ours), on_host(theirs), 1e-9)
+    ours = jax.jit(jax.grad(lambda w, x: jnp.sum(mapped(w, x)[0] ** 3), (0, 1)))(w, x)
+    assert_close(on_host(ours), on_one_device()[1], 1e-9)
 
 
 @pytest.mark.parametrize("gradient", [ic.Neumann(200, 1.0), ic.Unroll(200, 1.0), ic.BPTT(200)], ids=repr)
 @pytest.mark.parametrize("start", [lambda x: jnp.zeros(3), jnp.zeros_like], ids=["shared start", "own start"])
 def test_vmap_over_an_axis_that_devices_share(start: Any, gradient: ic.Estimator) -> None:
-    """In an explicit mesh, where each array knows how it is spread."""
+    """In an explicit mesh, where the type of each array contains its sharding."""
     mesh, (w, x) = mesh_of(AxisType.Explicit), data(batch=4)
 
     def run(w: Any, x: Any) -> Any:
@@ -200,4 +219,4 @@ def test_vmap_over_an_axis_that_devices_share(start: Any, gradient: ic.Estimator
     with jax.set_mesh(mesh):
         ours = jax.jit(jax.value_and_grad(run, (0, 1)))(w, jax.device_put(x, P("d")))
     assert ours[1][1].sharding.spec[0] == "d"
-    assert_close(on_host(ours), on_host(jax.value_and_grad(loss(loop), (0, 1))(w, x)), 1e-9)
+    assert_close(on_host(ours), on_host(looped(4, 3)), 1e-9)

@@ -59,8 +59,8 @@ def assert_equal_leaves(ours: Any, theirs: Any, count: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_equinox_gradients_are_those_of_a_long_scan() -> None:
-    """Of the points and of the three arrays in the cell, which the layer closes over; one sample at a time."""
+def test_equinox_gradients_equal_gradients_of_a_long_scan() -> None:
+    """Gradients of the points and of the cell's three arrays, which the layer closes over; one sample at a time."""
 
     def layer(both: Any) -> jax.Array:
         model, x = both
@@ -75,7 +75,7 @@ def test_equinox_gradients_are_those_of_a_long_scan() -> None:
     assert_equal_leaves((ours[0].layer, ours[1]), (theirs[0].layer, theirs[1]), 4)
 
 
-def test_nnx_gradients_are_those_of_a_long_scan() -> None:
+def test_nnx_gradients_equal_gradients_of_a_long_scan() -> None:
     def layer(model: nnx_layer.Classifier, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(model.layer(x).value))
 
@@ -123,7 +123,7 @@ def test_a_solve_that_optimistix_does_not_finish_is_reported() -> None:
 
 
 def test_training_lowers_the_loss_tenfold() -> None:
-    """Of each layer, and every solve converges."""
+    """For each layer; every solve converges."""
     x, labels = spirals(command_line.SAMPLES)
     for train in command_line.LAYERS.values():
         history = np.array([[float(value) for value in metrics] for metrics in train(x, labels, 100)])

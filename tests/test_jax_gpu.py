@@ -26,7 +26,7 @@ ESTIMATORS = [ic.OneStep(), ic.Neumann(4, 0.5), ic.Unroll(3, 0.5), ic.Implicit(i
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_values_and_gradients_are_those_of_the_processor(solver: ic.Solver, estimator: ic.Estimator) -> None:
+def test_values_and_gradients_equal_the_results_on_the_cpu(solver: ic.Solver, estimator: ic.Estimator) -> None:
     case = layer()
 
     def loss(z: Any, h0: Any) -> Any:

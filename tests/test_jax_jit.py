@@ -42,11 +42,11 @@ def watched(case: Case) -> tuple[Case, list[None]]:
 
 
 def assert_equal_runs(ours: ic.Solution, theirs: ic.Solution) -> None:
-    """All but rounding errors, which a slope of .999 makes a thousand times as large."""
+    """Equal up to rounding errors, which a slope of .999 amplifies a thousandfold."""
     np.testing.assert_array_equal(ours.status, theirs.status)
     np.testing.assert_array_equal(ours.stats.steps, theirs.stats.steps)
     assert int(ours.stats.evaluations) == int(theirs.stats.evaluations)
-    np.testing.assert_allclose(flat(JAX.numpy(ours.value)), flat(theirs.value), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(flat(JAX.numpy(ours.value)), flat(theirs.value), rtol=1e-7, atol=1e-6)
     np.testing.assert_allclose(ours.stats.residual, theirs.stats.residual, rtol=1e-7, atol=1e-7)
     np.testing.assert_allclose(ours.stats.trace, theirs.stats.trace, rtol=1e-7, atol=1e-7)
 
@@ -64,8 +64,12 @@ def both_runs(case: Case, solver: ic.Solver, make: Callable[..., ic.Problem]) ->
     return ours, ic.solve(make(case), case.h0, case.z, solver=solver, trace=True)
 
 
+# One that converges at once, too slowly or never, one that overflows; numbers, vectors, batches and a pytree.
+DIFFERENT = ("diagonal", "cosine(0.00)", "pytree", "rotation", "heat", "constant", "layer")
+
+
 @pytest.mark.parametrize(("solver", "make"), RUNS, ids=[*NAMES, "linearized newton"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in DIFFERENT], ids=lambda case: case.name)
 def test_a_traced_solve_is_an_eager_one(case: Case, solver: ic.Solver, make: Any) -> None:
     assert_equal_runs(*both_runs(case, solver, make))
 
@@ -73,7 +77,7 @@ def test_a_traced_solve_is_an_eager_one(case: Case, solver: ic.Solver, make: Any
 @pytest.mark.parametrize("check_every", [3, 20])
 @pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
 def test_chunks_of_steps(solver: ic.Solver, check_every: int) -> None:
-    """To convergence within a chunk, and to the end of steps that are no multiple of one."""
+    """A solve that converges within a chunk, and max_steps that is not a multiple of the chunk."""
     case, chunked = layer(), dataclasses.replace(solver, check_every=check_every)
     ours, theirs = both_runs(case, chunked, Case.problem)
     assert_equal_runs(ours, theirs)
@@ -114,7 +118,7 @@ ESTIMATORS = [
 @pytest.mark.parametrize("make", [Case.problem, Case.linearized])
 @pytest.mark.parametrize(("estimator", "case"), ESTIMATORS, ids=[f"{c.name}-{e!r}" for e, c in ESTIMATORS])
 def test_a_traced_estimator_is_an_eager_one(estimator: ic.Estimator, case: Case, make: Any) -> None:
-    """From a point that is not the root: only Unroll and BPTT move on."""
+    """From a point that is not the root, where only Unroll and BPTT return another value."""
     rng = np.random.default_rng(0)
     h = unflat(0.9 * flat(case.oracle()) + 0.01, case.h0)
     u, dz = (unflat(rng.normal(size=flat(like).size), like) for like in (case.h0, case.z))
@@ -134,7 +138,7 @@ def test_a_traced_estimator_is_an_eager_one(estimator: ic.Estimator, case: Case,
 
 @pytest.mark.parametrize("on_failure", ["nan", "raise"])
 def test_samples_whose_traced_linear_solve_fails_are_nan(on_failure: Any) -> None:
-    """What is traced can't raise."""
+    """A traced solve cannot raise."""
     slope = jnp.asarray([[0.5], [1.0], [-0.5]])
     problem = ic.Problem(
         lambda h, z: slope * h + z,
@@ -194,7 +198,7 @@ def test_a_layer_traces_f_once(solver: Any, gradient: ic.Estimator, differentiat
 
 
 def test_equal_settings_do_not_retrace() -> None:
-    """Solvers and estimators are static arguments by value, also those made anew at each call."""
+    """Solvers and estimators are static arguments by value, also if they are created in each call."""
     traces = 0
 
     @functools.partial(jax.jit, static_argnames=("solver", "gradient"))
@@ -235,7 +239,7 @@ def compilations() -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
 @pytest.mark.parametrize("gradient", [None, *GRADIENTS], ids=repr)
-def test_an_eager_call_with_a_fresh_function_compiles_nothing(
+def test_an_eager_call_with_a_new_function_compiles_nothing(
     solver: ic.Solver, gradient: ic.Estimator | None, compilations: list[float]
 ) -> None:
     """Eager loops are Python's, on operations that JAX compiled at the first call."""

@@ -25,7 +25,7 @@ ESTIMATORS = [
     ic.BPTT(k=4),
     ic.Implicit(ic.GMRES(rtol=1e-12)),
 ]
-PHANTOM = [kind(k, lam) for kind in (ic.Neumann, ic.Unroll) for k, lam in ((1, 1.0), (3, 0.5), (12, 0.8), (40, 0.3))]
+PHANTOM = [kind(k, lam) for kind in (ic.Neumann, ic.Unroll) for k, lam in ((1, 1.0), (12, 0.8))]
 
 cases = st.builds(
     lambda contraction, seed, scale: layer(BATCH, WIDTH, contraction=contraction, seed=seed, scale=scale),
@@ -80,7 +80,7 @@ def test_forward_and_reverse_mode_are_adjoint(case: Case, seed: int, estimator: 
 
 @given(case=cases, seed=seeds, estimator=st.sampled_from(ESTIMATORS))
 def test_the_layer_is_the_estimator_on_callbacks(case: Case, seed: int, estimator: ic.Estimator) -> None:
-    """What the transformations of JAX make of the layer, against the estimator's own methods on NumPy's arrays."""
+    """JAX's transformations of the layer, against the estimator's own methods on NumPy arrays."""
     rng = np.random.default_rng(seed)
     dz = {name: rng.normal(size=a.shape) for name, a in case.z.items()}
     u = rng.normal(size=case.h0.shape)
@@ -94,7 +94,10 @@ def test_the_layer_is_the_estimator_on_callbacks(case: Case, seed: int, estimato
 
 @given(case=cases, estimator=st.sampled_from(PHANTOM))
 def test_theorem_2(case: Case, estimator: ic.Estimator) -> None:
-    """‖A - (I - J)⁻¹ ∂F/∂x‖ ≤ ‖∂F/∂x‖ qᵏ / (1 - L_h), sample by sample; samples have no derivatives in each other."""
+    """‖A - (I - J)⁻¹ ∂F/∂x‖ ≤ ‖∂F/∂x‖ qᵏ / (1 - L_h), sample by sample; samples have no derivatives in each other.
+
+    test_theorems.py has the maps that attain it.
+    """
     value, derivative = JAX.numpy(jacobian(estimator)(JAX.array(case.z)))
     q = 1 - estimator.lam * (1 - case.contraction)
     for i in range(BATCH):
@@ -126,11 +129,11 @@ def test_other_samples_are_bit_identical_whatever_one_holds(
     at_x[odd, 0], at_h[odd, 1] = x, h
     run = solved(solver)
     plain = run(JAX.array(case.h0), JAX.array(case.z))
-    beside = run(JAX.array(at_h), JAX.array({"w": case.z["w"], "x": at_x}))
+    with_other = run(JAX.array(at_h), JAX.array({"w": case.z["w"], "x": at_x}))
     keep = [i for i in range(BATCH) if i != odd]
     pairs = zip(
         (plain.value, plain.status, plain.stats.steps, plain.stats.residual),
-        (beside.value, beside.status, beside.stats.steps, beside.stats.residual),
+        (with_other.value, with_other.status, with_other.stats.steps, with_other.stats.residual),
         strict=True,
     )
     for one, other in pairs:

@@ -18,7 +18,6 @@ from jax_layers import (
     Layer,
     assert_close,
     data,
-    few_optimizations,  # noqa: F401
     iterate,
     layer_of,
     loop,
@@ -27,6 +26,8 @@ from jax_layers import (
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
+
+pytestmark = pytest.mark.slow
 
 BOTH = (0, 1)
 ESTIMATORS = [ic.OneStep(), ic.Neumann(4, 0.5), ic.Unroll(3, 0.5), ic.Unroll(3, 0.5, recompute=True), EXACT]
@@ -55,7 +56,7 @@ def reference(name: str) -> Any:
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)
-def test_transforms_equal_those_of_a_long_loop(name: str, estimator: ic.Estimator) -> None:
+def test_transforms_equal_transforms_of_a_long_loop(name: str, estimator: ic.Estimator) -> None:
     atol = 1e-6 if name == "vmap(hessian)" else 1e-7
     assert_close(jax.jit(TRANSFORMS[name](layer_of(estimator)))(*data()), reference(name), atol)
 
@@ -69,7 +70,7 @@ def test_transforms_without_jit(name: str, estimator: ic.Estimator) -> None:
 
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.BPTT(4)], ids=repr)
 def test_jit_changes_nothing(estimator: ic.Estimator) -> None:
-    """A whole Solution goes through it."""
+    """A whole Solution can be returned from ``jit``."""
 
     def run(w: Any, x: Any) -> Any:
         f = lambda h, x: jnp.tanh(h @ w.T + x)  # noqa: E731
@@ -88,7 +89,7 @@ def test_jit_changes_nothing(estimator: ic.Estimator) -> None:
 
 
 def statuses(x: Any, h0: Any, solver: ic.Solver, batch_ndim: int) -> dict[str, Any]:
-    """Of F = slope tanh(h) + x, with the slope in x; a sample whose F is infinite from the start among them."""
+    """Statuses for F = slope tanh(h) + x, with the slope in x; F of one sample is infinite from the start."""
     f = lambda h, x: x[..., :1] * jnp.tanh(h) + x[..., 1:]  # noqa: E731
     solution = icj.fixed_point(f, h0, x, solver=solver, gradient=ic.OneStep(), batch_ndim=batch_ndim, trace=True)
     stats = solution.stats
@@ -105,11 +106,12 @@ X = jnp.asarray([[0.1, 0.1, 0.2, 0.0], [0.9, 0.3, -0.3, 1.0], [-4.0, 1.0, 2.0, 0
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
-def test_samples_of_vmap_are_those_of_the_batch_and_single_ones(solver: ic.Solver) -> None:
+def test_samples_of_vmap_equal_samples_of_a_batch_and_single_samples(solver: ic.Solver) -> None:
     h0 = jnp.zeros((4, 3))
     mapped = jax.jit(jax.vmap(lambda x: statuses(x, jnp.zeros(3), solver, 0)))(X)
     batched = jax.jit(lambda x: statuses(x, h0, solver, 1))(X)
-    single = [statuses(x, jnp.zeros(3), solver, 0) for x in X]
+    one = jax.jit(lambda x: statuses(x, jnp.zeros(3), solver, 0))
+    single = [one(x) for x in X]
     alone = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single)
     batched["trace"] = batched["trace"].T
     for name in mapped:
@@ -175,40 +177,57 @@ def coupled(h: Any, z: Any, mean: Any) -> Any:
     return 0.5 * jnp.tanh(h @ z[0].T + z[1]) + 0.2 * mean
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
-@pytest.mark.parametrize("estimator", EVERY_INVERSE, ids=repr)
-def test_f_may_speak_with_the_other_samples_of_a_vmap(estimator: ic.Estimator, solver: Any) -> None:
-    """A collective over a named axis: the samples are one system then."""
+def uneven() -> tuple[jax.Array, jax.Array]:
+    """Samples that would not stop at the same step."""
     w, x = data()
-    x = x * jnp.asarray([[3.0], [0.1]])  # they would not stop at the same step
+    return w, x * jnp.asarray([[3.0], [0.1]])
+
+
+def value_and_both_modes(f: Layer) -> Callable[..., Any]:
+    """The value, the gradient of its loss, and a tangent."""
+    return jax.jit(lambda w, x: (f(w, x), jax.grad(loss(f), BOTH)(w, x), jax.jvp(f, (w, x), (w, jnp.cos(x)))[1]))
+
+
+@functools.cache
+def joint() -> Any:
+    return value_and_both_modes(lambda w, x: iterate(lambda h: coupled(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x)))(
+        *uneven()
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimator", "solver"),
+    [
+        *((estimator, SOLVERS[1]) for estimator in EVERY_INVERSE),
+        *((EVERY_INVERSE[2], s) for s in SOLVERS if s != SOLVERS[1]),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, ic.Estimator) else type(value).__name__,
+)
+def test_f_may_communicate_with_other_samples_of_a_vmap(estimator: ic.Estimator, solver: Any) -> None:
+    """A collective over a named axis couples the samples to one system."""
+    w, x = uneven()
     solver = dataclasses.replace(solver, rtol=1e-13, max_steps=300)
 
     def run(w: Any, x: Any) -> ic.Solution:
         f = lambda h, z: coupled(h, z, jax.lax.pmean(h, "samples"))  # noqa: E731
         return icj.fixed_point(f, jnp.zeros_like(x), (w, x), solver=solver, gradient=estimator)
 
-    def joint(w: Any, x: Any) -> Any:
-        return iterate(lambda h: coupled(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x))
-
     mapped = jax.vmap(run, (None, 0), axis_name="samples")
     solution = jax.jit(mapped)(w, x)
-    assert_close(solution.value, joint(w, x), 1e-10)
+    assert_close(solution.value, joint()[0], 1e-10)
     assert np.all(solution.status == ic.CONVERGED)
-    stacked = icj.fixed_point(
-        lambda h, z: coupled(h, z, jnp.mean(h, 0)), jnp.zeros_like(x), (w, x), solver=solver, gradient=ic.OneStep()
-    )
+    stacked = jax.jit(
+        lambda w, x: icj.fixed_point(
+            lambda h, z: coupled(h, z, jnp.mean(h, 0)), jnp.zeros_like(x), (w, x), solver=solver, gradient=ic.OneStep()
+        )
+    )(w, x)
     assert np.all(solution.stats.steps == stacked.stats.steps)
-    both = [jax.grad(loss(f), BOTH) for f in (lambda w, x: mapped(w, x).value, joint)]
-    ours, theirs = (jax.jit(gradient)(w, x) for gradient in both)
-    assert_close(ours, theirs, 1e-7)
-    ours, theirs = (
-        jax.jit(lambda f=f: jax.jvp(f, (w, x), (w, jnp.cos(x)))[1])() for f in (lambda w, x: mapped(w, x).value, joint)
-    )
-    assert_close(ours, theirs, 1e-7)
+    if isinstance(solver, ic.Anderson):  # no derivative depends on the solver
+        assert_close(value_and_both_modes(lambda w, x: mapped(w, x).value)(w, x), joint(), 1e-7)
 
 
 def test_f_may_ask_which_sample_it_is() -> None:
-    """Which is no communication: samples stay apart."""
+    """An index of the axis is not communication: samples stay independent."""
 
     def solve(x: Any) -> Any:
         f = lambda h, z: 0.5 * jnp.tanh(h) + z + 0.1 * jax.lax.axis_index("samples")  # noqa: E731
@@ -220,7 +239,7 @@ def test_f_may_ask_which_sample_it_is() -> None:
 
 
 @pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
-def test_a_layer_within_an_f_that_speaks_with_other_samples(estimator: ic.Estimator) -> None:
+def test_a_layer_within_an_f_that_communicates_with_other_samples(estimator: ic.Estimator) -> None:
     options = {"solver": SOLVER, "gradient": estimator}
 
     def inner(h: Any) -> Any:
@@ -258,78 +277,114 @@ SECOND: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("order", SECOND)
-@pytest.mark.parametrize("kind", LOOPS)
-@pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
+# Each loop and each derivative, and for the exact gradient most pairs of them. Unroll is a plain scan without a rule.
+HIGHER = [(EXACT, kind, order) for kind in LOOPS for order in ("grad(grad)", "grad(jacfwd)")]
+HIGHER += [(EXACT, kind, "grad(grad(grad))") for kind in ("fori_loop", "checkpointed scan")]
+HIGHER += [(ic.Unroll(60, 1.0), kind, "hessian") for kind in ("scan", "checkpointed scan")]
+for other in (EXACT, ic.Neumann(60, 1.0)):
+    HIGHER += [(other, kind, "hessian") for kind in LOOPS]
+    HIGHER += [(other, "scan", order) for order in SECOND if (other, "scan", order) not in HIGHER]
+
+
+@functools.cache
+def of_a_long_loop(third: bool) -> Any:
+    """All of ``LOOPS`` are one function, and all of ``SECOND`` but the last one derivative."""
+    long = lambda a: iterate(lambda h: 0.5 * jnp.tanh(h) + a, jnp.zeros(()), 60)  # noqa: E731
+    total = lambda a: long(a) ** 3 + long(2 * a) ** 3  # noqa: E731
+    derivative = jax.jacfwd(jax.hessian(total)) if third else jax.hessian(total)
+    return jax.jit(derivative)(jnp.asarray(0.7))
+
+
+@pytest.mark.parametrize(("estimator", "kind", "order"), HIGHER, ids=lambda value: str(value))
 def test_higher_derivatives_of_layers_in_loops(estimator: ic.Estimator, kind: str, order: str) -> None:
-    """JAX takes a differentiated loop apart, and must not lose the layer's rule on the way."""
+    """JAX splits a differentiated loop, and must keep the layer's differentiation rule."""
 
     def layer(a: Any) -> Any:
         f = lambda h, a: 0.5 * jnp.tanh(h) + a  # noqa: E731
         return icj.fixed_point(f, jnp.zeros(()), a, solver=SOLVER, gradient=estimator).value
 
-    def long(a: Any) -> Any:
-        return iterate(lambda h: 0.5 * jnp.tanh(h) + a, jnp.zeros(()), 60)
-
-    ours, theirs = (SECOND[order](LOOPS[kind](f))(jnp.asarray(0.7)) for f in (layer, long))
+    theirs = of_a_long_loop(order == "grad(grad(grad))")
     assert abs(theirs) > 1.0
-    assert_close(ours, theirs, 1e-6)
+    derivative = SECOND[order](LOOPS[kind](layer))
+    derivative = derivative if order.startswith("grad(grad") else jax.jit(derivative)
+    assert_close(derivative(jnp.asarray(0.7)), theirs, 1e-6)
 
 
-@pytest.mark.parametrize("outer", [ic.Unroll(60, 1.0), ic.BPTT(60), ic.Neumann(60, 1.0), EXACT], ids=repr)
-@pytest.mark.parametrize("inner", [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)], ids=repr)
+def nested(solve: Callable[..., Any], again: Callable[..., Any]) -> Callable[[Any], Any]:
+    def within(h: Any, a: Any) -> Any:
+        return again(lambda u, q: 0.3 * jnp.tanh(u) + q, h + a)
+
+    return lambda a: solve(lambda h, a: 0.2 * jnp.sin(within(h, a)) + a, a) ** 3
+
+
+@functools.cache
+def hessian_of_nested_loops() -> Any:
+    def theirs(f: Any, z: Any) -> Any:
+        return iterate(lambda h: f(h, z), jnp.zeros(()), 60)
+
+    return jax.jit(jax.hessian(nested(theirs, theirs)))(jnp.asarray(0.7))
+
+
+INNER = [EXACT, ic.Neumann(60, 1.0), ic.Unroll(60, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"), [*((EXACT, outer) for outer in [*INNER, ic.BPTT(60)]), *((e, e) for e in INNER[1:])], ids=repr
+)
 def test_second_derivatives_of_layers_within_layers(inner: ic.Estimator, outer: ic.Estimator) -> None:
-    def nested(solve: Callable[..., Any], again: Callable[..., Any]) -> Callable[[Any], Any]:
-        def within(h: Any, a: Any) -> Any:
-            return again(lambda u, q: 0.3 * jnp.tanh(u) + q, h + a)
-
-        return lambda a: solve(lambda h, a: 0.2 * jnp.sin(within(h, a)) + a, a) ** 3
-
     def ours(estimator: ic.Estimator) -> Callable[..., Any]:
         options = {"solver": SOLVER, "gradient": estimator}
         return lambda f, z: icj.fixed_point(f, jnp.zeros(()), z, **options).value
 
-    def theirs(f: Any, z: Any) -> Any:
-        return iterate(lambda h: f(h, z), jnp.zeros(()), 60)
-
     a = jnp.asarray(0.7)
-    expected = jax.jit(jax.hessian(nested(theirs, theirs)))(a)
-    assert_close(jax.jit(jax.hessian(nested(ours(outer), ours(inner))))(a), expected, 1e-6)
+    assert_close(jax.jit(jax.hessian(nested(ours(outer), ours(inner))))(a), hessian_of_nested_loops(), 1e-6)
 
 
-@pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)
-def test_steps_of_training_in_a_scan(estimator: ic.Estimator) -> None:
-    def train(layer: Layer, w: Any, x: Any) -> Any:
+@functools.cache
+def trained(layer: Layer) -> Any:
+    """Four steps in a scan."""
+
+    @jax.jit
+    def train(w: Any, x: Any) -> Any:
         def step(w: Any, _: Any) -> Any:
             value, gradient = jax.value_and_grad(loss(layer))(w, x)
             return w - 0.05 * gradient, value
 
         return jax.lax.scan(step, w, length=4)
 
-    ours, theirs = (jax.jit(functools.partial(train, layer))(*data()) for layer in (layer_of(estimator), loop))
-    assert_close(ours, theirs, 1e-7)
+    return train(*data())
+
+
+@pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)
+def test_steps_of_training_in_a_scan(estimator: ic.Estimator) -> None:
+    ours = trained(layer_of(estimator))
+    assert_close(ours, trained(loop), 1e-7)
     assert np.all(np.diff(ours[1]) < 0)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
-@pytest.mark.parametrize("closed", [False, True], ids=["explicit", "closed over"])
-@pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)
-def test_a_layer_in_a_scan_differentiated_from_outside(estimator: ic.Estimator, closed: bool, wrap: Any) -> None:
-    """A recurrent network whose cell is the layer."""
+def plain(f: Any) -> Any:
+    return f
 
-    def total(layer: Layer, w: Any, x: Any) -> Any:
+
+@functools.cache
+def gradient_of_a_recurrent_network(layer: Layer, wrap: Any) -> Any:
+    def total(w: Any, x: Any) -> Any:
         def body(carry: Any, scale: Any) -> Any:
             out = layer(w, scale * x + 0.3 * carry)
             return out, jnp.sum(out**3)
 
         return jnp.sum(jax.lax.scan(wrap(body), x, jnp.asarray([1.0, -0.5, 2.0]))[1])
 
-    arguments = data()
-    ours, theirs = (
-        jax.jit(jax.grad(functools.partial(total, layer), BOTH))(*arguments)
-        for layer in (layer_of(estimator, closed), loop)
-    )
-    assert_close(ours, theirs, 1e-7)
+    return jax.jit(jax.grad(total, BOTH))(*data())
+
+
+@pytest.mark.parametrize("wrap", [plain, jax.checkpoint], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("closed", [False, True], ids=["explicit", "closed over"])
+@pytest.mark.parametrize("estimator", CONVERGED[:3], ids=repr)
+def test_a_layer_in_a_scan_differentiated_from_outside(estimator: ic.Estimator, closed: bool, wrap: Any) -> None:
+    """A recurrent network with the layer as its cell."""
+    ours = gradient_of_a_recurrent_network(layer_of(estimator, closed), wrap)
+    assert_close(ours, gradient_of_a_recurrent_network(loop, plain), 1e-7)
 
 
 def test_donated_buffers() -> None:
@@ -354,6 +409,11 @@ def test_donated_buffers() -> None:
     assert_close(h, loop(data()[0], x), 1e-10)
 
 
+@functools.cache
+def in_double_precision(estimator: ic.Estimator) -> Any:
+    return jax.jit(jax.grad(loss(layer_of(estimator)), BOTH))(*data())
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize(("dtype", "rtol"), [("float16", 2e-2), ("bfloat16", 8e-2), ("float32", 1e-5)])
 def test_low_precision(dtype: str, rtol: float, estimator: ic.Estimator) -> None:
@@ -369,7 +429,7 @@ def test_low_precision(dtype: str, rtol: float, estimator: ic.Estimator) -> None
     arrays = jax.tree.map(lambda a: a.astype(dtype), data())
     gradients, value = jax.jit(jax.grad(run, BOTH, has_aux=True))(*arrays)
     assert {a.dtype for a in (*gradients, value)} == {jnp.dtype(dtype)}
-    exact = jax.grad(loss(layer_of(estimator)), BOTH)(*data())
+    exact = in_double_precision(estimator)
     assert_relatively_close(value, loop(*data()), 3 * rtol)
     for a, b in zip(gradients, exact, strict=True):
         assert_relatively_close(a, b, 3 * rtol)
@@ -381,7 +441,7 @@ def assert_relatively_close(ours: Any, theirs: Any, rtol: float) -> None:
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("layer", [ic.fixed_point, icj.fixed_point], ids=["ic", "icj"])
-def test_aux_is_that_of_the_value_and_differentiable(layer: Any, jit: Any) -> None:
+def test_aux_is_evaluated_at_the_value_and_differentiable(layer: Any, jit: Any) -> None:
     w, x = data()
 
     def aux(h: Any, w: Any) -> Any:
@@ -426,6 +486,23 @@ def diverging(slopes: Any, **options: Any) -> Any:
     return icj.fixed_point(
         lambda h, a: a * h + 1.0, jnp.zeros((3, 2)), slopes, solver=solver, batch_ndim=1, throw=True, **options
     ).value
+
+
+class Looped:
+    """A solver of a user's own: it has ``solve``, and is not derived from :class:`Solver`."""
+
+    def solve(self, problem: ic.Problem[Any, Any], h0: Any, z: Any, *, trace: bool = False) -> ic.Solution[Any]:
+        return ic.solve(problem, iterate(lambda h: problem(h, z), h0), z, solver=SOLVER)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["explicit", "closed over"])
+def test_a_class_with_a_method_solve(closed: bool) -> None:
+    w, x = data()
+    ours, theirs = (
+        jax.jit(jax.vmap(jax.grad(loss(layer), BOTH), (None, 0)))(w, x)
+        for layer in (layer_of(EXACT, closed, Looped()), loop)
+    )
+    assert_close(ours, theirs, 1e-9)
 
 
 def test_throw_names_the_samples() -> None:

@@ -1,4 +1,4 @@
-"""The matrix-free linear solvers against dense linear algebra, and what they say when they fail."""
+"""The matrix-free linear solvers against dense linear algebra, and how they report failures."""
 
 import dataclasses
 from typing import Any
@@ -14,6 +14,7 @@ from problems import layer
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.backend import Backend
+from implicit_core.backends.torch import recording_loops
 from implicit_core.registry import find_backend
 
 TIGHT = {"rtol": 1e-11, "max_steps": 400}
@@ -61,6 +62,19 @@ def test_cg_on_symmetric_positive_definite_systems(library: Library) -> None:
     np.testing.assert_allclose(library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-8)
 
 
+def test_the_residual_is_measured_and_not_updated() -> None:
+    """Where products are rounded, those of the corrections do not add up to the product of the solution."""
+    a, b = near_identity(1, 12, 0.9, seed=0)[0], np.random.default_rng(1).normal(size=12)
+    b /= np.max(np.abs(b))
+
+    def rounded(v: np.ndarray) -> np.ndarray:
+        return (a @ v).astype(np.float16).astype(np.float64)
+
+    solution = ic.solve_linear(rounded, b, solver=ic.GMRES(restart=4, rtol=1e-8))
+    assert solution.status == ic.STAGNATED
+    assert solution.stats.residual == pytest.approx(np.linalg.norm(b - rounded(solution.value)), rel=1e-12)
+
+
 def test_every_product_is_counted() -> None:
     a, b = near_identity(3, 10, 0.8, seed=3), np.ones((3, 10))
     for solver in [*GENERAL, ic.CG(max_steps=5)]:
@@ -76,7 +90,7 @@ def test_every_product_is_counted() -> None:
 
 
 def test_gmres_is_exact_after_n_steps_where_short_recurrences_are_not() -> None:
-    """A cyclic shift: GMRES makes no progress at all before step n, and is done then."""
+    """A cyclic shift: GMRES makes no progress before step n, and then converges."""
     n = 12
     shift = np.roll(np.eye(n), 1, axis=0)
     b = np.eye(n)[0]
@@ -141,7 +155,7 @@ def test_bicgstab_gets_through_a_vanishing_coefficient() -> None:
 
 
 def test_cg_does_not_pretend_on_an_indefinite_system() -> None:
-    """Its first direction has no curvature here; on diag(1, -2) it gets through, and is right."""
+    """Here the first direction has no curvature and CG fails; on diag(1, -2) it converges to the solution."""
     a = np.diag([1.0, -1.0, 2.0])
     broken = ic.solve_linear(lambda v: a @ v, np.asarray([1.0, 1.0, 0.0]), solver=ic.CG())
     assert broken.status == ic.STAGNATED
@@ -195,7 +209,7 @@ def test_relaxation_is_the_damping_of_the_series() -> None:
 
 
 def test_a_huge_x_does_not_hide_a_residual() -> None:
-    """Rounding error of x may be large; no more than a thousandth of b may remain all the same."""
+    """A large x has large rounding errors; the residual must still be at most a thousandth of b."""
 
     class Bad(ic.LinearSolver):
         def cycle(self, space: Any, operator: Any, r: Any, norm: Any, target: Any, active: Any) -> Any:
@@ -231,7 +245,7 @@ def test_squares_that_leave_the_range_of_the_dtype(solver: ic.LinearSolver, size
 
 
 def test_pytrees_are_one_system_per_sample() -> None:
-    """Two leaves that only together are regular."""
+    """Two leaves that form a regular system only together."""
 
     def swap(v: Any) -> Any:
         return {"x": v["y"] + 0.1 * v["x"], "y": v["x"]}
@@ -260,30 +274,37 @@ def test_any_well_conditioned_system_is_solved(seed: int, n: int, batch: int, ra
 
 
 @pytest.mark.parametrize("method", [ic.GMRES, ic.BiCGSTAB, ic.CG, ic.Richardson])
-def test_fewer_looks_find_the_same_solution(method: Any, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples that are done are frozen in the steps that nobody looked at."""
+def test_fewer_reads_find_the_same_solution(method: Any, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that are finished are frozen in the steps between two reads."""
     a = near_identity(4, 12, 0.8, seed=5, symmetric=True)
     b = np.random.default_rng(1).normal(size=(4, 12)) * np.asarray([1.0, 1e-3, 0.0, 1e3])[:, None]
     backend = find_backend(library.array(b))
-    looks, loop = 0, Backend.while_loop
+    reads, count = 0, type(backend).count
 
-    def counted(self: Backend, cond: Any, *rest: Any) -> Any:
-        def look(carry: Any) -> Any:
-            nonlocal looks
-            looks += 1
-            return cond(carry)
+    def counted(self: Backend, masks: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return count(self, masks)
 
-        return loop(self, look, *rest)
-
-    monkeypatch.setattr(type(backend), "while_loop", counted)
+    monkeypatch.setattr(type(backend), "count", counted)
     found = []
     for check_every in (1, 4):
-        looks = 0
+        reads = 0
         solver = method(rtol=1e-10, check_every=check_every)
         solution = ic.solve_linear(apply(library, a), library.array(b), solver=solver, batch_ndim=1)
         assert np.all(library.numpy(solution.status) == ic.CONVERGED)
         np.testing.assert_allclose(
             library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], atol=0, rtol=1e-7
         )
-        found.append(looks)
+        found.append(reads)
     assert found[1] < 0.6 * found[0]
+
+
+@pytest.mark.parametrize("gradient", [ic.Implicit(), ic.NeumannSeries()], ids=repr)
+def test_linear_solvers_refuse_while_a_graph_is_captured(gradient: ic.Estimator) -> None:
+    """A fixed number of products can be captured, a test that depends on data cannot."""
+    problem, h = ict.problem(lambda h, z: 0.5 * h + z), torch.ones(2)
+    with recording_loops(lambda cond, body, carry, max_steps, check_every: carry):
+        with pytest.raises(NotImplementedError, match=r"Linear solvers cannot run while .* Use Neumann, Unroll or"):
+            gradient.vjp(problem, h, h)[1](h)
+        torch.testing.assert_close(ic.Neumann(2, 1.0).vjp(problem, h, h)[1](h), 1.5 * h)

@@ -1,4 +1,4 @@
-"""Where results of F lie, and what a solve holds on to: nothing it returns depends on memory that others write to."""
+"""F and solvers may reuse memory: no result of a solve changes when they write to it again."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ Z = np.asarray([1.0, 2.0])
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(ic.Solver):
-    """Part of the step is F's own result."""
+    """A leaf of the step is the result of F itself, not a copy."""
 
     def init(self, system: Any, x: Any) -> None:
         return None
@@ -27,25 +27,25 @@ class Blocks(ic.Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrapped(Blocks):
-    """F's result in a tuple of its own."""
+    """The result of F, not copied, in a new tuple."""
 
     def step(self, system: Any, memory: None, point: Any) -> Any:
         return tuple(a for a in point.f), None
 
 
 class Scratch(Blocks):
-    """Steps that are written to one array of the solver's own."""
+    """A solver that writes every step to the same array."""
 
     def init(self, system: Any, x: Any) -> Any:
         return [np.empty_like(a) for a in x]
 
     def step(self, system: Any, memory: Any, point: Any) -> Any:
         for own, f in zip(memory, point.f, strict=True):
-            own[...] = f if point.index < 2 else -3 * f  # then away from the root: the best point is an earlier one
+            own[...] = f if point.index < 2 else -3 * f  # then it moves away from the root
         return tuple(memory), memory
 
 
-def test_a_solver_of_the_users_may_return_a_part_of_fs_result() -> None:
+def test_a_users_solver_may_return_a_part_of_fs_result() -> None:
     buffer = np.zeros(2)
 
     def f(h: Any, z: Any) -> Any:
@@ -58,7 +58,7 @@ def test_a_solver_of_the_users_may_return_a_part_of_fs_result() -> None:
     np.testing.assert_allclose(solution.value[0], 10.0, rtol=1e-3)
 
 
-def test_a_solver_of_the_users_may_rewrap_fs_result() -> None:
+def test_a_users_solver_may_rewrap_fs_result() -> None:
     buffer = np.zeros(2)
     solution = ic.solve(
         lambda h, z: np.add(0.9 * h, z, out=buffer), np.zeros(2), np.ones(2), solver=Rewrapped(max_steps=500)
@@ -66,7 +66,7 @@ def test_a_solver_of_the_users_may_rewrap_fs_result() -> None:
     np.testing.assert_allclose(solution.value, 10.0, rtol=1e-3)
 
 
-def test_a_solver_of_the_users_may_write_to_an_array_of_its_own() -> None:
+def test_a_users_solver_may_reuse_its_own_array() -> None:
     def f(h: Any, z: Any) -> Any:
         return np.cos(h) + z
 
@@ -76,7 +76,7 @@ def test_a_solver_of_the_users_may_write_to_an_array_of_its_own() -> None:
 
 
 def test_leaves_of_a_state_may_trade_places_and_buffers() -> None:
-    """A delay: one leaf is what the other was, and F writes to two buffers in turns."""
+    """A delay: one leaf is the previous value of the other, and F writes to two buffers alternately."""
     start, z = (torch.zeros(3), torch.zeros(3)), torch.tensor([1.0, 2.0, -1.0])
     buffers, calls = [torch.zeros(3), torch.zeros(3)], [0]
 
@@ -86,11 +86,11 @@ def test_leaves_of_a_state_may_trade_places_and_buffers() -> None:
         out.copy_(0.9 * h[0] + z)
         return h[1], out
 
-    def fresh(h: Any, z: Any) -> Any:
+    def allocating(h: Any, z: Any) -> Any:
         return h[1], 0.9 * h[0] + z
 
     solver = ic.FixedPointIteration(max_steps=60)
-    ours, theirs = (ic.solve(f, start, z, solver=solver) for f in (reusing, fresh))
+    ours, theirs = (ic.solve(f, start, z, solver=solver) for f in (reusing, allocating))
     assert ours.status == theirs.status == ic.MAX_STEPS
     for a, b in zip(ours.value, theirs.value, strict=True):
         torch.testing.assert_close(a, b)
@@ -102,8 +102,8 @@ def test_leaves_of_a_state_may_trade_places_and_buffers() -> None:
     [ic.FixedPointIteration(rtol=1e-6), ic.FixedPointIteration(damping=0.9, rtol=1e-6), ic.Anderson(), ic.Broyden()],
     ids=repr,
 )
-def test_a_map_in_another_memory_order_keeps_samples_apart(library: Library, solver: ic.Solver) -> None:
-    """F's result is a transpose. No bit of a sample depends on whether another one is finished or not finite."""
+def test_samples_are_independent_in_another_memory_order(library: Library, solver: ic.Solver) -> None:
+    """F returns a transpose. A sample is bit-identical whether another one is finished, active or not finite."""
     rng = np.random.default_rng(0)
     n, d = 16, 67
     w = rng.standard_normal((d, d)).astype(np.float32)
@@ -130,7 +130,7 @@ def test_a_map_in_another_memory_order_keeps_samples_apart(library: Library, sol
 
 
 def nodes(x: torch.Tensor) -> int:
-    """Of the graph behind a tensor."""
+    """Number of nodes in the graph of a tensor."""
     seen, left = set(), [x.grad_fn]
     while left:
         node = left.pop()
@@ -170,7 +170,7 @@ def test_a_solve_within_torch_func(solver: ic.Solver) -> None:
 
 
 def test_a_start_in_the_memory_that_f_writes_to() -> None:
-    """Is none that f wrote to."""
+    """The start shares memory with the buffer of f, but f does not write to its argument."""
     buffer, calls = np.zeros(2), [0]
 
     def f(h: Any, z: Any) -> Any:
@@ -181,9 +181,9 @@ def test_a_start_in_the_memory_that_f_writes_to() -> None:
     np.testing.assert_allclose(solution.value, 2 * Z, rtol=1e-4)
     assert solution.status == ic.CONVERGED
     assert solution.stats.evaluations == calls[0] - 1
-    judged = ic.solve(f, np.zeros(2), Z, solver=lambda p, h, z: p(p(h, z), z))
-    np.testing.assert_allclose(judged.value, 1.5 * Z)
-    assert judged.stats.residual == pytest.approx(np.linalg.norm(0.25 * Z))
+    solution = ic.solve(f, np.zeros(2), Z, solver=lambda p, h, z: p(p(h, z), z))
+    np.testing.assert_allclose(solution.value, 1.5 * Z)
+    assert solution.stats.residual == pytest.approx(np.linalg.norm(0.25 * Z))
     with pytest.raises(ValueError, match="f wrote to its argument h"):
         ic.solve(lambda h, z: np.multiply(h, 0.5, out=h), np.ones(2), Z)
 

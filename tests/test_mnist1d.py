@@ -27,6 +27,8 @@ from implicit_core.examples.torch_mnist1d.data import Data, Samples
 from implicit_core.examples.torch_mnist1d.settings import GRADIENTS, Settings
 from implicit_core.examples.torch_mnist1d.training import Training, TrainingError, evaluate
 
+pytestmark = pytest.mark.slow
+
 SMALL = Settings(epochs=2, batch_size=40, channels=8)
 FLAGS = ["--epochs", "2", "--batch-size", "40", "--channels", "8"]
 STEPS = 9  # an epoch: 360 of 400 samples, the others are held out
@@ -43,7 +45,7 @@ def whole() -> Data:
 
 @pytest.fixture(scope="module", autouse=True)
 def few(whole: Data) -> Iterator[Data]:
-    """The program sees no more samples than these."""
+    """Few samples, which the program uses instead of all."""
     samples = Data(first(whole.train, 400), first(whole.test, 100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda: samples)
@@ -52,7 +54,7 @@ def few(whole: Data) -> Iterator[Data]:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Press Ctrl-C within a step, or within a measurement: those of the numbers given, counted from 1."""
+    """Press Ctrl-C within the steps or measurements with the given numbers, counted from 1."""
 
     def interrupt(name: str, *numbers: int) -> None:
         original, calls = getattr(Training, name), 0
@@ -137,7 +139,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     resume = shlex.split(command.strip().removeprefix(PROGRAM))
     for more in numbers[1:]:
         assert main(resume) == 130, f"step {more}"
-    torch.rand(3)  # nothing hangs on torch's global generator
+    torch.rand(3)  # nothing depends on torch's global generator
     assert main(resume) == 0
     assert_same(without_times(read(path)), uninterrupted)
     assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
@@ -185,7 +187,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(
 
 
 def test_it_learns(whole: Data) -> None:
-    """A layer that passes nothing on to the encoder reaches 37 % here, whatever the output learns; chance is 10 %."""
+    """Without gradients for the encoder the accuracy is at most 37 %; guessing gives 10 %."""
     training = Training(Settings(epochs=4, batch_size=20, channels=16, lr=1e-2), first(whole.train, 1000))
     with threadpool_limits(1):
         for _ in range(4):
@@ -200,7 +202,7 @@ def test_it_learns(whole: Data) -> None:
 
 
 def gradient(few: Data, settings: Settings) -> dict[str, torch.Tensor]:
-    """That of every parameter of the initial model, with solves to ten digits."""
+    """Gradients of all parameters of the initial model, with solves to ten digits."""
     model = Training(settings, few.train).model.double()
     model.layer.solver = ic.Anderson(rtol=1e-10, max_steps=200)
     if settings.gradient == "implicit":
@@ -226,7 +228,7 @@ def gradient(few: Data, settings: Settings) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_every_parameter_gets_the_estimators_gradient(few: Data, settings: Settings, low: float, high: float) -> None:
-    """The largest relative error of a parameter's gradient is the estimator's, and no more."""
+    """The largest relative error of a parameter's gradient is the error of the estimator."""
     exact = gradient(few, replace(settings, gradient="implicit"))
     estimated = gradient(few, settings)
     errors = [float((estimated[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
@@ -291,7 +293,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_what_is_logged(
+def test_tensorboard_reads_the_log(
     interrupt: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*FLAGS, "--checkpoint", str(tmp_path / "run.pt"), "--tensorboard", str(tmp_path / "runs")]
@@ -321,8 +323,7 @@ def test_a_missing_package_is_named(
     assert main([*FLAGS, "--tensorboard", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"The example needs {module}, which is not installed; ")
-    assert 'pip install ".[examples]"' in message
-    assert 'pip install "implicit-core[examples]"' in message
+    assert 'in a checkout: pip install -e ".[examples]"' in message
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,7 @@ def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixtu
         ("--checkpoint run.pt --resume --gradient one-step", r"made with --gradient unroll --k 5 --lam 0\.5: resume"),
     ],
 )
-def test_what_stops_a_run_is_told_in_a_sentence(
+def test_errors_are_printed_as_one_sentence(
     arguments: str,
     message: str,
     few: Data,

@@ -1,4 +1,4 @@
-"""Every solver on every problem and library; what stops a solve, what freezes a sample, what a step costs."""
+"""Every solver on every problem and library: results, stop tests, frozen samples and costs of a step."""
 
 import dataclasses
 import itertools
@@ -17,6 +17,7 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-13, "max_steps": 100}
 ACCELERATED = [ic.Anderson(**TIGHT), ic.Broyden(**TIGHT), ic.NewtonKrylov(**TIGHT)]
 SOLVERS = [ic.FixedPointIteration(**TIGHT), *ACCELERATED]
 ITERATION = SOLVERS[0]
+ONE_STEP = ic.FixedPointIteration(rtol=0.0, max_steps=1)
 
 
 def named(solver: ic.Solver) -> str:
@@ -156,7 +157,7 @@ TORCHDEQ = {
 
 @pytest.mark.parametrize("seed", range(4))
 def test_evaluations_on_the_symmetric_layer(seed: int) -> None:
-    """Spectral radius 0.95: where an absolute ridge makes Anderson slower than no Anderson at all."""
+    """Spectral radius 0.95, where an absolute ridge makes Anderson slower than plain iteration."""
     case = symmetric_layer(seed=seed)
     for solver in (ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()):
         solution, _ = run(case, NUMPY, solver)
@@ -222,6 +223,15 @@ def test_stagnation_is_ten_steps_without_a_new_best(solver: type, residuals: lis
     assert solution.stats.residual == pytest.approx(min(residuals))
 
 
+def test_an_error_has_the_samples_that_failed_and_their_largest_residual() -> None:
+    residuals = np.asarray([[1.0], [3.0], [0.0], [2.0]])
+    solution = ic.solve(lambda h, z: h + z, np.zeros((4, 1)), residuals, solver=ONE_STEP, batch_ndim=1)
+    with pytest.raises(ic.SolveError, match=r"MAX_STEPS in 3 of 4 samples \(0, 1, 3\), largest residual 3\b") as error:
+        solution.raise_for_status()
+    (failure,) = error.value.failures
+    assert (failure.status, failure.samples, failure.residual) == (ic.MAX_STEPS, ((0,), (1,), (3,)), 3.0)
+
+
 def test_an_infinite_tolerance_is_not_met() -> None:
     """‖F‖ overflows where the residual does not."""
     solution = ic.solve(lambda h, z: h + 1e150, np.asarray([1e160, 1e160]), None, solver=ic.FixedPointIteration())
@@ -261,7 +271,7 @@ def test_the_point_that_met_the_tolerance_is_returned_even_where_an_earlier_one_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Jump(ic.Solver):
-    """To 1e6, whatever F says."""
+    """A solver whose step is 1e6 whatever F is."""
 
     def init(self, system: Any, x: Any) -> None:
         return None
@@ -313,7 +323,7 @@ def test_newton_backtracks_where_full_steps_diverge() -> None:
 
 @pytest.mark.parametrize("regularization", [1e-6, 1e-4, 1e-2, 1.0])
 def test_anderson_weights_sum_to_one(regularization: float, library: Library) -> None:
-    """An affine map keeps sums of weights visible: with F(h) = h + 1 every combination moves by exactly one."""
+    """With F(h) = h + 1, a step adds exactly the sum of the weights, which must be one."""
     solver = ic.Anderson(regularization=regularization, max_steps=12)
     seen = []
 
@@ -328,7 +338,7 @@ def test_anderson_weights_sum_to_one(regularization: float, library: Library) ->
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equal_residuals_do_not_make_anderson_singular(dtype: Any, library: Library) -> None:
-    """Rounding error is the least ridge: without one all weights would be 0 / 0."""
+    """The ridge is at least of the size of rounding errors: without one all weights would be 0 / 0."""
     solver = ic.Anderson(regularization=0.0, max_steps=9)
     h0 = library.array(np.zeros(3, dtype=dtype))
     solution = ic.solve(lambda h, z: h + 1.0, h0, None, solver=solver, trace=True)
@@ -415,7 +425,7 @@ def test_a_callable_that_falls_short_is_reported() -> None:
 
 
 def test_a_user_written_solver() -> None:
-    """Two methods make a solver: here Aitken's extrapolation, element by element."""
+    """A solver needs two methods; here it is Aitken's extrapolation, element by element."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Aitken(ic.Solver):
@@ -464,7 +474,7 @@ def test_nothing_passed_in_is_changed(library: Library) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=named)
 @pytest.mark.parametrize("warm", [False, True])
-def test_the_result_shares_no_memory_with_what_was_passed_in(solver: ic.Solver, warm: bool) -> None:
+def test_the_result_shares_no_memory_with_the_arguments(solver: ic.Solver, warm: bool) -> None:
     case = affine(20)
     h0 = case.root.copy() if warm else case.h0.copy()
     solution = ic.solve(case.problem(), h0, case.z, solver=solver)
@@ -488,7 +498,7 @@ def test_a_map_may_write_into_one_buffer_at_every_call(solver: ic.Solver) -> Non
 @pytest.mark.parametrize("calls", [0, 1, 2, 7])
 @pytest.mark.parametrize("solver", SOLVERS[:3], ids=named)
 def test_a_map_may_begin_to_write_into_one_buffer(solver: ic.Solver, calls: int) -> None:
-    """As a captured one does, after some calls for warming up; every evaluation is counted."""
+    """As a captured map does after some warm-up calls; every evaluation is counted."""
     case = layer()
     w, x, h0 = (torch.from_numpy(a) for a in (case.z["w"], case.z["x"], case.h0))
     buffer, evaluations = torch.empty_like(h0), 0
@@ -505,24 +515,24 @@ def test_a_map_may_begin_to_write_into_one_buffer(solver: ic.Solver, calls: int)
     assert solution.stats.evaluations == evaluations
 
 
-def test_plain_iteration_copies_nothing_while_every_result_is_new() -> None:
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson, ic.Broyden])
+def test_f_never_gets_memory_that_it_has_returned(solver: type) -> None:
     case = layer()
     w, x, h0 = (torch.from_numpy(a) for a in (case.z["w"], case.z["x"], case.h0))
-    results: list[int] = []
-    arguments: list[int] = []
+    results: list[torch.Tensor] = []
 
     def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        arguments.append(h.data_ptr())
-        value = torch.tanh(h @ w.T + z)
-        results.append(value.data_ptr())
-        return value
+        assert h.data_ptr() not in [result.data_ptr() for result in results]
+        results.append(torch.tanh(h @ w.T + z))
+        return results[-1]
 
-    ic.solve(f, h0, x, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=6), batch_ndim=1)
-    assert arguments[1:] == results[:-1]
+    solution = ic.solve(f, h0, x, solver=solver(rtol=0.0, atol=0.0, max_steps=6), batch_ndim=1)
+    assert len(results) == 6
+    assert solution.value.data_ptr() not in [result.data_ptr() for result in results]
 
 
 def in_turns(f: Any) -> Any:
-    """``f``, its results written to two buffers in turns."""
+    """``f`` with results that are written to two buffers alternately."""
     buffers: list[torch.Tensor] = []
 
     def call(h: torch.Tensor, z: Any) -> torch.Tensor:
@@ -536,7 +546,7 @@ def in_turns(f: Any) -> Any:
     return call
 
 
-def test_what_a_solve_returns_is_not_written_to_by_the_next_evaluation() -> None:
+def test_a_returned_value_is_not_overwritten_by_the_next_evaluation() -> None:
     f = in_turns(lambda h: torch.tanh(0.5 * h + 1.0))
     value = ic.solve(f, torch.zeros(3), None, solver=ic.FixedPointIteration()).value
     before = value.clone()

@@ -16,14 +16,15 @@ import implicit_core as ic
 from implicit_core.adapters import jax as icj
 from implicit_core.adapters import torch as ict
 from implicit_core.registry import find_backend
-from implicit_core.space import Space
 from implicit_core.theory import Bounds, Certificate, certify, suggest
 from implicit_core.theory.krylov import gap, singular_values
 from implicit_core.theory.suggest import terms
 
 SOLVER = ic.Anderson(rtol=1e-14, atol=1e-14, max_steps=300)
 SHAPES = ((1, 1), (1, 40), (2, 3), (3, 8), (1, 17))
-"""Of h, at most 40 numbers: each shape is compiled by itself in JAX."""
+"""Shapes of h, at most 40 numbers."""
+FEW_SHAPES = ((2, 3), (1, 8))
+"""For JAX, which compiles every operation for every shape."""
 
 
 def dense(operator: Any, like_in: Any) -> np.ndarray:
@@ -32,7 +33,7 @@ def dense(operator: Any, like_in: Any) -> np.ndarray:
 
 
 class Dense:
-    """All that a certificate speaks of, by dense matrices in the paper's transposed convention."""
+    """All quantities of a certificate, from dense matrices in the paper's transposed convention."""
 
     def __init__(self, case: Case, h: Any, gradient: ic.Estimator) -> None:
         problem = case.problem()
@@ -60,7 +61,13 @@ def random_case(seed: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Case
     if seed % 3 == 1:
         w = case.z["w"] + case.z["w"].T
         case = replace(case, z=case.z | {"w": w * contraction / np.linalg.norm(w, 2)})
-    return case
+    return with_a_root(case)
+
+
+def with_a_root(case: Case) -> Case:
+    """The layer with another x, by which h = tanh(x) is the root: no solve is needed."""
+    h = np.tanh(case.z["x"])
+    return replace(case, z=case.z | {"x": case.z["x"] - h @ case.z["w"].T}, root=h)
 
 
 def random_gradient(seed: int) -> ic.Estimator:
@@ -70,11 +77,13 @@ def random_gradient(seed: int) -> ic.Estimator:
 
 
 def root_of(case: Case) -> Any:
+    if case.root is not None:
+        return case.root.copy() if isinstance(case.root, np.ndarray) else case.root
     return ic.solve(case.problem(), case.h0, case.z, solver=SOLVER).value
 
 
 def within(library: Library, found: Any, expected: Any, scale: float = 1.0) -> None:
-    """To 1 %, or to rounding error of the scale."""
+    """Equal to 1 %, or to rounding error of the scale."""
     np.testing.assert_allclose(np.asarray(library.numpy(found)), expected, rtol=1e-2, atol=1e-9 * scale)
 
 
@@ -108,9 +117,9 @@ def assert_agrees(library: Library, certificate: Certificate, oracle: Dense, sam
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fifty_certificates_against_dense_linear_algebra(seed: int, library: Library) -> None:
-    """Every number within 1 %, in every library: h of up to 40 numbers."""
-    for problem in range(seed, 50, 10):
-        case, gradient = random_case(problem), random_gradient(problem)
+    """Every number within 1 %, in every library: h of up to 40 numbers. Ten of them in the two slow libraries."""
+    for problem in [seed] if library.name in ("array_api_strict", "jax") else range(seed, 50, 10):
+        case, gradient = random_case(problem, FEW_SHAPES if library is JAX else SHAPES), random_gradient(problem)
         h, samples = root_of(case), case.h0.shape[0]
         certificate = certify(case.problem(library), library.array(h), library.array(case.z), gradient)
         assert_agrees(library, certificate, Dense(case, h, gradient), samples)
@@ -119,8 +128,8 @@ def test_fifty_certificates_against_dense_linear_algebra(seed: int, library: Lib
 @pytest.mark.parametrize("framework", ["torch", "jax", "jax jit"])
 def test_certificates_from_a_frameworks_own_derivatives(framework: str) -> None:
     library = NUMPY
-    for seed in range(5):
-        case, gradient = random_case(seed, ((2, 4),)), random_gradient(seed)
+    for seed in range(5 if framework == "torch" else 3):
+        case, gradient = random_case(seed, ((2, 3),)), random_gradient(seed)
         h = root_of(case)
         if framework == "torch":
             problem = ict.problem(lambda h, z: torch.tanh(h @ z["w"].T + z["x"]), batch_ndim=1)
@@ -157,7 +166,7 @@ def test_bounds_hold_where_the_krylov_space_is_far_from_exhausted() -> None:
     assert 1.0 < max(shares) < 1.2
 
 
-def test_the_confidence_is_no_more_than_what_the_theorem_says() -> None:
+def test_the_confidence_obeys_the_theorem() -> None:
     """A lower confidence gives narrower bounds, more steps do too, and no step at all leaves all open."""
     case = symmetric_layer(batch=1, width=120)
     h, gradient = root_of(case), ic.Neumann(5, 0.5)
@@ -175,17 +184,18 @@ def test_the_confidence_is_no_more_than_what_the_theorem_says() -> None:
     assert "the bounds overlap" in str(few)
 
 
-def test_descent_is_never_promised_in_vain() -> None:
-    """2,000 times and more the certificate says descent: (7) is non-negative, for random cotangents and the worst one.
+def test_a_certified_descent_is_a_descent() -> None:
+    """600 times and more the certificate says descent: (7) is non-negative, for random cotangents and the worst one.
 
     With w = (I - J)⁻¹ v, (7) is the quadratic form of (A (I - J))ᵀ G: non-negative for all v if and only if its
     symmetric part has no negative eigenvalue.
     """
     promised = by_the_paper = failed = 0
-    for seed in range(2700):
+    for seed in range(850):
         rng = np.random.default_rng(seed)
         n = int(rng.integers(1, 6))
-        case = layer(batch=1, width=n, contraction=rng.uniform(0.05, 0.95), seed=seed, scale=rng.uniform(0.0, 1.5))
+        contraction, scale = rng.uniform(0.05, 0.95), rng.uniform(0.0, 1.5)
+        case = with_a_root(layer(batch=1, width=n, contraction=contraction, seed=seed, scale=scale))
         if seed % 2:  # a map of z with a condition number of its own
             case = mapped(case, rng)
         gradient = [ic.Neumann, ic.Unroll][seed % 2](int(rng.integers(1, 9)), float(rng.uniform(0.1, 1.0)))
@@ -201,10 +211,10 @@ def test_descent_is_never_promised_in_vain() -> None:
             assert (oracle.a @ v) @ (oracle.exact @ v) >= -1e-12
             assert least >= -1e-12 * oracle.sigma_max**2
         failed += least < 0
-    assert promised >= 2000
-    assert promised > by_the_paper + 200
-    assert by_the_paper > 1000
-    assert failed > 20  # some estimates do ascend for some loss: the condition has something to tell
+    assert promised >= 600
+    assert promised > by_the_paper + 60
+    assert by_the_paper > 300
+    assert failed > 5  # some estimates do ascend for some loss: the condition has something to tell
 
 
 def mapped(case: Case, rng: np.random.Generator) -> Case:
@@ -275,7 +285,7 @@ def dense_j(case: Case, h: Any) -> np.ndarray:
 
 
 def test_terms_are_the_fewest_at_every_edge() -> None:
-    """Where the bound is met with equality up to rounding, neither one too many nor one too few."""
+    """If the bound holds with equality up to rounding, the number of terms is still the smallest."""
     for seed in range(300):
         rng = np.random.default_rng(seed)
         norm, lam, k = rng.uniform(0.01, 0.999), rng.uniform(0.1, 1.0), int(rng.integers(1, 200))
@@ -339,13 +349,13 @@ def test_a_rank_that_is_not_full_is_found() -> None:
     certificate = certify(problem, np.zeros(3), np.zeros(3), ic.Neumann(3, 1.0))
     assert certificate.sigma_min.low == certificate.sigma_min.value == 0 < certificate.sigma_min.high < 1e-12
     assert certificate.sigma_max.value == pytest.approx(2.0)
-    assert "not full rank" in str(certificate)
+    assert "does not have full rank" in str(certificate)
     assert certificate.condition_on_range is not None
     assert certificate.condition_on_range.right.value == pytest.approx(0.5)
 
 
 def test_a_measured_gradient_is_compared_with_the_exact_one(library: Library) -> None:
-    case, gradient = layer(batch=3, width=5), ic.Neumann(3, 0.5)
+    case, gradient = layer(batch=2, width=3), ic.Neumann(3, 0.5)
     h = root_of(case)
     v = np.random.default_rng(1).normal(size=h.shape)
     certificate = certify(
@@ -360,7 +370,7 @@ def test_a_measured_gradient_is_compared_with_the_exact_one(library: Library) ->
     assert f"cosine {certificate.cosine:.6f}" in str(certificate)
 
 
-def test_what_goes_to_a_logger_is_scalars() -> None:
+def test_a_logger_gets_scalars() -> None:
     case = layer(batch=3, width=5)
     h = root_of(case)
     found = certify(case.problem(), h, case.z, ic.Neumann(3, 0.5), cotangent=case.h0 + 1.0).to_dict()
@@ -396,7 +406,7 @@ def test_leaves_without_a_derivative_do_not_count() -> None:
 
 
 def test_an_unrolled_estimate_is_certified_at_its_own_value() -> None:
-    """From a point that is none of the root's, at h_k, and against its own k linearizations."""
+    """From a point that is not a root, at h_k, and against its own k linearizations."""
     case, gradient = layer(batch=1, width=4, contraction=0.9), ic.Unroll(3, 0.8)
     start = np.random.default_rng(0).normal(size=(1, 4))
     certificate, oracle = certify(case.problem(), start, case.z, gradient), Dense(case, start, gradient)
@@ -432,8 +442,8 @@ def test_the_same_seed_gives_the_same_certificate() -> None:
     assert a["contraction"] == pytest.approx(c["contraction"], rel=0.1)
 
 
-def test_what_it_costs_is_counted() -> None:
-    """The products that a certificate reports are those of the callbacks: (4 k + 5) n and 4 n, as documented."""
+def test_the_cost_of_a_certificate_is_counted() -> None:
+    """A certificate reports the number of calls of the callbacks: (4 k + 5) n and 4 n, as documented."""
     case, k, n = layer(batch=2, width=6), 4, 6
     h = root_of(case)
     problem = case.linearized()
@@ -444,7 +454,7 @@ def test_what_it_costs_is_counted() -> None:
     assert certificate.evaluations == counts["f"] == 1
     assert certificate.products_h <= (4 * k + 5) * n
     assert certificate.products_z <= 4 * n + 1  # one finds out what has a gradient
-    for gradient in (ic.Unroll(3, 0.5), ic.BPTT(4), ic.Neumann("auto"), ic.Implicit()):
+    for gradient in (ic.Unroll(3, 0.5), ic.BPTT(4), ic.NeumannSeries(), ic.Implicit()):
         certificate = certify(case.linearized(), h, case.z, gradient, steps=n, cotangent=np.ones_like(h))
         assert certificate.products_h == counts["vjp_h"] + counts["jvp_h"]
         assert certificate.products_z == counts["vjp_z"] + counts["jvp_z"]
@@ -493,7 +503,7 @@ def test_errors_say_what_to_do() -> None:
 
 def test_a_certificate_fits_the_screen() -> None:
     case = layer(batch=3, width=4)
-    gradients = ic.Neumann(3, 0.5), ic.Unroll(2, 0.3), ic.OneStep(), ic.BPTT(4), ic.Neumann("auto", 0.9), ic.Implicit()
+    gradients = ic.Neumann(3, 0.5), ic.Unroll(2, 0.3), ic.OneStep(), ic.BPTT(4), ic.NeumannSeries(0.9), ic.Implicit()
     tiny = linear(1e-11 * np.diag(np.linspace(0.1, 0.9, 50)), 1e-12 * np.eye(50))
     for gradient in gradients:
         texts = [str(certify(tiny, np.zeros(50), np.zeros(50), gradient, steps=10, cotangent=np.ones(50)))]
@@ -513,14 +523,74 @@ def linear(j: np.ndarray, g: np.ndarray) -> ic.Problem:
     )
 
 
-def test_the_gap_is_that_of_the_theorem() -> None:
+def test_the_gap_agrees_with_the_theorem() -> None:
     """Kuczyński and Woźniakowski: 1.648 √n exp(-√ε (2k - 1)) = δ."""
     for n, steps, confidence in ((10_000, 40, 0.999), (50, 3, 0.5)):
         epsilon = gap(n, steps, confidence)
         assert 1.648 * math.sqrt(n) * math.exp(-math.sqrt(epsilon) * (2 * steps - 1)) == pytest.approx(1 - confidence)
 
 
-def test_bounds_fail_no_more_often_than_they_say() -> None:
+def test_the_bounds_hold_together_with_the_confidence_that_was_asked_for() -> None:
+    """Four spectra of two ends each, one in every sample or one of the batch, share the probability of a miss.
+
+    All have the gap ε = (log(1.648 √n / δ) / (2 k - 1))², so that an upper bound is 1 / √(1 - ε) times the estimate.
+    """
+    samples, width, steps, confidence = 3, 100, 12, 0.99
+    slopes, weights = np.linspace(0.0, 0.5, width), np.linspace(1.0, 1.4, samples * width).reshape(samples, width)
+    problem = ic.Problem(
+        lambda h, z: slopes * h + weights * z,
+        vjp=lambda h, z, v: (slopes * v, weights * v),
+        jvp=lambda h, z, dh, dz: slopes * dh + weights * dz,
+        batch_ndim=1,
+    )
+    zeros = np.zeros((samples, width))
+    certificate = certify(problem, zeros, zeros, ic.Neumann(2, 1.0), steps=steps, confidence=confidence)
+
+    def above(numbers: int, systems: int) -> float:
+        delta = (1 - 0.99) / 4 / 2 / systems
+        return 1 / math.sqrt(1 - (math.log(1.648 * math.sqrt(numbers) / delta) / (2 * steps - 1)) ** 2)
+
+    of_sample, of_batch = above(width, samples), above(samples * width, 1)
+    np.testing.assert_allclose(certificate.contraction.high / certificate.contraction.value, of_sample, rtol=1e-11)
+    assert certificate.condition_8 is not None
+    for bounds, ratio in (
+        (certificate.condition_8.left, of_sample),
+        (certificate.condition_6.left, of_batch),
+        (certificate.sigma_max, of_batch),
+    ):
+        assert bounds.high / bounds.value == pytest.approx(ratio, rel=1e-11)
+    share = 1 - of_batch**-2
+    value, top = certificate.sigma_min.value, certificate.sigma_max.value * of_batch
+    expected = math.sqrt(max(value**2 - share * top**2, 0.0) / (1 - share))
+    assert expected > 0.5
+    assert certificate.sigma_min.low == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("lam", "tried"), [(1.0, 1), (None, 8)])
+def test_a_suggestion_shares_the_confidence_between_all_that_it_tries(lam: float | None, tried: int) -> None:
+    """Each λ gets the bound for δ / (2 N); here λ = 1 is the best, and k the smallest that the bound allows."""
+    samples, width, steps, error = 3, 100, 12, 1e-60
+    slopes = np.linspace(0.0, 0.5, width)
+    problem = ic.Problem(
+        lambda h, z: slopes * h + z,
+        vjp=lambda h, z, v: (slopes * v, v),
+        jvp=lambda h, z, dh, dz: slopes * dh + dz,
+        batch_ndim=1,
+    )
+    zeros = np.zeros((samples, width))
+    estimate = certify(problem, zeros, zeros, ic.OneStep(), steps=steps).to_dict()["contraction"]
+
+    def least(systems: int) -> int:
+        epsilon = (math.log(1.648 * math.sqrt(width) / (0.01 / systems)) / (2 * steps - 1)) ** 2
+        norm = estimate / math.sqrt(1 - epsilon)
+        return math.ceil(math.log(error * (1 - norm)) / math.log(norm))
+
+    found = suggest(problem, zeros, zeros, error=error, lam=lam, steps=steps, confidence=0.99)
+    assert found == ic.Neumann(least(2 * samples * tried), 1.0)
+    assert len({least(systems) for systems in (1, 2, samples, 2 * samples, 2 * samples * 8)}) == 5
+
+
+def test_bounds_fail_no_more_often_than_their_confidence_allows() -> None:
     """200 starts on a spectrum made to be missed: one eigenvalue beyond a bulk of 400."""
     spectrum = np.concatenate([[1.0], np.linspace(0.0, 0.9, 400)])
     missed = 0
@@ -529,7 +599,7 @@ def test_bounds_fail_no_more_often_than_they_say() -> None:
         return (spectrum * x[0],)
 
     for seed in range(200):
-        space = Space(find_backend(spectrum), spectrum, 0)
+        space = find_backend(spectrum).space(spectrum, 0)
         found = singular_values(scale, scale, space, space, steps=6, confidence=0.5, seed=seed)
         assert found.largest.low[0, 0] <= 1 + 1e-12
         missed += bool(found.largest.high[0, 0] < 1)
@@ -576,7 +646,7 @@ def test_suggestions_stand_on_the_upper_bound() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_never_certified(bad: float, library: Library) -> None:
+def test_numbers_that_are_not_finite_are_never_certified(bad: float, library: Library) -> None:
     case = layer(batch=2, width=3)
     h = root_of(case)
     h[1, 0] = bad
@@ -632,7 +702,7 @@ def test_single_precision_neither_overflows_nor_underflows(scale: float) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_promises_nothing_that_is_false(dtype: torch.dtype) -> None:
     promised = 0
-    for seed in range(40):
+    for seed in range(20):
         rng = np.random.default_rng(seed)
         left, right = (np.linalg.qr(rng.normal(size=(16, 16)))[0] for _ in range(2))
         g = (left * np.linspace(1.0, 3.0, 16)) @ right
@@ -650,7 +720,7 @@ def test_half_precision_promises_nothing_that_is_false(dtype: torch.dtype) -> No
             promised += 1
             form = (exact_g.T @ (np.eye(16) - np.linalg.matrix_power(exact_j.T, k))).T @ exact_g.T
             assert np.linalg.eigvalsh(form + form.T).min() > 0
-    assert promised < 40
+    assert promised < 20
 
 
 def test_bounds_allow_for_rounding() -> None:
@@ -667,8 +737,8 @@ def test_bounds_allow_for_rounding() -> None:
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 1e-12])
-def test_small_singular_values_are_found_beside_large_ones(smallest: float) -> None:
-    """Down to where rounding hides them, and not by way of their squares."""
+def test_small_singular_values_are_found_among_large_ones(smallest: float) -> None:
+    """Down to the size of rounding errors, which an algorithm on their squares could not reach."""
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(40, 40)))[0] for _ in range(2))
     g = (left * np.geomspace(1.0, smallest, 40)) @ right
@@ -677,7 +747,7 @@ def test_small_singular_values_are_found_beside_large_ones(smallest: float) -> N
     assert found.value == pytest.approx(smallest, rel=1e-2)
 
 
-def test_estimators_that_stop_by_what_they_find_are_judged_by_what_they_promise() -> None:
+def test_estimators_with_a_data_dependent_stop_test_are_certified_by_their_tolerance() -> None:
     case = layer(batch=2, width=4, contraction=0.6)
     h, v = root_of(case), np.random.default_rng(0).normal(size=(2, 4))
     implicit = certify(case.problem(), h, case.z, ic.Implicit(ic.GMRES(rtol=1e-9)), cotangent=v)
@@ -688,17 +758,17 @@ def test_estimators_that_stop_by_what_they_find_are_judged_by_what_they_promise(
     for unknown in (
         ic.Implicit(ic.GMRES(rtol=1e-9), on_failure="warn"),
         ic.Implicit(ic.GMRES(rtol=0.0, atol=0.1)),
-        ic.Neumann("auto"),
+        ic.NeumannSeries(),
     ):
         certificate = certify(case.problem(), h, case.z, unknown)
         assert certificate.descent is None
         assert math.isnan(certificate.to_dict()["error_bound"])
-    bounded = ic.Neumann("auto", 1.0, 1e-9, contraction=implicit.to_dict()["contraction_high"])
+    bounded = ic.NeumannSeries(1.0, 1e-9, contraction=implicit.to_dict()["contraction_high"])
     certificate = certify(case.problem(), h, case.z, bounded)
     assert certificate.condition_8 is not None
     assert certificate.condition_8.left.high == pytest.approx(1e-9, rel=1e-3)
     assert certificate.descent is True
-    cut_off = ic.Neumann("auto", 0.5, 1e-9, max_terms=3, contraction=0.9)
+    cut_off = ic.NeumannSeries(0.5, 1e-9, max_terms=3, contraction=0.9)
     certificate = certify(case.problem(), h, case.z, cut_off)
     assert certificate.condition_8 is not None
     assert certificate.condition_8.left.high == pytest.approx(0.95**3)
@@ -712,7 +782,7 @@ def test_callbacks_may_return_one_buffer_at_every_call() -> None:
     n = 4
     rng = np.random.default_rng(0)
     j, g = 0.4 * rng.normal(size=(n, n)), rng.normal(size=(n, n))
-    fresh, to_h, to_z, tangent = linear(j, g), np.empty(n), np.empty(n), np.empty(n)
+    allocating, to_h, to_z, tangent = linear(j, g), np.empty(n), np.empty(n), np.empty(n)
 
     def vjp(h: Any, z: Any, v: Any) -> Any:
         return np.copyto(to_h, j.T @ v) or to_h, np.copyto(to_z, g.T @ v) or to_z
@@ -723,11 +793,11 @@ def test_callbacks_may_return_one_buffer_at_every_call() -> None:
     reusing = ic.Problem(lambda h, z: j @ h + g @ z, vjp=vjp, jvp=jvp)
     z, v = rng.normal(size=n), rng.normal(size=n)
     h = np.linalg.solve(np.eye(n) - j, g @ z)
-    for gradient in (ic.OneStep(), ic.Neumann(4, 0.7), ic.Unroll(3, 0.6), ic.Neumann("auto", 0.7), ic.Implicit()):
-        ours, theirs = (certify(p, h, z, gradient, cotangent=v) for p in (reusing, fresh))
+    for gradient in (ic.OneStep(), ic.Neumann(4, 0.7), ic.Unroll(3, 0.6), ic.NeumannSeries(0.7), ic.Implicit()):
+        ours, theirs = (certify(p, h, z, gradient, cotangent=v) for p in (reusing, allocating))
         assert ours.descent == theirs.descent
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-9, abs=1e-12, nan_ok=True)
-        np.testing.assert_allclose(gradient.jvp(reusing, h, z, v)[1], gradient.jvp(fresh, h, z, v)[1], rtol=1e-9)
+        np.testing.assert_allclose(gradient.jvp(reusing, h, z, v)[1], gradient.jvp(allocating, h, z, v)[1], rtol=1e-9)
 
 
 def test_a_map_without_a_derivative_in_z_has_no_direction() -> None:
@@ -759,7 +829,7 @@ def test_every_framework_starts_from_the_same_vectors() -> None:
 
 
 class Cell(torch.nn.Module):
-    """With dropout and a normalized weight, which change from call to call in train mode."""
+    """A cell with dropout and a normalized weight, which change from call to call in train mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -771,7 +841,7 @@ class Cell(torch.nn.Module):
         return torch.tanh(0.8 * self.inner(self.dropout(h)) + self.frozen * x)
 
 
-def test_a_torch_layer_certifies_itself_with_respect_to_what_is_trained() -> None:
+def test_a_torch_layer_certifies_itself_with_respect_to_its_parameters() -> None:
     """As by hand: functional_call, and z the cell's parameters. Modes and buffers are as before."""
     layer = ict.ImplicitLayer(Cell().double(), solver=ic.Anderson(rtol=1e-12, max_steps=200), gradient=ic.Neumann(5))
     cell, x, v = layer.cell, torch.randn(2, 4, dtype=torch.float64, requires_grad=True), torch.ones(2, 4).double()
@@ -800,5 +870,5 @@ def test_a_torch_layer_certifies_itself_with_respect_to_what_is_trained() -> Non
 
 def test_a_torch_layer_without_parameters_says_what_to_do() -> None:
     for cell in (lambda h, x: 0.5 * h + x, torch.nn.Bilinear(2, 2, 2).requires_grad_(False)):
-        with pytest.raises(TypeError, match=r"no module with parameters that require a gradient: put them in z"):
+        with pytest.raises(TypeError, match="not a module with parameters that require a gradient: put them in z"):
             ict.ImplicitLayer(cell).certify(torch.ones(2, 2))

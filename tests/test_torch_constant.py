@@ -1,4 +1,4 @@
-"""What must stay as it is while F is solved for: normalized weights and dropout masks."""
+"""Normalized weights and dropout masks stay constant during a solve."""
 
 import math
 import threading
@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
-from implicit_core.adapters.torch.constant import VariationalDropout, constant_within_solve
-from implicit_core.adapters.torch.monitors import contraction
+from implicit_core.adapters.torch.training.constant import VariationalDropout, constant_within_solve
+from implicit_core.theory import contraction
 
 F64 = torch.float64
 SOLVER = ic.Anderson(rtol=1e-12, max_steps=200)
@@ -67,8 +67,8 @@ def run(f: Any, gradient: ic.Estimator, solver: Any = SOLVER) -> ic.Solution:
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
-def test_gradients_are_those_through_the_one_weight(kind: str, gradient: ic.Estimator) -> None:
-    """The oracle has the weight as a tensor, with a gradient of its own, which the parametrization then pulls back."""
+def test_gradients_flow_through_the_one_weight(kind: str, gradient: ic.Estimator) -> None:
+    """The reference uses the weight as a leaf tensor; the parametrization then pulls its gradient back."""
     cell = Cell(NORMALIZATIONS[kind])
     if kind == "spectral":
         cell.inner.parametrizations.weight.eval()  # the same weight for the oracle
@@ -104,7 +104,7 @@ def test_spectral_norm_makes_one_power_iteration_a_call(gradient: ic.Estimator) 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
 def test_every_evaluation_finds_one_weight(gradient: ic.Estimator) -> None:
-    """Those of a backward pass too, with another solve in between."""
+    """Evaluations in the backward pass too, with another solve in between."""
     cell = Cell(parametrizations.spectral_norm)
     first = run(constant_within_solve(cell), gradient).value
     weights, cell.weights = cell.weights, []
@@ -192,7 +192,7 @@ def test_a_mask_of_inference_mode_serves_a_linearization() -> None:
     with torch.inference_mode():
         f = constant_within_solve(cell)
         value = ict.fixed_point(f, h0, x, solver=SOLVER, batch_ndim=1).value
-        norm = contraction(f, value, x, steps=200)
+        norm = contraction(f, value, x, batch_ndim=1, steps=200)
     mask, w, b = cell.masks[0], cell.inner.weight, cell.inner.bias
     with torch.no_grad():
         slope = 0.6 * (1 - torch.tanh(value * mask @ w.T + b + x) ** 2)
@@ -216,7 +216,7 @@ def test_a_cache_around_the_layer_is_used() -> None:
 @pytest.mark.parametrize("gradient", [ic.Unroll(2, 1.0), ic.Neumann(200, 1.0), ESTIMATORS[-1]], ids=repr)
 @pytest.mark.parametrize("functional", [False, True])
 def test_second_derivatives_through_the_held_weight(gradient: ic.Estimator, functional: bool) -> None:
-    """With the parameters as they are, and with others put in their place for the time of the call."""
+    """With the module's own parameters, and with parameters that replace them during the call."""
     cell = Cell(parametrizations.weight_norm, p=0.3)
     name = "inner.parametrizations.weight.original0"
     h0, x = inputs()
@@ -273,7 +273,7 @@ def test_transforms_of_torch_func(gradient: ic.Estimator) -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(loss(x), x)[0], rtol=1e-8, atol=1e-10)
 
 
-# Dynamo looks at .grad of any tensor that a compiled function closes over.
+# Dynamo reads .grad of each tensor that a compiled function closes over.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_cell_is_held_too() -> None:
     cell, plain = (Cell(parametrizations.weight_norm) for _ in range(2))
@@ -291,7 +291,7 @@ def test_a_compiled_cell_is_held_too() -> None:
 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
-def test_one_mask_a_solve_and_a_fresh_one_in_the_next(gradient: ic.Estimator) -> None:
+def test_one_mask_in_each_solve_and_a_new_one_in_the_next(gradient: ic.Estimator) -> None:
     cell = Cell(p=0.4)
     first = run(constant_within_solve(cell), gradient)
     masks, cell.masks = cell.masks, []
@@ -309,7 +309,7 @@ def test_one_mask_a_solve_and_a_fresh_one_in_the_next(gradient: ic.Estimator) ->
 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
-def test_gradients_are_those_with_the_mask_as_a_constant(gradient: ic.Estimator) -> None:
+def test_gradients_equal_gradients_with_a_constant_mask(gradient: ic.Estimator) -> None:
     cell = Cell(p=0.4)
     ours = run(constant_within_solve(cell), gradient).value
     mask, w, b = cell.masks[0], cell.inner.weight, cell.inner.bias
@@ -477,7 +477,7 @@ def test_bad_arguments() -> None:
     assert repr(VariationalDropout(0.2)) == "VariationalDropout(p=0.2)"
 
 
-def test_threads_hold_weights_of_their_own_and_leave_none_behind() -> None:
+def test_each_thread_holds_its_own_weight_and_restores_the_module() -> None:
     """Evaluations of several threads overlap; each must find its own weight, and the last must restore the module."""
     linear = parametrizations.weight_norm(nn.Linear(3, 3).double())
     part = linear.parametrizations.weight

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_core as ic
+from benchmarks.counting import Dispatched
 from benchmarks.memory import LiveTensors
 from implicit_core.adapters import torch as ict
 
@@ -43,7 +44,7 @@ class Products(TorchDispatchMode):
 
 
 def backward_products(estimator: ic.Estimator, form: str) -> tuple[int, int]:
-    """How often one backward pass of tanh(h Wᵀ + x) multiplies for the cotangent of h, and for that of W.
+    """Matrix products in a backward pass of tanh(h Wᵀ + x) for the cotangent of h, and for the cotangent of W.
 
     F evaluated again is taken off: its product has the shape of h, too.
     """
@@ -160,8 +161,8 @@ class Watched(nn.Module):
     [*((estimator, False) for estimator in ESTIMATORS), (ic.Neumann(3, 0.5), True), (ic.Unroll(3, 0.5), True)],
     ids=repr,
 )
-def test_200_training_steps_leave_nothing_behind(estimator: ic.Estimator, as_module: bool) -> None:
-    """By reference counts alone: the collector of cycles is off."""
+def test_70_training_steps_leave_nothing_behind(estimator: ic.Estimator, as_module: bool) -> None:
+    """Reference counts must suffice: the garbage collector is off."""
     cell, x = Watched(), torch.ones(BATCH, WIDTH)
     solver = ic.Anderson(max_steps=3)
     layer = ict.ImplicitLayer(cell, solver=solver, gradient=estimator)
@@ -190,7 +191,25 @@ def test_200_training_steps_leave_nothing_behind(estimator: ic.Estimator, as_mod
                     step()
                     alive.append((live.count, live.bytes))
             assert alive[1] == alive[-1]
-            for _ in range(90):
+            for _ in range(25):
                 step()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("gradient", "steps"), [(ic.Unroll, (2, 12)), (ic.BPTT, (2, 12))])
+def test_an_undamped_step_is_f_alone(gradient: Any, steps: tuple[int, int]) -> None:
+    """Four operations of F forward, and none of the estimator's."""
+    w, x = 0.1 * torch.ones(8, 8), torch.ones(4, 8)
+
+    def operations(k: int) -> int:
+        estimator = ic.BPTT(k) if gradient is ic.BPTT else ic.Unroll(k, 1.0)
+        solver = ic.FixedPointIteration(max_steps=1)
+        with Dispatched() as mode, torch.no_grad():
+            ic.fixed_point(
+                lambda h, z: torch.tanh(h @ w.T + z), torch.zeros(4, 8), x, solver=solver, gradient=estimator
+            )
+        return mode.operations.total()
+
+    few, many = steps
+    assert operations(many) - operations(few) == 4 * (many - few)

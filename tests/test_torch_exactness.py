@@ -36,7 +36,7 @@ def reference(cell: Cell) -> tuple[Tensor, tuple[Tensor, ...]]:
         h = module(h, x)
     assert torch.linalg.vector_norm(module(h, x) - h) < 1e-14 * torch.linalg.vector_norm(h)
     gradients = torch.autograd.grad(loss(h), (x, *module.parameters()))
-    assert all(gradient.abs().max() > 0.1 for gradient in gradients), "1e-7 is small beside them"
+    assert all(gradient.abs().max() > 0.1 for gradient in gradients), "1e-7 is small compared with them"
     return h.detach(), gradients
 
 

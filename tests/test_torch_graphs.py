@@ -1,4 +1,4 @@
-"""Recorded solves: on the processor by a tape with the rules of CUDA graphs, on a GPU by the graphs themselves."""
+"""Recorded solves: on the CPU with a tape that obeys the rules of CUDA graphs, on a GPU with CUDA graphs."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 @dataclass(frozen=True, kw_only=True)
 class TwoBack(ic.Solver):
-    """Its memory begins as the start itself, and states move within it."""
+    """A solver whose memory is the start itself at first, and which shifts states within its memory."""
 
     def init(self, system: Any, x: Any) -> Any:
         return x, x
@@ -53,23 +53,23 @@ SOLVERS = [
 
 
 class Recorded(ict.CUDAGraphs):
-    """As on a GPU, with a tape in the place of CUDA graphs where there is none."""
+    """CUDAGraphs that records with a tape instead of CUDA graphs if there is no GPU."""
 
     def _recorder(self, device: torch.device) -> Any:
         return super()._recorder(device) if device.type == "cuda" else Tape
 
 
 def both(f: Any, h0: Any, z: Any, solver: Any, graphs: ict.CUDAGraphs, **options: Any) -> ic.Solution:
-    """The solution from the recording, which is the solver's own."""
+    """The solution from the recording, after a check that it equals the solver's own."""
     plain = ic.solve(f, h0, z, solver=solver, **options)
     replayed = ic.solve(f, h0, z, solver=graphs, **options)
     assert graphs.reason is None
-    # The mixing of Anderson is solved in another way, and enlarges rounding.
+    # Anderson's small system is solved by another algorithm, which amplifies rounding errors.
     torch.testing.assert_close(replayed.value, plain.value, rtol=1e-6, atol=1e-8)
     assert torch.equal(replayed.status, plain.status)
     assert torch.equal(replayed.stats.steps, plain.stats.steps)
     torch.testing.assert_close(replayed.stats.residual, plain.stats.residual, rtol=1e-2, atol=1e-8)
-    assert replayed.stats.evaluations == plain.stats.evaluations + 1, "and one that looks what F is"
+    assert replayed.stats.evaluations == plain.stats.evaluations + 1, "and one that records F"
     return replayed
 
 
@@ -124,7 +124,7 @@ def test_a_trace_of_residuals(device: str) -> None:
 
 
 @DEVICES
-def test_samples_that_are_lost_are_told_as_without(device: str) -> None:
+def test_samples_that_are_not_finite_are_reported_as_without(device: str) -> None:
     solver = ic.Anderson(max_steps=30)
     z = torch.tensor([[0.5], [float("nan")], [3.0]], dtype=torch.float64, device=device)
     graphs = Recorded(solver)
@@ -161,7 +161,7 @@ def test_the_gradients_of_a_layer(gradient: ic.Estimator, device: str) -> None:
 
 @DEVICES
 def test_mixed_precision(device: str) -> None:
-    """What autocast made of a parameter is not kept: the next call has another one."""
+    """Autocast's copy of a parameter is not kept: the next call makes another one."""
     torch.manual_seed(0)
     cell, x = nn.Linear(6, 6).to(device), torch.linspace(-1, 1, 24, device=device).reshape(4, 6)
     nn.init.orthogonal_(cell.weight, gain=0.5)
@@ -177,7 +177,7 @@ def test_mixed_precision(device: str) -> None:
 
 
 class Parametrized(nn.Module):
-    """A weight that is computed anew in each call, and a mask that is drawn in each."""
+    """A weight that is computed in each call, and a mask that is drawn in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Parametrized(nn.Module):
 
 
 @DEVICES
-def test_what_is_computed_or_drawn_once_in_a_call_is_read_anew_in_each(device: str) -> None:
+def test_weights_and_masks_of_one_call_are_not_used_in_the_next(device: str) -> None:
     cell, x = Parametrized().double().to(device), torch.ones(4, 6, dtype=torch.float64, device=device)
     solver = ic.Anderson(rtol=1e-9)
     layers = [ict.ImplicitLayer(cell, solver=s) for s in (solver, Recorded(solver))]
@@ -266,7 +266,7 @@ def test_shapes_each_have_a_recording(device: str) -> None:
     assert len(graphs._recordings) <= 8, "the memory of each is held"
 
 
-def test_what_is_made_of_one_solve_does_not_outlive_the_call() -> None:
+def test_tensors_of_one_solve_do_not_outlive_the_call() -> None:
     import gc
     import weakref
 
@@ -279,10 +279,10 @@ def test_what_is_made_of_one_solve_does_not_outlive_the_call() -> None:
     assert seen() is None
 
 
-# What can't be recorded is solved as usual, and said.
+# A problem that cannot be recorded is solved as usual, with a warning.
 
 
-def looks(h: Tensor, z: Tensor) -> Tensor:
+def reads_a_number(h: Tensor, z: Tensor) -> Tensor:
     return torch.cos(h) + z * float(z.sum())
 
 
@@ -300,7 +300,7 @@ class Counting(nn.Module):
 
 
 class Changing:
-    """Another function at each evaluation."""
+    """A different function at each evaluation."""
 
     calls = 0
 
@@ -317,11 +317,11 @@ def scripted() -> Callable[..., Tensor]:
 
 
 UNFIT = {
-    "looks": (lambda: looks, "can't be captured: operation not permitted"),
-    "of the cpu": (lambda: of_the_cpu, "makes tensors in code"),
+    "reads a number": (lambda: reads_a_number, "can't be captured: operation not permitted"),
+    "of the cpu": (lambda: of_the_cpu, "another library"),
     "batch norm": (Counting, "writes to a tensor"),
     "changing": (Changing, "with other numbers"),
-    "scripted": (scripted, "can't be looked into"),
+    "scripted": (scripted, "compiled or scripted code"),
 }
 
 
@@ -337,10 +337,10 @@ def test_the_reason_why_not(name: str) -> None:
     assert bool(solution.converged.all())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)  # said once
+        ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)  # warned once
 
 
-def test_what_could_not_be_recorded_is_tried_again_after_a_reset() -> None:
+def test_a_failed_recording_is_tried_again_after_a_reset() -> None:
     cell, z = Counting().double(), torch.full((4, 3), 0.1, dtype=torch.float64)
     graphs = Recorded(ic.Anderson())
     with pytest.warns(ict.GraphFallbackWarning, match="writes to a tensor"):
@@ -364,7 +364,7 @@ def test_recordings_are_given_up_for_an_f_that_changes_not_for_one_that_changes_
 
 
 class Fading(ic.Solver):
-    """Its memory is a number."""
+    """A solver whose memory is a number."""
 
     def init(self, system: Any, x: Any) -> float:
         return 1.0
@@ -374,7 +374,7 @@ class Fading(ic.Solver):
 
 
 class Keeping(nn.Module):
-    """Writes what it has written already, if it is evaluated twice at one point."""
+    """Writes to a buffer; a second evaluation at the same point writes the same value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,7 +385,23 @@ class Keeping(nn.Module):
         return torch.cos(h) + z
 
 
-def test_a_memory_that_is_no_tensor() -> None:
+class Inner(ic.Solver):
+    """A solver with a loop in its step."""
+
+    def init(self, system: Any, x: Any) -> None:
+        return None
+
+    def step(self, system: Any, memory: None, point: Any) -> Any:
+        return BACKEND.while_loop(lambda x: (point.active,), lambda x, masks: x, point.f, 1), None
+
+
+def test_a_step_with_a_loop() -> None:
+    graphs = Recorded(Inner())
+    with pytest.warns(ict.GraphFallbackWarning, match="a step of Inner has a loop of its own"):
+        assert ic.solve(lambda h, z: 0.5 * h + 1, torch.zeros(3), None, solver=graphs).converged
+
+
+def test_a_memory_that_is_not_a_tensor() -> None:
     graphs = Recorded(Fading())
     with pytest.warns(ict.GraphFallbackWarning, match="remembers a float that changes"):
         ic.solve(lambda h, z: 0.5 * h + 1, torch.zeros(3), None, solver=graphs)
@@ -398,7 +414,7 @@ def test_a_buffer_that_is_written_to() -> None:
     torch.testing.assert_close(cell.last, value, rtol=1e-2, atol=1e-2)
 
 
-def test_signs_of_zero_strides_settings_and_other_solvers_are_told_apart() -> None:
+def test_signs_of_zero_strides_settings_and_solvers_are_distinguished() -> None:
     graphs, z = Recorded(ic.Anderson(rtol=1e-9)), torch.arange(1.0, 13.0, dtype=torch.float64).reshape(3, 4) / 20
     h0 = torch.zeros(12, dtype=torch.float64)
     for zero in (0.0, -0.0):
@@ -446,7 +462,7 @@ def layer_at(z: Tensor, solver: Any) -> Tensor:
 
 @DEVICES
 def test_within_torch_func(device: str) -> None:
-    """A layer solves on values, below the derivative. Where vmap has wrapped them the solve is carried out."""
+    """A layer solves on plain values, so it is recorded; tensors of vmap are solved without a recording."""
     solver = ic.Anderson(rtol=1e-10)
     graphs, zs = Recorded(solver), torch.linspace(-1, 1, 5, dtype=torch.float64, device=device)
     expected = torch.stack([torch.func.grad(lambda z: layer_at(z, solver))(z) for z in zs])
@@ -462,7 +478,7 @@ def test_an_f_that_is_another_in_every_call_is_given_up() -> None:
     for i in range(8):
         ic.solve(lambda h, z, i=i: torch.cos(h) + i * 0.01 * z, torch.zeros(3), z, solver=graphs)
         assert graphs.reason is None
-    with pytest.warns(ict.GraphFallbackWarning, match="another one in each of 8 calls"):
+    with pytest.warns(ict.GraphFallbackWarning, match="another function in each of 8 calls"):
         ic.solve(lambda h, z: torch.cos(h) + 0.5 * z, torch.zeros(3), z, solver=graphs)
 
 
@@ -496,11 +512,11 @@ def test_in_inference_mode_and_out_of_it() -> None:
 
 
 class Capturing:
-    """Within it operations are taken down."""
+    """A context that records operations."""
 
     def __enter__(self) -> None:
         self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(BACKEND, "recorded", lambda x: True)
+        self._patch.setattr(BACKEND, "capturing", lambda x: True)
 
     def __exit__(self, *_: object) -> None:
         self._patch.undo()
@@ -508,7 +524,7 @@ class Capturing:
 
 @pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()], ids=repr)
 @pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.OneStep()], ids=repr)
-def test_a_training_step_within_a_capture_looks_at_nothing(solver: ic.Solver, gradient: ic.Estimator) -> None:
+def test_a_training_step_within_a_capture_reads_no_number(solver: ic.Solver, gradient: ic.Estimator) -> None:
     cell, h0, x = CELLS[0].build()
     expected = ic.fixed_point(cell, h0, x, solver=solver, gradient=gradient, batch_ndim=1)
     expected.value.square().sum().backward()
@@ -524,11 +540,11 @@ def test_a_training_step_within_a_capture_looks_at_nothing(solver: ic.Solver, gr
     torch.testing.assert_close([p.grad for p in cell.parameters()], gradients)
 
 
-def test_what_has_to_look_says_so_within_a_capture() -> None:
+def test_methods_that_must_read_numbers_are_refused_within_a_capture() -> None:
     z = torch.ones(3, requires_grad=True)
     with Capturing():
         value = ic.fixed_point(lambda h, z: torch.cos(h) + z, torch.zeros(3), z, gradient=ic.Implicit()).value.sum()
-        with pytest.raises(NotImplementedError, match="take Neumann, Unroll"):
+        with pytest.raises(NotImplementedError, match="Use Neumann, Unroll"):
             value.backward()
         with pytest.raises(NotImplementedError, match=r"solution\.status after a replay"):
             ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, throw=True)

@@ -1,6 +1,5 @@
-"""What one wants beside a layer in training: monitors, the Jacobian penalty, losses on intermediate states."""
+"""Tools for training: the Jacobian penalty, and losses on intermediate states."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,9 @@ from problems import layer
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
-from implicit_core.adapters.torch.correction import Trajectory, fixed_point_correction
-from implicit_core.adapters.torch.monitors import contraction, spectral_radius
-from implicit_core.adapters.torch.penalty import jacobian_penalty
+from implicit_core.adapters.torch.training.correction import Trajectory, fixed_point_correction
+from implicit_core.adapters.torch.training.penalty import jacobian_penalty
+from implicit_core.theory import contraction
 
 F64 = torch.float64
 
@@ -44,48 +43,10 @@ def dense(f: Callable[..., Any], h: torch.Tensor, z: torch.Tensor) -> torch.Tens
     return torch.stack([row[:, 0] for row in rows])
 
 
-# Monitors.
+# The Jacobian penalty.
 
 
-@pytest.mark.parametrize(
-    "eigenvalues",
-    [
-        pytest.param([[0.9, 0.0], [0.0, 0.3]], id="real"),
-        pytest.param([[-0.9, 0.0], [0.0, 0.9]], id="two signs"),
-        pytest.param([[0.9 * math.cos(1), -0.9 * math.sin(1)], [0.9 * math.sin(1), 0.9 * math.cos(1)]], id="pair"),
-    ],
-)
-def test_the_spectral_radius_of_matrices_that_are_not_normal(eigenvalues: list[list[float]]) -> None:
-    """One step's growth is off by far more: the eigenvectors are not orthogonal."""
-    block = torch.block_diag(torch.tensor(eigenvalues), 0.5 * torch.eye(2)).double()
-    basis = normal(3, 4, 4, seed=5) + torch.eye(4, dtype=F64)
-    m = basis @ block @ torch.linalg.inv(basis)
-    got = spectral_radius(
-        lambda h, z: (m @ h[:, :, None])[:, :, 0] + z, normal(3, 4), normal(3, 4), steps=200, generator=draws()
-    )
-    torch.testing.assert_close(got, torch.full((3,), 0.9, dtype=F64), rtol=1e-2, atol=0)
-    assert torch.all(torch.linalg.matrix_norm(m, 2) > 1.0)
-
-
-def test_the_spectral_radius_has_no_bias_from_early_steps() -> None:
-    m = torch.tensor([[0.9, 100.0], [0.0, 0.1]], dtype=F64)
-    got = spectral_radius(lambda h, z: h @ m.T, normal(2, 2), None, steps=40, generator=draws())
-    torch.testing.assert_close(got, torch.full((2,), 0.9, dtype=F64), rtol=1e-10, atol=0)
-
-
-def test_the_contraction_is_the_largest_singular_value_from_below() -> None:
-    f, h, x, _ = tanh_layer()
-    expected = torch.linalg.matrix_norm(dense(f, h, x), 2).detach()
-    estimates = [contraction(f, h, x, steps=steps, generator=draws()) for steps in (1, 2, 3, 5, 10, 400)]
-    for earlier, later in itertools.pairwise(estimates):
-        assert torch.all(later >= earlier * (1 - 1e-12))
-    assert torch.all(estimates[0] < 0.9 * expected)
-    assert torch.all(estimates[-1] <= expected * (1 + 1e-12))
-    torch.testing.assert_close(estimates[-1], expected, rtol=1e-8, atol=0)
-    assert not estimates[-1].requires_grad
-
-
-def test_monitors_of_pytrees_are_those_of_the_concatenated_state() -> None:
+def test_the_penalty_of_a_pytree_equals_the_penalty_of_the_concatenated_state() -> None:
     m, shift = normal(6, 6, seed=7) / 6, normal(6)
 
     def f(h: Any, z: Any) -> Any:
@@ -94,50 +55,43 @@ def test_monitors_of_pytrees_are_those_of_the_concatenated_state() -> None:
 
     h = {"a": torch.zeros(3, 2, dtype=F64), "b": (torch.zeros(3, 2, 2, dtype=F64),)}
     z = shift.expand(3, 6)
-    norm = contraction(f, h, z, steps=500, generator=draws())
-    torch.testing.assert_close(norm, torch.linalg.matrix_norm(m, 2).expand(3))
-    radius = spectral_radius(f, h, z, steps=1000, generator=draws())
-    torch.testing.assert_close(radius, torch.linalg.eigvals(m).abs().max().expand(3), rtol=5e-3, atol=0)
     mean = jacobian_penalty(f, h, z, samples=4000, generator=draws())
     torch.testing.assert_close(mean, m.square().sum().expand(3), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("monitor", [spectral_radius, contraction, jacobian_penalty])
-def test_samples_keep_to_themselves_and_zero_jacobians_give_zero(monitor: Callable[..., torch.Tensor]) -> None:
+def test_samples_keep_to_themselves_and_a_zero_jacobian_gives_zero() -> None:
     slope = torch.tensor([[0.5], [float("nan")], [0.0]], dtype=F64)
-    got = monitor(lambda h, z: slope * h + z, normal(3, 2), normal(3, 2), generator=draws())
-    expected = 2 * 0.25 if monitor is jacobian_penalty else 0.5
-    torch.testing.assert_close(got[[0, 2]], torch.tensor([expected, 0.0], dtype=F64))
+    got = jacobian_penalty(lambda h, z: slope * h + z, normal(3, 2), normal(3, 2), generator=draws())
+    torch.testing.assert_close(got[[0, 2]], torch.tensor([2 * 0.25, 0.0], dtype=F64))
     assert got[1].isnan()
-    constant = monitor(lambda h, z: z, normal(3, 2), normal(3, 2))
+    constant = jacobian_penalty(lambda h, z: z, normal(3, 2), normal(3, 2))
     torch.testing.assert_close(constant, torch.zeros(3, dtype=F64))
 
 
-@pytest.mark.parametrize("monitor", [spectral_radius, contraction, jacobian_penalty])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_monitors_work_without_grad(monitor: Callable[..., torch.Tensor], mode: Callable[..., Any]) -> None:
+def test_the_penalty_without_grad(mode: Callable[..., Any]) -> None:
     f, h, x, _ = tanh_layer()
-    outside = monitor(f, h, x, generator=draws())
+    outside = jacobian_penalty(f, h, x, generator=draws())
     with mode():
-        inside = monitor(f, h * 1, x * 1, generator=draws())
+        inside = jacobian_penalty(f, h * 1, x * 1, generator=draws())
     assert not inside.requires_grad
     torch.testing.assert_close(inside, outside.detach(), rtol=1e-12, atol=0)
     with mode():  # an input that the derivative holds, and a state that is one row at all samples
-        held = monitor(lambda h, z: h * z[0] + z[1], torch.ones(3).expand(2, 3), [torch.full((2, 3), 0.5), 1.0])
-    torch.testing.assert_close(held, torch.full((2,), 3 * 0.25 if monitor is jacobian_penalty else 0.5))
+        z = [torch.full((2, 3), 0.5), 1.0]
+        held = jacobian_penalty(lambda h, z: h * z[0] + z[1], torch.ones(3).expand(2, 3), z)
+    torch.testing.assert_close(held, torch.full((2,), 3 * 0.25))
 
 
-@pytest.mark.parametrize("monitor", [spectral_radius, contraction, jacobian_penalty])
-def test_monitors_of_half_precision_and_of_one_system(monitor: Callable[..., torch.Tensor]) -> None:
-    half = monitor(lambda h, z: 0.5 * h + z, torch.zeros(2, 8).half(), torch.ones(2, 8).half(), generator=draws())
-    expected = 8 * 0.25 if monitor is jacobian_penalty else 0.5
+def test_the_penalty_in_half_precision_and_of_one_system() -> None:
+    h, z, expected = torch.zeros(2, 8).half(), torch.ones(2, 8).half(), 8 * 0.25
+    half = jacobian_penalty(lambda h, z: 0.5 * h + z, h, z, generator=draws())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, torch.full((2,), expected), rtol=2e-3, atol=0)
-    alone = monitor(lambda h, z: 0.5 * h, torch.zeros(2, 4, dtype=F64), None, batch_ndim=0)
+    alone = jacobian_penalty(lambda h, z: 0.5 * h, torch.zeros(2, 4, dtype=F64), None, batch_ndim=0)
     torch.testing.assert_close(alone, torch.tensor(expected, dtype=F64))
 
 
-def test_what_monitors_cost() -> None:
+def test_the_penalty_evaluates_f_once() -> None:
     calls = 0
 
     def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -145,18 +99,8 @@ def test_what_monitors_cost() -> None:
         calls += 1
         return torch.tanh(h + z)
 
-    h, z = normal(2, 3), normal(2, 3)
-    for run, evaluations in (
-        (lambda: spectral_radius(f, h, z, steps=7), 1),
-        (lambda: contraction(f, h, z, steps=7), 1 + 6),
-        (lambda: jacobian_penalty(f, h, z, samples=7), 1),
-    ):
-        calls = 0
-        run()
-        assert calls == evaluations
-
-
-# The Jacobian penalty.
+    jacobian_penalty(f, normal(2, 3), normal(2, 3), samples=7)
+    assert calls == 1
 
 
 def test_the_penalty_is_unbiased_and_so_is_its_gradient() -> None:
@@ -193,7 +137,7 @@ def test_the_gradient_of_the_penalty_agrees_with_finite_differences() -> None:
 
 
 def test_the_penalty_takes_the_partial_derivative() -> None:
-    """Where the input is itself a function of h."""
+    """The input is itself a function of h."""
     h = normal(3, 2).requires_grad_()
     torch.testing.assert_close(
         jacobian_penalty(lambda h, z: 0.5 * h + z, h, 3 * h), torch.full((3,), 2 * 0.25, dtype=F64)
@@ -211,31 +155,30 @@ def test_a_constant_state_takes_no_gradient() -> None:
 
 def test_a_smaller_penalty_is_learnt() -> None:
     f, h, x, w = tanh_layer(width=8)
-    before = contraction(f, h, x, generator=draws())
+    before = contraction(f, h, x, batch_ndim=1)
     optimizer = torch.optim.SGD([w], lr=0.1)
     generator = draws()
     for _ in range(30):
         optimizer.zero_grad()
         jacobian_penalty(f, h.detach(), x.detach(), generator=generator).mean().backward()
         optimizer.step()
-    assert torch.all(contraction(f, h, x, generator=draws()) < 0.7 * before)
+    assert torch.all(contraction(f, h, x, batch_ndim=1) < 0.7 * before)
 
 
-@pytest.mark.parametrize("tool", [spectral_radius, contraction, jacobian_penalty])
-def test_tools_refuse_what_they_cannot_use(tool: Callable[..., torch.Tensor]) -> None:
+def test_the_penalty_refuses_wrong_arguments() -> None:
     h, z = torch.zeros(2, 3), torch.zeros(2, 3)
     with pytest.raises(TypeError, match="f must be callable"):
-        tool(None, h, z)
+        jacobian_penalty(None, h, z)
     with pytest.raises(TypeError, match="pass its f"):
-        tool(ict.problem(lambda h, z: 0.5 * h), h, z)
-    with pytest.raises(ValueError, match=r"steps must be at least 1|samples must be at least 1"):
-        tool(lambda h, z: h, h, z, **{"samples" if tool is jacobian_penalty else "steps": 0})
+        jacobian_penalty(ict.problem(lambda h, z: 0.5 * h), h, z)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        jacobian_penalty(lambda h, z: h, h, z, samples=0)
     with pytest.raises(TypeError, match="real floating-point"):
-        tool(lambda h, z: h, torch.zeros(2, 3, dtype=torch.int64), z)
+        jacobian_penalty(lambda h, z: h, torch.zeros(2, 3, dtype=torch.int64), z)
     with pytest.raises(ValueError, match="the result of f must have the shape of h"):
-        tool(lambda h, z: h[:, :2], h, z)
+        jacobian_penalty(lambda h, z: h[:, :2], h, z)
     with pytest.raises(ValueError, match="batch_ndim must be at least 0"):
-        tool(lambda h, z: h, h, z, batch_ndim=-1)
+        jacobian_penalty(lambda h, z: h, h, z, batch_ndim=-1)
 
 
 # Fixed-point correction.
@@ -244,7 +187,7 @@ SOLVERS = [ic.FixedPointIteration(), ic.FixedPointIteration(damping=0.8), ic.And
 
 
 def iterates(f: Callable[..., Any], h0: torch.Tensor, z: torch.Tensor, solver: ic.Solver) -> list[torch.Tensor]:
-    """Where the solver evaluates F, as F sees it."""
+    """The points at which the solver evaluates F."""
     seen: list[torch.Tensor] = []
 
     def noted(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -278,7 +221,7 @@ def test_states_carry_the_gradient_of_damped_steps_from_the_iterates(solver: ic.
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_the_solution_is_that_of_fixed_point() -> None:
+def test_the_solution_equals_the_solution_of_fixed_point() -> None:
     f, _, x, w = tanh_layer()
     h0 = torch.zeros_like(x).detach()
     for solver in (*SOLVERS, ic.NewtonKrylov(), ic.Anderson(max_steps=5), ic.Anderson(check_every=20)):
@@ -313,7 +256,7 @@ def test_newtons_iterates_are_its_points_not_its_derivatives() -> None:
     assert errors[1] < 0.2 * errors[0] < 0.2 * root.norm()
 
 
-def test_what_fixed_point_correction_costs() -> None:
+def test_costs_of_fixed_point_correction() -> None:
     f, _, x, _ = tanh_layer()
     calls = 0
 
@@ -375,7 +318,7 @@ def test_correction_through_callbacks_and_pytrees() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_correction_refuses_what_it_cannot_use() -> None:
+def test_correction_refuses_wrong_arguments() -> None:
     f, _, x, _ = tanh_layer()
 
     def run(**options: Any) -> Trajectory:
@@ -390,7 +333,7 @@ def test_correction_refuses_what_it_cannot_use() -> None:
     for at in ((), (3, 2), (2, 2)):
         with pytest.raises(ValueError, match="ascending order"):
             run(at=at)
-    with pytest.raises(TypeError, match="whose steps can be seen"):
+    with pytest.raises(TypeError, match="whose steps are available"):
         run(solver=lambda problem, h0, z: h0)
     with pytest.raises(ValueError, match="has no states to correct"):
         run(gradient=ic.BPTT(3))

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -27,7 +28,7 @@ ESTIMATORS = [
     ic.Unroll(3, 0.5, recompute=True),
     ic.BPTT(6),
 ]
-# The compiler reads .grad of whatever it meets, and uses what Python and PyTorch have deprecated.
+# The compiler reads .grad of tensors that are not leaves, and uses deprecated functions of Python and PyTorch.
 COMPILER_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
 )
@@ -45,7 +46,7 @@ class Cell(nn.Module):
 
 
 class EndsInALinear(Cell):
-    """Under autocast it returns half precision."""
+    """A cell that returns half precision under autocast."""
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         return self.linear(torch.tanh(h + x))
@@ -108,7 +109,7 @@ def test_autocast(estimator: ic.Estimator, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("estimator", [ic.Implicit(), ic.Implicit(ic.BiCGSTAB()), ic.Neumann(5, 0.5)], ids=repr)
 def test_the_estimator_is_not_autocast(estimator: ic.Estimator) -> None:
-    """Whatever the state backward() is called in: F is elementwise, so only products of a linear solver could be."""
+    """In every autocast state of backward(). F is elementwise, so only products of a linear solver could be cast."""
 
     def gradient(enabled: bool) -> Tensor:
         x = torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_()
@@ -179,7 +180,7 @@ class Checkpointed(nn.Module):
 
 
 def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
-    """It has no edge to its parameters, and can't be asked for one gradient alone."""
+    """Its graph has no edge to its parameters, and it does not support a gradient with respect to chosen inputs."""
     cell = Cell()
     h0, x = torch.zeros(3, 8), torch.randn(3, 8)
 
@@ -254,35 +255,40 @@ def test_compile_around_the_dispatcher(counters: Any) -> None:
 # Many processes
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-layer"])
-def test_two_processes_train_as_one(strategy: str, tmp_path: Path) -> None:
-    for output in processes(strategy, tmp_path):
-        assert output.count("agrees") == 5, output
+TOGETHER, REFUSED = ["ddp", "fsdp", "fsdp-layer"], ["fsdp-cell", "ddp-cell"]
 
 
-def test_a_distributed_cell_is_refused(tmp_path: Path) -> None:
-    """Its processes would wait for each other for ever."""
-    for strategy in ("fsdp-cell", "ddp-cell"):
-        for output in processes(strategy, tmp_path):
-            assert "RuntimeError: the cell is distributed over processes" in output, output
-
-
-def processes(strategy: str, folder: Path, world: int = 2) -> list[str]:
-    """What each process of a group printed. A group that does not come together gets a second chance."""
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What each of two processes prints. If they do not find each other, the group is started again."""
+    folder = tmp_path_factory.mktemp("processes")
     for attempt in ("first", "second"):
-        outputs = [folder / f"{strategy}-{attempt}-{rank}.txt" for rank in range(world)]
-        if run_group(strategy, outputs, folder / f"{strategy}-{attempt}"):
+        files = [folder / f"{attempt}-{rank}.txt" for rank in range(2)]
+        if run_group(files, folder / attempt):
             break
-    return [output.read_text() for output in outputs]
+    return [file.read_text() for file in files]
 
 
-def run_group(strategy: str, outputs: list[Path], store: Path) -> bool:
-    """Whether all processes ended by themselves."""
+@pytest.mark.parametrize("strategy", TOGETHER)
+def test_two_processes_train_as_one(strategy: str, outputs: list[str]) -> None:
+    for rank, output in enumerate(outputs):
+        assert len(re.findall(rf"^{strategy} rank {rank}: .* agrees$", output, re.MULTILINE)) == 5, output
+
+
+@pytest.mark.parametrize("strategy", REFUSED)
+def test_a_distributed_cell_is_refused(strategy: str, outputs: list[str]) -> None:
+    """Its processes would wait for each other for ever."""
+    for rank, output in enumerate(outputs):
+        assert f"{strategy} rank {rank}: RuntimeError: the cell is distributed over processes" in output, output
+
+
+def run_group(outputs: list[Path], store: Path) -> bool:
+    """Whether all processes ended before the time limit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with ExitStack() as stack:
         running = [
             subprocess.Popen(
-                [sys.executable, str(WORKER), strategy, str(rank), str(len(outputs)), str(store)],
+                [sys.executable, str(WORKER), str(rank), str(len(outputs)), str(store), *TOGETHER, *REFUSED],
                 stdout=stack.enter_context(output.open("w")),
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -365,7 +371,7 @@ def test_throw() -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_normalized_weights_and_masks_stay_the_same_through_a_call(estimator: ic.Estimator) -> None:
-    """Forward and backward: a mask drawn anew would keep any solver from converging."""
+    """Forward and backward: with a new mask in each evaluation no solver would converge."""
     torch.manual_seed(0)
     cell = Cell()
     nn.utils.parametrizations.spectral_norm(cell.linear)

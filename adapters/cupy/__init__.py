@@ -1,6 +1,6 @@
-"""CuPy: F and its derivatives as callbacks: fused kernels, or borrowed from PyTorch or JAX."""
+"""CuPy: F and its derivatives as callbacks: fused kernels, or functions of PyTorch or JAX with their autodiff."""
 
-from .borrowed import from_jax, from_torch
+from .autodiff import from_jax, from_torch
 from .pointwise import Pointwise
 from .problem import problem
 

@@ -1,44 +1,43 @@
-"""A function of each element with its derivatives, each one kernel."""
+"""An elementwise function and its derivatives, one kernel each (Decision 55)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import cupy
 
 from implicit_core import checks
 
-Array = Any
-
-
 RESERVED = ("i", "n", "v", "y", "T")
-"""Names that the kernels have for other things."""
+"""Names that the kernels use themselves."""
+Operand: TypeAlias = "cupy.ndarray | float"
 
 
 class Pointwise:
     """y = φ(a, b, ...), element by element, with the kernels of its derivatives.
 
-    What is pointwise in F, between its matrix products, then costs one launch forward and one backward.
+    The elementwise part of F, between its matrix products, then costs one launch forward and one backward.
 
     Parameters
     ----------
     arguments
-        Names of the arguments, e.g. ``"a, x"``; none of i, n, v, y and T, nor one that begins with ``g_`` or ``d_``.
+        Names of the arguments, e.g. ``"a, x"``. The names i, n, v, y and T, and those that begin with ``g_`` or
+        ``d_``, are reserved.
     value
-        φ, an expression of these in CUDA C++.
+        φ, a CUDA C++ expression in the arguments.
     slopes
-        ∂φ/∂a, ∂φ/∂b, ...: an expression each, of the arguments and of y; or one, if they are all the same.
+        ∂φ/∂a, ∂φ/∂b, ...: one expression in the arguments and y for each; or a single one, if they are all the same.
     preamble
-        CUDA C++ that these refer to.
+        CUDA C++ code that the expressions use.
 
     Raises
     ------
     TypeError, ValueError
-        If the names and the expressions don't fit together. An expression that doesn't compile is an error of CuPy's
-        at the first call.
+        If the names and the expressions don't fit together. If an expression doesn't compile, CuPy raises at the
+        first call.
 
     Examples
     --------
-    The layer tanh(W h + x), of one product and one kernel; a pullback is one kernel and one product:
+    The layer tanh(W h + x) with one product and one kernel. A pullback takes one kernel and one product:
 
     >>> import cupy
     >>> import implicit_core as ic
@@ -85,7 +84,7 @@ class Pointwise:
         cotangents = [f"g_{j}" for j in range(len(expressions))]
         tangent = " + ".join(f"({slope}) * d_{name}" for slope, name in zip(of_each, names, strict=True))
 
-        def kernel(inputs: str, outputs: str, operation: str, name: str) -> Any:
+        def kernel(inputs: str, outputs: str, operation: str, name: str) -> cupy.ElementwiseKernel:
             return cupy.ElementwiseKernel(
                 inputs, outputs, operation, f"implicit_core_pointwise_{name}", preamble=preamble
             )
@@ -104,12 +103,12 @@ class Pointwise:
     def __repr__(self) -> str:
         return f"Pointwise({', '.join(self._names)!r}, {self._value.operation.removeprefix('y = ')!r})"
 
-    def __call__(self, *arguments: Array) -> Array:
-        """φ(a, b, ...); arguments are broadcast, and of one dtype."""
+    def __call__(self, *arguments: Operand) -> cupy.ndarray:
+        """φ(a, b, ...). The arguments are broadcast and have one dtype."""
         self._check("arguments", arguments)
         return self._value(*arguments)
 
-    def vjp(self, v: Array, y: Array, *arguments: Array) -> tuple[Array, ...]:
+    def vjp(self, v: cupy.ndarray, y: cupy.ndarray, *arguments: Operand) -> tuple[cupy.ndarray, ...]:
         """The cotangent v of y, pulled back to each argument.
 
         Parameters
@@ -117,45 +116,44 @@ class Pointwise:
         v, y
             The cotangent, and the value; shaped as φ(a, b, ...).
         *arguments
-            What φ was called with.
+            The arguments of φ.
 
         Returns
         -------
         tuple
-            A cotangent for each argument, shaped as it is: summed over the axes along which it was broadcast. Two may
-            be one array.
+            A cotangent for each argument, with the argument's shape: it is summed over broadcast axes. Cotangents of
+            several arguments may be the same array.
         """
         self._check("arguments", arguments)
         found = self._vjp(v, y, *arguments)
         cotangents = found if isinstance(found, tuple) else (found,) * len(arguments)
-        return tuple(_summed(g, a) for g, a in zip(cotangents, arguments, strict=True))
+        return tuple(_sum_to_shape(g, getattr(a, "shape", ())) for g, a in zip(cotangents, arguments, strict=True))
 
-    def jvp(self, tangents: Sequence[Array], y: Array, *arguments: Array) -> Array:
-        """The tangent of y, from one for each argument; shaped as y.
+    def jvp(self, tangents: Sequence[Operand], y: cupy.ndarray, *arguments: Operand) -> cupy.ndarray:
+        """The tangent of y, shaped as y.
 
         Parameters
         ----------
         tangents
-            Shaped as the arguments; a number, such as 0.0, stands for an array of it.
+            A tangent for each argument: an array with the argument's shape, or a number for a constant one, as 0.0.
         y
             The value, φ(a, b, ...).
         *arguments
-            What φ was called with.
+            The arguments of φ.
         """
         self._check("tangents", tangents)
         self._check("arguments", arguments)
         return self._jvp(*tangents, y, *arguments)
 
-    def _check(self, name: str, given: Sequence[Array]) -> None:
+    def _check(self, name: str, given: Sequence[Operand]) -> None:
         if len(given) != len(self._names):
             raise TypeError(f"{name} must be one for each of {self._names}, got {len(given)}")
 
 
-def _summed(g: Array, like: Array) -> Array:
-    """``g`` summed to the shape of what was broadcast to its own."""
-    shape = getattr(like, "shape", ())
+def _sum_to_shape(g: cupy.ndarray, shape: tuple[int, ...]) -> cupy.ndarray:
+    """The transpose of broadcasting from ``shape``: the sum over the axes that were added or stretched."""
     if g.shape == shape:
         return g
-    missing = g.ndim - len(shape)
-    axes = (*range(missing), *(missing + j for j, size in enumerate(shape) if size == 1 and g.shape[missing + j] != 1))
-    return g.sum(axis=axes, keepdims=True).reshape(shape)
+    added = g.ndim - len(shape)
+    stretched = [added + j for j, size in enumerate(shape) if size == 1 and g.shape[added + j] != 1]
+    return g.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)

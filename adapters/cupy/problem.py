@@ -1,36 +1,34 @@
-"""A problem on CuPy arrays from callbacks of the user's."""
+"""A problem on CuPy arrays from the user's callbacks."""
 
 from collections.abc import Callable
-from typing import Any
 
+from implicit_core.arrays import H, Z
 from implicit_core.problem import Linearization, Map, Problem
-
-PyTree = Any
 
 NO_DERIVATIVE = (
     "CuPy has no autodiff: give problem() a vjp, a jvp or a linearize, or borrow derivatives with from_torch or "
-    "from_jax. A solve alone needs none of them: ic.solve(f, h0, z)"
+    "from_jax. A solve alone needs no derivatives: ic.solve(f, h0, z)"
 )
 
 
 def problem(
-    f: Map,
+    f: Map[H, Z],
     *,
-    vjp: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
-    jvp: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree] | None = None,
-    linearize: Callable[[PyTree, PyTree], Linearization] | None = None,
+    vjp: Callable[[H, Z, H], tuple[H, Z]] | None = None,
+    jvp: Callable[[H, Z, H, Z], H] | None = None,
+    linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
     batch_ndim: int = 0,
-) -> Problem:
-    """A :class:`Problem` on CuPy arrays, whose derivatives are yours.
+) -> Problem[H, Z]:
+    """A :class:`Problem` on CuPy arrays with derivatives that you write.
 
-    An ``ElementwiseKernel`` is such a function as it stands: F one of (h, z), its ``vjp`` one of (h, z, v) with the
-    outputs v_h and v_z. So is any function that launches kernels, among them a ``RawKernel``. They are called with the
-    device of h current, on the stream that is current there; they return new arrays.
+    F and its derivatives can be CuPy functions, functions that launch a ``RawKernel``, or an ``ElementwiseKernel``: F
+    with the inputs h and z, ``vjp`` with the inputs h, z and v and the outputs v_h and v_z. They are called on the
+    device of h and on its current stream. They return new arrays.
 
     Parameters
     ----------
     f, vjp, jvp, linearize, batch_ndim
-        As for :class:`implicit_core.Problem`. Where F and its derivatives share work ``linearize`` saves it, see
+        As for :class:`implicit_core.Problem`. If F and its derivatives share work, use ``linearize``, see
         :class:`Pointwise`.
 
     Raises
@@ -40,7 +38,7 @@ def problem(
 
     Examples
     --------
-    Two kernels, one for F and one for both its cotangents:
+    Two kernels, one for F and one for both cotangents:
 
     >>> import cupy
     >>> import implicit_core as ic

@@ -1,6 +1,8 @@
 """JAX: F's derivatives from its transformations, and the core's estimators inside them."""
 
-from .layer import fixed_point
+from implicit_core.fixed_point import fixed_point
+
+from .layer import layer as layer  # Decision 12
 from .problem import problem
 
 __all__ = ["fixed_point", "problem"]

@@ -1,58 +1,66 @@
-"""The solve, with an axis of ``jax.vmap`` as one more axis of the batch."""
+"""An axis of ``jax.vmap`` as one more batch axis of the solve (Decision 49)."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 
+from implicit_core.arrays import H, PyTree
 from implicit_core.solution import Solution
 
 from .closure import is_traced
+from .leaves import Arrays
 
-PyTree = Any
-Arrays = list[Any]
-Map = Callable[[PyTree, Arrays], PyTree]
+MapOfArrays = Callable[[H, Arrays], H]
+SolveOfArrays = Callable[[MapOfArrays[H], H, Arrays, int], Solution[H]]
 
 
-def batched(
-    run: Callable[[Map, PyTree, Arrays, int], Solution], f: Map, h0: PyTree, externals: Arrays, batch_ndim: int
-) -> Solution:
-    """``run(f, h0, externals, batch_ndim)``, where samples of ``jax.vmap`` are samples of the batch.
+def with_vmap_as_batch(
+    solve: SolveOfArrays[H], f: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int
+) -> Solution[H]:
+    """``solve(f, h0, inputs, batch_ndim)``, in which an axis of ``jax.vmap`` becomes a batch axis.
 
-    JAX would run the loop until the last of them is finished too, but select between the old and the new of all that it
-    carries, histories included, and compile the loop at each call outside of ``jit``.
+    JAX would also run the loop until all samples are finished. But it would select between old and new values of all
+    that the loop carries, histories included, and outside of ``jit`` it would compile the loop at each call.
     """
-    if not is_traced((h0, externals)):
-        return run(f, h0, externals, batch_ndim)
+    if not is_traced((h0, inputs)):
+        return solve(f, h0, inputs, batch_ndim)
 
     @custom_vmap
-    def solve(h0: PyTree, externals: Arrays) -> Solution:
-        solution: Solution = jax.tree.map(jnp.asarray, run(f, h0, externals, batch_ndim))
+    def call(h0: H, inputs: Arrays) -> Solution[H]:
+        solution: Solution[H] = jax.tree.map(jnp.asarray, solve(f, h0, inputs, batch_ndim))
         return solution
 
-    @solve.def_vmap
-    def rule(size: int, in_batched: Any, h0: PyTree, externals: Arrays) -> tuple[Solution, Solution]:
-        mapped = jax.tree.map(lambda x, is_batched: x if is_batched else None, (h0, externals), tuple(in_batched))
-        like = jax.typeof(jax.tree.leaves(mapped)[0]).sharding
-        h0 = jax.tree.map(lambda x, is_batched: x if is_batched else _repeated(x, size, like), h0, in_batched[0])
-        axes = [0 if is_batched else None for is_batched in in_batched[1]]
-        solution = batched(run, jax.vmap(f, in_axes=(0, axes), axis_size=size), h0, externals, batch_ndim + 1)
-        trace = solution.stats.trace
-        if trace is not None:
-            trace = jnp.moveaxis(trace, 1, 0)
-        stats = solution.stats._replace(evaluations=jnp.asarray(solution.stats.evaluations), trace=trace)
-        solution = solution._replace(stats=stats)
-        everywhere = jax.tree.map(lambda _: True, solution)
-        return solution, everywhere._replace(stats=everywhere.stats._replace(evaluations=False))
+    @call.def_vmap
+    def rule(
+        size: int, is_mapped: tuple[PyTree, Sequence[bool]], h0: H, inputs: Arrays
+    ) -> tuple[Solution[H], Solution[PyTree]]:
+        mapped = [x for x, has_axis in zip(*map(jax.tree.leaves, ((h0, inputs), is_mapped)), strict=True) if has_axis]
+        aval = jax.typeof(mapped[0])
+        h0 = jax.tree.map(lambda x, has_axis: x if has_axis else _repeated(x, size, aval), h0, is_mapped[0])
+        axes = [0 if has_axis else None for has_axis in is_mapped[1]]
+        # F gets inputs that all samples share as they are, without the axis.
+        mapped_f = jax.vmap(f, in_axes=(0, axes), axis_size=size)
+        solution = _axis_first(with_vmap_as_batch(solve, mapped_f, h0, inputs, batch_ndim + 1))
+        out = jax.tree.map(lambda _: True, solution)
+        return solution, out._replace(stats=out.stats._replace(evaluations=False))
 
-    result: Solution = solve(h0, externals)
+    result: Solution[H] = call(h0, inputs)
     return result
 
 
-def _repeated(x: jax.Array, size: int, like: Any) -> jax.Array:
-    """``x``, ``size`` times, spread over devices along the new axis as ``like`` is along its first."""
-    spec = jax.sharding.PartitionSpec(like.spec[0], *jax.typeof(x).sharding.spec)
-    where = jax.sharding.NamedSharding(like.mesh, spec) if like.spec[0] is not None else None
-    return jnp.broadcast_to(x, (size, *x.shape), out_sharding=where)
+def _axis_first(solution: Solution[H]) -> Solution[H]:
+    """The solution with the mapped axis in front of the steps of its trace."""
+    evaluations, trace = jnp.asarray(solution.stats.evaluations), solution.stats.trace
+    if trace is not None:
+        trace = jnp.moveaxis(trace, 1, 0)
+    return solution._replace(stats=solution.stats._replace(evaluations=evaluations, trace=trace))
+
+
+def _repeated(x: jax.Array, size: int, mapped: ShapedArray) -> jax.Array:
+    """``x``, ``size`` times along a new first axis, which is sharded as the first axis of ``mapped`` is."""
+    spec = jax.sharding.PartitionSpec(mapped.sharding.spec[0], *jax.typeof(x).sharding.spec)
+    sharding = jax.sharding.NamedSharding(mapped.sharding.mesh, spec) if spec[0] is not None else None
+    return jnp.broadcast_to(x, (size, *x.shape), out_sharding=sharding)

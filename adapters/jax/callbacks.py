@@ -1,190 +1,226 @@
-"""The layer by an estimator's own ``vjp`` and ``jvp``: for the user's callbacks, and for what JAX can't transpose."""
+"""The layer differentiated by an estimator's own ``vjp`` and ``jvp``.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+For a Problem with callbacks of the user's own, and for operations that JAX can't transpose.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 
+from implicit_core.arrays import H, PyTree, Z
 from implicit_core.estimators import Estimator
 from implicit_core.problem import Problem
 
-from .closure import Hoisted, hoist, is_traced, linear_in, moves, replaced, split
-from .ruled import ruled
+from .closure import Hoisted, depending_on, hoist, is_traced
+from .leaves import Arrays, is_array, is_differentiable, partition, replaced
+from .rule_primitive import with_rule
 
-PyTree = Any
-Arrays = list[Any]
+T = TypeVar("T")
 
-CLOSED = (
-    "a Problem with callbacks gives derivatives in z alone, but its f or a callback closes over arrays that are "
-    "differentiated here: pass them in z, or take the Problem of implicit_core.adapters.jax.problem(f)"
+CLOSED_OVER = (
+    "a Problem with callbacks has derivatives with respect to z alone, but arrays that its f or a callback closes over "
+    "are differentiated here: pass them in z, or take the Problem of implicit_core.adapters.jax.problem(f)"
 )
 ONCE = (
-    "this layer is differentiable once: its derivatives are callbacks of a Problem, or F has a custom_vjp within, or "
-    "the estimator is one that JAX can't differentiate. On a plain f Neumann, Unroll and Implicit have every "
-    "derivative that F has"
+    "this layer is differentiable once, because its derivatives are callbacks of a Problem, or F contains a "
+    "custom_vjp, or JAX can't differentiate the estimator. With a plain f, Neumann, NeumannSeries, Unroll and Implicit "
+    "have every derivative that F has"
 )
 
 
-def through_callbacks(problem: Problem, gradient: Estimator, h: PyTree, z: PyTree, closed: Arrays) -> PyTree:
-    """The estimator's value at the solver's point h, differentiable once, in z.
+class _ClosedOver(NamedTuple):
+    """The traced arrays that F, and the functions of a :class:`_Layer`, close over."""
 
-    In reverse mode by the estimator's ``vjp``, in forward mode by its ``jvp``, as far as the problem has them. What
-    ``problem.f`` closes over, the traced arrays ``closed``, must not be differentiated.
-    """
-    arrays, join, pick = split(z)
-    places = [i for i, array in enumerate(arrays) if moves(array)]
-    value = hoist(lambda h, arrays: gradient.value(problem, h, join(arrays)), h, arrays)
-    if not (closed or is_traced((h, arrays))):
-        return gradient.value(problem, h, z)
-    traced_pullback: list[Any] = []
-
-    def pull(h: PyTree, arrays: Arrays) -> tuple[PyTree, Arrays]:
-        """The value, and what the traced pullback takes beside a cotangent."""
-        value, pullback = gradient.vjp(problem, h, join(arrays))
-
-        def on_moving(v: PyTree) -> Arrays:
-            cotangents = pick(pullback(v))
-            return [jnp.zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in places]
-
-        traced = jax.make_jaxpr(on_moving)(value)
-        traced_pullback[:] = [traced.jaxpr]
-        return value, list(traced.consts)
-
-    def push(h: PyTree, arrays: Arrays, tangents: Arrays) -> PyTree:
-        return gradient.jvp(problem, h, join(arrays), join(replaced(arrays, places, tangents)))[1]
-
-    def backward(residual: Arrays, v: PyTree) -> Arrays:
-        cotangents: Arrays = eval_jaxpr(traced_pullback[0], residual, *jax.tree.leaves(v))
-        return cotangents
-
-    pulled = _hoist_if_there(pull, h, arrays)
-    pushed = _hoist_if_there(push, h, arrays, [arrays[i] for i in places])
-    # JAX keeps these: no tracers.
-    parts = value._replace(closed=[]), pulled._replace(closed=[]), pushed._replace(closed=[])
-    layer = Layer(*parts, backward, places)
-    bind = both_modes if pushed.jaxpr is not None else reverse_mode
-    return bind(layer, h, arrays, (value.closed, pulled.closed, pushed.closed, closed))
+    f: Arrays
+    value: Arrays
+    forward: Arrays
+    tangent: Arrays
 
 
-class Layer(NamedTuple):
-    """The layer as a function of arrays, and its derivatives, each traced once.
+Primals = tuple[H, Arrays, _ClosedOver]
+
+
+class _Layer(NamedTuple, Generic[H]):
+    """The layer and its derivatives as functions of arrays, each traced once.
 
     Attributes
     ----------
     value
         ``value(h, arrays)``.
-    pulled
-        The same, and what ``backward`` takes beside a cotangent.
-    pushed
-        ``pushed(h, arrays, tangents)``, the tangent of the value.
+    forward
+        ``forward(h, arrays)``: the value, and the residuals for ``backward``. It raises if there is no VJP.
     backward
-        ``backward(residual, v)``, cotangents of the arrays that have some.
-    places
-        Where these are.
+        ``backward(residuals, v)``: cotangents of the differentiable arrays.
+    tangent
+        ``tangent(h, arrays, tangents)``: the tangent of the value. It raises if there is no JVP.
+    indices
+        The indices of the differentiable arrays.
     """
 
-    value: Hoisted
-    pulled: Hoisted
-    pushed: Hoisted
-    backward: Callable[[Arrays, PyTree], Arrays]
-    places: list[int]
+    value: Hoisted[H]
+    forward: Hoisted[tuple[H, Arrays]]
+    backward: Callable[[Arrays, H], Arrays]
+    tangent: Hoisted[H]
+    indices: Sequence[int]
 
 
-def reverse_mode(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, ...]) -> PyTree:
-    """A ``custom_vjp``: there is no pushforward."""
-    count = len(arrays)
+def value_from_callbacks(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z, closed_over: Arrays) -> H:
+    """The estimator's value at the solver's point h, differentiable once with respect to z.
+
+    Reverse mode uses the estimator's ``vjp`` and forward mode its ``jvp``, if the problem has them.
+
+    Parameters
+    ----------
+    problem, gradient, z
+        The problem, the estimator, and inputs and parameters.
+    h
+        The solver's point. Its own derivative is zero.
+    closed_over
+        The traced arrays that ``problem.f`` closes over. To differentiate them is an error.
+    """
+    arrays, _ = partition(z, is_array)
+    if not (closed_over or is_traced((h, arrays))):
+        return gradient.value(problem, h, z)
+    layer, closed = _trace(problem, gradient, h, z)
+    closed = closed._replace(f=closed_over)
+    if layer.tangent.jaxpr is None:
+        return _reverse_mode(layer, h, arrays, closed)
+    return _both_modes(layer, h, arrays, closed)
+
+
+def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_Layer[H], _ClosedOver]:
+    """The layer as functions of h and of the arrays of z, and the arrays that these close over."""
+    arrays, static = partition(z, is_array)
+    indices = [i for i, array in enumerate(arrays) if is_differentiable(array)]
+    pullbacks: list[Callable[[H, Arrays], Arrays]] = []
+
+    def forward(h: H, arrays: Arrays) -> tuple[H, Arrays]:
+        value, pullback = gradient.vjp(problem, h, static.combine(arrays))
+
+        def backward(v: H) -> Arrays:
+            cotangents = static.select(pullback(v))
+            return [jnp.zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in indices]
+
+        # The residuals of the pullback are the traced arrays that it closes over.
+        hoisted = hoist(backward, value)
+        pullbacks[:] = [hoisted.function]
+        return value, hoisted.closed_over
+
+    def tangent(h: H, arrays: Arrays, tangents: Arrays) -> H:
+        dz = static.combine(replaced(arrays, indices, tangents))
+        return gradient.jvp(problem, h, static.combine(arrays), dz)[1]
+
+    def backward(residuals: Arrays, v: H) -> Arrays:
+        return pullbacks[0](v, residuals)
+
+    value = hoist(lambda h, arrays: gradient.value(problem, h, static.combine(arrays)), h, arrays)
+    forwards = _hoist_or_raise_when_called(forward, h, arrays)
+    tangents = _hoist_or_raise_when_called(tangent, h, arrays, [arrays[i] for i in indices])
+    closed = _ClosedOver([], value.closed_over, forwards.closed_over, tangents.closed_over)
+    layer = _Layer(value.without_arrays(), forwards.without_arrays(), backward, tangents.without_arrays(), indices)
+    return layer, closed
+
+
+def _reverse_mode(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> H:
+    """The layer as a ``custom_vjp``, for a problem without a JVP."""
+    size = len(arrays)
 
     @jax.custom_vjp
-    def call(h: PyTree, arrays: Arrays, closed: Any) -> PyTree:
-        return layer.value.function(h, arrays, closed[0])
+    def call(h: H, arrays: Arrays, closed: _ClosedOver) -> H:
+        return layer.value.function(h, arrays, closed.value)
 
-    def forward(h: PyTree, arrays: Arrays, closed: Any) -> tuple[PyTree, Arrays]:
+    def forward(h: PyTree, arrays: PyTree, closed: PyTree) -> tuple[H, Arrays]:
         if any(x.perturbed for x in jax.tree.leaves(closed)):
-            raise ValueError(CLOSED)
-        h, arrays, closed = _once(jax.tree.map(lambda x: x.value, (h, arrays, closed)))
-        pulled: tuple[PyTree, Arrays] = layer.pulled.function(h, arrays, closed[1])
-        return pulled
+            raise ValueError(CLOSED_OVER)
+        h, arrays, closed = _refuse_to_differentiate(jax.tree.map(lambda x: x.value, (h, arrays, closed)))
+        return layer.forward.function(h, arrays, closed.forward)
 
-    def backward(residual: Arrays, v: PyTree) -> tuple[None, Arrays, None]:
-        return None, replaced([None] * count, layer.places, layer.backward(residual, _dense(v))), None
+    def backward(residuals: Arrays, v: H) -> tuple[None, Sequence[jax.Array | None], None]:
+        none: list[jax.Array | None] = [None] * size
+        return None, replaced(none, layer.indices, layer.backward(residuals, _instantiate_zeros(v))), None
 
     call.defvjp(forward, backward, symbolic_zeros=True)
-    value: PyTree = call(h, arrays, closed)
+    value: H = call(h, arrays, closed)
     return value
 
 
-def both_modes(layer: Layer, h: PyTree, arrays: Arrays, closed: tuple[Arrays, ...]) -> PyTree:
-    """A ``custom_jvp``, whose transpose is the pullback, where there is one."""
+def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> H:
+    """The layer as a ``custom_jvp`` whose transpose is the pullback, or which has no transpose without a VJP."""
+    has_vjp = layer.forward.jaxpr is not None
 
     @jax.custom_jvp
-    def call(h: PyTree, arrays: Arrays, closed: Any) -> PyTree:
-        return layer.value.function(h, arrays, closed[0])
+    def call(h: H, arrays: Arrays, closed: _ClosedOver) -> H:
+        return layer.value.function(h, arrays, closed.value)
 
-    def rule(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+    def rule(primals: Primals[H], tangents: Primals[H]) -> tuple[H, H]:
         if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(tangents[2])):
-            raise ValueError(CLOSED)
-        h, arrays, closed = _once(primals)
-        directions = _dense([tangents[1][i] for i in layer.places])
-
-        def push(directions: Arrays) -> PyTree:
-            return layer.pushed.function(h, arrays, directions, closed[2])
-
-        if layer.pulled.jaxpr is None:
-            value, residual = layer.value.function(h, arrays, closed[0]), []
+            raise ValueError(CLOSED_OVER)
+        h, arrays, closed = _refuse_to_differentiate(primals)
+        directions = _instantiate_zeros([tangents[1][i] for i in layer.indices])
+        residuals: Arrays = ()
+        if has_vjp:
+            value, residuals = layer.forward.function(h, arrays, closed.forward)
         else:
-            value, residual = layer.pulled.function(h, arrays, closed[1])
+            value = layer.value.function(h, arrays, closed.value)
 
-        def add(a: PyTree, b: PyTree) -> PyTree:
-            return jax.tree.map(jnp.add, a, b)
+        def push(b: tuple[H, Arrays]) -> tuple[H, Arrays]:
+            tangent = layer.tangent.function(h, arrays, b[1], closed.tangent)
+            return _add(b[0], tangent), b[1]
 
-        def pull(_: Any, v: tuple[PyTree, Arrays]) -> tuple[PyTree, Arrays]:
-            return v[0], add(v[1], layer.backward(residual, v[0]))
+        def pull(v: tuple[H, Arrays]) -> tuple[H, Arrays]:
+            return v[0], _add(v[1], layer.backward(residuals, v[0]))
 
-        # The linear map (0, d) -> (A d, d) with a transpose of its own. JAX has such maps as solutions of linear
-        # systems, whose matrix it looks at only for second derivatives; there are none of these here.
-        zero = linear_in(directions, jax.tree.map(jnp.zeros_like, value))
+        # The linear map (0, d) -> (A d, d), with its own transpose. `custom_linear_solve` takes such a pair of maps. It
+        # uses the matrix, here the identity, for second derivatives only, which raise. Decision 52.
+        zero = depending_on(directions, jax.tree.map(jnp.zeros_like, value))
         tangent, _ = jax.lax.custom_linear_solve(
             lambda x: x,
             (zero, directions),
-            solve=lambda _, b: (add(b[0], push(b[1])), b[1]),
-            transpose_solve=None if layer.pulled.jaxpr is None else pull,
+            solve=lambda _, b: push(b),
+            transpose_solve=(lambda _, v: pull(v)) if has_vjp else None,
         )
         return value, tangent
 
     call.defjvp(rule, symbolic_zeros=True)
-    value: PyTree = call(h, arrays, closed)
+    value: H = call(h, arrays, closed)
     return value
 
 
-def _once(arrays: PyTree) -> PyTree:
-    """``arrays``, which are not to be differentiated."""
-    return ruled(arrays, jax.tree.leaves(arrays), _refuse)
+def _refuse_to_differentiate(arrays: T) -> T:
+    """``arrays``, which raise if they are differentiated."""
+
+    def rule(_value: T, _inputs: Arrays, _indices: Sequence[int], _tangents: Arrays) -> T:
+        raise NotImplementedError(ONCE)
+
+    return with_rule(arrays, jax.tree.leaves(arrays), rule)
 
 
-def _refuse(*_: Any) -> PyTree:
-    raise NotImplementedError(ONCE)
-
-
-def _dense(tree: PyTree) -> PyTree:
-    """Arrays in the place of symbolic zeros."""
-    return jax.tree.map(
+def _instantiate_zeros(tree: T) -> T:
+    """``tree``, with arrays instead of symbolic zeros."""
+    dense: T = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x,
         tree,
         is_leaf=lambda x: isinstance(x, SymbolicZero),
     )
+    return dense
 
 
-def _hoist_if_there(function: Callable[..., PyTree], *arguments: PyTree) -> Hoisted:
-    """``function`` traced; where it lacks a derivative, what says so when it is called."""
+def _add(x: T, y: T) -> T:
+    total: T = jax.tree.map(jnp.add, x, y)
+    return total
+
+
+def _hoist_or_raise_when_called(function: Callable[..., T], *arguments: object) -> Hoisted[T]:
+    """``function``, traced; if it lacks a derivative, a function that raises the same error when it is called."""
     try:
         return hoist(function, *arguments)
     except NotImplementedError as error:
         missing = error.with_traceback(None)
 
-    def call(*_: PyTree) -> PyTree:
+    def call(*_: object) -> T:
         raise missing
 
-    return Hoisted(call, [], None)
+    return Hoisted(call, (), None)

@@ -1,23 +1,23 @@
-"""F and its derivatives as compiled programs, for a caller that is not within ``jax.jit`` itself."""
+"""F and its derivatives as compiled programs, for callers outside of ``jax.jit`` (Decision 57)."""
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Generic
 
 import jax
 
+from implicit_core.arrays import H, Z
 from implicit_core.problem import Linearization, Map
 
-from .closure import moves, replaced, with_none
+from .leaves import Arrays, Static, is_array, is_differentiable, partition
 
-PyTree = Any
-Arrays = list[Any]
+Pullback = Callable[[H], tuple[H, Arrays]]
 
 
-class Compiled:
-    """F with the programs of its value, its pullbacks and its pushforwards, each compiled once.
+class CompiledMap(Generic[H, Z]):
+    """F with the programs of its value, its pullbacks and its pushforward, each compiled once.
 
-    The pullback of ``jax.vjp`` is a pytree of arrays, what F has left for it: it comes out of one program and goes into
-    another.
+    The pullback of ``jax.vjp`` is a pytree of arrays, the residuals of F. One program can therefore return it and
+    another one take it.
 
     Parameters
     ----------
@@ -25,86 +25,59 @@ class Compiled:
         ``f(h, z)``, in functions that JAX can compile.
     """
 
-    def __init__(self, f: Map) -> None:
-        def on_arrays(h: PyTree, moving: Arrays, still: Arrays, rest: "_Rest") -> PyTree:
-            return f(h, rest.join(moving, still))
+    def __init__(self, f: Map[H, Z]) -> None:
+        def value(h: H, arrays: Arrays, static: Static[Z]) -> H:
+            return f(h, static.combine(arrays))
 
-        def linearized(h: PyTree, moving: Arrays, still: Arrays, rest: "_Rest") -> tuple[PyTree, Any]:
-            value, pull = jax.vjp(lambda h, moving: on_arrays(h, moving, still, rest), h, moving)
-            return value, pull
+        def linearized(h: H, arrays: Arrays, static: Static[Z]) -> tuple[H, Pullback[H]]:
+            differentiable, rest = partition(arrays, is_differentiable)
+            result, pull = jax.vjp(lambda h, d: value(h, rest.combine(d), static), h, differentiable)
+            return result, pull
 
-        def pushed(at: PyTree, tangents: PyTree, still: Arrays, rest: "_Rest") -> PyTree:
-            return jax.jvp(lambda h, moving: on_arrays(h, moving, still, rest), at, tangents)[1]
+        def pushforward(h: H, arrays: Arrays, dh: H, tangents: Arrays, static: Static[Z]) -> H:
+            differentiable, rest = partition(arrays, is_differentiable)
+            at, along = (h, differentiable), (dh, tangents)
+            tangent: H = jax.jvp(lambda h, d: value(h, rest.combine(d), static), at, along)[1]
+            return tangent
 
-        self._value = jax.jit(on_arrays, static_argnums=3)
-        self._linearized = jax.jit(linearized, static_argnums=3)
-        self._pushed = jax.jit(pushed, static_argnums=3)
+        self._value = jax.jit(value, static_argnums=2)
+        self._linearized = jax.jit(linearized, static_argnums=2)
+        self._pushforward = jax.jit(pushforward, static_argnums=4)
         self._pull = jax.jit(lambda pull, v: pull(v))
         self._pull_h = jax.jit(lambda pull, v: pull(v)[0])
-        self._pull_z = jax.jit(lambda pull, v: pull(v)[1])
+        self._pull_arrays = jax.jit(lambda pull, v: pull(v)[1])
 
-    def value(self, h: PyTree, z: PyTree) -> PyTree:
+    def value(self, h: H, z: Z) -> H:
         """F(h, z)."""
-        return self._value(h, *_split(z))
+        result: H = self._value(h, *_split(z))
+        return result
 
-    def linearize(self, h: PyTree, z: PyTree) -> Linearization:
+    def linearize(self, h: H, z: Z) -> Linearization[H, Z]:
         """F and its derivatives at (h, z)."""
-        moving, still, rest = _split(z)
-        value, pull = self._linearized(h, moving, still, rest)
+        arrays, static = _split(z)
+        differentiable = partition(z, is_differentiable)[1]
+        value, pull = self._linearized(h, arrays, static)
 
-        def push(dh: PyTree, dz: PyTree) -> PyTree:
-            given = with_none(dz)
-            return self._pushed((h, moving), (dh, [given[i] for i in rest.moving]), still, rest)
-
-        def vjp(v: PyTree) -> tuple[PyTree, PyTree]:
-            v_h, v_z = self._pull(pull, v)
-            return v_h, rest.cotangents(v_z)
+        def vjp(v: H) -> tuple[H, Z]:
+            v_h, v_arrays = self._pull(pull, v)
+            return v_h, differentiable.cotangent(v_arrays)
 
         return Linearization(
             value,
             vjp=vjp,
             vjp_h=lambda v: self._pull_h(pull, v),
-            vjp_z=lambda v: rest.cotangents(self._pull_z(pull, v)),
-            jvp=push,
+            vjp_z=lambda v: differentiable.cotangent(self._pull_arrays(pull, v)),
+            jvp=lambda dh, dz: self._pushforward(h, arrays, dh, differentiable.select(dz), static),
         )
 
 
-class _Rest:
-    """What z is beside its arrays, hashable: its structure, its other leaves, and where the arrays go."""
-
-    def __init__(self, structure: Any, others: tuple[Hashable, ...], moving: tuple[int, ...], still: tuple[int, ...]):
-        self.structure, self.others, self.moving, self.still = structure, others, moving, still
-        # By their representations: zero has two signs, and NaN is not equal to itself.
-        told = tuple(repr(x) if isinstance(x, (float, complex)) else x for x in others)
-        self._key = structure, told, tuple(map(type, others)), moving, still
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rest) and self._key == other._key
-
-    def join(self, moving: Arrays, still: Arrays) -> PyTree:
-        """z, with its arrays."""
-        leaves = replaced(replaced(self.others, self.moving, moving), self.still, still)
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def cotangents(self, moving: Arrays) -> PyTree:
-        """A cotangent shaped as z, None where there is none."""
-        leaves = replaced([None] * len(self.others), self.moving, moving)
-        return jax.tree.unflatten(self.structure, leaves)
-
-
-def _split(z: PyTree) -> tuple[Arrays, Arrays, _Rest]:
-    """The arrays of z that have derivatives, those that have none, and the rest."""
-    leaves, structure = jax.tree.flatten(z, is_leaf=lambda x: x is None)
-    moving = tuple(i for i, leaf in enumerate(leaves) if moves(leaf))
-    still = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and i not in moving)
-    others = tuple(None if i in moving + still else leaf for i, leaf in enumerate(leaves))
-    for leaf in others:
+def _split(z: Z) -> tuple[Arrays, Static[Z]]:
+    """The arrays of z, which are arguments of the programs, and the rest, which is part of them."""
+    arrays, static = partition(z, lambda leaf: is_array(leaf) or is_differentiable(leaf))
+    for leaf in static.others:
         if not isinstance(leaf, Hashable):
             raise TypeError(
-                "what z holds beside arrays is part of a compiled program and must be hashable, got a leaf of type "
-                f"{type(leaf).__name__}; without jit=True it may be anything"
+                "with jit=True the leaves of z that are not arrays are part of the compiled program and must be "
+                f"hashable, got a leaf of type {type(leaf).__name__}; jit=False accepts any leaf"
             )
-    return [leaves[i] for i in moving], [leaves[i] for i in still], _Rest(structure, others, moving, still)
+    return arrays, static

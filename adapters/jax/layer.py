@@ -1,193 +1,173 @@
 """The differentiable layer on JAX arrays."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 
 from implicit_core import checks
-from implicit_core.backends.jax import BACKEND, joint
-from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
-from implicit_core.fixed_point import refuse_throw, solver_point, with_aux
-from implicit_core.problem import Map, Problem
+from implicit_core.arrays import H, Z
+from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Estimator, Unroll
+from implicit_core.layer import LayerOptions, solver_point
+from implicit_core.problem import Problem
 from implicit_core.solution import Solution
-from implicit_core.solve import as_problem, as_solver
-from implicit_core.solvers import Anderson, CallableSolver
 
-from .batching import batched
-from .callbacks import through_callbacks
-from .closure import Hoisted, has_only_a_pullback, hoist, is_traced, split
+from .batching import MapOfArrays, with_vmap_as_batch
+from .callbacks import value_from_callbacks
+from .closure import Hoisted, hoist, is_traced
+from .derivative import with_derivative
+from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
-from .rules import at_fixed_point
-
-PyTree = Any
-Arrays = list[Any]
 
 
-def fixed_point(
-    f: Problem | Map,
-    h0: PyTree,
-    z: PyTree,
-    *,
-    solver: Any = Anderson(),
-    gradient: Estimator = Unroll(k=5, lam=0.5),
-    batch_ndim: int | None = None,
-    throw: bool = False,
-    trace: bool = False,
-    has_aux: bool = False,
-) -> Solution:
-    """The layer on JAX arrays; parameters and result as for :func:`implicit_core.fixed_point`.
+def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
+    """The layer on JAX arrays, see :class:`implicit_core.layer.Layer`. F is traced once, whatever the solver does.
 
-    f is traced once, whatever the solver does. For a plain f, or ``problem(f)``, derivatives of every order and in both
-    modes reach z and all that f closes over, under ``jit``, ``vmap``, ``scan``, ``checkpoint`` and ``shard_map``. For
-    :class:`Neumann` and :class:`Unroll` they are those of the surrogate, with the surrogate as the derivative of the
-    fixed point itself. A :class:`Problem` with callbacks of its own is differentiated with these: once, in z alone, in
-    the modes it has callbacks for.
-
-    An axis of ``vmap`` becomes one of the batch: each of its samples has a status, and none waits in vain.
-
-    Under ``jit`` the statuses are arrays. ``throw=True`` is there a check for ``jax.experimental.checkify``, and a
-    linear solve of :class:`Implicit` that fails gives NaN, or with ``on_failure="warn"`` a warning.
+    Parameters
+    ----------
+    problem
+        If it has no callbacks, or is made by :func:`implicit_core.adapters.jax.problem`, JAX differentiates the layer
+        with respect to z and to all arrays that f closes over: in both modes, to every order, under ``jit``, ``vmap``,
+        ``scan``, ``checkpoint`` and ``shard_map``. Otherwise the callbacks differentiate the layer: once, with respect
+        to z alone, in the modes that there are callbacks for.
+    h0, z, options
+        As for :class:`implicit_core.layer.Layer`. Leaves of h0 may be numbers or arrays of NumPy.
 
     Raises
     ------
     ValueError
-        If f or a callback of such a Problem closes over arrays that are differentiated; they would get no gradient.
+        If arrays that f or the user's callbacks close over are differentiated; they would get no gradient.
     NotImplementedError
-        For a derivative that is not available; there is no silent zero.
-
-    Examples
-    --------
-    >>> import jax, jax.numpy as jnp
-    >>> import implicit_core as ic
-    >>> from implicit_core.adapters import jax as icj
-    >>> def loss(w, x):
-    ...     h = icj.fixed_point(lambda h, x: jnp.tanh(w @ h + x), jnp.zeros(2), x, gradient=ic.Neumann(k=5)).value
-    ...     return jnp.sum(h**2)
-    >>> w_bar, x_bar = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.3 * jnp.eye(2), jnp.array([0.3, -0.1]))
-    >>> w_bar.shape, x_bar.shape
-    ((2, 2), (2,))
+        For a derivative that is not available. It is never silently zero.
     """
-    checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    solver = as_solver(solver)
-    options = {"solver": solver, "gradient": gradient, "throw": throw, "trace": trace}
-    if has_aux:
-        return with_aux(fixed_point, f, h0, z, {**options, "batch_ndim": batch_ndim})
-    given = as_problem(f, batch_ndim)
     h0 = jax.tree.map(_as_array, h0)
-    checks.state(BACKEND, "h0", h0, given.batch_ndim)
-    arrays, join, pick = split(z)
-    if isinstance(f, Problem) and not isinstance(f, JAXProblem):
-        once = hoist(lambda h, arrays: given.f(h, join(arrays)), h0, arrays)
-        with joint(once.axes):
-            solution = solver_point(given, *_constants((h0, z)), **options)
-            return solution._replace(value=through_callbacks(given, gradient, solution.value, z, once.closed))
+    checks.state(BACKEND, "h0", h0, problem.batch_ndim)
+    if problem.has_derivatives and not isinstance(problem, JAXProblem):
+        return _layer_of_callbacks(problem, h0, z, options)
+    h0, f, inputs = _trace(problem, h0, z)
+    solution = _solve(f, h0, inputs, options)
+    return solution._replace(value=_value(f, options.gradient, solution.value, inputs))
 
-    h0, once = _trace(lambda h, arrays: given.f(h, join(arrays)), h0, arrays)
-    externals = [*arrays, *once.closed]
-    # JAX keeps the functions below with what it traces here: they must not refer to arrays, nor to the user's f.
-    n, function, batch_ndim, axes = len(arrays), once.function, given.batch_ndim, once.axes
 
-    def on_externals(h: PyTree, externals: Arrays) -> PyTree:
-        return function(h, externals[:n], externals[n:])
-
-    def on_z(f: Map, externals: Arrays, batch_ndim: int) -> Problem:
-        # A solver of the user's gets z, and may call F with other arrays in it.
-        return problem(lambda h, z: f(h, [*pick(z), *externals[n:]]), batch_ndim=batch_ndim)
-
-    if throw:
-        refuse_throw(gradient)
-    start, constants = _constants((h0, externals))
-    if isinstance(solver, CallableSolver) and not gradient.starts_from_h0 and is_traced((start, constants)):
-        start = _search(
-            solver,
-            lambda externals: on_z(on_externals, externals, batch_ndim),
-            start,
-            constants,
-            lambda a: join(a[:n]),
-        )
-        options["solver"] = replace(solver, function=_stay)
-
-    def solve(f: Map, h0: PyTree, externals: Arrays, batch_ndim: int) -> Solution:
-        with joint(axes):
-            return solver_point(on_z(f, externals, batch_ndim), h0, join(externals[:n]), **{**options, "throw": False})
-
-    if once.has_effects:  # among them collectives over an axis of vmap, which then has to stay one
-        solution = solve(on_externals, start, constants, batch_ndim)
-    else:
-        solution = batched(solve, on_externals, start, constants, batch_ndim)
-    if throw:
-        solution.raise_for_status()
-
-    def on(f: Map) -> Problem:
-        return problem(f, batch_ndim=batch_ndim)
-
-    if type(gradient) in (Unroll, BPTT):
-        recompute = isinstance(gradient, Unroll) and gradient.recompute
-        step = jax.checkpoint(on_externals) if recompute else on_externals
-        value = gradient.value(on(lambda h, _: step(h, externals)), solution.value, None)
-    elif isinstance(gradient, AtFixedPoint) and _has_both_modes(gradient, once):
-        value = at_fixed_point(on_externals, gradient, batch_ndim, solution.value, externals, axes)
-    else:
-        with joint(axes):
-            value = through_callbacks(on(on_externals), gradient, solution.value, externals, [])
+def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
+    """The layer of a Problem whose derivatives are the user's callbacks."""
+    arrays, static = partition(z, is_array)
+    f = hoist(lambda h, arrays: problem.f(h, static.combine(arrays)), h0, arrays)
+    with coupled_axes(f.axes):
+        solution = solver_point(problem, *_constants((h0, z)), options)
+        value = value_from_callbacks(problem, options.gradient, solution.value, z, f.closed_over)
     return solution._replace(value=value)
 
 
-def _search(
-    solver: CallableSolver,
-    on_z: Callable[[Arrays], Problem],
-    start: PyTree,
-    constants: Arrays,
-    join: Callable[..., PyTree],
-) -> PyTree:
-    """What a solver of the user's finds, with all that it closes over held constant. It is a start from there on."""
+@dataclass(frozen=True, eq=False)
+class TracedMap(Generic[H, Z]):
+    """F as a traced program of h and of its inputs: the arrays of z, followed by the arrays that F closes over.
 
-    def search(h: PyTree, externals: Arrays) -> PyTree:
-        return solver.function(on_z(externals), h, join(externals))
+    It refers neither to tracers nor to the user's F, because JAX keeps it with the programs that it traces.
 
-    once = hoist(search, start, constants)
-    found = once.function(start, constants, _constants(once.closed))
-    checks.like(BACKEND, "the result of the solver", found, start, "h0")
-    return _constants(found)
-
-
-def _stay(_problem: Problem, h0: PyTree, _z: PyTree) -> PyTree:
-    return h0
-
-
-def _trace(f: Map, h0: PyTree, arrays: Arrays) -> tuple[PyTree, Hoisted]:
-    """F traced, and ``h0`` as it has to be for that.
-
-    A start that all devices share is spread over them as F(h0) is; one that is a Python number has the dtype of F(h0).
+    Attributes
+    ----------
+    hoisted
+        The program, ``function(h, arrays of z, closed-over arrays)``.
+    static
+        z without its arrays.
+    batch_ndim
+        As for :class:`Problem`.
     """
-    once = hoist(f, h0, arrays)
-    if BACKEND.flatten(once.result)[1] != BACKEND.flatten(h0)[1]:
-        return h0, once  # the solve will say so
-    fitting = jax.tree.map(_fit, h0, once.result)
-    if jax.tree.map(jax.typeof, fitting) == jax.tree.map(jax.typeof, h0):
-        return h0, once
-    return fitting, hoist(f, fitting, arrays)
+
+    hoisted: Hoisted[H]
+    static: Static[Z]
+    batch_ndim: int
+
+    def __call__(self, h: H, inputs: Arrays) -> H:
+        """F(h, z)."""
+        size = len(self.static.indices)
+        return self.hoisted.function(h, inputs[:size], inputs[size:])
+
+    def z(self, inputs: Arrays) -> Z:
+        """The z that has these inputs."""
+        return self.static.combine(inputs[: len(self.static.indices)])
+
+    def problem(self, f: MapOfArrays[H], inputs: Arrays, batch_ndim: int) -> Problem[H, Z]:
+        """``f``, which is F or F mapped over an axis of the batch, as a problem in z.
+
+        A solver of the user's own may call it with another z.
+        """
+        closed_over = inputs[len(self.static.indices) :]
+        return problem(lambda h, z: f(h, [*self.static.select(z), *closed_over]), batch_ndim=batch_ndim)
 
 
-def _fit(x: jax.Array, to: Any) -> jax.Array:
-    if jax.typeof(x).weak_type and jnp.issubdtype(to.dtype, jnp.floating):
-        x = x.astype(to.dtype)
-    return BACKEND.spread(x, to) if x.ndim == to.ndim else x
+def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arrays]:
+    """``h0``, F and its inputs. F is traced again if h0 has another type than F(h0).
+
+    If h0 is on all devices, it is sharded as F(h0) is. If it is a Python number, it gets the dtype of F(h0).
+    """
+    arrays, static = partition(z, is_array)
+
+    def f(h: H, arrays: Arrays) -> H:
+        return problem.f(h, static.combine(arrays))
+
+    hoisted = hoist(f, h0, arrays)
+    if BACKEND.flatten(hoisted.result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
+        like_result = jax.tree.map(_like, h0, hoisted.result)
+        if jax.tree.map(jax.typeof, like_result) != jax.tree.map(jax.typeof, h0):
+            h0, hoisted = like_result, hoist(f, like_result, arrays)
+    traced = TracedMap(hoisted.without_arrays(), static, problem.batch_ndim)
+    return h0, traced, [*arrays, *hoisted.closed_over]
 
 
-def _has_both_modes(gradient: AtFixedPoint, once: Hoisted) -> bool:
-    """Whether JAX can differentiate F forward, and transpose what the estimator makes of it."""
-    return (gradient.exact or not gradient.adaptive) and not has_only_a_pullback(once.jaxpr)
+def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> Solution[H]:
+    """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
+    h0, inputs = _constants((h0, inputs))
+    without_throw = replace(options, throw=False)
+
+    def solve(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
+        with coupled_axes(f.hoisted.axes):
+            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), without_throw)
+
+    runs_user_code = getattr(options.solver, "runs_user_code", True) and not options.gradient.starts_from_h0
+    if runs_user_code and is_traced((h0, inputs)):
+        # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
+        hoisted = hoist(lambda h0, inputs: solve(f, h0, inputs, f.batch_ndim), h0, inputs)
+        solution = _constants(hoisted.function(h0, inputs, _constants(hoisted.closed_over)))
+    elif f.hoisted.has_effects:
+        # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
+        solution = solve(f, h0, inputs, f.batch_ndim)
+    else:
+        solution = with_vmap_as_batch(solve, f, h0, inputs, f.batch_ndim)
+    # Under `jit` this is a check for `checkify`. Decision 53.
+    return solution.raise_for_status() if options.throw else solution
 
 
-def _constants(tree: PyTree) -> PyTree:
-    """A pytree of anything, its arrays cut from all that differentiates them."""
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
+def _value(f: TracedMap[H, Z], gradient: Estimator, h: H, inputs: Arrays) -> H:
+    """The estimator's value at the solver's point h, differentiable."""
+    if type(gradient) in (Unroll, BPTT):  # not a class derived from them, which may override `vjp`
+        recompute = isinstance(gradient, Unroll) and gradient.recompute
+        step = jax.checkpoint(f) if recompute else f
+        return gradient.value(problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim), h, None)
+    has_both_modes = not f.hoisted.has_custom_vjp
+    if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
+        return with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
+    with coupled_axes(f.hoisted.axes):
+        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), gradient, h, inputs, ())
 
 
-def _as_array(leaf: Any) -> Any:
+def _like(x: jax.Array, result: ShapedArray) -> jax.Array:
+    """``x`` with the dtype of ``result`` if x has a weak one, and sharded as ``result``."""
+    if jax.typeof(x).weak_type and jnp.issubdtype(result.dtype, jnp.floating):
+        x = x.astype(result.dtype)
+    return sharded(x, result) if x.ndim == result.ndim else x
+
+
+def _constants(tree: T) -> T:
+    """A pytree, without the derivatives of its arrays."""
+    constants: T = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_array(x) else x, tree)
+    return constants
+
+
+def _as_array(leaf: object) -> object:
     is_number = isinstance(leaf, (int, float)) or hasattr(leaf, "__array__")
     return jnp.asarray(leaf) if is_number else leaf

@@ -1,25 +1,24 @@
 """F's derivatives from JAX, as the callbacks of a Problem."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from implicit_core import checks
+from implicit_core.arrays import H, Z
 from implicit_core.problem import Linearization, Map, Problem
 
-from .closure import has_only_a_pullback, hoist, moves, replaced, with_none
-from .compiled import Compiled
-
-PyTree = Any
-
-
-class JAXProblem(Problem):
-    """A problem whose callbacks are made by JAX from F."""
+from .closure import hoist
+from .compiled import CompiledMap
+from .leaves import Arrays, is_differentiable, partition
 
 
-def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
+class JAXProblem(Problem[H, Z]):
+    """A problem whose derivatives JAX makes from F."""
+
+
+def problem(f: Map[H, Z], *, batch_ndim: int = 0, jit: bool = False) -> Problem[H, Z]:
     """A :class:`Problem` whose derivatives JAX makes.
 
     Parameters
@@ -29,9 +28,9 @@ def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
     batch_ndim
         As for :class:`Problem`.
     jit
-        Compile F and its derivatives, each once for all calls, where these are not within ``jax.jit`` anyway. Leaves of
-        z that are not arrays are then constants of the program, and must be hashable. So is what f closes over, as it
-        was at the first call: pass in z what changes.
+        Compile F and its derivatives, each once for all calls that are not within ``jax.jit`` anyway. Leaves of z that
+        are not arrays are then constants of the program, and must be hashable. Arrays and numbers that f closes over
+        keep the values that they had at the first call, so pass in z what changes.
 
     Examples
     --------
@@ -45,63 +44,55 @@ def problem(f: Map, *, batch_ndim: int = 0, jit: bool = False) -> Problem:
     """
     checks.function("f", f)
     if jit:
-        compiled = Compiled(f)
+        compiled = CompiledMap(f)
         return JAXProblem(compiled.value, linearize=compiled.linearize, batch_ndim=batch_ndim)
     return JAXProblem(f, linearize=lambda h, z: linearize(f, h, z), batch_ndim=batch_ndim)
 
 
-def linearize(f: Map, h: PyTree, z: PyTree) -> Linearization:
+def linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     """F and its derivatives at (h, z), for one evaluation of F.
 
-    Leaves of z that are not arrays of real or complex numbers have no derivative: None stands for it.
+    Leaves of z that are not arrays of real or complex numbers have no derivative: their cotangent is None.
     """
-    leaves, structure = jax.tree.flatten(z)
-    places = [i for i, leaf in enumerate(leaves) if moves(leaf)]
-    moving = [leaves[i] for i in places]
+    arrays, static = partition(z, is_differentiable)
+    hoisted = hoist(lambda h, arrays: f(h, static.combine(arrays)), h, arrays)
 
-    def at(values: list[Any], others: list[Any]) -> PyTree:
-        return jax.tree.unflatten(structure, replaced(others, places, values))
+    def on_arrays(h: H, arrays: Arrays) -> H:
+        return hoisted.function(h, arrays, hoisted.closed_over)
 
-    def tangents(dz: PyTree) -> list[Any]:
-        given = [d for d, leaf in zip(with_none(dz), with_none(z), strict=True) if leaf is not None]
-        return [given[i] for i in places]
+    def cotangents(v_h: H, v_arrays: Arrays) -> tuple[H, Z]:
+        return v_h, static.cotangent(v_arrays)
 
-    once = hoist(lambda h, moving: f(h, at(moving, leaves)), h, moving)
-
-    def on_moving(h: PyTree, moving: list[Any]) -> PyTree:
-        return once.function(h, moving, once.closed)
-
-    def cotangents(v_h: PyTree, v_z: list[Any]) -> tuple[PyTree, PyTree]:
-        return v_h, at(v_z, [None] * len(leaves))
-
-    if has_only_a_pullback(once.jaxpr):
-        value, pull = jax.vjp(on_moving, h, moving)
+    if hoisted.has_custom_vjp:
+        value, pull = jax.vjp(on_arrays, h, arrays)
         return Linearization(value, vjp=lambda v: cotangents(*pull(v)))
-    value, push = jax.linearize(on_moving, h, moving)
-    push_h, push_z = pushforwards(push, h, moving)
+    value, push = jax.linearize(on_arrays, h, arrays)
+    push_h, push_z = partial_pushforwards(push, h, arrays)
     return Linearization(
         value,
         vjp_h=lambda v: jax.linear_transpose(push_h, h)(v)[0],
-        vjp_z=lambda v: cotangents(None, jax.linear_transpose(push_z, moving)(v)[0])[1],
-        vjp=lambda v: cotangents(*jax.linear_transpose(push, h, moving)(v)),
+        vjp_z=lambda v: static.cotangent(jax.linear_transpose(push_z, arrays)(v)[0]),
+        vjp=lambda v: cotangents(*jax.linear_transpose(push, h, arrays)(v)),
         jvp_h=push_h,
-        jvp_z=lambda dz: push_z(tangents(dz)),
-        jvp=lambda dh, dz: push(dh, tangents(dz)),
+        jvp_z=lambda dz: push_z(static.select(dz)),
+        jvp=lambda dh, dz: push(dh, static.select(dz)),
     )
 
 
-def pushforwards(push: Callable[..., PyTree], h: PyTree, z: PyTree) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``dh -> push(dh, 0)`` and ``dz -> push(0, dz)``, without the work on the zeros.
+def partial_pushforwards(
+    push: Callable[[H, Arrays], H], h: H, arrays: Arrays
+) -> tuple[Callable[[H], H], Callable[[Arrays], H]]:
+    """``dh -> push(dh, 0)`` and ``d -> push(0, d)``, without the operations on the zeros (Decision 47).
 
     Parameters
     ----------
     push
-        ``push(dh, dz)``, linear.
-    h, z
-        Where, for the shapes.
+        ``push(dh, d)``, linear.
+    h, arrays
+        The point of linearization, for the shapes.
     """
-    zero_h, zero_z = jax.tree.map(jnp.zeros_like, (h, z))
-    # Here, and not where they are first called: that may be in a loop, whose tracers would get out.
-    push_h = jax.linearize(lambda dh: push(dh, zero_z), zero_h)[1]
-    push_z = jax.linearize(lambda dz: push(zero_h, dz), zero_z)[1]
-    return push_h, push_z
+    zero_h, zero_arrays = jax.tree.map(jnp.zeros_like, (h, arrays))
+    # Linearized here and not at the first call, which may be in a loop: its tracers would leak.
+    push_h = jax.linearize(lambda dh: push(dh, zero_arrays), zero_h)[1]
+    push_arrays = jax.linearize(lambda d: push(zero_h, d), zero_arrays)[1]
+    return push_h, push_arrays

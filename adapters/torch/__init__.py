@@ -1,13 +1,12 @@
 """PyTorch: F's derivatives from autograd, and the core's estimators inside it."""
 
-from .constant import VariationalDropout, constant_within_solve
-from .correction import Trajectory, fixed_point_correction
+from implicit_core.fixed_point import fixed_point
+
 from .graphs import CUDAGraphs, GraphFallbackWarning
-from .layer import fixed_point
+from .layer import layer as layer  # `fixed_point` calls it for tensors (Decision 12)
 from .module import ImplicitLayer
-from .monitors import contraction, spectral_radius
-from .penalty import jacobian_penalty
 from .problem import problem
+from .training import Trajectory, VariationalDropout, constant_within_solve, fixed_point_correction, jacobian_penalty
 
 __all__ = [
     "CUDAGraphs",
@@ -16,10 +15,8 @@ __all__ = [
     "Trajectory",
     "VariationalDropout",
     "constant_within_solve",
-    "contraction",
     "fixed_point",
     "fixed_point_correction",
     "jacobian_penalty",
     "problem",
-    "spectral_radius",
 ]

@@ -2,41 +2,46 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypeVar
 
 from implicit_core import checks
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator, Unroll
+from implicit_core.fixed_point import fixed_point
+from implicit_core.problem import Problem
 from implicit_core.solution import Stats
 from implicit_core.solve import solve
-from implicit_core.solvers import Anderson
+from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
 
-from .constant import constant_within_solve
-from .function import transforming
-from .layer import fixed_point
+from .autograd import transforming
 from .precision import state_dtype
 from .problem import problem
+from .training.constant import constant_within_solve
 
-PyTree = Any
+X = TypeVar("X", default=Tensor)
+"""The inputs: a tensor or a pytree."""
+H = TypeVar("H", default=Tensor)
+"""The state: a tensor or a pytree of tensors."""
 
 
-class ImplicitLayer(nn.Module):
+class ImplicitLayer(nn.Module, Generic[X, H]):
     """A layer whose output h is the fixed point of its cell, ``h = cell(h, x)`` (Eq. 1 of the paper).
 
-    Gradients reach x, the cell's parameters and whatever else the cell uses; in train mode and in eval mode alike, as
-    autograd's own state says. Normalized weights and the masks of :class:`VariationalDropout` stay the same through a
+    Gradients reach x, the cell's parameters and all other tensors that the cell uses, in train mode and in eval mode,
+    unless autograd is disabled. Normalized weights and the masks of :class:`VariationalDropout` stay the same through a
     call and its backward. The layer adds nothing to the state dict: its entries are the cell's, under ``cell.``.
 
     Parameters
     ----------
     cell
-        ``cell(h, x)``, a module or a function; returns the structure, shapes and dtypes of h.
+        ``cell(h, x)``, a module or a function. Its result has the structure, shapes and dtypes of h.
     solver
         A solver, or any callable ``(problem, h0, z) -> h``.
     gradient
@@ -44,8 +49,8 @@ class ImplicitLayer(nn.Module):
     eval_solver
         The solver in eval mode; ``solver`` if None.
     h0
-        ``h0(x)``, where a solve starts unless the call says so; zeros shaped as x if None, of its dtype, or of float32
-        where x is half precision under autocast.
+        ``h0(x)`` returns the start of a solve, unless the call gives one. If None, the start is zero, with the shape
+        and dtype of x, or with float32 where x is half precision under autocast.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
     throw
@@ -54,13 +59,13 @@ class ImplicitLayer(nn.Module):
     Attributes
     ----------
     status, stats
-        Those of the last call (see :class:`~implicit_core.Solution`); they hold no graph. None before the first, and
-        after one within ``torch.func``.
+        The status and statistics of the last call, see :class:`~implicit_core.Solution`. They hold no graph. None
+        before the first call, and after a call within ``torch.func``.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a wrong kind; at the call, if what the cell returns is not shaped as h.
+        If an argument is of a wrong kind; at the call, if the cell's result is not shaped as h.
     RuntimeError
         At the call, if the cell, instead of the layer, was handed to ``fully_shard`` or ``DistributedDataParallel``.
 
@@ -90,12 +95,12 @@ class ImplicitLayer(nn.Module):
 
     def __init__(
         self,
-        cell: Callable[[PyTree, PyTree], PyTree],
+        cell: Callable[[H, X], H],
         *,
-        solver: Any = Anderson(),
+        solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] = Anderson(),
         gradient: Estimator = Unroll(k=5, lam=0.5),
-        eval_solver: Any = None,
-        h0: Callable[[PyTree], PyTree] | None = None,
+        eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
+        h0: Callable[[X], H] | None = None,
         batch_ndim: int = 1,
         throw: bool = False,
     ) -> None:
@@ -111,7 +116,12 @@ class ImplicitLayer(nn.Module):
         self.throw = throw
         self.status = self.stats = None
 
-    def forward(self, x: PyTree, h0: PyTree | None = None) -> PyTree:
+    if TYPE_CHECKING:
+
+        def __call__(self, x: X, h0: H | None = None) -> H:
+            """See :meth:`forward`."""
+
+    def forward(self, x: X, h0: H | None = None) -> H:
         """The fixed point h, shaped as h0.
 
         Parameters
@@ -121,6 +131,9 @@ class ImplicitLayer(nn.Module):
         h0
             Where to start; the layer's own start if None.
         """
+        if torch.compiler.is_compiling():  # Leave the graph here, once (Decision 42).
+            value: H = torch.compiler.disable(self.forward)(x, h0)
+            return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_not_sharded(self.cell)
         solution = fixed_point(
@@ -132,16 +145,16 @@ class ImplicitLayer(nn.Module):
             batch_ndim=self.batch_ndim,
             throw=self.throw,
         )
-        # Within torch.func they are tensors that no one can look at afterwards.
+        # Tensors of a transform of torch.func cannot be read after it.
         self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value
 
-    def certify(self, x: PyTree, h0: PyTree | None = None, **options: Any) -> Certificate:
+    def certify(self, x: X, h0: H | None = None, **options: Any) -> Certificate:
         """The paper's conditions on this layer's gradient, with respect to the cell's parameters.
 
-        :func:`implicit_core.theory.certify` at the layer's fixed point for ``x``. The cell is in eval mode meanwhile:
-        F is then one function. A few samples are enough, and ``layer.certify(x[:4], steps=10)`` takes as long as ten
-        to 35 steps of training.
+        Calls :func:`implicit_core.theory.certify` at the layer's fixed point for ``x``, with the cell in eval mode, so
+        that F is one function. A few samples are enough. ``layer.certify(x[:4], steps=10)`` takes as long as ten to 35
+        steps of training.
 
         Parameters
         ----------
@@ -175,26 +188,30 @@ class ImplicitLayer(nn.Module):
         cell, parameters = self.cell, _trained(self.cell)
         if not isinstance(cell, nn.Module) or not parameters:
             raise TypeError(
-                "the conditions are about what is trained, and the cell is no module with parameters that require a "
-                "gradient: put them in z, and call implicit_core.theory.certify"
+                "the conditions are about trained parameters, but the cell is not a module with parameters that "
+                "require a gradient: put them in z, and call implicit_core.theory.certify"
             )
         x = BACKEND.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
         with _in_eval_mode(cell), torch.no_grad():
-            given = problem(lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim)
+            given: Problem[H, dict[str, Tensor]] = problem(
+                lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim
+            )
             h = self._start(x) if h0 is None else h0
             if not self.gradient.starts_from_h0:
-                h = solve(given, h, parameters, solver=self.eval_solver or self.solver).value
+                solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
+                h = solve(given, h, parameters, solver=solver).value
             return certify(given, h, parameters, self.gradient, **options)
 
-    def _start(self, x: PyTree) -> PyTree:
+    def _start(self, x: X) -> H:
         if self.h0 is not None:
             return self.h0(x)
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"x is of type {type(x).__name__}, which does not tell the shape of h: "
+                f"the shape of h cannot be inferred from an x of type {type(x).__name__}: "
                 "give ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call"
             )
-        return torch.zeros_like(x, dtype=state_dtype(x))
+        start: Any = torch.zeros_like(x, dtype=state_dtype(x))
+        return start  # type: ignore[no-any-return]  # a tensor, as x is
 
     def extra_repr(self) -> str:
         """Settings, as they were given."""
@@ -204,7 +221,7 @@ class ImplicitLayer(nn.Module):
         return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
 
 
-def _trained(cell: Any) -> dict[str, Tensor]:
+def _trained(cell: object) -> dict[str, Tensor]:
     """The values of a cell's parameters that require a gradient."""
     named = cell.named_parameters() if isinstance(cell, nn.Module) else ()
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
@@ -212,7 +229,7 @@ def _trained(cell: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Within it a module is in eval mode; afterwards each of its parts is in its own mode again."""
+    """A module in eval mode. At the end each of its submodules returns to its own mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -222,14 +239,15 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _check_not_sharded(cell: Any) -> None:
-    from torch.distributed.fsdp import FSDPModule  # takes long, and is needed in a group of processes alone
+def _check_not_sharded(cell: object) -> None:
+    """Raise if the cell is sharded, which would end in a deadlock (Decision 41)."""
+    from torch.distributed.fsdp import FSDPModule  # a slow import, needed only in a group of processes
 
     if isinstance(cell, nn.Module) and any(
         isinstance(m, (FSDPModule, DistributedDataParallel)) for m in cell.modules()
     ):
         raise RuntimeError(
-            "the cell is distributed over processes, and would communicate at every evaluation, but each process stops "
-            "after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
+            "the cell is distributed over processes, so they would communicate at every evaluation, but each process "
+            "stops after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
             "DistributedDataParallel, not the cell or a part of it"
         )

@@ -1,4 +1,4 @@
-"""Automatic mixed precision: F runs under the autocast state of the call, everything around it in full precision."""
+"""Automatic mixed precision: F runs under the autocast state of the call, all other operations in full precision."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -7,67 +7,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator
 from implicit_core.linear_solvers import LinearSolver
 from implicit_core.problem import Map
 
-PyTree = Any
+from .tensors import tensors
 
 
-def autocasted(f: Map, h: PyTree) -> Map:
-    """``f`` under the autocast state of now, whenever it is called; its results in the dtypes of h.
+def autocasted(f: Map[H, Z], h: H) -> Map[H, Z]:
+    """``f``, which runs under the present autocast state whenever it is called, and returns the dtypes of h.
 
-    Autocast makes a cell's output half precision whatever h is; the state keeps its dtype.
+    Under autocast a cell may return half precision for any h. The state keeps its dtype (Decision 40).
     """
-    device = _device(h)
+    device = _autocast_device(h)
     if device is None or not torch.is_autocast_enabled(device):
         return f
     dtype = torch.get_autocast_dtype(device)
 
-    def call(h: PyTree, z: PyTree) -> PyTree:
-        # The cache as it is then: a CUDA graph would go on reading a parameter that was cast for one call.
+    def call(h: H, z: Z) -> H:
+        # The cache is read at the time of the call: a CUDA graph must not read a parameter that was cast for one call.
         with torch.autocast(device, dtype=dtype, cache_enabled=torch.is_autocast_cache_enabled()):
             value = f(h, z)
         leaves, structure = BACKEND.flatten(value)
         states, expected = BACKEND.flatten(h)
         if structure == expected:
-            leaves = [_as(x, state) for x, state in zip(leaves, states, strict=True)]
-        return BACKEND.unflatten(structure, leaves)
+            leaves = [_in_dtype_of(state, x) for x, state in zip(leaves, states, strict=True)]
+        rounded: H = BACKEND.unflatten(structure, leaves)
+        return rounded
 
     return call
 
 
-def within_reach(gradient: Estimator, h: PyTree) -> Estimator:
-    """The estimator, its linear solver's tolerance no finer than 8 ε of the precision that F has under autocast."""
-    device, solver = _device(h), getattr(gradient, "linear_solver", None)
+def with_reachable_tolerance(gradient: Estimator, h: object) -> Estimator:
+    """The estimator, whose linear solver has an rtol of at least 8 ε of the precision that F has under autocast."""
+    device, solver = _autocast_device(h), getattr(gradient, "linear_solver", None)
     if device is None or not isinstance(solver, LinearSolver) or not torch.is_autocast_enabled(device):
         return gradient
-    reach = 8 * torch.finfo(torch.get_autocast_dtype(device)).eps
-    changes: dict[str, Any] = {"linear_solver": replace(solver, rtol=max(solver.rtol, reach))}
+    smallest = 8 * torch.finfo(torch.get_autocast_dtype(device)).eps
+    changes: dict[str, Any] = {"linear_solver": replace(solver, rtol=max(solver.rtol, smallest))}
     return replace(gradient, **changes)
 
 
-def full_precision(h: PyTree) -> AbstractContextManager[Any]:
-    """No autocast: a Gram matrix in half precision is none."""
-    device = _device(h)
+def full_precision(h: object) -> AbstractContextManager[object]:
+    """Disables autocast, under which a Gram matrix would be computed in half precision."""
+    device = _autocast_device(h)
     if device is None or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a state as precise as ``x``: what autocast made half precision is not meant to stay so."""
-    device = _device(x)
+    """The dtype of a state that starts from ``x``: float32 where autocast has made x half precision."""
+    device = _autocast_device(x)
     halved = device is not None and torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device)
     return torch.float32 if halved else x.dtype
 
 
-def _device(h: PyTree) -> str | None:
-    """The kind of device, if it knows autocast."""
-    kinds = (x.device.type for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor))
-    return next((kind for kind in kinds if torch.amp.is_autocast_available(kind)), None)
+def _autocast_device(h: object) -> str | None:
+    """The type of the device of h, if it supports autocast."""
+    types = (x.device.type for x in tensors(h))
+    return next((kind for kind in types if torch.amp.is_autocast_available(kind)), None)
 
 
-def _as(x: Any, state: Any) -> Any:
+def _in_dtype_of(state: Tensor, x: object) -> object:
     return x.to(state.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,25 +1,27 @@
-"""A :class:`Problem` whose derivatives autograd gives."""
+"""A :class:`Problem` whose derivatives autograd computes."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Generic
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from implicit_core import checks
+from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.problem import Linearization, Map, Problem
+from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
-PyTree = Any
-
-
-class AutogradProblem(Problem):
-    """A :class:`Problem` whose derivatives autograd gives, with respect to all that f closes over, too."""
+from .autograd import gradient_edges, vector_jacobian
+from .tensors import Tensors, as_leaf, is_differentiable
 
 
-def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
-    """A :class:`Problem` whose callbacks come from autograd.
+class AutogradProblem(Problem[H, Z]):
+    """A :class:`Problem` whose derivatives autograd computes, also with respect to all tensors that f closes over."""
+
+
+def problem(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[H, Z]:
+    """A :class:`Problem` whose derivatives autograd computes.
 
     Parameters
     ----------
@@ -31,8 +33,8 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
     Returns
     -------
     Problem
-        With both modes: a pullback walks the graph of one evaluation of F; a pushforward evaluates F in forward mode.
-        In ``fixed_point`` it counts as f itself.
+        With derivatives in both modes. A pullback goes backwards through the graph of one evaluation of F. A
+        pushforward evaluates F in forward mode. ``fixed_point`` treats this problem as it treats f itself.
 
     Examples
     --------
@@ -46,109 +48,97 @@ def problem(f: Map, *, batch_ndim: int = 0) -> Problem:
     >>> pullback(torch.ones(2)).shape
     torch.Size([2])
     """
-
-    def linearize(h: PyTree, z: PyTree) -> Linearization:
-        h_leaves, h_structure = BACKEND.flatten(h)
-        z_leaves, z_structure = BACKEND.flatten_with_none(z)
-        moving = [i for i, leaf in enumerate(z_leaves) if moves(leaf)]
-
-        def call(h_in: tuple[Tensor, ...], z_in: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            leaves = list(z_leaves)
-            for i, leaf in zip(moving, z_in, strict=True):
-                leaves[i] = leaf
-            value = f(BACKEND.unflatten(h_structure, list(h_in)), BACKEND.unflatten(z_structure, leaves))
-            structures.append(BACKEND.flatten(value)[1])
-            return tuple(BACKEND.flatten(value)[0])
-
-        structures: list[Any] = []
-        with torch.inference_mode(False), torch.enable_grad():
-            h_in = tuple(as_leaf(x) for x in h_leaves)
-            z_in = tuple(as_leaf(z_leaves[i]) for i in moving)
-            outputs = call(h_in, z_in)
-        value = [out.detach() for out in outputs]
-        ends = edges(outputs)
-
-        def pull(v: PyTree, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            return vector_jacobian(ends, inputs, BACKEND.flatten(v)[0])
-
-        def as_z(grads: list[Tensor]) -> PyTree:
-            by_leaf = dict(zip(moving, grads, strict=True))
-            return BACKEND.unflatten(z_structure, [by_leaf.get(i) for i in range(len(z_leaves))])
-
-        def vjp(v: PyTree) -> tuple[PyTree, PyTree]:
-            grads = pull(v, h_in + z_in)
-            return BACKEND.unflatten(h_structure, grads[: len(h_in)]), as_z(grads[len(h_in) :])
-
-        def jvp(dh: PyTree, dz: PyTree) -> PyTree:
-            dz_leaves = BACKEND.flatten_with_none(dz)[0]
-            tangents = (*BACKEND.flatten(dh)[0], *(_or_zeros(dz_leaves[i], z_leaves[i]) for i in moving))
-            # Not forward_ad: an autograd.Function switches that off within its forward, where a solve may be running.
-            # And contiguous: forward mode refuses expanded tensors.
-            at = [x.contiguous() for x in (*h_leaves, *(z_leaves[i] for i in moving))]
-            n = len(h_leaves)
-            tangent = torch.func.jvp(
-                lambda *at: call(at[:n], at[n:]), tuple(at), tuple(t.contiguous() for t in tangents)
-            )[1]
-            return BACKEND.unflatten(structures[0], list(tangent))
-
-        return Linearization(
-            BACKEND.unflatten(structures[0], value),
-            vjp_h=lambda v: BACKEND.unflatten(h_structure, pull(v, h_in)),
-            vjp_z=lambda v: as_z(pull(v, z_in)),
-            vjp=vjp,
-            jvp=jvp,
-        )
-
-    return AutogradProblem(f, linearize=linearize, batch_ndim=batch_ndim)
+    return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim)
 
 
-def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """Where the graphs of ``outputs`` end, without the outputs; None for one without a graph."""
-    return [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
+def plain_function(f: Map[H, Z]) -> Map[H, Z]:
+    """``f``, which must not be a :class:`Problem`, as that has a ``batch_ndim`` and derivatives of its own."""
+    checks.function("f", f)
+    if isinstance(f, Problem):
+        raise TypeError(f"f must be a plain function f(h, z), got {f!r}: pass its f, and its batch_ndim as an argument")
+    return f
 
 
-def vector_jacobian(
-    outputs: Sequence[GradientEdge | None],
-    inputs: Sequence[Tensor],
-    v: Sequence[Tensor],
-    *,
-    create_graph: bool = False,
-) -> list[Tensor]:
-    """``v`` pulled back along the graph from ``outputs`` to ``inputs``, which is kept."""
-    pairs = [(edge, cotangent) for edge, cotangent in zip(outputs, v, strict=True) if edge is not None]
-    if not pairs or not inputs:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(
-        torch.autograd.grad(
-            [edge for edge, _ in pairs],
-            inputs,
-            [cotangent for _, cotangent in pairs],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
+    """F and its derivatives at (h, z), from the graph of one evaluation."""
+    call = _OnLeaves(f, h, z)
+    n = len(call.h)
+    with torch.inference_mode(False), torch.enable_grad():
+        h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
+        outputs = call(h_in, z_in)
+    value = [out.detach() for out in outputs]
+    edges = gradient_edges(outputs)
+
+    def pull(v: H, inputs: Tensors) -> list[Tensor]:
+        return vector_jacobian(edges, inputs, BACKEND.flatten(v)[0])
+
+    def vjp(v: H) -> tuple[H, Z]:
+        cotangents = pull(v, h_in + z_in)
+        return call.as_h(cotangents[:n]), call.as_z(cotangents[n:])
+
+    def jvp(dh: H, dz: Z) -> H:
+        # torch.func and not forward_ad: an autograd.Function disables forward_ad within its forward, where a solve may
+        # be running. Forward mode refuses expanded tensors, so all are made contiguous.
+        at = tuple(x.contiguous() for x in (*call.h, *call.z))
+        tangents = tuple(x.contiguous() for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
+        tangent = torch.func.jvp(lambda *at: call(at[:n], at[n:]), at, tangents)[1]
+        # Forward mode promotes the tangent of a tensor without axes.
+        return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])
+
+    return Linearization(
+        call.as_value(value),
+        vjp_h=lambda v: call.as_h(pull(v, h_in)),
+        vjp_z=lambda v: call.as_z(pull(v, z_in)),
+        vjp=vjp,
+        jvp=jvp,
     )
 
 
-def has_tangents(tree: PyTree) -> bool:
-    """Whether forward mode has a tangent for a tensor of ``tree``."""
-    leaves = [leaf for leaf in BACKEND.flatten(tree)[0] if isinstance(leaf, Tensor)]
-    try:
-        return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
-    except RuntimeError:  # not to be had within vmap
-        return False
+class _OnLeaves(Generic[H, Z]):
+    """F as a function of the leaves of h, and of the differentiable leaves of z.
 
+    Attributes
+    ----------
+    h, z
+        These leaves.
+    """
 
-def moves(x: Any) -> bool:
-    """Whether a leaf of z has derivatives."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    def __init__(self, f: Map[H, Z], h: H, z: Z) -> None:
+        self._f = f
+        self.h, self._h_structure = BACKEND.flatten(h)
+        self._z_leaves, self._z_structure = BACKEND.flatten(z, none_is_leaf=True)
+        self._differentiable = [i for i, leaf in enumerate(self._z_leaves) if is_differentiable(leaf)]
+        self.z: list[Tensor] = [self._z_leaves[i] for i in self._differentiable]
+        self._value_structure: Hashable = None
 
+    def __call__(self, h: Sequence[Tensor], z: Sequence[Tensor]) -> Tensors:
+        z_leaves = list(self._z_leaves)
+        for i, leaf in zip(self._differentiable, z, strict=True):
+            z_leaves[i] = leaf
+        value = self._f(self.as_h(h), BACKEND.unflatten(self._z_structure, z_leaves))
+        leaves, self._value_structure = BACKEND.flatten(value)
+        return tuple(leaves)
 
-def as_leaf(x: Tensor) -> Tensor:
-    """``x`` as the start of a graph; a tensor of inference mode can't be one itself."""
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+    def as_h(self, leaves: Sequence[Tensor]) -> H:
+        """Leaves of h, or their cotangents, as a pytree."""
+        h: H = BACKEND.unflatten(self._h_structure, list(leaves))
+        return h
 
+    def as_z(self, cotangents: Sequence[Tensor]) -> Z:
+        """Cotangents of the differentiable leaves of z as a pytree, in which the other leaves are None."""
+        by_leaf = dict(zip(self._differentiable, cotangents, strict=True))
+        z: Z = BACKEND.unflatten(self._z_structure, [by_leaf.get(i) for i in range(len(self._z_leaves))])
+        return z
 
-def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
+    def as_value(self, leaves: Sequence[Tensor]) -> H:
+        """Leaves of F(h, z), or their tangents, in the structure that f returned."""
+        value: H = BACKEND.unflatten(self._value_structure, list(leaves))
+        return value
+
+    def z_tangents(self, dz: Z) -> list[Tensor]:
+        """The tangents of the differentiable leaves of z; zero for a leaf without a tangent."""
+        leaves = BACKEND.flatten(dz, none_is_leaf=True)[0]
+        return [
+            zero_tangent(BACKEND, x) if leaves[i] is None else leaves[i]
+            for i, x in zip(self._differentiable, self.z, strict=True)
+        ]

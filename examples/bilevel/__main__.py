@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 PROGRAM = "python -m implicit_core.examples.bilevel"
 MODULES = {"jax", "matplotlib", "rich", "sklearn", "threadpoolctl", "torch"}
-"""What the example needs beyond the core's dependencies: of the frameworks the one that is asked for."""
+"""Modules that the example needs beyond the core's dependencies; of the frameworks, only the chosen one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ class Samples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The inner problem, and the samples that judge what it finds."""
+    """The inner problem, and the samples that its solution is evaluated on."""
 
     training: Regression
     validation: Samples

@@ -1,4 +1,4 @@
-"""All that differs between the frameworks: how arrays are made, and how a function is differentiated."""
+"""The differences between the frameworks: how arrays are made, and how a function is differentiated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from .model import Regression, cross_entropy
 
 
 class Evaluation(NamedTuple):
-    """The validation loss, its gradient in θ, the weights it was taken at, and evaluations of F in the solve."""
+    """The validation loss, its gradient in θ, the weights of the inner solution, and evaluations of F in the solve."""
 
     loss: float
     gradient: Floats
@@ -18,14 +18,14 @@ class Evaluation(NamedTuple):
     evaluations: int
 
 
-Function = Callable[[Any, Any], tuple[Any, ic.Solution]]
+Function = Callable[[Any, Any], tuple[Any, ic.Solution[Any]]]
 Evaluate = Callable[[Floats, Floats], Evaluation]
 
 
 def validation_loss(data: Data, solver: Any, gradient: ic.Estimator) -> Function:
-    """``(theta, w0) -> (V, solution)``: solve the inner problem from w0, and judge what was found."""
+    """``(theta, w0) -> (V, solution)``: solve the inner problem from w0, and evaluate the loss V at its solution."""
 
-    def function(theta: Any, w0: Any) -> tuple[Any, ic.Solution]:
+    def function(theta: Any, w0: Any) -> tuple[Any, ic.Solution[Any]]:
         solution = ic.fixed_point(data.training.step, w0, theta, solver=solver, gradient=gradient, batch_ndim=0)
         return cross_entropy(solution.value, *data.validation), solution
 

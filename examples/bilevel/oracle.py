@@ -19,7 +19,7 @@ def loss(w: Floats, samples: Samples) -> float:
 
 
 def hessian(problem: Regression, w: Floats, theta: Floats) -> Floats:
-    """Of the inner objective at w, a matrix over the flattened w (features · classes)."""
+    """Hessian of the inner objective at w, a matrix over the flattened w (features · classes)."""
     x, p = problem.x, softmax(problem.x @ w)
     features, classes = w.shape
     # The block of classes a and b is xᵀ diag(p_a δ_ab - p_a p_b) x / n.
@@ -59,7 +59,7 @@ def central_difference(data: Data, theta: Floats, feature: int, w: Floats, dista
     """dV/dθ_j by solving the inner problem twice more, at θ_j ± distance."""
     values = []
     for sign in (1, -1):
-        moved = theta.copy()
-        moved[feature] += sign * distance
-        values.append(loss(solve(data.training, moved, w), data.validation))
+        shifted = theta.copy()
+        shifted[feature] += sign * distance
+        values.append(loss(solve(data.training, shifted, w), data.validation))
     return (values[0] - values[1]) / (2 * distance)

@@ -21,13 +21,13 @@ error     its relative error there
 valid.    validation loss of the exact solution, after the search
 test      its test loss"""
 
-# Colours of Okabe and Ito, told apart with any colour vision.
+# Colours of Okabe and Ito, distinct with any colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#999999", "#D55E00", "#F0E442")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one estimator did.
+    """The results of one estimator.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Row:
     trace
         The search.
     validation, test
-        Losses at the end of it.
+        Losses at the end of the search.
     """
 
     name: str

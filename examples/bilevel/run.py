@@ -1,4 +1,4 @@
-"""What the program does."""
+"""The comparison: a search with each estimator, a table and a picture."""
 
 from pathlib import Path
 
@@ -48,22 +48,22 @@ def run(
     with threadpool_limits(1):  # the matrices are small
         w = oracle.solve(samples.training, theta)
         exact = oracle.hypergradient(samples, theta, w)
-        apart = max(abs(oracle.central_difference(samples, theta, j, w) - exact[j]) for j in CHECKED)
+        difference = max(abs(oracle.central_difference(samples, theta, j, w) - exact[j]) for j in CHECKED)
         rows = []
         for name, gradient in track(ESTIMATORS.items(), "searching", console=console, transient=True):
             evaluate = FRAMEWORKS[framework](samples, SOLVER, gradient)
-            beside = compare(samples, evaluate, gradient, theta, exact)
+            hypergradient = compare(samples, evaluate, gradient, theta, exact)
             trace = search(samples, evaluate, gradient, steps)
             found = oracle.solve(samples.training, trace.theta)
             losses = oracle.loss(found, samples.validation), oracle.loss(found, samples.test)
-            rows.append(Row(name, beside, trace, *losses))
+            rows.append(Row(name, hypergradient, trace, *losses))
         grid = shared_penalty(samples)
         found = oracle.solve(samples.training, grid.theta)
         rows.append(Row("one penalty", None, grid, *(oracle.loss(found, part) for part in samples[1:])))
     console.print(report.table(rows, framework))
     console.print(report.LEGEND, style="dim", highlight=False)
     console.print(
-        f"The exact hypergradient is within {apart:.0e} of central differences, at 3 features.\n"
+        f"The exact hypergradient is within {difference:.0e} of central differences, at 3 features.\n"
         "'one penalty' is the best of a grid of 9, the same for all pixels.",
         style="dim",
         highlight=False,

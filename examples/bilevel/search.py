@@ -1,4 +1,4 @@
-"""Hypergradients beside the exact one, what they cost, and the search that they drive."""
+"""Hypergradients compared with the exact one, their cost, and the search that uses them."""
 
 from dataclasses import dataclass
 
@@ -30,14 +30,14 @@ ESTIMATORS: dict[str, ic.Estimator] = {
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """One hypergradient beside the exact one, and what it took.
+    """One hypergradient, compared with the exact one, and its cost.
 
     Attributes
     ----------
     gradient
         dV/dθ, (features,).
     cosine, error
-        Between it and the exact one, and the norm of their difference relative to that of the exact one.
+        Cosine of the angle to the exact one, and the norm of the difference relative to the norm of the exact one.
     solve, value, products
         Evaluations of F by the solver and for the estimator's value, and products with transposed Jacobians of F.
     """
@@ -87,11 +87,11 @@ def compare(data: Data, evaluate: Evaluate, gradient: ic.Estimator, theta: Float
 
 
 def products(data: Data, gradient: ic.Estimator, theta: Floats, w: Floats) -> int:
-    """Products with (∂F/∂h)ᵀ and (∂F/∂z)ᵀ in a pullback, as documented; those of a linear solver by running it."""
+    """Products with (∂F/∂h)ᵀ and (∂F/∂z)ᵀ in a pullback, as documented; a linear solver is run to count them."""
     match gradient:
         case ic.Unroll(k=k) | ic.BPTT(k=k):
             return 2 * k - 1
-        case ic.Neumann(k=int(k)):
+        case ic.Neumann(k=k):
             return k
         case ic.OneStep():
             return 1
@@ -104,7 +104,7 @@ def products(data: Data, gradient: ic.Estimator, theta: Floats, w: Floats) -> in
                 lambda v: size * training.hessian_product(w, theta, v), cotangent, solver=solver, throw=True
             )
             return int(system.stats.evaluations) + 1
-    raise TypeError(f"what {gradient!r} costs is not known before it runs")
+    raise TypeError(f"the number of products of {gradient!r} is not known before it runs")
 
 
 def search(data: Data, evaluate: Evaluate, gradient: ic.Estimator, steps: int = 40, rate: float = 0.2) -> Trace:

@@ -1,8 +1,8 @@
-"""Four gradient estimators train a deep-equilibrium classifier of handwritten digits, side by side.
+"""Four gradient estimators train a deep-equilibrium classifier of handwritten digits, for comparison.
 
 The layer is h = tanh(W h + U x + b), the output softmax(V h + c). Every estimator starts from the same parameters and
-sees the same batches; what differs is how a cotangent of h reaches W, U and b. NumPy, PyTorch and JAX, and CuPy where
-there is a GPU, train side by side, and end with the same parameters up to rounding. Run it with
+sees the same batches; only the way in which a cotangent of h reaches W, U and b differs. NumPy, PyTorch and JAX, and
+CuPy on a machine with a GPU, take the same steps, and end with the same parameters up to rounding. Run it with
 ``python -m implicit_core demo``, or from Python with :func:`run`.
 """
 

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import jax
 
-from implicit_core.backend import PyTree
+from implicit_core.arrays import Z
 from implicit_core.problem import Map
 
 
-def counted(f: Map, on_evaluation: Callable[[], None], on_pullback: Callable[[], None]) -> Map:
-    """``f(h, z)`` with the same value and derivatives, which says whenever it really runs.
+def counted(
+    f: Map[jax.Array, Z], on_evaluation: Callable[[], None], on_pullback: Callable[[], None]
+) -> Map[jax.Array, Z]:
+    """``f(h, z)`` with the same value and derivatives, which reports each time it runs.
 
     Parameters
     ----------
@@ -36,7 +38,7 @@ def counted(f: Map, on_evaluation: Callable[[], None], on_pullback: Callable[[],
         tangent = jax.lax.custom_linear_solve(lambda x: x, tangents[0], solve=lambda _, b: b, transpose_solve=pull)
         return mark(primals[0]), tangent
 
-    def call(h: jax.Array, z: PyTree) -> jax.Array:
+    def call(h: jax.Array, z: Z) -> jax.Array:
         value: jax.Array = mark(f(h, z))
         jax.debug.callback(lambda _: on_evaluation(), value.ravel()[0])
         return value

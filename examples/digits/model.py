@@ -1,4 +1,4 @@
-"""What the classifiers of all frameworks have in common: parameters, settings and what is counted."""
+"""Common to the classifiers of all frameworks: parameters, settings and counters."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,12 +45,12 @@ def initial_parameters(seed: int) -> Parameters:
 
 @dataclass
 class Counts:
-    """What training cost so far.
+    """The cost of training so far.
 
     Attributes
     ----------
     evaluations, solve_evaluations
-        Evaluations of F in the training steps, and those of them that were made by the solver.
+        Evaluations of F in the training steps: all of them, and the ones by the solver.
     vjps
         Pullbacks through one evaluation of F in the training steps: of h, of z, or of both at once.
     solves, unconverged
@@ -63,7 +63,7 @@ class Counts:
     solves: int = 0
     unconverged: int = 0
 
-    def solved(self, solution: ic.Solution) -> None:
+    def solved(self, solution: ic.Solution[Any]) -> None:
         """Count the samples of a solve."""
         self.solves += len(solution.converged)
         self.unconverged += int((~solution.converged).sum())
@@ -81,7 +81,7 @@ class Model(Protocol):
         """One step of stochastic gradient descent; returns the loss before it."""
 
     def count(self, images: Array, labels: Array) -> None:
-        """Count what the next step takes, a step on this batch, where that can't be counted as it runs."""
+        """Count the operations of the next step, on this batch, if a step can't count them while it runs."""
 
     def gradient(self, images: Array, labels: Array) -> Parameters:
         """The estimator's gradient of the loss with respect to every parameter."""

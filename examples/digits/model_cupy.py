@@ -1,20 +1,21 @@
 """The classifier in CuPy: NumPy's model on a GPU, with F and its pullback fused into a kernel each."""
 
+from typing import Any
+
 import cupy
 
 import implicit_core as ic
 from implicit_core.adapters import cupy as icc
-from implicit_core.backend import PyTree
 
 from .model import Array, Parameters
 from .model_numpy import NumPyModel
 
 PHI = icc.Pointwise("a, u, b", "tanh(a + u + b)", slopes="1 - y * y")
-"""What is between the products of F, and its derivative: two kernels."""
+"""The elementwise part of F, and its derivative: two kernels."""
 
 
 def products(h: Array, z: Parameters) -> tuple[Array, Array, Array]:
-    """What PHI takes: W h, U x and b."""
+    """The arguments of PHI: W h, U x and b."""
     return h @ z["W"].T, z["x"] @ z["U"].T, z["b"]
 
 
@@ -24,12 +25,12 @@ def f(h: Array, z: Parameters) -> Array:
     return y
 
 
-def linearize(h: Array, z: Parameters) -> ic.Linearization:
+def linearize(h: Array, z: Parameters) -> ic.Linearization[Array, Any]:
     """F and its pullbacks at (h, z); images need no gradient."""
     arguments = products(h, z)
     y = PHI(*arguments)
 
-    def vjp(v: Array) -> tuple[Array, PyTree]:
+    def vjp(v: Array) -> tuple[Array, dict[str, Array | None]]:
         g, _, b = PHI.vjp(v, y, *arguments)
         return g @ z["W"], {"W": g.T @ h, "U": g.T @ z["x"], "b": b, "x": None}
 
@@ -50,7 +51,7 @@ class CuPyModel(NumPyModel):
     def __init__(self, parameters: Parameters, estimator: ic.Estimator) -> None:
         super().__init__({name: cupy.asarray(value) for name, value in parameters.items()}, estimator)
 
-    def problem(self) -> ic.Problem:
+    def problem(self) -> ic.Problem[Array, Any]:
         """F and its derivatives, in two kernels."""
         return icc.problem(f, linearize=linearize, batch_ndim=1)
 

@@ -23,7 +23,7 @@ def f(h: jax.Array, z: Arrays) -> jax.Array:
 
 
 def start(parameters: Arrays, images: jax.Array) -> tuple[jax.Array, Arrays]:
-    """Where to search from, zero, and z: what F takes beside h."""
+    """The start of the solve, zero, and z, the second argument of F."""
     b = parameters["b"]
     return jnp.zeros((len(images), len(b)), b.dtype), {"W": parameters["W"], "U": parameters["U"], "b": b, "x": images}
 
@@ -37,18 +37,18 @@ def loss(
     parameters: Arrays,
     images: jax.Array,
     labels: jax.Array,
-    equilibrium_map: ic.problem.Map,
+    equilibrium_map: ic.problem.Map[jax.Array, Arrays],
     solver: ic.Solver,
     estimator: ic.Estimator,
-) -> tuple[jax.Array, ic.Solution]:
-    """The mean cross-entropy, and the solve it stands on."""
+) -> tuple[jax.Array, ic.Solution[jax.Array]]:
+    """The mean cross-entropy, and the solve behind it."""
     h0, z = start(parameters, images)
     solution = ic.fixed_point(equilibrium_map, h0, z, solver=solver, gradient=estimator, batch_ndim=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(parameters, solution.value), labels)
     return losses.mean(), solution
 
 
-# What is not an array is static: the compiled program is made for it.
+# Arguments that are not arrays are static: JAX compiles one program for each of their values.
 loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(3, 4, 5))
 
 
@@ -60,7 +60,7 @@ def step(
     labels: jax.Array,
     solver: ic.Solver,
     estimator: ic.Estimator,
-) -> tuple[Arrays, optax.OptState, jax.Array, ic.Solution]:
+) -> tuple[Arrays, optax.OptState, jax.Array, ic.Solution[jax.Array]]:
     """One step of training: new parameters and state, the loss before it, and the solve."""
     (value, solution), gradient = loss_and_gradient(parameters, images, labels, f, solver, estimator)
     updates, state = OPTIMIZER.update(gradient, state, parameters)
@@ -70,8 +70,8 @@ def step(
 
 
 @partial(jax.jit, static_argnums=2)
-def predict(parameters: Arrays, images: jax.Array, solver: ic.Solver) -> tuple[jax.Array, ic.Solution]:
-    """The most probable classes, and the solve they stand on."""
+def predict(parameters: Arrays, images: jax.Array, solver: ic.Solver) -> tuple[jax.Array, ic.Solution[jax.Array]]:
+    """The most probable classes, and the solve behind them."""
     solution = ic.solve(f, *start(parameters, images), solver=solver, batch_ndim=1)
     return logits(parameters, solution.value).argmax(axis=1), solution
 
@@ -107,7 +107,7 @@ class JAXModel:
         return float(value)
 
     def count(self, images: Array, labels: Array) -> None:
-        """See :class:`Model`: the gradient of the step once more, with callbacks, which take as long as the step."""
+        """See :class:`Model`: the gradient of the step once more, with callbacks, which double its time."""
         (_, solution), _ = loss_and_gradient(self._parameters, images, labels, self._counted, SOLVER, self._estimator)
         jax.effects_barrier()
         self.counts.solve_evaluations += int(solution.stats.evaluations)

@@ -1,6 +1,6 @@
 """The classifier in NumPy: every derivative is written by hand, and reaches the estimators as a callback.
 
-But for F and its derivatives it is the same on the arrays of other libraries.
+All but F and its derivatives also runs on the arrays of other libraries.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ from array_api_compat import array_namespace
 import implicit_core as ic
 
 from .model import CONTRACTION, LEARNING_RATE, MOMENTUM, SOLVER, Array, Counts, Parameters
+
+Layer = ic.Problem[Array, Any]
+"""Problems with arrays h and dictionaries z, in whose gradient some leaves are None."""
 
 
 def f(h: Array, z: Parameters) -> Array:
@@ -36,25 +39,25 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def inputs(parameters: Parameters, images: Array) -> Parameters:
-    """z: what F takes beside h."""
+    """z, the second argument of F."""
     return {"W": parameters["W"], "U": parameters["U"], "b": parameters["b"], "x": images}
 
 
-def solve(problem: ic.Problem, z: Parameters, solver: ic.Solver) -> ic.Solution:
+def solve(problem: Layer, z: Parameters, solver: ic.Solver) -> ic.Solution[Array]:
     """The fixed points of a batch, from zero."""
     h0 = array_namespace(z["b"]).zeros((len(z["x"]), len(z["b"])), dtype=z["b"].dtype)
     return ic.solve(problem, h0, z, solver=solver)
 
 
 def loss_and_gradient(
-    problem: ic.Problem,
+    problem: Layer,
     parameters: Parameters,
     images: Array,
     labels: Array,
     solver: ic.Solver,
     estimator: ic.Estimator,
-) -> tuple[float, Parameters, ic.Solution]:
-    """The loss, its gradient with respect to every parameter, and the solve it stands on."""
+) -> tuple[float, Parameters, ic.Solution[Array]]:
+    """The loss, its gradient with respect to every parameter, and the solve behind it."""
     z = inputs(parameters, images)
     solution = solve(problem, z, solver)
     h, pullback = estimator.vjp(problem, solution.value, z)
@@ -64,7 +67,7 @@ def loss_and_gradient(
     return float(loss), gradient, solution
 
 
-PROBLEM = ic.Problem(f, vjp=vjp, batch_ndim=1)
+PROBLEM = Layer(f, vjp=vjp, batch_ndim=1)
 
 
 def exact_gradient(parameters: Parameters, images: Array, labels: Array) -> Parameters:
@@ -76,7 +79,7 @@ def exact_gradient(parameters: Parameters, images: Array, labels: Array) -> Para
     return gradient
 
 
-def counted(problem: ic.Problem, counts: Counts) -> ic.Problem:
+def counted(problem: Layer, counts: Counts) -> Layer:
     """``problem``, whose evaluations and pullbacks add to ``counts``."""
 
     def f(h: Array, z: Parameters) -> Array:
@@ -84,7 +87,7 @@ def counted(problem: ic.Problem, counts: Counts) -> ic.Problem:
         value: Array = problem.f(h, z)
         return value
 
-    def linearize(h: Array, z: Parameters) -> ic.Linearization:
+    def linearize(h: Array, z: Parameters) -> ic.Linearization[Array, Any]:
         counts.evaluations += 1
         at = problem.linearize(h, z)
 
@@ -97,7 +100,7 @@ def counted(problem: ic.Problem, counts: Counts) -> ic.Problem:
 
         return ic.Linearization(at.value, vjp=counting(at.vjp), vjp_h=counting(at.vjp_h), vjp_z=counting(at.vjp_z))
 
-    return ic.Problem(f, linearize=linearize, batch_ndim=problem.batch_ndim)
+    return Layer(f, linearize=linearize, batch_ndim=problem.batch_ndim)
 
 
 class NumPyModel:
@@ -119,9 +122,9 @@ class NumPyModel:
         self._problem = self.problem()
         self._counting = counted(self._problem, self.counts)
 
-    def problem(self) -> ic.Problem:
-        """F and its derivatives; all that the arrays of another library ask to be written anew."""
-        return ic.Problem(f, vjp=vjp, batch_ndim=1)
+    def problem(self) -> Layer:
+        """F and its derivatives: the only part that a subclass for another library has to replace."""
+        return Layer(f, vjp=vjp, batch_ndim=1)
 
     def parameters(self) -> Parameters:
         """See :class:`Model`."""

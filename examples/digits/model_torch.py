@@ -66,7 +66,9 @@ class TorchModel:
         self.counts.solved(solution)
         return logits.argmax(dim=1).numpy()
 
-    def _logits(self, images: Array, equilibrium_map: ic.problem.Map) -> tuple[Tensor, ic.Solution]:
+    def _logits(
+        self, images: Array, equilibrium_map: ic.problem.Map[Tensor, dict[str, Tensor]]
+    ) -> tuple[Tensor, ic.Solution[Tensor]]:
         p = self._parameters
         z = {"W": p["W"], "U": p["U"], "b": p["b"], "x": torch.from_numpy(images)}
         h0 = torch.zeros(len(images), len(p["b"]))

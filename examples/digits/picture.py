@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .model import Array
 from .result import Result, groups
 
-# Colours of Okabe and Ito, told apart with any colour vision; the dashes tell curves apart that coincide.
+# Colours of Okabe and Ito, distinct with any colour vision. Dashes keep curves that coincide visible.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "linewidth": 2.5},
     {"color": "#E69F00", "linestyle": "-", "linewidth": 2.0},

@@ -1,4 +1,4 @@
-"""What the demo says in the terminal."""
+"""The output of the demo in the terminal."""
 
 from rich import box
 from rich.console import Console
@@ -17,9 +17,9 @@ cosine  between the estimated and the exact gradient of W, U and b,
         on one fixed batch; mean over the ends of the epochs"""
 COUNTED = """\
 jax     F and VJPs are counted in a second, untimed run of each gradient"""
-APART = """\
-apart   largest difference between a parameter there and in numpy
-        after training; all start equal and see equal batches"""
+DIFFERENCE = """\
+diff    largest difference between a parameter and its value in
+        numpy after training; all start equal and see equal batches"""
 
 
 def progress(console: Console) -> Progress:
@@ -35,13 +35,13 @@ def progress(console: Console) -> Progress:
 
 
 def table(results: list[Result]) -> Table:
-    """The estimators side by side, each in every framework."""
+    """A row for each estimator in each framework."""
     several = len({result.framework for result in results}) > 1
     title = "Deep equilibrium classifier of digits"
     rows = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     rows.add_column("gradient", overflow="fold")
     rows.add_column("with", overflow="fold")
-    for name in ("acc", "loss", "ms", "F", "VJPs", "cosine", *["apart"] * several):
+    for name in ("acc", "loss", "ms", "F", "VJPs", "cosine", *["diff"] * several):
         rows.add_column(name, justify="right", overflow="fold")
     for name, group in groups(results).items():
         for result in group:
@@ -60,7 +60,7 @@ def table(results: list[Result]) -> Table:
 
 
 def remarks(results: list[Result]) -> list[str]:
-    """What must not be overlooked: solves that did not converge, accuracies too low, frameworks that disagree."""
+    """Remarks on convergence, on the accuracies, and on agreement between the frameworks."""
     solves = sum(result.counts.solves for result in results)
     unconverged = [
         f"{result.name}, {result.framework}: "
@@ -80,6 +80,6 @@ def show(console: Console, results: list[Result]) -> None:
     if "jax" in frameworks:
         console.print(COUNTED, style="dim", highlight=False)
     if len(frameworks) > 1:
-        console.print(APART, style="dim", highlight=False)
+        console.print(DIFFERENCE, style="dim", highlight=False)
     for remark in remarks(results):
         console.print(remark, highlight=False)

@@ -1,4 +1,4 @@
-"""What training with one estimator gave, and what it cost."""
+"""The result of training with one estimator, and its cost."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,33 +8,34 @@ import numpy as np
 from .model import RTOL, Array, Counts, Parameters
 
 TARGET = 0.95
-"""Test accuracy that every estimator is to exceed."""
+"""Test accuracy that every estimator has to exceed."""
 
 TOLERANCE = RTOL
-"""How far a parameter may differ between NumPy and another framework after training, which started from equal ones.
+"""Largest difference allowed after training between a parameter in NumPy and in another framework.
 
-Rounding leaves some 1e-7. But where it moves a residual across the tolerance of the solve, one framework takes a step
-more, and its fixed point differs within that tolerance, RTOL; up to 4e-6 was seen. A wrong derivative leaves 1e-2.
+Both start from equal parameters. Rounding alone causes about 1e-7. If it changes which step of a solve first meets the
+tolerance, the fixed points differ by up to that tolerance, RTOL; up to 4e-6 was measured. A wrong derivative
+causes 1e-2.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """How training with one estimator went.
+    """The result of training with one estimator.
 
     Attributes
     ----------
     framework, name
-        What computed, and the estimator.
+        Names of the framework and of the estimator.
     losses, seconds
         Training loss of each step, and the time it took; (steps,).
     accuracies, cosines
         After each epoch: test accuracy, and the cosine between the estimator's gradient of W, U and b and the exact
         one on the first training images; (epochs,).
     counts
-        What the training steps cost.
+        The cost of the training steps.
     parameters
-        Those at the end.
+        Parameters after training.
     """
 
     framework: str
@@ -101,7 +102,7 @@ def groups(results: Iterable[Result]) -> dict[str, tuple[Result, ...]]:
 
 
 def failures(results: Iterable[Result]) -> list[str]:
-    """What went wrong, each in a sentence: accuracies below TARGET, parameters further apart than TOLERANCE."""
+    """Failures as sentences: accuracies below TARGET, parameters that differ by more than TOLERANCE."""
     found = []
     for name, group in groups(results).items():
         found += [

@@ -1,4 +1,4 @@
-"""The training loop: all models take each step in turn, so that a busy machine slows them alike."""
+"""The training loop: all models take each step in turn, so that other load on the machine slows them equally."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,11 +27,10 @@ FRAMEWORKS = {
     "cupy": ("cupy",),
     "all": ("numpy", "torch", "jax"),
 }
-"""What is asked for, and what computes then; with all of them CuPy does, too, where it finds a GPU."""
-
+"""The choices, and the frameworks of each; ``"all"`` includes CuPy if it finds a GPU."""
 
 CLASSES = {"numpy": "NumPyModel", "torch": "TorchModel", "jax": "JAXModel", "cupy": "CuPyModel"}
-"""The classifier of each, in a module of its own."""
+"""The classifier of each framework, in a module ``model_<framework>``."""
 
 
 class NoGPUError(RuntimeError):
@@ -40,7 +39,7 @@ class NoGPUError(RuntimeError):
 
 @dataclass
 class Training:
-    """One estimator's model in one framework, and what is recorded while it trains."""
+    """One estimator's model in one framework, and the record of its training."""
 
     framework: str
     name: str
@@ -87,7 +86,7 @@ def cosine(a: Parameters, b: Parameters) -> float:
 
 
 def model_classes(framework: str) -> dict[str, Callable[[Parameters, ic.Estimator], Model]]:
-    """The classifiers of a framework, or of all; what they compute with is imported now."""
+    """The classifiers of a framework, or of all; imports the frameworks."""
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
     names = FRAMEWORKS[framework]

@@ -39,8 +39,8 @@ class Equilibrium(eqx.Module):
     solver: Any = eqx.field(static=True, default=ic.Anderson())
     gradient: ic.Estimator = eqx.field(static=True, default=ic.Neumann(k=5, lam=0.5))
 
-    def __call__(self, x: jax.Array) -> ic.Solution:
-        """The fixed point (width,) for x of shape (inputs,), and how it was found."""
+    def __call__(self, x: jax.Array) -> ic.Solution[jax.Array]:
+        """The fixed point (width,) for x of shape (inputs,), and how the solve went."""
         # The cell's parameters get their gradients as what F closes over.
         return ic.fixed_point(self.cell, jnp.zeros(self.width), x, solver=self.solver, gradient=self.gradient)
 
@@ -56,8 +56,8 @@ class Classifier(eqx.Module):
         self.layer = Equilibrium(Cell(inputs, width, keys[0]), width, **options)
         self.readout = eqx.nn.Linear(width, classes, key=keys[1])
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ic.Solution]:
-        """Logits (classes,), and the solve they stand on."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ic.Solution[jax.Array]]:
+        """Logits (classes,), and the solve behind them."""
         solution = self.layer(x)
         return self.readout(solution.value), solution
 

@@ -38,8 +38,8 @@ class Equilibrium(nnx.Module):
     ) -> None:
         self.cell, self.width, self.solver, self.gradient = cell, width, solver, gradient
 
-    def __call__(self, x: jax.Array) -> ic.Solution:
-        """The fixed points (n, width) for x of shape (n, inputs), and how they were found."""
+    def __call__(self, x: jax.Array) -> ic.Solution[jax.Array]:
+        """The fixed points (n, width) for x of shape (n, inputs), and how the solves went."""
         h0 = jnp.zeros((len(x), self.width))
         # The cell's parameters get their gradients as what F closes over.
         return ic.fixed_point(self.cell, h0, x, solver=self.solver, gradient=self.gradient, batch_ndim=1)
@@ -52,8 +52,8 @@ class Classifier(nnx.Module):
         self.layer = Equilibrium(Cell(inputs, width, rngs=rngs), width, **options)
         self.readout = nnx.Linear(width, classes, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ic.Solution]:
-        """Logits (n, classes), and the solves they stand on."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ic.Solution[jax.Array]]:
+        """Logits (n, classes), and the solves behind them."""
         solution = self.layer(x)
         return self.readout(solution.value), solution
 

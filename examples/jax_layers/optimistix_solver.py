@@ -5,7 +5,7 @@ from typing import Any
 import optimistix as optx
 
 import implicit_core as ic
-from implicit_core.backend import PyTree
+from implicit_core.arrays import PyTree
 
 
 def solver(
@@ -15,17 +15,17 @@ def solver(
 ) -> ic.CallableSolver:
     """A method of Optimistix as a ``solver`` of :func:`implicit_core.fixed_point`.
 
-    Optimistix sees the whole batch, samples of ``jax.vmap`` among them, as one system with one stop test, and a method
-    with a Jacobian makes that of all samples together. What it returns, converged or not, is judged sample by sample by
-    one evaluation of F: CONVERGED within ``rtol``, STAGNATED or NONFINITE beyond. The estimator differentiates it, and
-    its own ``adjoint`` is never used.
+    Optimistix solves the whole batch, samples of ``jax.vmap`` included, as one system with one stop test, and a method
+    that uses a Jacobian builds one for all samples together. One evaluation of F measures its result, converged or not,
+    for each sample: CONVERGED within ``rtol``, else STAGNATED or NONFINITE. The estimator differentiates the solution;
+    the method's own ``adjoint`` is never used.
 
     Parameters
     ----------
     method
-        Its tolerances should be the stricter ones.
+        Its tolerances should be stricter than ``rtol``.
     max_steps
-        After so many of its steps it gives what it has.
+        The method returns its current point after this number of steps.
     rtol
         Bound on ‖F(h) - h‖₂ / ‖F(h)‖₂ for a sample to have converged.
 
@@ -40,7 +40,7 @@ def solver(
     (Array([0.7391], dtype=float32), Array(True, dtype=bool))
     """
 
-    def run(problem: ic.Problem, h0: PyTree, z: PyTree) -> PyTree:
+    def run(problem: ic.Problem[Any, Any], h0: PyTree, z: PyTree) -> PyTree:
         return optx.fixed_point(problem, method, h0, z, max_steps=max_steps, throw=False).value
 
     return ic.CallableSolver(run, rtol=rtol)

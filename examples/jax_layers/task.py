@@ -1,4 +1,4 @@
-"""A toy problem, two interleaved spirals, and what is said of a training step."""
+"""A toy problem, two interleaved spirals, and the metrics of a training step."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import implicit_core as ic
 
 
 class Metrics(NamedTuple):
-    """What a training step saw before its update: mean loss, and the shares of correct and of converged samples."""
+    """Measured in a training step before its update: mean loss, and the shares of correct and of converged samples."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -27,7 +27,7 @@ def spirals(samples: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jax.numpy.asarray(points + 0.01 * rng.normal(size=points.shape)), jax.numpy.asarray(labels)
 
 
-def measure(logits: jax.Array, solution: ic.Solution, labels: jax.Array) -> Metrics:
+def measure(logits: jax.Array, solution: ic.Solution[jax.Array], labels: jax.Array) -> Metrics:
     """The metrics of a batch: logits (n, 2), the layer's solves, labels (n,)."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return Metrics(loss, (logits.argmax(axis=-1) == labels).mean(), solution.converged.mean())

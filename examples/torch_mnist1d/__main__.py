@@ -12,7 +12,7 @@ from .settings import GRADIENTS, GROUPS, PHANTOM, Settings, flag
 
 PROGRAM = "python -m implicit_core.examples.torch_mnist1d"
 MODULES = {"matplotlib", "mnist1d", "requests", "rich", "scipy", "tensorboard", "threadpoolctl", "torch"}
-"""What the example needs beyond the core's dependencies."""
+"""Modules that the example needs beyond the core's dependencies."""
 
 EPILOG = f"""\
 examples:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         if module not in MODULES:
             raise
-        extra = 'in a checkout: pip install ".[examples]", elsewhere: pip install "implicit-core[examples]"'
+        extra = 'in a checkout: pip install -e ".[examples]"'
         print(f"The example needs {module}, which is not installed; {extra}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ def restore(training: Training, path: Path) -> None:
     Raises
     ------
     TrainingError
-        If there is none in the file, or one of other settings.
+        If the file has no state, or a state of other settings.
     """
     try:
         content = path.read_bytes()

@@ -19,7 +19,7 @@ class Samples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What to train on, and what to test on once."""
+    """Samples to train on, and samples to test on once."""
 
     train: Samples
     test: Samples

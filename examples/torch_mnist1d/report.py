@@ -1,4 +1,4 @@
-"""What the program says, in the terminal and to TensorBoard."""
+"""The output of the program, in the terminal and for TensorBoard."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +68,7 @@ def trained(epochs: list[Epoch]) -> int:
 
 
 def remarks(training: Training, test: Totals) -> list[str]:
-    """What must not be overlooked: solves that did not converge."""
+    """Remarks on the convergence of the solves."""
     solves = {
         "training": (sum(epoch.train.converged for epoch in training.epochs), trained(training.epochs)),
         "the test": (test.converged, test.samples),

@@ -15,7 +15,7 @@ from .settings import Settings
 from .training import Totals, Training, TrainingError, evaluate
 
 ERRORS = (TrainingError, SolveError)
-"""What may stop a run, each with a message for the user."""
+"""Errors that stop a run, each with a message for the user."""
 
 
 class Stop:
@@ -48,7 +48,7 @@ def run(
     Parameters
     ----------
     settings
-        What determines the result.
+        All settings that determine the result.
     checkpoint_path
         Where to save the state, before the first epoch, after each, and when interrupted.
     resume

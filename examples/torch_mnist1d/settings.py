@@ -1,4 +1,4 @@
-"""What determines a run."""
+"""The settings of a run."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,7 +8,7 @@ from implicit_core import checks
 PHANTOM = ("unroll", "neumann")
 GRADIENTS = (*PHANTOM, "one-step", "implicit")
 GROUPS = 8
-"""Of the group norms; the channels are a multiple of it."""
+"""Number of groups of the group norms; it divides the number of channels."""
 
 RTOL = 1e-3
 """Relative tolerance of the solves, forward and adjoint; within reach of float32."""

@@ -122,7 +122,7 @@ class Training:
         self.seconds += perf_counter() - start
 
     def end_epoch(self) -> None:
-        """Measure on the samples held out, keep the parameters if they are the best, and shuffle anew."""
+        """Measure on the samples held out, keep the parameters if they are the best, and shuffle again."""
         validation = evaluate(self.model, self.validation)
         self.epochs.append(Epoch(self.totals, validation, self.seconds))
         if validation.correct >= self.best["correct"]:

@@ -1,10 +1,11 @@
 """Gradient estimators, one a file: Eq. (17) in ``unroll``, Eq. (18) in ``neumann``, Eq. (4) in ``implicit``."""
 
-from .base import AtFixedPoint, Estimator, Pullback
+from .base import AtFixedPoint, Derivative, Estimator
 from .bptt import BPTT
 from .implicit import Implicit
 from .inexact import InexactGradientWarning
 from .neumann import Neumann
+from .neumann_series import NeumannSeries
 from .one_step import OneStep
 from .unroll import Unroll
 
@@ -16,11 +17,12 @@ __all__ = [
     "NPG",
     "UPG",
     "AtFixedPoint",
+    "Derivative",
     "Estimator",
     "Implicit",
     "InexactGradientWarning",
     "Neumann",
+    "NeumannSeries",
     "OneStep",
-    "Pullback",
     "Unroll",
 ]

@@ -1,16 +1,19 @@
-"""What an estimator is: a frozen record that turns F's derivatives into an approximation of ∂h*/∂z."""
+"""What a gradient estimator is: a frozen record that turns F's derivatives into an approximation of ∂h*/∂z."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum, auto
+from typing import Any, ClassVar, TypeVar
 
 from .. import checks
-from ..backend import Backend, PyTree
+from ..arrays import H, Operator, State, Z
 from ..problem import Problem
 from ..registry import find_backend
+from ..space import Space
 
-Pullback = Callable[[PyTree], PyTree]
+Factor = TypeVar("Factor")
+"""A number, or an array of numbers."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class Estimator(ABC):
     """Whether the estimator replaces the solve instead of following it."""
 
     @abstractmethod
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+    def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         """The layer's output, given the solver's point h."""
 
     @abstractmethod
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+    def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """The layer's output and its pullback, as ``jax.vjp``.
 
         Parameters
@@ -63,7 +66,7 @@ class Estimator(ABC):
         """
 
     @abstractmethod
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+    def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         """The layer's output and its tangent along ``dz``, as ``jax.jvp``.
 
         Parameters
@@ -88,8 +91,8 @@ class Estimator(ABC):
             If an argument or a callback's result has a wrong structure, shape, dtype or device.
         """
 
-    def error_bound(self, contraction: Any) -> Any:
-        """What Theorem 2 bounds ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ by at a fixed point, before anything is measured.
+    def error_bound(self, contraction: Factor) -> Factor:
+        """Theorem 2's bound of ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ at a fixed point, known before the gradient is computed.
 
         Parameters
         ----------
@@ -99,86 +102,122 @@ class Estimator(ABC):
         Returns
         -------
         bound
-            As ``contraction``; NaN for an estimator of which nothing is known.
+            As ``contraction``; NaN if no bound is known for the estimator.
         """
-        return contraction * float("nan")
+        return unknown(contraction)
+
+
+class Derivative(Enum):
+    """How w = D v is differentiated: for second derivatives, and in JAX to turn a pushforward into a pullback.
+
+    See Decision 27.
+
+    Examples
+    --------
+    >>> from implicit_core.estimators import Derivative, Implicit, Neumann
+    >>> Neumann(k=5).derivative is Derivative.OF_OPERATIONS, Implicit().derivative is Derivative.OF_SOLUTION
+    (True, True)
+    """
+
+    OF_OPERATIONS = auto()
+    """Differentiate the operations of ``inverse``. Second derivatives of the layer are derivatives of the surrogate A.
+    JAX transposes the operations, so their number must not depend on data."""
+
+    OF_SOLUTION = auto()
+    """``inverse`` solves (I - ∂F/∂h) w = v to a tolerance: differentiate w as the solution of this system. Second
+    derivatives of the layer are exact to this tolerance. JAX transposes the system instead of the solver's operations,
+    so the number of iterations may depend on data."""
+
+    ONCE = auto()
+    """The number of products depends on data, and w does not solve the system. JAX cannot transpose such a loop, so the
+    layer has first derivatives alone there. PyTorch differentiates the operations."""
 
 
 @dataclass(frozen=True)
 class AtFixedPoint(Estimator):
-    """Estimators A = (∂F/∂z) D, with D in the place of (I - ∂F/∂h)⁻¹, at the solver's point (Remark 1 of the paper).
+    """Estimators A = (∂F/∂z) D at the solver's point, where D approximates (I - ∂F/∂h)⁻¹ (Remark 1 of the paper).
 
-    The value is the solver's point itself, where F is linearized once. A new one writes ``inverse`` alone.
+    The value is the solver's point itself, where F is linearized once. A new estimator writes ``inverse`` alone.
     """
 
-    adaptive: ClassVar[bool] = False
-    """Whether the number of products depends on data, so that a framework that transposes what it has traced can't
-    transpose ``inverse``. Of no account for an exact one, which transposes itself."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether ``inverse`` solves (I - ∂F/∂h) w = v to a tolerance, by iterations that are not to be differentiated.
-
-        Its derivatives are then those of the solution; otherwise they are those of the operations it consists of.
-        """
-        return False
-
-    def inverse_error(self, contraction: Any) -> Any:
-        """For an exact one, a bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1; NaN if none is known.
-
-        Its D is no matrix, since it stops by what it finds, so that its norm can't be measured by products.
-        """
-        return contraction * float("nan")
+    derivative: ClassVar[Derivative] = Derivative.OF_OPERATIONS
+    """How frameworks with autodiff differentiate ``inverse``."""
 
     @abstractmethod
-    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
-        """D v, given products with ∂F/∂h, or with its transpose for Dᵀ v; both shaped as h."""
+    def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
+        """D v.
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        """The solver's point, as it is."""
+        Parameters
+        ----------
+        space
+            The space of states, with their arithmetic. States are at least float32.
+        jacobian
+            Products with (∂F/∂h)ᵀ in a pullback, and with ∂F/∂h in a pushforward. A callback may return the same array
+            at every call: copy a product, ``space.copy(jacobian(v))``, to use it in or after the next one.
+        v
+            A state.
+        """
+        # Decisions 25 and 32.
+
+    def inverse_error(self, contraction: Factor) -> Factor:
+        """A bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1, for an estimator that solves to a tolerance.
+
+        Its D is not a fixed linear map (it stops on a data-dependent test), so its norm cannot be measured with
+        matrix-vector products. NaN if no bound is known.
+        """
+        return unknown(contraction)
+
+    def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
+        """The solver's point, unchanged."""
         return h
 
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
+    def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """See :meth:`Estimator.vjp`."""
-        backend = bind(problem, h)
+        space = bind(problem, h)
         at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+        jacobian = on_states(at.vjp_h, space, space)
 
-        def pullback(h_bar: PyTree) -> PyTree:
-            check_cotangent(backend, h_bar, h)
-            with backend.beside(h):
-                return at.vjp_z(self.inverse(at.vjp_h, h_bar, problem.batch_ndim))
+        def pullback(h_bar: H) -> Z:
+            checks.like(space.backend, "h_bar", h_bar, h, "h")
+            with space.backend.on_device_of(h):
+                w: H = space.unpack(self.inverse(space, jacobian, space.pack(h_bar)))
+                return at.vjp_z(w)
 
         return h, pullback
 
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
+    def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         """See :meth:`Estimator.jvp`."""
-        backend = bind(problem, h)
-        check_tangent(backend, dz, z)
+        space = bind(problem, h)
+        checks.like_z(space.backend, "dz", dz, z)
         at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-        with backend.beside(h):
-            # A callback may return the same memory at each call.
-            b = backend.map(backend.fresh, at.jvp_z(dz))
-            return h, self.inverse(at.jvp_h, b, problem.batch_ndim)
+        jacobian = on_states(at.jvp_h, space, space)
+        with space.backend.on_device_of(h):
+            # Copied, since a callback may return the same array at every call.
+            b = space.copy(space.pack(at.jvp_z(dz)))
+            tangent: H = space.unpack(self.inverse(space, jacobian, b))
+            return h, tangent
 
 
-def bind(problem: Problem, h: PyTree) -> Backend:
-    """The backend of the arrays in ``h``, both arguments checked."""
+def bind(problem: Problem[H, Z], h: H) -> Space:
+    """The space of ``h``, after a check of both arguments."""
     checks.instance("problem", problem, Problem, "Problem(f, vjp=...)")
-    backend = find_backend(h, "h")
-    checks.state(backend, "h", h, problem.batch_ndim)
-    return backend
+    return find_backend(h, "h").space(h, problem.batch_ndim, "h")
 
 
-def check_cotangent(backend: Backend, h_bar: PyTree, h: PyTree) -> None:
-    """``h_bar`` is shaped as h."""
-    checks.like(backend, "h_bar", h_bar, h, "h")
+def on_states(function: Callable[[Any], Any], domain: Space, codomain: Space) -> Operator:
+    """A function of the user's pytrees, as a function of states."""
+    return lambda x: codomain.pack(function(domain.unpack(x)))
 
 
-def check_tangent(backend: Backend, dz: PyTree, z: PyTree) -> None:
-    """``dz`` is shaped as z."""
-    checks.like_z(backend, "dz", dz, z)
-
-
-def geometric_bound(k: int, lam: float, contraction: Any) -> Any:
+def geometric_bound(k: int, lam: float, contraction: Factor) -> Factor:
     """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""
-    return (1 - lam * (1 - contraction)) ** k / (1 - contraction)
+    number: Any = contraction
+    bound: Factor = (1 - lam * (1 - number)) ** k / (1 - number)
+    return bound
+
+
+def unknown(contraction: Factor) -> Factor:
+    """NaN, shaped as ``contraction``."""
+    number: Any = contraction
+    nan: Factor = number * float("nan")
+    return nan

@@ -1,18 +1,19 @@
 """Backpropagation through plain fixed-point iteration (Eq. 11), the baseline."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import checks
-from ..backend import PyTree
+from ..arrays import H, Z
 from ..problem import Problem
-from .base import Estimator, Pullback
-from .unroll import Unroll, unrolled_jvp, unrolled_vjp
+from .base import Estimator
+from .unroll import Unroll
 
 
 @dataclass(frozen=True)
 class BPTT(Estimator):
-    """The derivative of k undamped steps (Eq. 10 and 11), the baseline implicit differentiation replaces.
+    """The derivative of k undamped steps (Eq. 10 and 11), the baseline that implicit differentiation replaces.
 
     In :func:`fixed_point` it replaces the solve: the k steps start at ``h0``. All k linearizations are held.
 
@@ -47,11 +48,11 @@ class BPTT(Estimator):
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checks.integer("k", self.k, 1))
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
+    def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         return Unroll(self.k, 1.0).value(problem, h, z)
 
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
-        return unrolled_vjp(problem, h, z, self.k, 1.0, recompute=False)
+    def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
+        return Unroll(self.k, 1.0).vjp(problem, h, z)
 
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
-        return unrolled_jvp(problem, h, z, dz, self.k, 1.0)
+    def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
+        return Unroll(self.k, 1.0).jvp(problem, h, z, dz)

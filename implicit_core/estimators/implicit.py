@@ -1,17 +1,15 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .. import checks
-from ..backend import PyTree
+from ..arrays import Operator, State
 from ..linear_solvers import GMRES, LinearSolver
-from ..registry import find_backend
 from ..solution import Status
 from ..space import Space
-from .base import AtFixedPoint
-from .inexact import report
+from .base import AtFixedPoint, Derivative, Factor
+from .inexact import nan_where_invalid, report
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Implicit(AtFixedPoint):
         \frac{∂h^*}{∂z} = \frac{∂F}{∂z} \left(I - \frac{∂F}{∂h}\right)^{-1}
 
     F is linearized once, at the solver's point. A pullback costs K h-VJPs, as many as the linear solver needs, and one
-    z-VJP. A linear solve that does not converge is never passed over in silence.
+    z-VJP. A linear solve that does not converge is always reported.
 
     Parameters
     ----------
@@ -30,13 +28,13 @@ class Implicit(AtFixedPoint):
         A :class:`LinearSolver`.
     on_failure
         What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
-        use what was reached, or make their part of the gradient ``"nan"``. A cotangent that is not finite is no such
-        failure: it gives NaN. What JAX has traced can't raise: there ``"raise"`` is ``"nan"``.
+        use the last iterate, or make their part of the gradient ``"nan"``. A cotangent that is not finite is not such a
+        failure: it gives NaN. Code that JAX traces cannot raise: there ``"raise"`` is ``"nan"``.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a wrong kind.
+        If an argument has a wrong type or is out of range.
 
     References
     ----------
@@ -55,42 +53,39 @@ class Implicit(AtFixedPoint):
     linear_solver: LinearSolver = field(default=GMRES())
     on_failure: Literal["raise", "warn", "nan"] = "raise"
 
+    derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
+
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
         if self.on_failure not in ("raise", "warn", "nan"):
             raise ValueError(f"on_failure must be 'raise', 'warn' or 'nan', got {self.on_failure!r}")
 
-    @property
-    def exact(self) -> bool:
-        """It is."""
-        return True
-
-    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
+    # Decision 24.
+    def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """The w with (I - J) w = v (Eq. 4)."""
-        space = Space(find_backend(v, "v"), v, batch_ndim, "v")
         with space.backend.solving():
-            result = self.linear_solver.run(
-                space, lambda w: space.sub(w, space.pack(jacobian(space.unpack(w)))), space.pack(v)
-            )
-        # A vector that is not finite has no solution to miss. Its NaN goes on, as through other operations, to whoever
-        # looks for it: a gradient scaler then skips the step.
-        hopeless = result.status == Status.NONFINITE.value
-        failed = (result.status != Status.CONVERGED.value) & ~hopeless
-        readable = space.backend.readable(result.status)
-        reported = self.on_failure == "warn" or (self.on_failure == "raise" and readable)
-        x = space.where(hopeless if reported else hopeless | failed, space.scale(float("nan"), result.x), result.x)
-        if reported:
-            status = space.xp.where(hopeless, space.full(Status.CONVERGED, space.xp.int32), result.status)
-            advice = (
+            result = self.linear_solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
+            w = nan_where_invalid(space, result.status, result.x)
+            # Decisions 24 and 53.
+            throw = self.on_failure == "raise" and space.backend.readable(result.status)
+            if not throw and self.on_failure != "warn":
+                failed = result.status != Status.CONVERGED.value
+                return space.where(failed, space.scale(float("nan"), w), w)
+            report(
+                space,
+                "the linear solve of Implicit did not converge",
                 f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, or use Neumann or "
-                "Unroll, which need none"
+                "Unroll, which need none",
+                result.status,
+                result.residual,
+                throw=throw,
             )
-            failed_solve = "the linear solve of Implicit did not converge"
-            report(space, failed_solve, advice, status, result.residual, throw=self.on_failure == "raise")
-        return space.unpack(x)
+        return w
 
-    def inverse_error(self, contraction: Any) -> Any:
-        """A residual of at most rtol times that of zero, if a sample without it raises."""
+    def inverse_error(self, contraction: Factor) -> Factor:
+        """``rtol`` (1 + L_h) / (1 - L_h), if a sample with a larger residual of its linear solve raises."""
+        number: Any = contraction
         solver = self.linear_solver
         certain = self.on_failure == "raise" and solver.atol == 0.0
-        return (solver.rtol if certain else float("nan")) * (1 + contraction) / (1 - contraction)
+        bound: Factor = (solver.rtol if certain else float("nan")) * (1 + number) / (1 - number)
+        return bound

@@ -1,24 +1,26 @@
-"""What becomes of samples whose gradient did not reach the accuracy that was asked for."""
+"""Samples whose gradient did not reach the requested accuracy, or has an invalid cotangent."""
 
 import math
 import warnings
 
-from ..backend import Array
-from ..solution import Failure, SolveError, describe, find_failures
+from ..arrays import Array, Numbers, State
+from ..solution import SolveError, Status, describe, find_failures
 from ..space import Space
 
 
 class InexactGradientWarning(RuntimeWarning):
-    """A gradient did not reach the accuracy that was asked for, in the samples it names."""
+    """A gradient did not reach the requested accuracy in the samples that the warning names."""
 
 
-def report(space: Space, what: str, advice: str, status: Array, residual: Array, *, throw: bool = False) -> None:
-    """Name the samples that failed, as soon as their statuses can be read.
+def report(space: Space, what: str, advice: str, status: Numbers, residual: Numbers, *, throw: bool = False) -> None:
+    """Name the samples whose linear solve failed, as soon as their statuses can be read.
+
+    A right-hand side that is not finite (``NONFINITE``) is not a failure, see :func:`nan_where_invalid`.
 
     Parameters
     ----------
     space
-        That of the samples.
+        The space of the samples.
     what
         What failed, a sentence without its end.
     advice
@@ -29,8 +31,8 @@ def report(space: Space, what: str, advice: str, status: Array, residual: Array,
         Raise :class:`~implicit_core.SolveError` instead of warning.
     """
 
-    def tell(status: Array, residual: Array) -> None:
-        failures: tuple[Failure, ...] = find_failures(status, residual)
+    def name(status: Array, residual: Array) -> None:
+        failures = find_failures(status, residual)
         if not failures:
             return
         message = f"{what}: {describe(failures, math.prod(status.shape))}. {advice}"
@@ -38,8 +40,20 @@ def report(space: Space, what: str, advice: str, status: Array, residual: Array,
             raise SolveError(message, failures)
         warnings.warn(message, InexactGradientWarning, stacklevel=5)
 
-    outcome = space.per_sample(status), space.per_sample(residual)
-    if space.backend.readable(status):
-        tell(*outcome)
-    else:
-        space.backend.call_later(tell, *outcome)
+    status = space.select(status == Status.NONFINITE.value, Status.CONVERGED.value, status)
+    found = space.per_sample(status), space.per_sample(residual)
+    backend = space.backend
+    if backend.readable(status):
+        name(*found)
+    elif backend.tracing is not None:
+        backend.tracing.callback(name, *found)
+
+
+def nan_where_invalid(space: Space, status: Numbers, x: State) -> State:
+    """``x``, NaN in the samples whose right-hand side was not finite.
+
+    Such a system has no solution, so it has not failed. NaN propagates as through any other operation: a gradient
+    scaler, which overflows on purpose, finds it and skips the step.
+    """
+    # Decision 30.
+    return space.where(status == Status.NONFINITE.value, space.scale(float("nan"), x), x)

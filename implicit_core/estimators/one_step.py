@@ -1,11 +1,10 @@
 """The one-step, or Jacobian-free, gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ..backend import PyTree
-from .base import AtFixedPoint, geometric_bound
+from ..arrays import Operator, State
+from ..space import Space
+from .base import AtFixedPoint, Factor, geometric_bound
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class OneStep(AtFixedPoint):
     array([1.])
     """
 
-    def inverse(self, jacobian: Callable[[PyTree], PyTree], v: PyTree, batch_ndim: int) -> PyTree:
-        """``v``: the identity in the place of the inverse."""
+    def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
+        """``v``: D is the identity."""
         return v
 
-    def error_bound(self, contraction: Any) -> Any:
+    def error_bound(self, contraction: Factor) -> Factor:
         """L_h / (1 - L_h) (Theorem 2)."""
         return geometric_bound(1, 1.0, contraction)

@@ -1,12 +1,13 @@
 """The unrolled phantom gradient (Eq. 17)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .. import checks
-from ..backend import Backend, PyTree
+from ..arrays import Array, H, State, Z
 from ..problem import BoundLinearization, Problem
-from .base import Estimator, Pullback, bind, check_cotangent, check_tangent, geometric_bound
+from ..space import Space
+from .base import Estimator, Factor, bind, geometric_bound
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Unroll(Estimator):
         A_{k,λ} = λ \sum_{t=0}^{k-1} \frac{∂F}{∂z}\Big|_{h_t} \prod_{s=t+1}^{k-1}
         \left(λ \frac{∂F}{∂h}\Big|_{h_s} + (1-λ) I\right)
 
-    The derivative of k damped steps (Eq. 13) from the solver's point h_0, which is taken as a constant; the value is
-    h_k. An inaccurate solve then behaves as backpropagation through time on k steps. A value costs k evaluations of F,
-    a pullback k - 1 h-VJPs and k z-VJPs.
+    The derivative of k damped steps h_{t+1} = λ F(h_t, z) + (1 - λ) h_t (Eq. 13) from the solver's point h_0, which is
+    a constant; the value is h_k. An inaccurate solve then behaves as backpropagation through time on k steps. A value
+    costs k evaluations of F, a pullback k - 1 h-VJPs and k z-VJPs.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ class Unroll(Estimator):
     lam
         λ in (0, 1].
     recompute
-        Hold the k states only, and linearize F anew in the pullback: k more evaluations, one linearization at a time.
+        Keep the k states only, and linearize F again in the pullback: k more evaluations, one linearization at a time.
 
     Raises
     ------
@@ -58,77 +59,99 @@ class Unroll(Estimator):
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
         checks.instance("recompute", self.recompute, bool, "True")
 
-    def value(self, problem: Problem, h: PyTree, z: PyTree) -> PyTree:
-        backend = bind(problem, h)
-        with backend.beside(h):
-            return backend.repeat(lambda h: _step(backend, self.lam, problem.f(h, z), h), h, self.k)
+    def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
+        space, lam = bind(problem, h), self.lam
+        with space.backend.on_device_of(h):
+            return space.backend.repeat(lambda h: _blend(space, lam, problem.f(h, z), h), h, self.k)
 
-    def vjp(self, problem: Problem, h: PyTree, z: PyTree) -> tuple[PyTree, Pullback]:
-        return unrolled_vjp(problem, h, z, self.k, self.lam, recompute=self.recompute)
+    def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
+        space, lam = bind(problem, h), self.lam
+        h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
+        with space.backend.on_device_of(h):
+            for _ in range(self.k):
+                at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+                steps.append((h, None if self.recompute else at))
+                h = _blend(space, lam, at.value, h)
 
-    def jvp(self, problem: Problem, h: PyTree, z: PyTree, dz: PyTree) -> tuple[PyTree, PyTree]:
-        return unrolled_jvp(problem, h, z, dz, self.k, self.lam)
+        def linearization(t: int) -> BoundLinearization[H, Z]:
+            h_t, at = steps[t]
+            return problem.linearize(h_t, z) if at is None else at
 
-    def error_bound(self, contraction: Any) -> Any:
+        def pullback(h_bar: H) -> Z:
+            """Eq. (17), the last step first, with g = B_{t+1}ᵀ ... B_{k-1}ᵀ h̄."""
+            checks.like(space.backend, "h_bar", h_bar, h_0, "h")
+            g, z_bar = h_bar, None
+            with space.backend.on_device_of(h_0):
+                for t in reversed(range(1, self.k)):
+                    g_h, g_z = linearization(t).vjp(_scale(space, lam, g))
+                    z_bar = _add(space, z_bar, g_z)
+                    g = _axpy(space, 1 - lam, g, g_h)
+                return _add(space, z_bar, linearization(0).vjp_z(_scale(space, lam, g)))
+
+        return h, pullback
+
+    def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
+        space, lam = bind(problem, h), self.lam
+        checks.like_z(space.backend, "dz", dz, z)
+        with space.backend.on_device_of(h):
+            at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+            tangent = _scale(space, lam, at.jvp_z(dz))
+            h = _blend(space, lam, at.value, h)
+            for _ in range(self.k - 1):
+                at = problem.linearize(h, z)
+                tangent = _blend(space, lam, at.jvp(tangent, dz), tangent)
+                h = _blend(space, lam, at.value, h)
+        return h, tangent
+
+    def error_bound(self, contraction: Factor) -> Factor:
         """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h), from a fixed point on (Theorem 2)."""
         return geometric_bound(self.k, self.lam, contraction)
 
 
-def unrolled_vjp(
-    problem: Problem, h: PyTree, z: PyTree, k: int, lam: float, *, recompute: bool
-) -> tuple[PyTree, Pullback]:
-    """h_k of Eq. (13) and the pullback of Eq. (17): backwards, z̄ += λ (∂F/∂z)ᵀ g and g ← B_tᵀ g."""
-    backend = bind(problem, h)
-    h_0 = h
-    steps: list[Any] = []
-    with backend.beside(h):
-        for _ in range(k):
-            at = problem.linearize(h, z).require("vjp_h", "vjp_z")
-            steps.append(h if recompute else at)
-            h = _step(backend, lam, at.value, h)
-
-    def linearization(t: int) -> BoundLinearization:
-        return problem.linearize(steps[t], z) if recompute else steps[t]
-
-    def pullback(h_bar: PyTree) -> PyTree:
-        check_cotangent(backend, h_bar, h_0)
-        g, z_bar = h_bar, None
-        with backend.beside(h_0):
-            for t in reversed(range(1, k)):
-                g_h, g_z = linearization(t).vjp(backend.map(lambda g: lam * g, g))
-                z_bar = _add(backend, z_bar, g_z)
-                g = backend.map(lambda g_h, g: backend.axpy(1 - lam, g, g_h), g_h, g)
-            return _add(backend, z_bar, linearization(0).vjp_z(backend.map(lambda g: lam * g, g)))
-
-    return h, pullback
+# Arithmetic on the user's pytrees, leaf by leaf, so that the k steps are a plain graph in a framework with autodiff.
 
 
-def unrolled_jvp(problem: Problem, h: PyTree, z: PyTree, dz: PyTree, k: int, lam: float) -> tuple[PyTree, PyTree]:
-    """h_k of Eq. (13) and its tangent: forwards, t ← B_t t + λ (∂F/∂z) dz, from t = 0."""
-    backend = bind(problem, h)
-    check_tangent(backend, dz, z)
-    tangent = None
-    with backend.beside(h):
-        for _ in range(k):
-            at = problem.linearize(h, z).require("jvp_h", "jvp_z")
-            df = at.jvp_z(dz) if tangent is None else at.jvp(tangent, dz)
-            tangent = backend.map(lambda a: lam * a, df) if tangent is None else _step(backend, lam, df, tangent)
-            h = _step(backend, lam, at.value, h)
-    return h, tangent
-
-
-def _step(backend: Backend, lam: float, f: PyTree, h: PyTree) -> PyTree:
+def _blend(space: Space, lam: float, f: H, h: H) -> H:
     """λ f + (1 - λ) h (Eq. 13)."""
-    if lam == 1.0:
-        return backend.map(backend.fresh, f)
-    return backend.map(lambda f, h: backend.axpy(lam, f, (1 - lam) * h), f, h)
+    return _copy(space, f) if lam == 1.0 else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 
 
-def _add(backend: Backend, total: PyTree, term: PyTree) -> PyTree:
+def _axpy(space: Space, factor: float, x: H, y: H) -> H:
+    """``factor x + y``."""
+    flatten = space.backend.flatten
+    leaves = space.axpy(factor, State(tuple(flatten(x)[0])), State(tuple(flatten(y)[0])))
+    total: H = space.backend.unflatten(space.structure, list(leaves))
+    return total
+
+
+def _scale(space: Space, factor: float, x: H) -> H:
+    """``factor x``."""
+    scaled: H = space.backend.map(lambda a: factor * a, x)
+    return scaled
+
+
+def _copy(space: Space, x: H) -> H:
+    """``x`` in its own memory."""
+    copied: H = space.backend.map(lambda a: _copy_array(space, a), x)
+    return copied
+
+
+def _copy_array(space: Space, a: Array) -> Array:
+    """``a`` in its own memory, since a callback may return the same array at every call.
+
+    With autodiff it does not, and a copy would be part of the graph.
+    """
+    return a if space.backend.has_autodiff else space.copy(State((a,)))[0]
+
+
+def _add(space: Space, total: Z | None, term: Z) -> Z:
     """The sum of two cotangents of z, in which None stands for no gradient."""
-    terms, structure = backend.flatten_with_none(term)
+    backend = space.backend
+    terms, structure = backend.flatten(term, none_is_leaf=True)
     if total is None:
-        return backend.unflatten(structure, [backend.fresh(a) if backend.is_array(a) else a for a in terms])
-    totals, _ = backend.flatten_with_none(total)
-    sums = [a if b is None else b if a is None else a + b for a, b in zip(totals, terms, strict=True)]
-    return backend.unflatten(structure, sums)
+        sums = [_copy_array(space, a) if backend.is_array(a) else a for a in terms]
+    else:
+        totals, _ = backend.flatten(total, none_is_leaf=True)
+        sums = [a if b is None else b if a is None else a + b for a, b in zip(totals, terms, strict=True)]
+    z_bar: Z = backend.unflatten(structure, sums)
+    return z_bar

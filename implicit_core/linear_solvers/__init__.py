@@ -1,4 +1,4 @@
-"""Matrix-free linear solvers for the exact gradient and for Newton's method, one a file."""
+"""Matrix-free linear solvers for the exact gradient and for Newton's method, one in each file."""
 
 from .base import LinearResult, LinearSolver
 from .bicgstab import BiCGSTAB

@@ -1,65 +1,81 @@
-"""What a linear solver is: settings, one cycle of its method, and the loop that measures what the cycle did."""
+"""What a linear solver is: settings, one cycle of its method, and the loop that measures what each cycle achieved."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from .. import checks
-from ..backend import Array
+from ..arrays import Mask, Numbers, Operator, State
+from ..backend import Known
 from ..solution import Status
-from ..space import Operator, Space, State
+from ..space import Space
 
-Cycle = tuple[State, Any]
-"""A correction, and the products with A spent on it."""
-
+Cycle = tuple[State, int]
+"""A correction, and the number of products with A that it took."""
 
 RECORDED = (
-    "a linear solver stops by what it finds, which it can't look at while a CUDA graph is captured: take Neumann, "
-    "Unroll or OneStep in the place of Implicit, and another solver than NewtonKrylov"
+    "Linear solvers cannot run while a CUDA graph is being captured, because they stop on a data-dependent test. Use "
+    "Neumann, Unroll or OneStep instead of Implicit or NeumannSeries, and a solver other than NewtonKrylov"
 )
 
 
 class LinearResult(NamedTuple):
-    """The solution of A x = b as a state: x, a status for each sample (N, 1), ‖b - A x‖₂, and what it took."""
+    """The solution of A x = b.
+
+    Attributes
+    ----------
+    x, r
+        The solution and its residual b - A x.
+    status, residual, error, steps
+        For each sample, (N, 1): its :class:`Status`, ‖b - A x‖₂, the error of its stop test, and the products with A
+        until it was finished.
+    products
+        Products with A, each for the whole batch.
+    """
 
     x: State
-    status: Array
-    residual: Array
-    steps: Array
-    applications: Any
+    r: State
+    status: Numbers
+    residual: Numbers
+    error: Numbers
+    steps: Numbers
+    products: int
 
 
 class _Carry(NamedTuple):
     x: State
     r: State
-    norm: Array
-    active: Array
-    steps: Array
-    applications: Any
+    norm: Numbers
+    error: Numbers
+    active: Mask
+    steps: Numbers
+    products: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSolver(ABC):
-    """Base of the matrix-free linear solvers: A x = b for every sample, A given by its products.
+    """Base of the matrix-free linear solvers: A x = b for every sample, with A given by its products.
 
-    A method writes one ``cycle``: a correction from the residual it starts at. What it says of its own residual is not
-    believed: after each cycle b - A x is computed anew, and the next cycle starts from there.
+    A method writes one ``cycle``: from a residual r, a correction d with A d ≈ r. The loop does not rely on the
+    residual that the method computes along the way: after each cycle it recomputes b - A x, and the next cycle
+    starts from there.
 
     Parameters
     ----------
     rtol, atol
-        A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is rounding error of x,
-        16 ε (‖x‖₂ + ‖b‖₂), below which products with A need not be right; never with one above ‖b‖₂ / 1000, or 8 ε ‖b‖₂
-        where the products are that coarse. ε is that of the coarsest leaf.
+        A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is at the level of rounding
+        errors of x, 16 ε (‖x‖₂ + ‖b‖₂), below which products with A need not be right. A residual above ‖b‖₂ / 1000 is
+        never accepted for its size alone, unless ε is so coarse that 8 ε ‖b‖₂ is larger. ε is the machine precision of
+        the coarsest leaf.
     max_steps
         No cycle starts after this many products with A.
     check_every
-        Steps of a method between two looks at whether all samples are finished: each look waits for the device.
+        Steps of a method between two checks whether all samples are finished. Each check waits for the device.
 
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting has a wrong type or is out of range.
 
     Examples
     --------
@@ -74,9 +90,14 @@ class LinearSolver(ABC):
     check_every: int = 1
 
     monotone: ClassVar[bool] = True
-    """Whether a cycle that does not reduce a sample's residual is taken back and ends it."""
+    """Whether a cycle that does not reduce a sample's residual is undone and ends that sample."""
+    undoes: ClassVar[bool] = True
+    """Whether a cycle that is not accepted is undone. Otherwise a number that is not finite stays in the result."""
     loops: ClassVar[bool] = True
-    """Whether a cycle has steps of its own. Otherwise it is one step."""
+    """Whether a cycle has a loop of its own. Otherwise it is a single step."""
+    recomputes: ClassVar[bool] = True
+    """Whether the residual after a cycle is computed as b - A x. Otherwise it is r - A d, which rounding errors of x do
+    not reach."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -86,56 +107,75 @@ class LinearSolver(ABC):
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
 
     @abstractmethod
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         """A correction d with A d ≈ r in the active samples.
 
-        ``norm`` is ‖r‖₂ and ``target`` the residual to stop at, both (N, 1).
+        ``norm`` is ‖r‖₂, and ``target`` the residual to stop at.
         """
+
+    # The stop test: a sample is finished once its error is at most the goal. A method may have a test of its own.
+
+    def error(self, space: Space, x: State, r: State, norm: Numbers, before: Numbers, products: int) -> Numbers:
+        """The error of x.
+
+        Here it is ``norm``, the norm of the residual r. ``before`` is the norm before the last cycle, and ``products``
+        the number of products so far.
+        """
+        return norm
+
+    def goal(self, space: Space, x: State, size: Numbers, target: Numbers) -> Numbers | float:
+        """The largest error that is accepted, where ``size`` is ‖b‖₂ and ``target`` is atol + rtol ‖b‖₂."""
+        # Decision 23.
+        xp, eps = space.xp, space.coarsest_eps
+        rounding = 16 * eps * (space.norm(x) + size)
+        goal: Numbers = xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * eps) * size))
+        return goal
 
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
         """Solve A x = b from x = 0."""
         xp, backend = space.xp, space.backend
-        if backend.recorded(b[0]):
+        if backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
-        space.spread_as(b)
+        space.shard_as(b)
         scale = space.magnitude(b)  # a cotangent of 1e-25 is not zero in float32
         b = space.divide(b, scale)
         size = space.norm(b)
-        target = backend.axpy(self.rtol, size, space.scalar(self.atol) / scale)
+        target = self.rtol * size + space.scalar(self.atol) / scale
 
-        def goal(x: State) -> Array:
-            rounding = 16 * space.coarsest_eps * (space.norm(x) + size)
-            return xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * space.coarsest_eps) * size))
-
-        def body(c: _Carry) -> _Carry:
-            correction, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
-            x = space.add(c.x, correction)
-            r = space.sub(b, operator(x))
+        def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
+            d, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            x = space.add(c.x, d)
+            # Decision 22.
+            r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
-            # NaN is less than nothing: a cycle that went wrong is taken back.
+            # Comparisons with NaN are false, so a cycle that failed is undone.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
-            x, r = space.where(accept, x, c.x), space.where(accept, r, c.r)
-            norm = xp.where(accept, norm, c.norm)
-            applications = c.applications + used + 1
-            active = accept & (norm > goal(x)) & (applications < self.max_steps)
-            steps = xp.where(c.active, space.full(0, xp.int32) + applications, c.steps)
-            return _Carry(x, r, norm, active, steps, applications)
+            kept = accept if self.undoes else c.active
+            x, r = space.where(kept, x, c.x), space.where(kept, r, c.r)
+            norm = space.select(kept, norm, c.norm)
+            products = c.products + used + 1
+            error = space.select(c.active, self.error(space, x, r, norm, c.norm, products), c.error)
+            steps = space.select(c.active, space.full(products, xp.int32), c.steps)
+            active = accept & (error > self.goal(space, x, size, target)) & (products < self.max_steps)
+            return _Carry(x, r, norm, error, active, steps, products)
 
-        carry = _Carry(space.zeros(), b, size, size > target, space.full(0, xp.int32), 0)
+        x = space.zeros()
+        # Without a step this is the error to report. Otherwise the first step replaces it.
+        error = size if self.max_steps else self.error(space, x, b, size, space.full(float("inf")), 0)
+        carry = _Carry(x, b, size, error, size > target, space.full(0, xp.int32), 0)
         check_every = 1 if self.loops else self.check_every
-        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps, check_every)
-        finite = xp.isfinite(size)
-        status = xp.where(
-            carry.steps >= self.max_steps,
-            space.full(Status.MAX_STEPS, xp.int32),
-            space.full(Status.STAGNATED, xp.int32),
-        )
-        status = xp.where(carry.norm <= goal(carry.x), space.full(Status.CONVERGED, xp.int32), status)
-        status = xp.where(finite, status, space.full(Status.NONFINITE, xp.int32))
-        return LinearResult(space.scale(scale, carry.x), status, scale * carry.norm, carry.steps, carry.applications)
+        carry = backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, check_every)
+        ran_out = carry.steps >= self.max_steps
+        converged = carry.error <= self.goal(space, carry.x, size, target)
+        status = space.select(ran_out, Status.MAX_STEPS.value, space.full(Status.STAGNATED, xp.int32))
+        status = space.select(converged, Status.CONVERGED.value, status)
+        status = space.select(~xp.isfinite(size), Status.NONFINITE.value, status)
+        x, r = space.scale(scale, carry.x), space.scale(scale, carry.r)
+        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products)
 
 
-def ratio(xp: Any, numerator: Array, denominator: Array) -> Array:
-    """``numerator / denominator``, zero where the denominator is."""
-    zero = denominator == 0
-    return xp.where(zero, xp.zeros_like(numerator), numerator / xp.where(zero, xp.ones_like(denominator), denominator))
+def ratio(numerator: Numbers, denominator: Numbers, space: Space) -> Numbers:
+    """``numerator / denominator``, zero where the denominator is zero."""
+    xp, zero = space.xp, denominator == 0
+    quotient = numerator / space.select(zero, xp.ones_like(denominator), denominator)
+    return space.select(zero, xp.zeros_like(numerator), quotient)

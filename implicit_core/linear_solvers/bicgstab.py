@@ -1,10 +1,11 @@
 """Stabilized biconjugate gradients."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..backend import Array
-from ..space import Operator, Space, State
+from ..arrays import Mask, Numbers, Operator, State
+from ..backend import Known
+from ..space import Space
 from .base import Cycle, LinearSolver, ratio
 
 
@@ -12,16 +13,16 @@ class _Carry(NamedTuple):
     x: State
     r: State
     p: State
-    rho: Array
-    active: Array
-    applications: Any
+    rho: Numbers
+    active: Mask
+    products: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(LinearSolver):
-    """BiCGSTAB, for any A, in the memory of a few states; two products with A a step.
+    """BiCGSTAB, for any A, in the memory of a few states; two products with A in each step.
 
-    Where a coefficient of the recurrence vanishes, its direction starts anew from the residual.
+    Where a coefficient of the recurrence vanishes, the search direction restarts from the residual.
 
     Parameters
     ----------
@@ -31,7 +32,7 @@ class BiCGSTAB(LinearSolver):
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting has a wrong type or is out of range.
 
     References
     ----------
@@ -47,20 +48,20 @@ class BiCGSTAB(LinearSolver):
     array([0.25, 0.5 ])
     """
 
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         xp, shadow = space.xp, r
 
-        def body(c: _Carry) -> _Carry:
+        def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             v = operator(c.p)
             along = space.dot(shadow, v)
-            alpha = ratio(xp, c.rho, along)
+            alpha = ratio(c.rho, along, space)
             s = space.axpy(-alpha, v, c.r)
             t = operator(s)
-            omega = ratio(xp, space.dot(t, s), space.dot(t, t))
+            omega = ratio(space.dot(t, s), space.dot(t, t), space)
             x = space.axpy(omega, s, space.axpy(alpha, c.p, c.x))
             r = space.axpy(-omega, t, s)
             rho = space.dot(shadow, r)
-            beta = ratio(xp, rho, c.rho) * ratio(xp, alpha, omega)
+            beta = ratio(rho, c.rho, space) * ratio(alpha, omega, space)
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
             ok = c.active & (along != 0) & xp.isfinite(norm)
@@ -68,12 +69,12 @@ class BiCGSTAB(LinearSolver):
                 space.where(ok, x, c.x),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
-                xp.where(ok, rho, c.rho),
+                space.select(ok, rho, c.rho),
                 ok & (norm > target),
-                c.applications + 2,
+                c.products + 2,
             )
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
         steps = (self.max_steps + 1) // 2
-        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, steps, self.check_every)
-        return carry.x, carry.applications
+        carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
+        return carry.x, carry.products

@@ -1,10 +1,11 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..backend import Array
-from ..space import Operator, Space, State
+from ..arrays import Mask, Numbers, Operator, State
+from ..backend import Known
+from ..space import Space
 from .base import Cycle, LinearSolver, ratio
 
 
@@ -12,16 +13,16 @@ class _Carry(NamedTuple):
     x: State
     r: State
     p: State
-    squared: Array
-    active: Array
-    applications: Any
+    squared: Numbers
+    active: Mask
+    products: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CG(LinearSolver):
     """Conjugate gradients, for a symmetric positive definite A: a symmetric ∂F/∂h with eigenvalues below one.
 
-    On any other A it may break down or make no progress; it then says that it did not converge.
+    For any other A it may break down or make no progress. It then reports that it did not converge.
 
     Parameters
     ----------
@@ -31,7 +32,7 @@ class CG(LinearSolver):
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting has a wrong type or is out of range.
 
     References
     ----------
@@ -46,20 +47,20 @@ class CG(LinearSolver):
     array([0.2, 0.6])
     """
 
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         xp = space.xp
 
-        def body(c: _Carry) -> _Carry:
+        def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             q = operator(c.p)
             curvature = space.dot(c.p, q)
             ok = c.active & (curvature != 0)
-            alpha = ratio(xp, c.squared, curvature)
+            alpha = ratio(c.squared, curvature, space)
             x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
             squared = space.dot(r, r)
-            p = space.where(ok, space.axpy(ratio(xp, squared, c.squared), c.p, r), c.p)
-            return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.applications + 1)
+            p = space.where(ok, space.axpy(ratio(squared, c.squared, space), c.p, r), c.p)
+            return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.products + 1)
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
-        carry = space.backend.while_loop(lambda c: xp.any(c.active), body, carry, self.max_steps, self.check_every)
-        return carry.x, carry.applications
+        carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
+        return carry.x, carry.products

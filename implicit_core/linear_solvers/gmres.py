@@ -1,31 +1,21 @@
 """Restarted GMRES."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import checks
-from ..backend import Array
-from ..space import History, Operator, Space, State
+from ..arrays import Array, History, Mask, Matrices, Numbers, Operator, State
+from ..backend import Known
+from ..space import Space
+from .arnoldi import arnoldi_step, unit
 from .base import Cycle, LinearSolver, ratio
-
-
-class _Carry(NamedTuple):
-    v: State
-    basis: History
-    triangle: Array
-    rotations: Array
-    used: Array
-    active: Array
-    index: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(LinearSolver):
     """GMRES, for any regular A: the least residual over the Krylov space, restarted.
 
-    Each sample has its own Krylov space and stops by itself. The basis is orthogonalized by classical Gram-Schmidt
-    twice, which is as good as modified Gram-Schmidt and made of matrix products; the rotations that reduce the
-    Hessenberg matrix are kept multiplied out, so that a step costs the same number of operations at any index.
+    Each sample has its own Krylov space and its own stop test.
 
     Parameters
     ----------
@@ -37,7 +27,7 @@ class GMRES(LinearSolver):
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting has a wrong type or is out of range.
 
     References
     ----------
@@ -59,55 +49,109 @@ class GMRES(LinearSolver):
         super().__post_init__()
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
-        xp, backend = space.xp, space.backend
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         steps = min(self.restart, self.max_steps)
-        size = steps + 1
-        identity = space.eye(size)
-        indices = xp.arange(size, device=space.device)
-        tiny = float(backend.finfo(space.dtype).smallest_normal)
+        hessenberg = _Hessenberg(space, steps + 1)
 
-        def body(c: _Carry) -> _Carry:
-            j = c.index
-            row = space.row(operator(c.v))
-            first = space.products(row, c.basis)
-            row = space.combine_onto(row, -first, c.basis)
-            second = space.products(row, c.basis)
-            w = space.state(space.combine_onto(row, -second, c.basis))
-            height = space.norm(w)
-
-            # Column j of the Hessenberg matrix, under the rotations so far; a new rotation clears its last entry.
-            column = (first + second)[:, 0, :] + height * identity[j + 1, :]
-            column = backend.products(column[:, None, :], c.rotations)[:, 0, :]
-            diagonal = xp.hypot(column[:, j][:, None], height)
-            ok = c.active & (diagonal > tiny) & xp.isfinite(diagonal)
-            cosine, sine = ratio(xp, column[:, j][:, None], diagonal), ratio(xp, height, diagonal)
-            upper, lower = c.rotations[:, j, :], c.rotations[:, j + 1, :]
-            new_upper = xp.where(ok, cosine * upper + sine * lower, upper)
-            new_lower = xp.where(ok, cosine * lower - sine * upper, lower)
-            rotations = backend.set_row(backend.set_row(c.rotations, j, new_upper), j + 1, new_lower)
-
-            above = xp.astype(indices < j, space.dtype)
-            new = xp.where(ok, column * above + diagonal * identity[j, :], identity[j, :])
-            triangle = backend.set_row(c.triangle, j, new)
-            used = c.used + xp.astype(ok, space.dtype) * identity[j, :]
-
-            v = space.scale(ratio(xp, xp.ones_like(height), height), w)
+        def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
+            j = c.steps
+            step = arnoldi_step(space, operator, c.v, c.basis, space.norm)
+            qr, decrease, ok = hessenberg.append(c.qr, step.column, step.height, j, c.active)
+            v = unit(space, step.rest, step.height)
             basis = space.set_row(c.basis, j + 1, v)
-            estimate = norm * xp.abs(new_lower[:, 0][:, None])
-            return _Carry(v, basis, triangle, rotations, used, ok & (estimate > target), j + 1)
+            return _Carry(v, basis, qr, ok & (norm * decrease > target), j + 1)
 
-        v = space.scale(ratio(xp, xp.ones_like(norm), norm), r)
-        carry = _Carry(
-            v,
-            space.set_row(space.history(size), 0, v),
-            space.matrices(size, size) + identity,
-            space.matrices(size, size) + identity,
-            space.matrices(1, size)[:, 0, :],
-            active,
-            0,
-        )
-        carry = backend.while_loop(lambda c: xp.any(c.active), body, carry, steps, self.check_every)
-        rhs = norm * carry.rotations[:, :, 0] * carry.used
-        weights = backend.solve_rows(carry.triangle, rhs[:, None, :])
-        return space.state(space.combine(weights, carry.basis)), carry.index
+        v = unit(space, r, norm)
+        basis = space.set_row(space.history(steps + 1), 0, v)
+        carry = _Carry(v, basis, hessenberg.empty(), active, 0)
+        carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
+        weights = hessenberg.least_squares(carry.qr, norm)
+        return space.state(space.combine(weights, carry.basis)), carry.steps
+
+
+class _QR(NamedTuple):
+    """The QR factorization of a Hessenberg matrix, for each sample.
+
+    Attributes
+    ----------
+    rotations
+        The Givens rotations that reduce the matrix to a triangle, multiplied out, so that a step costs the same number
+        of operations at every index: (N, m, m).
+    triangle
+        The triangle, transposed: row j is its column j. (N, m, m).
+    used
+        1 for each column that was appended, else 0: (N, m).
+    """
+
+    rotations: Matrices
+    triangle: Matrices
+    used: Array
+
+
+class _Carry(NamedTuple):
+    v: State
+    basis: History
+    qr: _QR
+    active: Mask
+    steps: int
+
+
+class _Hessenberg:
+    """The least-squares problem of GMRES, whose Hessenberg matrix has up to ``size`` - 1 columns."""
+
+    def __init__(self, space: Space, size: int) -> None:
+        self.space, self.size = space, size
+        self.identity = space.eye(size)
+        self.indices = space.xp.arange(size, device=space.device)
+        self.tiny = float(space.backend.finfo(space.dtype).smallest_normal)
+
+    def empty(self) -> _QR:
+        """The factorization before the first column."""
+        space, size = self.space, self.size
+        identity: Matrices = space.matrices(size, size) + self.identity
+        return _QR(identity, space.matrices(size, size) + self.identity, space.matrices(1, size)[:, 0, :])
+
+    def append(self, qr: _QR, column: Array, height: Numbers, j: int, active: Mask) -> tuple[_QR, Numbers, Mask]:
+        """Append column j of the Hessenberg matrix, in the active samples in which the matrix stays regular.
+
+        Parameters
+        ----------
+        qr
+            The factorization of the columns before.
+        column, height
+            The column down to its diagonal, (N, m), and the entry below the diagonal.
+        j
+            Its index.
+        active
+            The samples to append it in.
+
+        Returns
+        -------
+        qr, decrease, appended
+            The factorization; the least residual as a fraction of the residual at the start; and the samples in which
+            the column was appended.
+        """
+        space, xp, identity = self.space, self.space.xp, self.identity
+        column = (column + height * identity[j + 1, :])[:, None, :]
+        column = space.matmul(column, xp.matrix_transpose(qr.rotations))[:, 0, :]
+
+        # A new rotation clears the entry below the diagonal.
+        above: Numbers = column[:, j][:, None]
+        diagonal: Numbers = xp.hypot(above, height)
+        ok = active & (diagonal > self.tiny) & xp.isfinite(diagonal)
+        cosine, sine = ratio(above, diagonal, space), ratio(height, diagonal, space)
+        upper, lower = qr.rotations[:, j, :], qr.rotations[:, j + 1, :]
+        new_upper = xp.where(ok, cosine * upper + sine * lower, upper)
+        new_lower = xp.where(ok, cosine * lower - sine * upper, lower)
+        rotations = space.set_matrix_row(space.set_matrix_row(qr.rotations, j, new_upper), j + 1, new_lower)
+
+        before = xp.astype(self.indices < j, space.dtype)
+        new = xp.where(ok, column * before + diagonal * identity[j, :], identity[j, :])
+        triangle = space.set_matrix_row(qr.triangle, j, new)
+        used = qr.used + xp.astype(ok, space.dtype) * identity[j, :]
+        return _QR(rotations, triangle, used), xp.abs(new_lower[:, 0][:, None]), ok
+
+    def least_squares(self, qr: _QR, norm: Numbers) -> Matrices:
+        """Weights of the basis vectors, (N, 1, m), for a right-hand side along the first one, of length ``norm``."""
+        rhs = norm * qr.rotations[:, :, 0] * qr.used
+        return self.space.solve_rows(qr.triangle, rhs[:, None, :])

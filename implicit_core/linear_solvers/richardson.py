@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import checks
-from ..backend import Array
-from ..space import Operator, Space, State
+from ..arrays import Mask, Numbers, Operator, State
+from ..space import Space
 from .base import Cycle, LinearSolver
 
 
@@ -13,7 +13,7 @@ from .base import Cycle, LinearSolver
 class Richardson(LinearSolver):
     """x ← x + ω (b - A x).
 
-    On A = I - Jᵀ this is the fixed-point iteration for the adjoint, and, stopped after k steps, the Neumann series of
+    For A = I - Jᵀ this is the fixed-point iteration of the adjoint, and, stopped after k steps, the Neumann series of
     Eq. (15) with λ = ω. It converges where I - ω A is a contraction.
 
     Parameters
@@ -26,7 +26,7 @@ class Richardson(LinearSolver):
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting has a wrong type or is out of range.
 
     References
     ----------
@@ -51,5 +51,5 @@ class Richardson(LinearSolver):
         super().__post_init__()
         object.__setattr__(self, "relaxation", checks.real("relaxation", self.relaxation, 0.0, 2.0, low_open=True))
 
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Array, target: Array, active: Array) -> Cycle:
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         return space.scale(self.relaxation, r), 0

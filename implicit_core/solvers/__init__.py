@@ -1,10 +1,10 @@
 """Fixed-point solvers, one a file; :func:`implicit_core.solve` runs them."""
 
+from ..iteration import Point
 from .anderson import Anderson
-from .base import Point, Solver
+from .base import FixedPointSolver, Solver
 from .broyden import Broyden
 from .custom import CallableSolver
-from .driven import DrivenSolver
 from .fixed_point_iteration import FixedPointIteration
 from .newton_krylov import NewtonKrylov
 
@@ -12,8 +12,8 @@ __all__ = [
     "Anderson",
     "Broyden",
     "CallableSolver",
-    "DrivenSolver",
     "FixedPointIteration",
+    "FixedPointSolver",
     "NewtonKrylov",
     "Point",
     "Solver",

@@ -4,18 +4,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from .. import checks
-from ..backend import Array
-from ..space import History, Space, State
+from ..arrays import Array, History, Index, Matrices, State
+from ..iteration import Point
+from ..space import Space, total
 from ..system import System
-from .base import Point, Solver
+from .base import Solver
 
 
 class Memory(NamedTuple):
-    """The last m evaluations: the damped steps they propose, their residuals and these' products; and constants."""
+    """The last m evaluations: damped steps, residuals, and the residuals' inner products; and constants."""
 
     proposals: History
     residuals: History
-    products: History
+    products: tuple[Matrices, ...]
     filled: Any
     scaling: Array
     floor: Array
@@ -60,7 +61,7 @@ class Anderson(Solver):
     damping: float = 1.0
     regularization: float = 1e-10
 
-    steps_anew: ClassVar[bool] = True
+    copies_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,37 +73,46 @@ class Anderson(Solver):
         space, m = system.space, self.memory
         filled = space.xp.tril(space.xp.ones((m, m), dtype=space.dtype, device=space.device))
         rows = space.xp.broadcast_to(filled[:, None, None, :], (m, space.samples, 1, m))
-        constants = space.backend.table(rows), *ridge(space, m, self.regularization)
-        return Memory(space.history(m), space.history(m), space.grams(m), *constants)
+        products = tuple(space.matrices(m, m) for _ in x)
+        return Memory(
+            space.history(m), space.history(m), products, space.table(rows), *ridge(space, m, self.regularization)
+        )
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         space, slot = system.space, point.index % self.memory
         proposal = point.f if self.damping == 1.0 else space.axpy(self.damping, point.residual, point.x)
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, point.residual)
-        filled = memory.filled[space.backend.minimum(point.index, self.memory - 1)]
+        filled = memory.filled[_at_most(space, point.index, self.memory - 1)]
         products = space.gram(memory.products, residuals, slot)
-        weights = mixing_weights(space, space.sum(products), filled, (memory.scaling, memory.floor))
+        weights = mixing_weights(space, total(products), filled, (memory.scaling, memory.floor))
         x = space.state(space.combine(weights, proposals))
         return x, memory._replace(proposals=proposals, residuals=residuals, products=products)
+
+
+def _at_most(space: Space, index: Index, limit: int) -> Index:
+    """The smaller of the loop's counter, which may be an array, and a constant."""
+    return min(index, limit) if isinstance(index, int) else space.xp.clip(index, None, limit)
 
 
 def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:
     """The (m, m) constants that regularize a Gram matrix G: ``G * scaling + floor`` is regular, whatever G.
 
     An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This one is
-    relative to G's diagonal and at least rounding error, for residuals that are all equal; the floor is for zeros.
+    relative to G's diagonal (Decision 17). It is at least rounding error, for residuals that are all equal. The floor
+    is for residuals that are all zero.
     """
     identity = space.eye(m)
     tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
     return 1 + max(regularization, 4 * m * space.eps) * identity, tiny * identity
 
 
-def mixing_weights(space: Space, gram: Array, filled: Array, ridge: tuple[Array, Array]) -> Array:
+def mixing_weights(space: Space, gram: Matrices, filled: Matrices, ridge: tuple[Array, Array]) -> Matrices:
     """Weights, summing to one, that minimize the norm of the combined residual.
 
     ``gram`` is (N, m, m); ``filled``, (N, 1, m), is one at the slots in use and zero elsewhere.
     """
     scaling, floor = ridge
-    weights = space.backend.solve_rows(space.backend.axpy(gram, scaling, floor), filled)
-    return weights / space.xp.sum(weights, axis=-1, keepdims=True)
+    weights = space.solve_rows(space.multiply_add(gram, scaling, floor), filled)
+    total: Matrices = space.xp.sum(weights, axis=-1, keepdims=True)
+    return weights / total

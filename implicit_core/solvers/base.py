@@ -1,45 +1,40 @@
-"""What a solver is: a frozen record of settings, and one step of its method."""
+"""What a solver is: anything with ``solve``; most are a frozen record of settings and one step of their method."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
-from ..backend import Array
-from ..space import State
+from ..arrays import H, Operator, State, Z
+from ..iteration import Iteration, Point
+from ..problem import Problem
+from ..solution import Solution
 from ..system import System
 
 
-class Point(NamedTuple):
-    """The last evaluation of F.
+@runtime_checkable
+class FixedPointSolver(Protocol):
+    """What the library takes for a solver: whatever has this method (Decision 13).
 
-    Attributes
-    ----------
-    x, f, residual
-        The point, F there, and F(x) - x; states.
-    norm
-        ‖F(x) - x‖₂, (N, 1).
-    active
-        Samples that are not finished, (N, 1).
-    index
-        How many evaluations came before this one.
+    A solver with ``runs_user_code = False`` promises that it uses the problem through the core's operations alone. An
+    adapter may then add a batch axis, and need not expect that the solver closes over differentiated arrays.
     """
 
-    x: State
-    f: State
-    residual: State
-    norm: Array
-    active: Array
-    index: Any
+    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
+        """The fixed point of every sample, with a status for each; ``trace`` asks for every residual.
+
+        Called by :func:`implicit_core.solve`, which turns a plain F into a :class:`Problem`.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Base of the fixed-point solvers. The loop, the stop test and the statuses belong to :func:`solve`.
+    """Base of the solvers that are given by a step. The loop, the stop test and the statuses are shared.
 
-    To bring your own, derive a frozen dataclass and write two methods: ``init(system, x) -> memory``, a pytree of
-    arrays of fixed shapes (or None), and ``step(system, memory, point) -> (x, memory)``, the next point to evaluate F
-    at. Vectors are handled through ``system.space``; samples that are finished are frozen by the caller.
+    To write one, derive a frozen dataclass with two methods: ``init(system, x) -> memory``, a pytree of arrays of fixed
+    shapes (or None), and ``step(system, memory, point) -> (x, memory)``, the next point to evaluate F at. Arithmetic on
+    states is in ``system.space``. The caller freezes samples that are finished.
 
     Parameters
     ----------
@@ -49,7 +44,7 @@ class Solver(ABC):
     max_steps
         Most evaluations of F.
     check_every
-        Steps between two looks at whether all samples are finished: each look waits for the device.
+        Steps between two tests of whether all samples are finished. Each test waits for the device.
 
     Raises
     ------
@@ -78,15 +73,18 @@ class Solver(ABC):
     max_steps: int = 100
     check_every: int = 1
 
+    runs_user_code: ClassVar[bool] = False
+    """See :class:`FixedPointSolver`."""
     keeps_best: ClassVar[bool] = True
-    """Whether to return the point of least residual where none meets the tolerance; False: the last one."""
-    steps_anew: ClassVar[bool] = False
-    """Whether ``step`` returns either F's result itself, ``point.f``, or memory that nothing else holds. Otherwise what
-    it returns is copied: F may write its next result to where its last one lies."""
+    """Whether to return the point of least residual if no point meets the tolerance; False: the last one."""
+    copies_step: ClassVar[bool] = True
+    """Whether the loop copies what ``step`` returns. F may reuse its output memory, and a step may return a part of it,
+    or memory that the solver reuses. A solver whose step is always new arrays, or ``point.f`` itself, sets this to
+    False."""
     uses_jacobian: ClassVar[bool] = False
-    """Whether ``observe`` asks for the Jacobian at the point it is given."""
+    """Whether ``observe`` needs the Jacobian."""
     retries_nonfinite: ClassVar[bool] = False
-    """Whether ``step`` can go back from a point where F is not finite, and so wants to be asked."""
+    """Whether ``step`` can go back from a point where F is not finite, so that such a sample stays active."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -98,17 +96,24 @@ class Solver(ABC):
 
     @property
     def absolute_tolerance(self) -> float:
-        """``atol``, or what stands for it."""
+        """``atol``, or its default, rtol / 1000 (Decision 4)."""
         return 1e-3 * self.rtol if self.atol is None else self.atol
+
+    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
+        """See :class:`FixedPointSolver`."""
+        return Iteration(problem, h0, z, self, trace=trace).run()
 
     @abstractmethod
     def init(self, system: System, x: State) -> Any:
-        """What the method remembers, before the first step from ``x``."""
+        """The method's memory before the first step, which starts at ``x``."""
 
-    def observe(self, system: System, memory: Any, point: Point) -> Any:
-        """What is remembered once F was evaluated at a point: here, with ``uses_jacobian``, ask for its Jacobian."""
+    def observe(self, system: System, memory: Any, point: Point, jacobian: Operator | None) -> Any:
+        """The memory after F was evaluated at a point.
+
+        ``jacobian`` is ``v -> (∂F/∂h) v`` at ``point.x`` if ``uses_jacobian`` is set. It can be used here alone.
+        """
         return memory
 
     @abstractmethod
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
-        """The next point, and what is remembered then."""
+        """The next point, and the memory after it."""

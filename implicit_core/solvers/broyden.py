@@ -4,18 +4,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from .. import checks
-from ..backend import Array
-from ..space import History, Row, State
+from ..arrays import Array, History, Matrices, Row, State
+from ..iteration import Point
+from ..space import Space, head
 from ..system import System
-from .base import Point, Solver
+from .base import Solver
 
 
 class Memory(NamedTuple):
-    """The last m steps, the last one, the matrix that makes coefficients of products with them, and constants."""
+    """The last m steps, the last one, the matrix that turns products with them into coefficients, and constants."""
 
     steps: History
     last: Row
-    coefficients: Array
+    coefficients: Matrices
     here: Any
     others: Any
     one: Array
@@ -63,7 +64,7 @@ class Broyden(Solver):
 
     memory: int = 20
 
-    steps_anew: ClassVar[bool] = True
+    copies_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,32 +72,39 @@ class Broyden(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
-        here, table = space.eye(m), space.backend.table
-        constants = table(here), table(1 - here), space.scalar(1.0)
+        here = space.eye(m)
+        constants = space.table(here), space.table(1 - here), space.scalar(1.0)
         return Memory(space.history(m), space.row(space.zeros()), space.matrices(m, m), *constants)
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         space, m = system.space, self.memory
-        backend, slot, previous = space.backend, point.index % m, (point.index - 1) % m
+        slot, previous = point.index % m, (point.index - 1) % m
         first, full = point.index == 0, not isinstance(point.index, int) or point.index >= m
         r, coefficients = space.row(point.residual), memory.coefficients
-        n = space.rows_in_use(memory.steps, point.index)
-        past = space.head(memory.steps, n)
+        past = space.rows_in_use(memory.steps, point.index)
+        n = past[0].shape[1]
 
         step = r
         if first is not True:
-            of_last, of_r = space.products_of_two(memory.last, r, past)
-            row = memory.here[previous] + backend.combine(of_last, backend.head(coefficients, 1, n))
-            row = row / backend.entry(of_last, previous)
+            # Both in one pass over the history. Decision 19.
+            products = space.products(_stacked(space, memory.last, r), past)
+            of_last, of_r = space.take(products, 0, 1), space.take(products, 1, 1)
+            row = memory.here[previous] + space.matmul(of_last, head(coefficients, 1, n))
+            row = row / space.take(of_last, previous, 2)
             if first is not False:
-                (row,) = space.where(first, (space.xp.zeros_like(row),), (row,))
-            coefficients = backend.set_row(coefficients, slot, row)
+                row = space.select(first, space.xp.zeros_like(row), row)
+            coefficients = space.set_matrix_row(coefficients, slot, row)
 
-            # alpha holds at slot j + 1 the coefficient of step j + 1, so `newest` is the one of the step to be made.
-            alpha = backend.products(of_r, backend.head(coefficients, 2, n))
-            rest = backend.axpy(-1.0, backend.entry(alpha, slot), memory.one)
+            # alpha holds at slot j + 1 the coefficient of step j + 1, and at this slot the one of the step to be made.
+            alpha = space.matmul(of_r, space.xp.matrix_transpose(head(coefficients, 2, n)))
+            rest = space.multiply_add(-1.0, space.take(alpha, slot, 2), memory.one)
             if full:  # the oldest step is forgotten
                 alpha, coefficients = alpha * memory.others[slot], coefficients * memory.others[slot]
-            step = space.divide(space.combine_onto(r, backend.head(alpha, 2, n), past), rest)
+            combined = space.combine(head(alpha, 2, n), past, onto=r)
+            step = Row(tuple(a / rest for a in combined))
         steps = space.set_row(memory.steps, slot, step)
         return space.add(point.x, space.state(step)), memory._replace(steps=steps, last=step, coefficients=coefficients)
+
+
+def _stacked(space: Space, x: Row, y: Row) -> Row:
+    return Row(tuple(space.xp.concat([a, b], axis=1) for a, b in zip(x, y, strict=True)))

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from .. import checks
-from ..backend import PyTree
+from ..arrays import H, Z
 from ..problem import Problem
+from ..registry import find_backend
+from ..solution import Solution, Status
 from .fixed_point_iteration import FixedPointIteration
 
 
 @dataclass(frozen=True)
 class CallableSolver:
-    """A callable ``(problem, h0, z) -> h`` as a solver; what it returns is judged by one evaluation of F.
+    """A callable ``(problem, h0, z) -> h`` as a solver. One evaluation of F measures the residual of its result.
 
     ``solve`` wraps a bare callable in this with the default tolerances. Samples within them are CONVERGED, the others
     STAGNATED or NONFINITE: only the callable knows why it stopped.
@@ -39,14 +42,39 @@ class CallableSolver:
     (0.739085, 61)
     """
 
-    function: Callable[[Problem, PyTree, PyTree], PyTree]
+    function: Callable[[Problem[Any, Any], Any, Any], Any]
     rtol: float = 1e-5
     atol: float | None = None
 
+    runs_user_code: ClassVar[bool] = True
+    """It may do anything, so that an adapter can neither add a batch axis nor assume that it is not differentiated."""
+
     def __post_init__(self) -> None:
         checks.function("function", self.function)
-        self.judge()
+        self.measuring()
 
-    def judge(self) -> FixedPointIteration:
-        """The settings of the one evaluation that judges the result."""
+    def measuring(self) -> FixedPointIteration:
+        """The solver that evaluates F once, at its start, and returns that."""
         return FixedPointIteration(rtol=self.rtol, atol=self.atol, max_steps=1)
+
+    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
+        """Call the function, and measure what it returned. There is no trace."""
+        checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
+        backend = find_backend(h0)
+        checks.state(backend, "h0", h0, problem.batch_ndim)
+        calls = 0
+
+        def counted(h: H, z: Z) -> H:
+            nonlocal calls
+            # How often a traced call is carried out is not known.
+            calls += all(map(backend.readable, backend.flatten(h)[0]))
+            return problem.f(h, z)
+
+        with backend.solving():
+            h = self.function(problem.replace_f(counted), backend.map(backend.stop_gradient, h0), z)
+        checks.like(backend, "the result of the solver", h, h0, "h0")
+        solution = self.measuring().solve(problem, h, z)
+        xp, status, stats = backend.xp, solution.status, solution.stats
+        stagnated = xp.full(status.shape, Status.STAGNATED.value, dtype=status.dtype, device=backend.device(status))
+        status = xp.where(status == Status.MAX_STEPS.value, stagnated, status)
+        return Solution(solution.value, status, stats._replace(steps=stats.steps + calls, evaluations=1 + calls))

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import checks
-from ..space import State
+from ..arrays import State
+from ..iteration import Point
 from ..system import System
-from .base import Point, Solver
+from .base import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class FixedPointIteration(Solver):
     damping: float = 1.0
 
     keeps_best: ClassVar[bool] = False
-    steps_anew: ClassVar[bool] = True
+    copies_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

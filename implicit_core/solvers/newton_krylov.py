@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from .. import checks
-from ..backend import Array
+from ..arrays import Numbers, Operator, State
+from ..iteration import Point
 from ..linear_solvers import GMRES, LinearSolver
-from ..space import State
 from ..system import System
-from .base import Point, Solver
+from .base import Solver
 
 SUFFICIENT = 1e-4
 """Least relative decrease of the residual, times the fraction of the Newton step, for which the step is kept."""
@@ -20,9 +20,9 @@ class Memory(NamedTuple):
     """Where the current line search starts, its residual norm and direction, and the fraction of it to be tried."""
 
     x: State
-    norm: Array
+    norm: Numbers
     direction: State
-    fraction: Array
+    fraction: Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class NewtonKrylov(Solver):
 
     linear_solver: LinearSolver = field(default=GMRES(rtol=1e-3, max_steps=60))
 
-    steps_anew: ClassVar[bool] = True
+    copies_step: ClassVar[bool] = False
     uses_jacobian: ClassVar[bool] = True
     retries_nonfinite: ClassVar[bool] = True
 
@@ -72,9 +72,9 @@ class NewtonKrylov(Solver):
         space = system.space
         return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0))
 
-    def observe(self, system: System, memory: Memory, point: Point) -> Memory:
+    def observe(self, system: System, memory: Memory, point: Point, jacobian: Operator | None) -> Memory:
+        assert jacobian is not None  # uses_jacobian
         space, where = system.space, system.space.xp.where
-        jacobian = system.jacobian(point.x)
         enough = point.norm <= (1 - SUFFICIENT * memory.fraction) * memory.norm
         another = point.active & (point.index + 1 < self.max_steps)
         accept = another & (enough | (memory.fraction < SHORTEST))

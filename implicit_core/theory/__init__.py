@@ -6,6 +6,7 @@
 from .certificate import Certificate, Condition
 from .certify import certify
 from .krylov import Bounds
+from .power_iteration import contraction, spectral_radius
 from .suggest import suggest
 
-__all__ = ["Bounds", "Certificate", "Condition", "certify", "suggest"]
+__all__ = ["Bounds", "Certificate", "Condition", "certify", "contraction", "spectral_radius", "suggest"]

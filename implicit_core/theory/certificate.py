@@ -1,11 +1,11 @@
-"""What a certificate says, in numbers and in words."""
+"""The result of :func:`certify`, in numbers and in words."""
 
 import math
 import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from ..backend import Array
+from ..arrays import Array
 from ..estimators import Estimator
 from ..registry import find_backend
 from .krylov import Bounds
@@ -37,7 +37,7 @@ class Condition:
 
     @property
     def holds(self) -> bool | None:
-        """Whether it does; None where the bounds leave it open."""
+        """Whether the condition holds; None if the bounds leave it open."""
         if self.left.high <= self.right.low:
             return True
         return False if self.left.low > self.right.high else None
@@ -52,41 +52,41 @@ class Condition:
 class Certificate:
     """The paper's conditions on a gradient estimator, checked at one point; see :func:`certify`.
 
-    Numbers that belong to the batch are floats, those of a sample are arrays of the batch's shape. In :class:`Bounds`
-    one side is certain, the other holds with the confidence asked for; where the Krylov space was exhausted they are as
-    near as rounding allows. NaN, between 0 and ∞, is a number that is not finite or not to be had.
+    Numbers of the batch are floats, numbers of its samples are arrays of the batch's shape. In :class:`Bounds` one side
+    is certain, the other holds with the requested confidence; where the Krylov space was exhausted they differ by
+    rounding alone. A value of NaN with bounds (0, ∞) means that it is not finite or could not be computed.
 
     Attributes
     ----------
     gradient
         The estimator.
     residual
-        ‖F(h) - h‖₂ of each sample at the point; the theorems speak of a fixed point.
+        ‖F(h) - h‖₂ of each sample at the point; the theorems assume a fixed point.
     contraction
         L_h = ‖∂F/∂h‖₂ of each sample, :class:`Bounds`.
     spectral_radius
-        Of ∂F/∂h, of each sample: an estimate, for a matrix far from normal a rough one.
+        The spectral radius of ∂F/∂h in each sample: an estimate, a rough one for a matrix far from normal.
     error_bound
-        Theorem 2's bound of ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ before anything is measured, of each sample, at L_h's upper bound:
-        qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h). Infinite where L_h < 1 is not certain; NaN where no bound is known.
+        Theorem 2's bound of ‖A - ∂h*/∂z‖ / ‖∂F/∂z‖ in each sample, at L_h's upper bound: qᵏ / (1 - L_h) with
+        q = 1 - λ (1 - L_h). Infinite where L_h < 1 is not certain; NaN where no bound is known.
     sigma_max, sigma_min
-        Of ∂F/∂z, its cotangents the batch as one vector, :class:`Bounds` of floats.
+        The extreme singular values of ∂F/∂z, whose cotangents are the batch as one vector: :class:`Bounds` of floats.
     condition_6
         ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min² / σ_max (Theorem 1).
     condition_8
         ‖D (I - ∂F/∂h) - I‖₂ ≤ 1 / κ² (Remark 1), on the batch's worst sample; None unless A = (∂F/∂z) D.
     condition_sharp
-        ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min: all that the proof of Theorem 1 needs, κ times less strict than (6).
+        ‖A (I - ∂F/∂h) - ∂F/∂z‖₂ ≤ σ_min: what the proof of Theorem 1 needs, κ times less strict than (6).
     condition_on_range
         Where σ_min = 0, (6) with the smallest positive singular value: a guarantee for the cotangents v with
         (I - ∂F/∂h)⁻¹ v in the range of (∂F/∂z)ᵀ. None otherwise, or where that value was not found.
     inner_product, cosine, relative_error
-        Of A v and the exact gradient, for the cotangent v that was given: (7), their cosine, and ‖A v - exact‖ over
-        ‖exact‖. None without one.
+        A v compared with the exact gradient, for the given cotangent v: (7), their cosine, and ‖A v - exact‖ over
+        ‖exact‖. None without a cotangent.
     evaluations, products_h, products_z
-        Of F, and with ∂F/∂h and ∂F/∂z or their transposes, that it took.
+        Evaluations of F, and products with ∂F/∂h and with ∂F/∂z or their transposes, that the certificate took.
     samples, state_size, parameters
-        Of the batch, of one sample of h, and of what z holds.
+        The number of samples, of numbers in one sample of h, and of numbers in z.
 
     Examples
     --------
@@ -125,9 +125,9 @@ class Certificate:
     def descent(self) -> bool | None:
         """Whether the estimate is certain to be a descent direction, for every loss (Theorem 1).
 
-        True if ‖A (I - ∂F/∂h) - ∂F/∂z‖ ≤ σ_min, as (6) and (8) imply. False if it is larger: the estimate may descend
-        all the same, for this is a sufficient condition; so too if ∂F/∂z = 0, and there is nothing to descend by. None
-        if the bounds leave it open.
+        True if ‖A (I - ∂F/∂h) - ∂F/∂z‖ ≤ σ_min, which (6) and (8) imply. False if it is larger: since the condition is
+        sufficient, the estimate may descend all the same. False also if ∂F/∂z = 0, when there is no gradient. None if
+        the bounds leave it open.
         """
         implied = (self.condition_6, self.condition_8)
         if self.sigma_max.high == 0:
@@ -147,7 +147,7 @@ class Certificate:
         return Bounds(ratios[0], value, ratios[2])
 
     def to_dict(self) -> dict[str, float | bool | None]:
-        """Scalars for a logger: of what is per sample the largest of the batch."""
+        """Scalars for a logger: numbers of the samples are represented by the largest of the batch."""
         found: dict[str, float | bool | None] = {
             "descent": self.descent,
             "residual": largest(self.residual),
@@ -221,14 +221,14 @@ class Certificate:
     def _without_full_rank(self) -> str:
         numbers = self.samples * self.state_size
         if numbers > self.parameters:
-            return f"{numbers} numbers in h > {self.parameters} in z: (6), (8) can't hold"
+            return f"{numbers} numbers in h > {self.parameters} in z: (6), (8) cannot hold"
         if self.sigma_max.high == 0:
             return "∂F/∂z is zero: there is no gradient"
-        return "∂F/∂z has not full rank, or not to be told from it"
+        return "∂F/∂z does not have full rank, up to rounding"
 
 
 def largest(numbers: Array) -> float:
-    """Of a batch; NaN if there is one."""
+    """The largest number of a batch; NaN if it holds one."""
     xp = find_backend(numbers, "numbers").xp
     return math.nan if bool(xp.any(numbers != numbers)) else float(xp.max(numbers))
 

@@ -1,30 +1,31 @@
 """Theorem 1's conditions and Theorem 2's bound, at a point, matrix-free."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .. import checks
-from ..backend import Array, PyTree
-from ..estimators import Estimator, Implicit
-from ..estimators.base import AtFixedPoint, bind
+from ..arrays import H, Numbers, State, Z
+from ..estimators import AtFixedPoint, Derivative, Estimator, Implicit
+from ..estimators.base import bind
 from ..linear_solvers import GMRES, LinearSolver
 from ..problem import Problem
 from ..solution import SolveError
 from ..space import Space
 from .certificate import Certificate, Condition, largest
-from .krylov import ROUNDING, Bounds, Spectrum, dimension, singular_values, spectral_radius
-from .operators import Counted, Jacobians, Pair, check, deviation
+from .krylov import ROUNDING, Bounds, Spectrum, largest_eigenvalue, singular_values
+from .operators import CountedProblem, Jacobians, Pair, check, copied, deviation
 
 UNKNOWN = Bounds(0.0, math.nan, math.inf)
 
 
 def certify(
-    problem: Problem,
-    h: PyTree,
-    z: PyTree,
+    problem: Problem[H, Z],
+    h: H,
+    z: Z,
     gradient: Estimator,
     *,
-    cotangent: PyTree = None,
+    cotangent: H | None = None,
     steps: int = 40,
     confidence: float = 0.999,
     seed: int = 0,
@@ -37,27 +38,28 @@ def certify(
     - both sides of condition (6), :math:`\|A (I - ∂F/∂h) - ∂F/∂z\| ≤ σ_{min}² / σ_{max}`, under which the estimate is
       a descent direction of every loss (Theorem 1), and of (8), where :math:`A = (∂F/∂z) D`; σ_min alone on the right
       of (6) is enough for that, see :class:`Certificate`;
-    - the singular values of ∂F/∂z that these ask for;
+    - the singular values of ∂F/∂z in these conditions;
     - the contraction L_h, the spectral radius of ∂F/∂h, and Theorem 2's bound of the error.
 
     Extreme singular values come from ``steps`` steps of Golub-Kahan bidiagonalization, the spectral radius from as many
     of Arnoldi's method. They are exact, up to rounding, where an operator has no more dimensions than ``steps``. Beyond
     that an estimate is a bound from one side, and the bounds from the other side hold with the given confidence, all of
     them together: with the default, a norm in 10⁴ dimensions is known to 1.7 %. For σ_min that takes a condition number
-    below about 5; a larger one leaves the conditions open, unless more steps are made. All bounds allow for rounding:
-    in half precision that leaves most conditions open, and a float32 copy of the model tells more.
+    below about 5; a larger one leaves the conditions open, unless there are more steps. All bounds allow for rounding:
+    in half precision that leaves most conditions open, and a float32 copy of the model gives tighter bounds.
 
-    Estimators that stop by what they find, ``Implicit`` and ``Neumann(k="auto")``, have no matrix whose norm could be
-    measured: their left sides are bounded by the tolerance they promise, as far as L_h < 1 is certain.
+    For :class:`Implicit` and :class:`NeumannSeries`, D is not a fixed linear map (they stop on a data-dependent test),
+    so its norm cannot be measured with matrix-vector products. The left sides of their conditions are bounded by the
+    tolerance that the estimator guarantees, where L_h < 1 is certain.
 
-    All samples of a batch share what is in z, so that ∂F/∂z is one operator on the whole batch, and the conditions
-    speak of the gradient of any loss of the batch. For a single sample, pass that sample alone. Arrays that ``f``
-    closes over are constants here: what is trained has to be in z.
+    All samples of a batch share z, so ∂F/∂z is one operator on the whole batch, and the conditions are about the
+    gradient of any loss of the batch. For a single sample, pass that sample alone. Arrays that ``f`` closes over are
+    constants here: pass what is trained in z.
 
     It costs, for n steps and an estimator at the fixed point with k terms, at most (4 k + 5) n products with ∂F/∂h and
     4 n with ∂F/∂z, and holds n states: with the defaults as much time as 25 to 140 steps of training in PyTorch. For
     ``Unroll`` k times as many with ∂F/∂z, and k evaluations of F for each product. Call it now and then, on a few
-    samples.
+    samples; :func:`spectral_radius` and :func:`contraction` are cheaper.
 
     Parameters
     ----------
@@ -66,25 +68,25 @@ def certify(
     h
         A fixed point, the solver's: shaped (batch..., state...).
     z
-        Inputs and parameters. Leaves that are not real floating arrays, or that the VJP gives None for, do not count.
+        Inputs and parameters. Leaves that are not real floating arrays, or whose cotangent is None, are constants.
     gradient
         The estimator.
     cotangent
-        ∂L/∂h, shaped as h: measure the cosine and the relative error of the estimate to the exact gradient, too. NaN
-        where ``linear_solver`` did not find that.
+        ∂L/∂h, shaped as h: also measure the cosine and the relative error of the estimate to the exact gradient. They
+        are NaN if ``linear_solver`` did not converge.
     steps
         At least 1.
     confidence
         In (0, 1).
     seed
-        Of the random starts.
+        Seed of the random starts.
     linear_solver
         For the exact gradient of ``cotangent``.
 
     Returns
     -------
     Certificate
-        Numbers of the batch and of its samples; printed, a table.
+        Numbers of the batch and of its samples. Printed, it is a table.
 
     Raises
     ------
@@ -128,12 +130,12 @@ def certify(
     steps, seed = checks.integer("steps", steps, 1), checks.integer("seed", seed, 0)
     confidence = checks.real("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
     checks.instance("linear_solver", linear_solver, LinearSolver, "GMRES()")
-    backend = bind(problem, h)
+    backend = bind(problem, h).backend
     if cotangent is not None:
         checks.like(backend, "cotangent", cotangent, h, "h")
-    counted = Counted(problem)
+    counted = CountedProblem(problem)
     of_each = 1 - (1 - confidence) / 4  # L_h, both sides of (6), the left side of (8)
-    with backend.beside(h), backend.solving():
+    with backend.on_device_of(h), backend.solving():
         value = gradient.value(counted, h, z)
         j = Jacobians(counted, value, z)
         space = j.samples
@@ -141,21 +143,11 @@ def certify(
         def spectrum(pair: Pair, domain: Space, codomain: Space) -> Spectrum:
             return singular_values(*pair, domain, codomain, steps=steps, confidence=of_each, seed=seed)
 
-        jacobian = j.in_h()
-        contraction = spectrum(jacobian, space, space).largest
-        radius = space.xp.minimum(spectral_radius(jacobian.product, space, steps=steps, seed=seed), contraction.high)
-        sides = _sides(j, spectrum(j.in_z(), j.whole, j.parameters))
-        left_8: Bounds | None = None
-        if isinstance(gradient, AtFixedPoint) and gradient.exact:
-            promised = _without_a_matrix(space, gradient, contraction.high)
-            left_6, left_8 = Bounds(0.0, math.nan, sides.largest.high * promised.high), promised
-        else:
-            away = deviation(j, gradient, h)
-            left_6 = _numbers(spectrum(away.in_z, j.whole, j.parameters).largest)
-            if away.in_h is not None:
-                left_8 = Bounds(*map(largest, spectrum(away.in_h, space, space).largest))
-        if not bool(space.xp.all(j.finite)):
-            left_6, left_8 = UNKNOWN, left_8 and UNKNOWN
+        contraction = spectrum(j.in_h, space, space).largest
+        radius = largest_eigenvalue(j.in_h.product, space, steps=steps, seed=seed)
+        radius = space.xp.minimum(radius, contraction.high)
+        sides = _sides(j, spectrum(j.in_z, j.whole, j.parameters))
+        left_6, left_8 = _left_sides(j, gradient, h, spectrum, contraction.high, sides.largest.high)
         measured = _measure(j, gradient, h, cotangent, linear_solver)
     return Certificate(
         gradient=gradient,
@@ -174,8 +166,8 @@ def certify(
         products_h=counted.products_h,
         products_z=counted.products_z,
         samples=space.samples,
-        state_size=dimension(space),
-        parameters=dimension(j.parameters),
+        state_size=space.dimension,
+        parameters=j.parameters.dimension,
     )
 
 
@@ -187,21 +179,43 @@ class _Sides(NamedTuple):
     positive: float | None
 
 
-def _sides(j: Jacobians, sigma: Spectrum) -> _Sides:
+def _sides(j: Jacobians[H, Z], sigma: Spectrum) -> _Sides:
     largest, smallest = _numbers(sigma.largest), _numbers(sigma.smallest)
     exhausted = bool(sigma.exhausted[0, 0])
-    if dimension(j.parameters) < dimension(j.whole):
+    if j.parameters.dimension < j.whole.dimension:
         smallest = Bounds(0.0, 0.0, 0.0)
     positive = float(sigma.positive[0, 0]) if exhausted and smallest.value == 0 and largest.low > 0 else None
     return _Sides(largest, smallest, positive)
 
 
-def _without_a_matrix(space: Space, gradient: AtFixedPoint, contraction: Array) -> Bounds:
-    """The left side of (8) for an estimator that stops by what it finds, from what it promises."""
+def _left_sides(
+    j: Jacobians[H, Z],
+    gradient: Estimator,
+    h: H,
+    spectrum: Callable[[Pair, Space, Space], Spectrum],
+    contraction: Numbers,
+    sigma_max: float,
+) -> tuple[Bounds, Bounds | None]:
+    """The left sides of (6) and of (8), which is None unless A = (∂F/∂z) D."""
+    left_8: Bounds | None = None
+    if isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.OF_OPERATIONS:
+        left_8 = _guaranteed(j.samples, gradient, contraction)
+        left_6 = Bounds(0.0, math.nan, sigma_max * left_8.high)
+    else:
+        away = deviation(j, gradient, h)
+        left_6 = _numbers(spectrum(away.in_z, j.whole, j.parameters).largest)
+        if away.in_h is not None:
+            left_8 = Bounds(*map(largest, spectrum(away.in_h, j.samples, j.samples).largest))
+    finite = bool(j.backend.xp.all(j.finite))
+    return (left_6, left_8) if finite else (UNKNOWN, left_8 and UNKNOWN)
+
+
+def _guaranteed(space: Space, gradient: AtFixedPoint, contraction: Numbers) -> Bounds:
+    """The left side of (8) for an estimator that solves to a tolerance, from the accuracy that it guarantees."""
     xp = space.xp
     certain = contraction < 1
     bound = gradient.inverse_error(xp.where(certain, contraction, xp.zeros_like(contraction)))
-    rounding = ROUNDING * math.sqrt(dimension(space)) * space.coarsest_eps
+    rounding = ROUNDING * math.sqrt(space.dimension) * space.coarsest_eps
     bound = xp.where(certain & (bound == bound), bound + rounding, xp.full_like(contraction, math.inf))
     return Bounds(0.0, math.nan, largest(bound))
 
@@ -225,7 +239,8 @@ def _inverse_square(smallest: Bounds, largest: Bounds) -> Bounds:
 
 
 def _on_range(sides: _Sides, left: Bounds) -> Condition | None:
-    """(6) without the null space of ∂F/∂z. Its left side is taken on the whole space, which is no smaller."""
+    """(6) without the null space of ∂F/∂z. The left side is taken on the whole space, where it is not smaller."""
+    # Decision 63.
     if sides.positive is None:
         return None
     positive = Bounds(sides.positive, sides.positive, sides.positive)
@@ -236,12 +251,13 @@ def _over(a: float, b: float) -> float:
     return 0.0 if b == 0 or math.isinf(b) else a / b
 
 
-def _error_bound(space: Space, gradient: Estimator, contraction: Array) -> Array:
+def _error_bound(space: Space, gradient: Estimator, contraction: Numbers) -> Numbers:
     xp = space.xp
     certain = contraction < 1
     bound = gradient.error_bound(xp.where(certain, contraction, xp.zeros_like(contraction)))
     known = bound == bound
-    return xp.where(certain | ~known, bound, xp.full_like(contraction, math.inf))
+    limited: Numbers = xp.where(certain | ~known, bound, xp.full_like(contraction, math.inf))
+    return limited
 
 
 def _numbers(b: Bounds) -> Bounds:
@@ -249,16 +265,17 @@ def _numbers(b: Bounds) -> Bounds:
 
 
 def _measure(
-    j: Jacobians, gradient: Estimator, h: PyTree, cotangent: PyTree, linear_solver: LinearSolver
+    j: Jacobians[H, Z], gradient: Estimator, h: H, cotangent: H | None, linear_solver: LinearSolver
 ) -> dict[str, float | None]:
-    """(7) for one cotangent, and how near the two gradients are; NaN where the exact one was not found."""
+    """(7) for one cotangent, and the distance of the two gradients; NaN if the exact one was not found."""
     names = ("inner_product", "cosine", "relative_error")
     if cotangent is None:
         return dict.fromkeys(names)
     space = j.parameters
 
-    def gradient_of(estimator: Estimator, at: PyTree) -> Any:
-        return space.pack(j.moving(estimator.vjp(j.problem, at, j.z)[1](cotangent)))
+    def gradient_of(estimator: Estimator, at: H) -> State:
+        pullback = estimator.vjp(j.problem, at, j.z)[1]
+        return copied(lambda v: j.cotangent(pullback(v)), j.whole, space)(j.whole.pack(cotangent))
 
     try:
         estimate, exact = gradient_of(gradient, h), gradient_of(Implicit(linear_solver), j.h)

@@ -1,19 +1,20 @@
-"""Singular values and spectral radii of operators that are known by their products."""
+"""Singular values and spectral radii of operators that are given by their products."""
 
 import math
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..backend import Array
-from ..linear_solvers.base import ratio
-from ..space import History, Operator, Space, State
+from ..arrays import Array, Mask, Matrices, Numbers, Operator, State
+from ..linear_solvers.arnoldi import arnoldi_step, orthogonalize, unit
+from ..space import Space
 
 TINY = 100.0
-"""Times ε: what is that small beside the largest number of its sample is rounding error."""
+"""Times ε: a number that small relative to the largest of its sample is a rounding error."""
 ROUNDING = 8.0
-"""Times √n ε and the norm: what rounding may do to a singular value."""
+"""Times √n ε and the norm: the largest effect of rounding on a singular value."""
 SQUARINGS = 40
+"""Gelfand's formula is evaluated at the power 2⁴⁰."""
 
 
 class Bounds(NamedTuple):
@@ -22,9 +23,9 @@ class Bounds(NamedTuple):
     Attributes
     ----------
     low, high
-        Bounds: one is certain, the other holds with the confidence that was asked for.
+        Bounds: one is certain, the other holds with the requested confidence.
     value
-        The estimate, between them: the number itself where the Krylov space was exhausted.
+        The estimate, between the bounds: the number itself where the Krylov space was exhausted.
 
     Examples
     --------
@@ -44,17 +45,17 @@ class Spectrum(NamedTuple):
     Attributes
     ----------
     largest, smallest
-        Of all of them. The smallest is zero where it can't be told from zero.
+        Bounds of the extreme ones. The smallest is zero where rounding errors hide it.
     positive
-        The smallest of those that were found and are not zero.
+        The smallest one that was found and is not zero.
     exhausted
-        Whether the Krylov space was: then the bounds are those of rounding.
+        Whether the Krylov space is exhausted: then the bounds allow for rounding alone.
     """
 
     largest: Bounds
     smallest: Bounds
-    positive: Array
-    exhausted: Array
+    positive: Numbers
+    exhausted: Mask
 
 
 def singular_values(
@@ -69,29 +70,30 @@ def singular_values(
 ) -> Spectrum:
     r"""Golub-Kahan bidiagonalization of every sample's operator A, ``steps`` products with A and as many with Aᵀ.
 
-    The domain's basis is kept, ``steps`` states, and orthogonalized twice; that of the codomain is not kept: one side
-    is enough (Simon and Zha). After k steps the largest and smallest singular values of the bidiagonal matrix are
-    within the true ones. By how much is a theorem: the start is uniform on the sphere, so with probability 1 - δ
+    The domain's basis is kept, ``steps`` states, and orthogonalized twice. The codomain's basis is not kept: one side
+    is enough (Simon and Zha). After k steps the singular values of the bidiagonal matrix lie between the extreme ones
+    of A. A theorem bounds the distance: the start is uniform on the sphere, so with probability 1 - δ
 
     .. math::
         σ_{max}² (1 - ε) ≤ θ_{max}², \quad θ_{min}² - σ_{min}² ≤ ε (σ_{max}² - σ_{min}²), \quad
         ε = \left(\frac{\log(1.648 \sqrt{n} / δ)}{2k - 1}\right)²
 
-    (Kuczyński and Woźniakowski, Theorem 4.1, for AᵀA and for σ_max² I - AᵀA). On top of that all bounds allow for
-    rounding, in the precision of the coarsest leaf. Where something is not finite the value is NaN, between 0 and ∞.
+    (Kuczyński and Woźniakowski, Theorem 4.1, for AᵀA and for σ_max² I - AᵀA). In addition all bounds allow for
+    rounding, in the precision of the coarsest leaf. In a sample in which a number is not finite the value is NaN, with
+    bounds (0, ∞).
 
     Parameters
     ----------
     product, transposed
-        A, from states of ``space`` to those of ``codomain``, and its transpose.
+        A, from states of ``space`` to states of ``codomain``, and its transpose.
     space, codomain
-        Of as many samples.
+        Spaces with the same number of samples.
     steps
-        At most; no more than the domain has dimensions.
+        The most steps. The domain's dimension limits them, too.
     confidence
-        That all bounds hold, of all samples together.
+        The probability that the bounds hold, in all samples together.
     seed
-        Of the start.
+        Seed of the random start.
 
     References
     ----------
@@ -102,12 +104,13 @@ def singular_values(
     J. Kuczyński and H. Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with a
     random start, SIAM J. Matrix Anal. Appl. 13 (1992).
     """
+    # Decision 61.
     xp = space.xp
-    n, eps = dimension(space), max(space.eps, codomain.eps)
+    n, eps = space.dimension, max(space.eps, codomain.eps)
     steps = min(steps, n)
     basis = space.history(steps)
     v, u, beta = start(space, seed), codomain.zeros(), space.full(0.0)
-    active, finite, largest = space.full(True, xp.bool), space.full(True, xp.bool), space.full(0.0)
+    active, finite, largest = space.all_samples(), space.all_samples(), space.full(0.0)
     alphas, betas, used = [], [], []
     for j in range(steps):
         basis = space.set_row(basis, j, v)
@@ -116,8 +119,8 @@ def singular_values(
         alpha = length(codomain, u)
         largest = xp.maximum(largest, alpha)
         alpha = xp.where(alpha > TINY * eps * largest, alpha, xp.zeros_like(alpha))
-        u = codomain.scale(ratio(xp, xp.ones_like(alpha), alpha), u)
-        w, _ = orthogonal(space, space.axpy(-alpha, v, transposed(u)), basis)
+        u = unit(codomain, u, alpha)
+        _, w = orthogonalize(space, space.axpy(-alpha, v, transposed(u)), basis)
         beta = length(space, w)
         finite = finite & xp.isfinite(largest) & xp.isfinite(beta)
         largest = xp.maximum(largest, beta)
@@ -134,20 +137,19 @@ def singular_values(
     diagonal = xp.where(in_use, diagonal, xp.max(diagonal, axis=1, keepdims=True))
     k = len(alphas)
     # At unit scale, where squares neither underflow nor overflow.
-    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
-    scale = xp.where(finite, scale, xp.ones_like(scale))
-    bidiagonal = diagonal[:, :, None] * space.eye(k) + _beside_diagonal(space, betas, 1)
+    scale = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
+    bidiagonal = diagonal[:, :, None] * space.eye(k) + _off_diagonal(space, betas, 1)
     values = xp.linalg.svdvals(bidiagonal / scale[:, :, None])
-    exhausted = finite & (~active if k < n else space.full(True, xp.bool))
+    exhausted = finite & (~active if k < n else space.all_samples())
     share = gap(n, k, 1 - (1 - confidence) / (2 * space.samples))
     rounding = ROUNDING * math.sqrt(n) * max(space.coarsest_eps, codomain.coarsest_eps)
     return _with_bounds(space, values, scale, share, rounding, exhausted, finite)
 
 
 def _with_bounds(
-    space: Space, values: Array, scale: Array, share: float, rounding: float, exhausted: Array, finite: Array
+    space: Space, values: Array, scale: Numbers, share: float, rounding: float, exhausted: Mask, finite: Mask
 ) -> Spectrum:
-    """Singular values (N, k) of the bidiagonal matrices, in units of ``scale``, as those of the operators."""
+    """Spectra of the operators, from the singular values (N, k) of the bidiagonal matrices in units of ``scale``."""
     xp = space.xp
     top, bottom = values[:, :1], values[:, -1:]
     nothing, infinite = xp.zeros_like(top), xp.full_like(top, math.inf)
@@ -160,8 +162,9 @@ def _with_bounds(
     least = xp.where(bottom > slack, bottom, nothing)
     positive = xp.min(xp.where(values > slack, values, top), axis=1, keepdims=True)
 
-    def at_scale(x: Array, without: float) -> Array:
-        return xp.where(finite, scale * x, xp.full_like(x, without))
+    def at_scale(x: Numbers, otherwise: float) -> Numbers:
+        scaled: Numbers = xp.where(finite, scale * x, xp.full_like(x, otherwise))
+        return scaled
 
     return Spectrum(
         Bounds(at_scale(xp.maximum(top - slack, nothing), 0.0), at_scale(top, math.nan), at_scale(above, math.inf)),
@@ -176,31 +179,25 @@ def _with_bounds(
 
 
 def gap(n: int, steps: int, confidence: float) -> float:
-    """ε: how far, relative to the largest, an extreme eigenvalue may be beyond that of the Krylov space."""
+    """ε of :func:`singular_values`: the relative distance of an extreme eigenvalue from its estimate."""
     return (math.log(1.648 * math.sqrt(n) / (1 - confidence)) / (2 * steps - 1)) ** 2
 
 
-def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -> Array:
+def largest_eigenvalue(product: Operator, space: Space, *, steps: int, seed: int) -> Numbers:
     """The largest modulus of an eigenvalue of every sample's operator, (N, 1), by ``steps`` of Arnoldi's method.
 
-    Where the Krylov space is exhausted, exact as far as the eigenvalues are well conditioned, which those of a matrix
-    far from normal are not. Otherwise an estimate: eigenvalues at the rim of the spectrum are found first, but for a
-    general matrix there is no bound. NaN in a sample in which something is not finite.
-
-    References
-    ----------
-    W. E. Arnoldi, The principle of minimized iterations in the solution of the matrix eigenvalue problem, Quart. Appl.
-    Math. 9 (1951).
+    Where the Krylov space is exhausted it is exact, as far as the eigenvalues are well conditioned, which they are not
+    for a matrix far from normal. Otherwise it is an estimate: Arnoldi's method finds the outermost eigenvalues first,
+    but for a general matrix there is no bound. NaN in a sample in which a number is not finite.
     """
     xp, eps = space.xp, space.eps
-    steps = min(steps, dimension(space))
+    steps = min(steps, space.dimension)
     basis, v = space.history(steps), start(space, seed)
-    active, finite, largest = space.full(True, xp.bool), space.full(True, xp.bool), space.full(0.0)
+    active, finite, largest = space.all_samples(), space.all_samples(), space.full(0.0)
     columns, heights = [], []
     for j in range(steps):
         basis = space.set_row(basis, j, v)
-        rest, column = orthogonal(space, product(v), basis)
-        height = length(space, rest)
+        column, rest, height = arnoldi_step(space, product, v, basis, lambda x: length(space, x))
         largest = xp.maximum(largest, xp.max(xp.abs(column), axis=1, keepdims=True))
         largest = xp.maximum(largest, height)
         finite = finite & xp.isfinite(largest)
@@ -212,30 +209,29 @@ def spectral_radius(product: Operator, space: Space, *, steps: int, seed: int) -
         if not bool(xp.any(active)):
             break
     k = len(columns)
-    hessenberg = xp.stack(columns, axis=2)[:, :k, :] + _beside_diagonal(space, heights, -1)
+    hessenberg = xp.stack(columns, axis=2)[:, :k, :] + _off_diagonal(space, heights, -1)
     radius = _largest_modulus(space, hessenberg)
-    return xp.where(finite, radius, xp.full_like(radius, math.nan))
+    found: Numbers = xp.where(finite, radius, xp.full_like(radius, math.nan))
+    return found
 
 
-def _next(space: Space, x: State, size: Array, active: Array) -> State:
+def _next(space: Space, x: State, size: Numbers, active: Mask) -> State:
     """The next vector of a basis, ``x`` at unit length; zero in a sample whose basis is complete."""
-    unit = space.scale(ratio(space.xp, space.xp.ones_like(size), size), x)
-    return space.where(active, unit, space.zeros())
+    return space.where(active, unit(space, x, size), space.zeros())
 
 
-def _beside_diagonal(space: Space, numbers: Sequence[Array], offset: int) -> Array:
+def _off_diagonal(space: Space, numbers: Sequence[Numbers], offset: int) -> Matrices:
     """Matrices (N, k, k) with k numbers (N, 1), less the last, next to the diagonal: above it, or below."""
     xp, k = space.xp, len(numbers)
     places = xp.eye(k, k=offset, dtype=space.dtype, device=space.device)
     along = xp.concat(list(numbers), axis=1)
-    return (along[:, :, None] if offset > 0 else along[:, None, :]) * places
+    matrices: Matrices = (along[:, :, None] if offset > 0 else along[:, None, :]) * places
+    return matrices
 
 
-def _largest_modulus(space: Space, matrix: Array) -> Array:
-    """The spectral radius of small matrices, (N, k, k) -> (N, 1), as the limit of ‖Mᵖ‖^(1/p) (Gelfand), p = 2, 4, ...
-
-    The array API has no eigenvalues of a general matrix. Powers by squaring need none: p = 2⁴⁰ leaves nothing to see.
-    """
+def _largest_modulus(space: Space, matrix: Matrices) -> Numbers:
+    """The spectral radius of small matrices, (N, k, k) -> (N, 1): the limit of ‖Mᵖ‖^(1/p), p = 2, 4, ... (Gelfand)."""
+    # Decision 64.
     xp = space.xp
     logarithm, power = space.full(0.0)[:, :, None], 1.0
     for _ in range(SQUARINGS):
@@ -244,35 +240,28 @@ def _largest_modulus(space: Space, matrix: Array) -> Array:
         logarithm = logarithm + xp.where(norm > 0, xp.log(safe), xp.full_like(norm, -math.inf)) / power
         matrix = matrix / safe
         matrix, power = matrix @ matrix, 2 * power
-    return xp.exp(logarithm)[:, :, 0]
+    radius: Numbers = xp.exp(logarithm)[:, :, 0]
+    return radius
 
 
-def start(space: Space, seed: int) -> State:
-    """A unit vector for each sample, uniform on the sphere; the same in every framework."""
+def start(space: Space, seed: int, *, shared: bool = False) -> State:
+    """A unit vector for each sample, uniform on the sphere; the same in every framework.
+
+    If it is ``shared``, all samples get the same vector, which takes less time to draw.
+    """
     draw = random.Random(seed).gauss  # the array API has no random numbers
-    xp = space.xp
-    x = tuple(
-        xp.reshape(xp.asarray([draw(0.0, 1.0) for _ in range(n * d)], dtype=space.dtype, device=space.device), (n, d))
-        for n, d in space.flat_shapes
-    )
-    return space.divide(x, space.norm(x))
+    xp, samples = space.xp, 1 if shared else space.samples
+
+    def normal(n: int, d: int) -> Array:
+        numbers = [draw(0.0, 1.0) for _ in range(n * d)]
+        return xp.reshape(xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
+
+    x = State(tuple(normal(samples, d) for _, d in space.flat_shapes))
+    x = space.divide(x, space.norm(x))
+    return space.add(space.zeros(), x) if shared else x
 
 
-def length(space: Space, x: State) -> Array:
-    """Euclidean norm of each sample, (N, 1), by way of unit scale: squares neither underflow nor overflow."""
+def length(space: Space, x: State) -> Numbers:
+    """Euclidean norm of each sample, computed at unit scale: squares neither underflow nor overflow."""
     scale = space.magnitude(x)
     return scale * space.norm(space.divide(x, scale))
-
-
-def orthogonal(space: Space, x: State, basis: History) -> tuple[State, Array]:
-    """``x`` less its part within the span of a basis, by classical Gram-Schmidt twice, and that part, (N, m)."""
-    row = space.row(x)
-    first = space.products(row, basis)
-    row = space.combine_onto(row, -first, basis)
-    second = space.products(row, basis)
-    return space.state(space.combine_onto(row, -second, basis)), (first + second)[:, 0, :]
-
-
-def dimension(space: Space) -> int:
-    """Numbers of one sample."""
-    return sum(d for _, d in space.flat_shapes)

@@ -1,28 +1,31 @@
-"""The matrices that the paper's conditions are about, as products on states."""
+"""The matrices in the paper's conditions, as products on states."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from .. import checks
-from ..backend import Array, PyTree
+from ..arrays import Array, H, Mask, Numbers, Operator, PyTree, State, Z
 from ..estimators import Estimator
-from ..estimators.base import AtFixedPoint
-from ..problem import BoundLinearization, Linearization, Problem
+from ..estimators.base import AtFixedPoint, on_states
+from ..problem import DERIVATIVES, Linearization, Problem, zero_tangent
 from ..registry import find_backend
 from ..solution import Solution
-from ..space import Operator, Space, State
-from .krylov import dimension
+from ..space import Space
 
 TRACED = (
-    "certify and suggest look at numbers to decide when to stop, and can't within jax.jit, jax.vmap or a captured "
+    "certify and suggest stop on data-dependent tests, so they cannot run within jax.jit, jax.vmap or a captured "
     "graph: call them outside, on a Problem whose derivatives may be compiled"
 )
 NO_PARAMETERS = (
     "z holds no real floating array that F has a derivative in: pass what is trained in z, and not in what f closes "
     "over (for a torch module dict(module.named_parameters()), by torch.func.functional_call); cast integers to float"
 )
+
+
+Product = Callable[..., Any]
+"""A function of pytrees."""
 
 
 class Pair(NamedTuple):
@@ -32,52 +35,40 @@ class Pair(NamedTuple):
     transposed: Operator
 
 
-class Counted(Problem):
-    """A problem that counts what is asked of it.
+class CountedProblem(Problem[H, Z]):
+    """A problem that counts its evaluations and products.
 
     Attributes
     ----------
     evaluations, products_h, products_z
-        Of F, and with ∂F/∂h and ∂F/∂z or their transposes.
+        Evaluations of F, and products with ∂F/∂h and with ∂F/∂z or their transposes.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem[H, Z]) -> None:
         self.evaluations = self.products_h = self.products_z = 0
         self._given = problem
         super().__init__(self._evaluate, linearize=self._linearized, batch_ndim=problem.batch_ndim)
 
-    def _evaluate(self, h: PyTree, z: PyTree) -> PyTree:
+    def _evaluate(self, h: H, z: Z) -> H:
         self.evaluations += 1
         return self._given.f(h, z)
 
-    def _linearized(self, h: PyTree, z: PyTree) -> Linearization:
+    def _linearized(self, h: H, z: Z) -> Linearization[H, Z]:
         self.evaluations += 1
         at = self._given.linearize(h, z)
+        has = {name: getattr(at.raw, name) or getattr(at.raw, name.partition("_")[0]) for name in DERIVATIVES}
+        return Linearization(at.value, **{name: getattr(at, name) for name in has if has[name]}).wrap(self._counted)
 
-        def counted(name: str, in_h: int, in_z: int) -> Any:
-            joint = name.partition("_")[0]
-            if getattr(at.raw, name) is None and getattr(at.raw, joint) is None:
-                return None
+    def _counted(self, name: str, derivative: Product) -> Product:
+        def product(*vectors: PyTree) -> PyTree:
+            self.products_h += not name.endswith("_z")
+            self.products_z += not name.endswith("_h")
+            return derivative(*vectors)
 
-            def product(*vectors: PyTree) -> PyTree:
-                self.products_h += in_h
-                self.products_z += in_z
-                return getattr(at, name)(*vectors)
-
-            return product
-
-        return Linearization(
-            at.value,
-            vjp_h=counted("vjp_h", 1, 0),
-            vjp_z=counted("vjp_z", 0, 1),
-            jvp_h=counted("jvp_h", 1, 0),
-            jvp_z=counted("jvp_z", 0, 1),
-            vjp=counted("vjp", 1, 1),
-            jvp=counted("jvp", 1, 1),
-        )
+        return product
 
 
-class Jacobians:
+class Jacobians(Generic[H, Z]):
     """∂F/∂h and ∂F/∂z at one point, as operators.
 
     Parameters
@@ -92,99 +83,93 @@ class Jacobians:
     samples
         The space of h, sample by sample: ∂F/∂h is block-diagonal.
     whole
-        The space of h, the batch as one vector: all samples share what is in z.
+        The space of h with the batch as one vector: all samples share z.
     residual, finite
-        ‖F(h) - h‖₂, and whether it is a number, (N, 1): nothing is known of a Jacobian at a point that is none.
+        ‖F(h) - h‖₂, (N, 1), and whether it is finite. Where it is not, nothing is known of the Jacobians.
     """
 
-    def __init__(self, problem: Problem, h: PyTree, z: PyTree) -> None:
+    # Decision 62.
+
+    def __init__(self, problem: Problem[H, Z], h: H, z: Z) -> None:
         backend = self.backend = find_backend(h, "h")
         self.problem, self.h, self.z = problem, h, z
-        self.samples = Space(backend, h, problem.batch_ndim, "h")
-        if not dimension(self.samples):
+        self.samples = backend.space(h, problem.batch_ndim, "h")
+        if not self.samples.dimension:
             raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")
-        self.whole = Space(backend, h, 0, "h")
-        self.at: BoundLinearization = problem.linearize(h, z).require("vjp_h", "jvp_h")
+        self.whole = backend.space(h, 0, "h")
+        self.at = problem.linearize(h, z).require("vjp_h", "jvp_h")
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
         self.residual = self.samples.norm(self.samples.sub(self.samples.pack(self.at.value), self.samples.pack(h)))
-        self.finite = backend.xp.isfinite(self.residual)
-        self._z_leaves, self._z_structure = backend.flatten_with_none(z)
+        self.finite: Mask = backend.xp.isfinite(self.residual)
 
     @cached_property
     def parameters(self) -> Space:
-        """The space of z, its floating arrays alone, as one vector."""
-        if not self._moving:
+        """The space of z, of the arrays that F has a derivative in, as one vector."""
+        if not self._differentiable:
             raise ValueError(NO_PARAMETERS)
-        return Space(self.backend, [self._z_leaves[i] for i in self._moving], 0, "z")
+        leaves = self.backend.flatten(self.z, none_is_leaf=True)[0]
+        return self.backend.space([leaves[i] for i in self._differentiable], 0, "z")
 
     @cached_property
-    def _moving(self) -> list[int]:
+    def _differentiable(self) -> list[int]:
+        """The leaves of z that F has a derivative in."""
         backend = self.backend
         self.at.require("vjp_z", "jvp_z")
-        probe = backend.flatten_with_none(self.at.vjp_z(backend.map(backend.xp.zeros_like, self.h)))[0]
-        return [i for i, leaf in enumerate(probe) if backend.is_array(leaf) and self._floats(i)]
+        leaves = backend.flatten(self.z, none_is_leaf=True)[0]
+        floats = [backend.is_array(leaf) and backend.isdtype(leaf.dtype, "real floating") for leaf in leaves]
+        cotangents = backend.flatten(self.at.vjp_z(zero_tangent(backend, self.h)), none_is_leaf=True)[0]
+        return [i for i, v in enumerate(cotangents) if backend.is_array(v) and floats[i]]
 
-    def _floats(self, i: int) -> bool:
-        leaf = self._z_leaves[i]
-        return self.backend.is_array(leaf) and self.backend.isdtype(leaf.dtype, "real floating")
+    # Between pytrees shaped as z and states of ``parameters``.
 
-    # Products with pytrees. A callback may return the same memory at each call: what it gave is copied.
+    def cotangent(self, z_bar: Z) -> list[Array]:
+        """The arrays in a cotangent shaped as z that F has a derivative in."""
+        leaves = self.backend.flatten(z_bar, none_is_leaf=True)[0]
+        return [leaves[i] for i in self._differentiable]
 
-    def vjp_h(self, v: PyTree) -> PyTree:
-        """(∂F/∂h)ᵀ v."""
-        return self.fresh(self.at.vjp_h(v))
-
-    def jvp_h(self, dh: PyTree) -> PyTree:
-        """(∂F/∂h) dh."""
-        return self.fresh(self.at.jvp_h(dh))
-
-    def vjp_z(self, v: PyTree) -> list[Array]:
-        """(∂F/∂z)ᵀ v, the arrays that have a gradient."""
-        return self.moving(self.at.vjp_z(v))
-
-    def jvp_z(self, dz: list[Array]) -> PyTree:
-        """(∂F/∂z) dz."""
-        return self.fresh(self.at.jvp_z(self.tangent(dz)))
-
-    def fresh(self, tree: PyTree) -> PyTree:
-        """A pytree in memory of its own."""
-        return self.backend.map(self.backend.fresh, tree)
-
-    def moving(self, z_bar: PyTree) -> list[Array]:
-        """Of a cotangent shaped as z, the arrays that have a gradient."""
-        leaves = self.backend.flatten_with_none(z_bar)[0]
-        return [self.backend.fresh(leaves[i]) for i in self._moving]
-
-    def tangent(self, dz: list[Array]) -> PyTree:
-        """A tangent shaped as z."""
-        backend = self.backend
-        leaves = [backend.xp.zeros_like(x) if backend.is_array(x) else x for x in self._z_leaves]
-        for i, leaf in zip(self._moving, dz, strict=True):
+    def tangent(self, dz: list[Array]) -> Z:
+        """A tangent shaped as z, zero elsewhere."""
+        leaves, structure = self.backend.flatten(zero_tangent(self.backend, self.z), none_is_leaf=True)
+        for i, leaf in zip(self._differentiable, dz, strict=True):
             leaves[i] = leaf
-        return backend.unflatten(self._z_structure, leaves)
+        tangent: Z = self.backend.unflatten(structure, leaves)
+        return tangent
+
+    def by_sample(self, x: State) -> State:
+        """A state of ``whole`` as one of ``samples``."""
+        return _reshaped(x, self.samples)
+
+    def as_one(self, x: State) -> State:
+        """A state of ``samples`` as one of ``whole``."""
+        return _reshaped(x, self.whole)
 
     # Operators, in the paper's transposed convention: from cotangents of h.
 
+    @cached_property
     def in_h(self) -> Pair:
         """∂F/∂h, sample by sample; NaN at a point that is not finite."""
-        space, xp = self.samples, self.backend.xp
-        known = xp.where(self.finite, space.full(1.0), space.full(float("nan")))
-        forth, back = on(space, space, self.vjp_h), on(space, space, self.jvp_h)
-        return Pair(lambda v: space.scale(known, forth(v)), lambda v: space.scale(known, back(v)))
+        space = self.samples
+        known: Numbers = space.xp.where(self.finite, space.full(1.0), space.full(float("nan")))
+        pull, push = on_states(self.at.vjp_h, space, space), on_states(self.at.jvp_h, space, space)
+        return Pair(lambda v: space.scale(known, pull(v)), lambda v: space.scale(known, push(v)))
 
+    @cached_property
     def in_z(self) -> Pair:
-        """∂F/∂z, from the whole batch's cotangents to those of z."""
-        return Pair(on(self.whole, self.parameters, self.vjp_z), on(self.parameters, self.whole, self.jvp_z))
+        """∂F/∂z, from the whole batch's cotangents to cotangents of z."""
+        return Pair(
+            copied(lambda v: self.cotangent(self.at.vjp_z(v)), self.whole, self.parameters),
+            copied(lambda dz: self.at.jvp_z(self.tangent(dz)), self.parameters, self.whole),
+        )
 
     def damped(self, lam: float) -> Pair:
         """B = λ ∂F/∂h + (1 - λ) I (Eq. 15), sample by sample."""
-        space, jacobian = self.samples, self.in_h()
+        space = self.samples
 
         def blend(product: Operator) -> Operator:
             return lambda v: space.axpy(lam, product(v), space.scale(1 - lam, v))
 
-        return Pair(blend(jacobian.product), blend(jacobian.transposed))
+        return Pair(blend(self.in_h.product), blend(self.in_h.transposed))
 
 
 @dataclass(frozen=True)
@@ -203,67 +188,69 @@ class Deviation:
     in_h: Pair | None
 
 
-def deviation(jacobians: Jacobians, gradient: Estimator, start: PyTree) -> Deviation:
+def deviation(j: Jacobians[H, Z], gradient: Estimator, start: H) -> Deviation:
     """The operators of conditions (6) and (8).
 
     Parameters
     ----------
-    jacobians
-        At the estimator's value.
+    j
+        The Jacobians at the estimator's value.
     gradient
         The estimator.
     start
-        The point it starts from: for those at the fixed point, their value.
+        The point it starts from. For an estimator at the fixed point this is its value.
     """
     if isinstance(gradient, AtFixedPoint):
-        return _at_fixed_point(jacobians, gradient)
-    j, problem = jacobians, jacobians.problem
-    backend = j.backend
-    _, pullback = gradient.vjp(problem, start, j.z)
+        return _at_fixed_point(j, gradient)
+    space, whole, in_h, in_z = j.samples, j.whole, j.in_h, j.in_z
+    _, pullback = gradient.vjp(j.problem, start, j.z)
+    estimate = copied(lambda v: j.cotangent(pullback(v)), whole, j.parameters)
+    pushed = copied(lambda dz: gradient.jvp(j.problem, start, j.z, j.tangent(dz))[1], j.parameters, space)
 
-    def forth(v: PyTree) -> list[Array]:
-        image = j.moving(pullback(backend.map(lambda a, b: a - b, v, j.vjp_h(v))))
-        return [a - b for a, b in zip(image, j.vjp_z(v), strict=True)]
+    def product(v: State) -> State:
+        x = j.by_sample(v)
+        return j.parameters.sub(estimate(j.as_one(space.sub(x, in_h.product(x)))), in_z.product(v))
 
-    def back(dz: list[Array]) -> PyTree:
-        _, t = gradient.jvp(problem, start, j.z, j.tangent(dz))
-        return backend.map(lambda t, jt, g: t - jt - g, t, j.jvp_h(t), j.jvp_z(dz))
+    def transposed(dz: State) -> State:
+        t = pushed(dz)
+        return whole.sub(j.as_one(space.sub(t, in_h.transposed(t))), in_z.transposed(dz))
 
-    return Deviation(Pair(on(j.whole, j.parameters, forth), on(j.parameters, j.whole, back)), None)
-
-
-def _at_fixed_point(j: Jacobians, gradient: AtFixedPoint) -> Deviation:
-    """A = (∂F/∂z) D, so that (6) is about (∂F/∂z) (D (I - ∂F/∂h) - I)."""
-    backend, batch_ndim = j.backend, j.problem.batch_ndim
-
-    def forth(v: PyTree) -> PyTree:
-        w = gradient.inverse(j.vjp_h, backend.map(lambda a, b: a - b, v, j.vjp_h(v)), batch_ndim)
-        return backend.map(lambda a, b: a - b, w, v)
-
-    def back(t: PyTree) -> PyTree:
-        s = gradient.inverse(j.jvp_h, t, batch_ndim)
-        return backend.map(lambda s, js, t: s - js - t, s, j.jvp_h(s), t)
-
-    return Deviation(
-        Pair(
-            on(j.whole, j.parameters, lambda v: j.vjp_z(forth(v))),
-            on(j.parameters, j.whole, lambda dz: back(j.jvp_z(dz))),
-        ),
-        Pair(on(j.samples, j.samples, forth), on(j.samples, j.samples, back)),
-    )
+    return Deviation(Pair(product, transposed), None)
 
 
-def on(domain: Space, codomain: Space, function: Callable[[Any], Any]) -> Operator:
-    """A function of pytrees as one of states."""
+def _at_fixed_point(j: Jacobians[H, Z], gradient: AtFixedPoint) -> Deviation:
+    """A = (∂F/∂z) D, so the operator of (6) is (∂F/∂z) (D (I - ∂F/∂h) - I)."""
+    space, in_h, in_z = j.samples, j.in_h, j.in_z
 
-    def on_states(x: State) -> State:
-        return codomain.pack(function(domain.unpack(x)))
+    def product(v: State) -> State:
+        return space.sub(gradient.inverse(space, in_h.product, space.sub(v, in_h.product(v))), v)
 
-    return on_states
+    def transposed(v: State) -> State:
+        w = gradient.inverse(space, in_h.transposed, v)
+        return space.sub(space.sub(w, in_h.transposed(w)), v)
+
+    def on_whole(v: State) -> State:
+        return in_z.product(j.as_one(product(j.by_sample(v))))
+
+    def on_whole_transposed(dz: State) -> State:
+        return j.as_one(transposed(j.by_sample(in_z.transposed(dz))))
+
+    return Deviation(Pair(on_whole, on_whole_transposed), Pair(product, transposed))
 
 
-def check(problem: Problem, h: PyTree) -> None:
-    """The arguments' kinds."""
+def copied(function: Product, domain: Space, codomain: Space) -> Operator:
+    """A function of pytrees as one of states. It may return the same arrays at every call: they are copied."""
+    on_these = on_states(function, domain, codomain)
+    return lambda x: codomain.copy(on_these(x))
+
+
+def check(problem: Problem[H, Z], h: H) -> None:
+    """Check the types of the arguments."""
     checks.instance("problem", problem, Problem, "Problem(f, vjp=..., jvp=...)")
     if isinstance(h, Solution):
         raise TypeError("h must be a point, got a Solution: pass solution.value")
+
+
+def _reshaped(x: State, space: Space) -> State:
+    xp = space.xp
+    return State(tuple(xp.reshape(a, shape) for a, shape in zip(x, space.flat_shapes, strict=True)))

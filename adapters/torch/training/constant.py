@@ -1,4 +1,4 @@
-"""What must stay as it is while F is solved for: normalized weights and dropout masks."""
+"""Normalized weights and dropout masks that stay constant within one solve."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -11,45 +11,45 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from implicit_core import checks
-from implicit_core.backend import PyTree
+from implicit_core.arrays import H, Z
 from implicit_core.problem import Map
 
 Weights = Mapping[ParametrizationList, Tensor]
 Masks = dict[tuple["VariationalDropout", tuple[int, ...]], Tensor]
 
 MAX_AXES = 64
-"""Of a tensor in PyTorch."""
+"""The most axes a tensor can have in PyTorch."""
 
 _masks: ContextVar[Masks | None] = ContextVar("masks", default=None)
 _weights: ContextVar[Weights] = ContextVar("weights", default=MappingProxyType({}))
 
 _lock = Lock()
 _users: dict[ParametrizationList, int] = {}
-"""How many evaluations under way, in all threads, have asked a parametrization to give what they hold."""
+"""In how many evaluations that are running, in all threads, a parametrization returns a held weight."""
 
 
-def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
-    """``cell`` as one function: its parametrized tensors and dropout masks are those of the first evaluation.
+def constant_within_solve(cell: Map[H, Z], *modules: nn.Module) -> Map[H, Z]:
+    """``cell`` as one function, whose parametrized tensors and dropout masks are the same in every evaluation.
 
     A parametrized weight (``weight_norm``, ``spectral_norm``, ``orthogonal`` and others of
-    :mod:`torch.nn.utils.parametrize`) is computed here, once, and every evaluation of the result finds it: those of the
-    solve, of the gradient estimator, and of a backward pass that recomputes. It carries its graph, so that gradients
-    reach what it was made from, and ``spectral_norm`` makes one power iteration however often F is evaluated. The masks
-    of :class:`VariationalDropout` are drawn at the first evaluation and kept alike. Call this anew for each solve, as
-    :class:`ImplicitLayer` does.
+    :mod:`torch.nn.utils.parametrize`) is computed here, once. Every evaluation of the result uses it: in the solve, in
+    the gradient estimator, and in a backward pass that recomputes. The weight carries its graph, so gradients reach the
+    parameters it was computed from, and ``spectral_norm`` makes one power iteration however often F is evaluated. The
+    masks of :class:`VariationalDropout` are drawn at the first evaluation and kept in the same way. Call this function
+    again for each solve, as :class:`ImplicitLayer` does.
 
     Parameters
     ----------
     cell
         ``cell(h, z)``, a module or a function.
     modules
-        Those that ``cell`` uses beside itself, or beside its submodules; all of them where it is a function. A
-        parametrized weight of a module that is not known here is computed at every evaluation.
+        The modules that ``cell`` uses, other than itself and its submodules. A parametrized weight of a module that is
+        not given here is computed at every evaluation.
 
     Returns
     -------
     Callable
-        ``f(h, z)``; ``cell`` itself where it is a module that has nothing to hold.
+        ``f(h, z)``; ``cell`` itself if it is a module without parametrized weights and without such dropout.
 
     Raises
     ------
@@ -58,9 +58,9 @@ def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
 
     Notes
     -----
-    Inside another such function, as where a cell holds an implicit layer, the masks are those of the outer one:
-    otherwise the outer F would differ from evaluation to evaluation. Weights normalized by the older
-    ``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm`` are recomputed by hooks, and not seen.
+    A cell may itself hold an implicit layer. The inner layer then uses the masks of the outer one: otherwise the outer
+    F would differ from evaluation to evaluation. Weights normalized by the older ``torch.nn.utils.weight_norm`` and
+    ``torch.nn.utils.spectral_norm`` are recomputed by hooks at every evaluation.
 
     Examples
     --------
@@ -82,21 +82,21 @@ def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
         checks.instance("each of modules", module, nn.Module, "torch.nn.Linear(3, 3)")
     roots = (cell, *modules) if isinstance(cell, nn.Module) else modules
     parts = list(dict.fromkeys(part for root in roots for part in root.modules()))
-    # Not parametrize.cached(): it is over when a backward pass evaluates F again, and a weight it first meets in the
-    # solve, of a module that nobody told it of, would be kept without a graph.
+    # Not parametrize.cached(): its scope has ended when a backward pass evaluates F again. And of a module that is not
+    # given here, it would keep the weight that the solve computes, which has no graph.
     held = dict(_parametrized(parts))
     if isinstance(cell, nn.Module) and not held and not any(isinstance(part, VariationalDropout) for part in parts):
         return cell
     outer = _masks.get()
     masks: Masks = {} if outer is None else outer
 
-    def constant(h: PyTree, z: PyTree) -> PyTree:
+    def constant(h: H, z: Z) -> H:
         tokens = _masks.set(masks), _weights.set({**_weights.get(), **held})
-        _answer_for(held)
+        _return_held(held)
         try:
             return cell(h, z)
         finally:
-            _no_longer(held)
+            _compute_again(held)
             _masks.reset(tokens[0])
             _weights.reset(tokens[1])
 
@@ -104,16 +104,16 @@ def constant_within_solve(cell: Map, *modules: nn.Module) -> Map:
 
 
 class VariationalDropout(nn.Module):
-    """Dropout whose mask is the same in every evaluation of F within one solve, and fresh in the next.
+    """Dropout whose mask is the same in every evaluation of F within one solve, and another one in the next solve.
 
-    With :class:`torch.nn.Dropout` in a cell F differs from evaluation to evaluation, so that there is no fixed point
-    and no solver converges. Inside :func:`constant_within_solve`, which :class:`ImplicitLayer` uses, this one keeps a
-    mask for each shape it meets; elsewhere it draws one at every call. In eval mode it is the identity.
+    With :class:`torch.nn.Dropout` in a cell F differs from evaluation to evaluation, so there is no fixed point and no
+    solver converges. Inside :func:`constant_within_solve`, which :class:`ImplicitLayer` uses, this module keeps one
+    mask for each shape of its input. Elsewhere it draws a mask at every call. In eval mode it is the identity.
 
     Parameters
     ----------
     p
-        Probability in [0, 1] of a number to be zeroed; the others are multiplied by 1 / (1 - p).
+        Probability in [0, 1] that a number is set to zero; the others are multiplied by 1 / (1 - p).
     dims
         Axes along which the mask is the same, as ``dims=(-2, -1)`` for whole feature maps.
 
@@ -154,7 +154,7 @@ class VariationalDropout(nn.Module):
             if masks is None:
                 return x * self._draw(x)
             masks[key] = self._draw(x)
-        # Whatever the mode is by now: a backward pass evaluates the F that was solved.
+        # In eval mode too: a backward pass evaluates the F that was solved, whose mode may have changed since.
         return x * masks[key].to(dtype=x.dtype, device=x.device)
 
     def _draw(self, x: Tensor) -> Tensor:
@@ -164,22 +164,22 @@ class VariationalDropout(nn.Module):
                 raise ValueError(f"dims={self.dims} needs an axis {dim}, which an input of shape {(*x.shape,)} lacks")
             shape[dim] = 1
         keep = 1.0 - self.p
-        with torch.inference_mode(False):  # a mask may be saved for a pullback that a solver asks for
+        with torch.inference_mode(False):  # a solver may compute a pullback, for which the mask is saved
             mask = torch.bernoulli(torch.full(shape, keep, dtype=x.dtype, device=x.device))
             return mask / keep if keep else mask
 
     def extra_repr(self) -> str:
-        """Settings, as they were given."""
+        """The settings."""
         return f"p={self.p}, dims={self.dims}" if self.dims else f"p={self.p}"
 
 
 def _parametrized(parts: Sequence[nn.Module]) -> list[tuple[ParametrizationList, Tensor]]:
-    """The parametrized tensors of modules, under the caller's grad mode, and what computes them."""
+    """The parametrized tensors of modules, and the modules that compute them, in the caller's grad mode."""
     if not any(isinstance(part, ParametrizationList) for part in parts):
         return []
     grad = torch.is_grad_enabled()
     found = []
-    # A tensor of inference mode could not be saved for a pullback that a solver asks for.
+    # A solver may compute a pullback, for which a tensor of inference mode could not be saved.
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         for owner in parts:
             lists = getattr(owner, "parametrizations", None)
@@ -188,15 +188,16 @@ def _parametrized(parts: Sequence[nn.Module]) -> list[tuple[ParametrizationList,
     return found
 
 
-def _answer_for(held: Weights) -> None:
-    """Let parametrizations give the held tensors, in whichever thread and scope holds some."""
+def _return_held(held: Weights) -> None:
+    """Make parametrizations return the held tensors, in every thread and context that holds some."""
     with _lock:
         for part in held:
             _users[part] = _users.get(part, 0) + 1
             vars(part)["forward"] = functools.partial(_weight, part)
 
 
-def _no_longer(held: Weights) -> None:
+def _compute_again(held: Weights) -> None:
+    """Undo :func:`_return_held`; parametrizations compute again when no evaluation needs a held tensor."""
     with _lock:
         for part in held:
             _users[part] -= 1

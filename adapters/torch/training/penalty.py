@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from implicit_core import checks
-from implicit_core.backend import PyTree
+from implicit_core.arrays import H, State, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Map
-from implicit_core.space import Space, State
+from implicit_core.space import Space
 
-from .monitors import plain_function
-from .problem import as_leaf, edges, problem, vector_jacobian
+from ..autograd import gradient_edges, vector_jacobian
+from ..problem import plain_function, problem
+from ..tensors import as_leaf
 
 
 def jacobian_penalty(
-    f: Map,
-    h: PyTree,
-    z: PyTree,
+    f: Map[H, Z],
+    h: H,
+    z: Z,
     *,
     batch_ndim: int = 1,
     samples: int = 1,
@@ -29,19 +30,19 @@ def jacobian_penalty(
     .. math::
         \|J\|_F^2 = \operatorname{tr}(J J^T) = \mathbb{E}_v \|J^T v\|_2^2, \quad \mathbb{E}\, v v^T = I
 
-    Hutchinson's unbiased estimator with random signs v, which is exact where the rows of J are orthogonal and never of
-    larger variance than with normal v. It is not divided by the dimension: Bai et al. add
-    ``weight * jacobian_penalty(...).mean() / d`` to the loss, d the numbers in one sample's state.
+    Hutchinson's unbiased estimator with random signs v. It is exact where the rows of J are orthogonal, and its
+    variance is never larger than with normal v. It is not divided by the dimension: Bai et al. add
+    ``weight * jacobian_penalty(...).mean() / d`` to the loss, where d is the number of elements in one sample's state.
 
-    The result is a function of h, z and all that f closes over, as far as they require gradients, and can be
-    differentiated once more. Through an h that carries a graph, a gradient also moves the fixed point; Bai et al. take
-    h as a constant, which is ``h.detach()``. Costs one evaluation of F and ``samples`` h-VJPs, and their graph.
+    The result is differentiable in h, z and all tensors that f closes over, as far as they require gradients. If h
+    carries a graph, the gradient also moves the fixed point. Bai et al. take h as a constant, which is ``h.detach()``.
+    Costs one evaluation of F and ``samples`` h-VJPs, and their graph.
 
     Parameters
     ----------
     f
-        F itself, ``f(h, z)``, twice differentiable by autograd. Where it draws random numbers or advances buffers,
-        pass what the solve evaluated, see :func:`constant_within_solve`.
+        F itself, ``f(h, z)``, twice differentiable by autograd. If it draws random numbers or updates buffers, pass the
+        function that the solve evaluated, see :func:`constant_within_solve`.
     h
         Where to linearize, usually a fixed point: a tensor or a pytree of tensors, (batch..., state...).
     z
@@ -49,9 +50,9 @@ def jacobian_penalty(
     batch_ndim
         How many first axes of every leaf of h index independent samples.
     samples
-        Probes v, at least 1.
+        Number of probes v, at least 1.
     generator
-        Draws the probes; PyTorch's own if None. Its numbers are drawn on its device.
+        Draws the probes, on its own device; PyTorch's default generator if None.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def jacobian_penalty(
     Raises
     ------
     TypeError, ValueError
-        If an argument, or what f returns, has a wrong type, structure, shape, dtype or device.
+        If an argument, or the result of f, has a wrong type, structure, shape, dtype or device.
 
     References
     ----------
@@ -81,7 +82,7 @@ def jacobian_penalty(
     """
     f = plain_function(f)
     samples = checks.integer("samples", samples, 1)
-    space = Space(BACKEND, h, checks.integer("batch_ndim", batch_ndim, 0), "h")
+    space = BACKEND.space(h, checks.integer("batch_ndim", batch_ndim, 0), "h")
     if torch.is_grad_enabled():
         pull = _differentiable_vjp(f, h, z)
     else:
@@ -94,24 +95,28 @@ def jacobian_penalty(
     return penalty
 
 
-def _differentiable_vjp(f: Map, h: PyTree, z: PyTree) -> Callable[[PyTree], PyTree]:
-    """``v -> (∂F/∂h)ᵀ v``, itself a function of h, z and what f closes over."""
+def _differentiable_vjp(f: Map[H, Z], h: H, z: Z) -> Callable[[H], H]:
+    """``v -> (∂F/∂h)ᵀ v``, differentiable in h, z and all tensors that f closes over."""
     leaves, structure = BACKEND.flatten(h)
-    # A view: where z depends on h too, the derivative is still the partial one.
+    # A view: if z depends on h too, the derivative is still the partial one.
     inputs = [leaf.view_as(leaf) if leaf.requires_grad else as_leaf(leaf) for leaf in leaves]
     value = f(BACKEND.unflatten(structure, inputs), z)
     checks.like(BACKEND, "the result of f", value, h, "h")
-    ends = edges(BACKEND.flatten(value)[0])
+    edges = gradient_edges(BACKEND.flatten(value)[0])
 
-    def pull(v: PyTree) -> PyTree:
-        return BACKEND.unflatten(structure, vector_jacobian(ends, inputs, BACKEND.flatten(v)[0], create_graph=True))
+    def pull(v: H) -> H:
+        cotangents = vector_jacobian(edges, inputs, BACKEND.flatten(v)[0], create_graph=True)
+        product: H = BACKEND.unflatten(structure, cotangents)
+        return product
 
     return pull
 
 
 def _signs(space: Space, generator: torch.Generator | None) -> State:
     device = space.device if generator is None else generator.device
-    return tuple(
-        2.0 * torch.randint(2, shape, generator=generator, dtype=space.dtype, device=device).to(space.device) - 1.0
-        for shape in space.flat_shapes
+    return State(
+        tuple(
+            2.0 * torch.randint(2, shape, generator=generator, dtype=space.dtype, device=device).to(space.device) - 1.0
+            for shape in space.flat_shapes
+        )
     )

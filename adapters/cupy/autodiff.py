@@ -1,21 +1,19 @@
-"""Derivatives of PyTorch's and JAX's autodiff, for CuPy arrays."""
+"""Derivatives made by PyTorch or JAX, for CuPy arrays."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from implicit_core.lending import lend
-from implicit_core.problem import Problem
+from implicit_core.arrays import H, Z
+from implicit_core.dlpack import borrow_derivatives
+from implicit_core.problem import Map, Problem
 from implicit_core.registry import load_adapter
 
-PyTree = Any
 
+def from_torch(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
+    """A :class:`Problem` on CuPy arrays, whose F is a PyTorch function or module with derivatives from autograd.
 
-def from_torch(f: Callable[[PyTree, PyTree], PyTree], *, batch_ndim: int = 0) -> Problem:
-    """A :class:`Problem` on CuPy arrays whose F is a PyTorch function or module, and whose derivatives are autograd's.
-
-    Nothing is copied: the tensors that f gets are in the memory of the arrays, and its results in that of tensors.
-    PyTorch works on the stream that is current for CuPy.
+    Nothing is copied: the tensors that f gets share the memory of the CuPy arrays, and so do its results. PyTorch works
+    on the stream that is current for CuPy.
 
     Parameters
     ----------
@@ -26,8 +24,8 @@ def from_torch(f: Callable[[PyTree, PyTree], PyTree], *, batch_ndim: int = 0) ->
 
     Notes
     -----
-    Gradients are those with respect to z. What f closes over, a module's parameters among it, is constant; to train
-    them have them in z, with ``torch.func.functional_call``.
+    Gradients are with respect to z. What f closes over, such as the parameters of a module, is constant. To train a
+    module, put its parameters in z and call it with ``torch.func.functional_call``.
 
     Raises
     ------
@@ -47,26 +45,26 @@ def from_torch(f: Callable[[PyTree, PyTree], PyTree], *, batch_ndim: int = 0) ->
     >>> pullback(2 * value)["w"].shape
     (8, 8)
     """
-    return lend(_adapter("torch").problem(f, batch_ndim=batch_ndim), "torch")
+    return borrow_derivatives(_adapter("torch").problem(f, batch_ndim=batch_ndim), "torch")
 
 
-def from_jax(f: Callable[[PyTree, PyTree], PyTree], *, batch_ndim: int = 0) -> Problem:
-    """A :class:`Problem` on CuPy arrays whose F is a JAX function, compiled with its derivatives.
+def from_jax(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
+    """A :class:`Problem` on CuPy arrays, whose F is a JAX function, compiled with its derivatives.
 
-    Nothing is copied: the arrays that f gets are in the memory of CuPy's, and the other way round. Each waits for the
-    other where it must, on the device.
+    Nothing is copied: the JAX arrays that f gets share the memory of the CuPy arrays, and so do its results. CuPy and
+    JAX wait for each other where they must, on the device.
 
     Parameters
     ----------
     f
-        ``f(h, z)`` in functions that JAX can compile and differentiate. Other leaves of z than arrays are constants of
-        the compiled program; they must be hashable.
+        ``f(h, z)`` in functions that JAX can compile and differentiate. Leaves of z that are not arrays are constants
+        of the compiled program; they must be hashable.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
 
     Notes
     -----
-    Gradients are those with respect to z; what f closes over is constant. Arrays of float64 need
+    Gradients are with respect to z; what f closes over is constant. Arrays of float64 need
     ``jax.config.update("jax_enable_x64", True)``.
 
     Raises
@@ -87,7 +85,7 @@ def from_jax(f: Callable[[PyTree, PyTree], PyTree], *, batch_ndim: int = 0) -> P
     >>> pullback(2 * value)["w"].shape
     (8, 8)
     """
-    return lend(_adapter("jax").problem(f, batch_ndim=batch_ndim, jit=True), "jax")
+    return borrow_derivatives(_adapter("jax").problem(f, batch_ndim=batch_ndim, jit=True), "jax")
 
 
 def _adapter(framework: str) -> ModuleType:

@@ -1,33 +1,31 @@
-"""Fixed-point correction: losses on states that a solve passes through."""
+"""Fixed-point correction: losses on intermediate states of a solve."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from torch import Tensor
 
 from implicit_core import checks
-from implicit_core.backend import PyTree
+from implicit_core.arrays import H, Operator, State, Z
 from implicit_core.estimators import Estimator, Unroll
+from implicit_core.fixed_point import fixed_point
+from implicit_core.iteration import Point
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers import Anderson, Solver
-from implicit_core.solvers.base import Point
-from implicit_core.space import State
 from implicit_core.system import System
 
-from .layer import fixed_point
 
-
-class Trajectory(NamedTuple):
-    """A solution, and states that its solve passed through, all of them differentiable.
+class Trajectory(NamedTuple, Generic[H]):
+    """A solution, and intermediate states of its solve, all of them differentiable.
 
     Attributes
     ----------
     solution
         As :func:`fixed_point` returns it.
     states
-        The estimator's value at each requested step that the solve passed, by that step; in ascending order.
+        The estimator's value at each requested step that the solve reached, by step, in ascending order.
 
     Examples
     --------
@@ -39,10 +37,10 @@ class Trajectory(NamedTuple):
     True
     """
 
-    solution: Solution
-    states: dict[int, PyTree]
+    solution: Solution[H]
+    states: dict[int, H]
 
-    def loss(self, criterion: Callable[[PyTree], Tensor], gamma: float = 0.8) -> Tensor:
+    def loss(self, criterion: Callable[[H], Tensor], gamma: float = 0.8) -> Tensor:
         r"""The weighted loss :math:`\sum_{i=1}^n γ^{n-i} \ell(h_i)` over the n - 1 states and the solution, in order.
 
         Parameters
@@ -50,7 +48,7 @@ class Trajectory(NamedTuple):
         criterion
             The loss of one state, shaped as h0.
         gamma
-            γ in [0, 1]: what an earlier state counts beside the next.
+            γ in [0, 1]: the weight of a state, relative to the next one.
 
         Raises
         ------
@@ -66,9 +64,9 @@ class Trajectory(NamedTuple):
 
 
 def fixed_point_correction(
-    f: Problem | Map,
-    h0: PyTree,
-    z: PyTree,
+    f: Problem[H, Z] | Map[H, Z],
+    h0: H,
+    z: Z,
     *,
     at: Sequence[int],
     solver: Solver = Anderson(),
@@ -76,24 +74,24 @@ def fixed_point_correction(
     batch_ndim: int | None = None,
     throw: bool = False,
     trace: bool = False,
-) -> Trajectory:
-    """:func:`fixed_point`, and beside its solution the states that the solve passed through ``at`` some steps.
+) -> Trajectory[H]:
+    """:func:`fixed_point`, which also returns the states of the solve ``at`` some steps.
 
-    The gradient estimator sets in at each of these states as it does at the solution, so that losses on them train z
-    and all that f closes over. They pull the whole path of the solver towards the target, which makes later solves
-    shorter and steadier. The solve is the one :func:`fixed_point` makes; each state costs one more evaluation of F and
-    the estimator's value.
+    The gradient estimator is applied at each of these states, as at the solution, so losses on them train z and all
+    tensors that f closes over. They pull the whole path of the solver towards the target, which makes later solves
+    shorter and steadier. The solve is the same as without. Each state costs one more evaluation of F, and the
+    estimator's value.
 
     Parameters
     ----------
     f, h0, z, gradient, batch_ndim, throw, trace
         As for :func:`fixed_point`.
     at
-        Steps, at least 1 and ascending: ``at=(2, 5)`` takes h_2 and h_5, counted from h_0 = h0; h_i is where the solver
-        evaluates F after i steps. A step at or behind which the whole batch was finished yields no state. A sample that
+        Steps, at least 1 and ascending. ``at=(2, 5)`` takes h_2 and h_5, where h_0 = h0 and h_i is the point at which
+        the solver evaluates F after i steps. A step that the solve does not go beyond yields no state. A sample that
         was finished earlier than the others stays where it was.
     solver
-        A :class:`Solver`. A callable's steps can't be seen.
+        A :class:`Solver`. The steps of a callable are not available.
 
     Returns
     -------
@@ -105,8 +103,8 @@ def fixed_point_correction(
     SolveError
         With ``throw``, if a sample did not converge.
     TypeError, ValueError
-        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device; for an estimator that
-        makes no solve.
+        If an argument, or the result of F, has a wrong type, structure, shape, dtype or device; for an estimator that
+        does not follow a solve.
 
     References
     ----------
@@ -129,12 +127,12 @@ def fixed_point_correction(
     torch.Size([3, 3])
     """
     steps = _ascending(at)
-    checks.instance("solver", solver, Solver, "Anderson(), whose steps can be seen")
+    checks.instance("solver", solver, Solver, "Anderson(), whose steps are available")
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
     if gradient.starts_from_h0:
-        raise ValueError(f"gradient={gradient!r} makes no solve, and so has no states to correct")
-    points: dict[int, PyTree] = {}
-    observed = _Observed(solver=solver, steps=frozenset(steps), points=points)
+        raise ValueError(f"{gradient!r} does not follow a solve, so it has no states to correct")
+    points: dict[int, H] = {}
+    observed = _KeepingPoints(solver=solver, steps=frozenset(steps), points=points)
     solution = fixed_point(
         f, h0, z, solver=observed, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
     )
@@ -146,12 +144,12 @@ def fixed_point_correction(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Observed(Solver):
-    """A solver whose points at some steps are kept, unless the solve ends there."""
+class _KeepingPoints(Solver):
+    """A solver that keeps its points at some steps, unless the solve ends there."""
 
     solver: Solver
     steps: frozenset[int]
-    points: dict[int, PyTree]
+    points: dict[int, Any]
 
     def __post_init__(self) -> None:
         for name in Solver.__annotations__:
@@ -164,21 +162,21 @@ class _Observed(Solver):
     def init(self, system: System, x: State) -> Any:
         return self.solver.init(system, x)
 
-    def observe(self, system: System, memory: Any, point: Point) -> Any:
-        return self.solver.observe(system, memory, point)
+    def observe(self, system: System, memory: Any, point: Point, jacobian: Operator | None) -> Any:
+        return self.solver.observe(system, memory, point, jacobian)
 
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
         if point.index in self.steps:
-            # A copy: F may write its next result to where this point is.
+            # A copy: F may write its next result to the memory of this point.
             self.points[point.index] = system.space.unpack(system.space.copy(point.x))
         return self.solver.step(system, memory, point)
 
 
-def _stay(_problem: Problem, h0: PyTree, _z: PyTree) -> PyTree:
+def _stay(_problem: Problem[H, Z], h0: H, _z: Z) -> H:
     return h0
 
 
-def _ascending(at: Any) -> list[int]:
+def _ascending(at: object) -> list[int]:
     if not isinstance(at, Sequence) or isinstance(at, str):
         raise TypeError(f"at must be a sequence of integers, such as (2, 5), got {at!r} of type {type(at).__name__}")
     steps = [checks.integer("each step of at", step, 1) for step in at]

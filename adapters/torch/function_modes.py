@@ -1,0 +1,73 @@
+"""``TorchFunctionMode`` subclasses that see, and replace, the tensors that enter PyTorch's functions."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .identity import IdentitySet, WeakIdentitySet
+from .tensors import nested_tensors
+
+
+class ObserveInputs(TorchFunctionMode):
+    """Collects the tensors that enter PyTorch's functions and did not come out of one.
+
+    Parameters
+    ----------
+    known
+        Tensors that are not to be collected.
+
+    Attributes
+    ----------
+    inputs
+        The collected tensors, in the order in which they were met.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.inputs: IdentitySet[Tensor] = IdentitySet()
+        self._produced = WeakIdentitySet(known)
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.collect(nested_tensors((args, tuple(kwargs.values()))))
+        result = func(*args, **kwargs)
+        for x in nested_tensors(result):
+            self._produced.add(x)
+        return result
+
+    def collect(self, arguments: Iterable[Tensor]) -> None:
+        """Add the tensors that did not come out of a function of PyTorch."""
+        for x in arguments:
+            if x not in self._produced:
+                self.inputs.add(x)
+
+    def produced_leaves(self) -> list[Tensor]:
+        """Tensors that came out of one of PyTorch's functions as leaves of autograd's graph."""
+        return [x for x in self._produced if x.requires_grad and x.is_leaf]
+
+
+class ReplaceInputs(TorchFunctionMode):
+    """Calls PyTorch's functions with other tensors, those that ``replace`` returns."""
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._replace = replace
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(
+            *(self._replaced(a) for a in args),
+            **{name: self._replaced(a) for name, a in kwargs.items()},
+        )
+
+    def _replaced(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self._replace(a)
+        if next(nested_tensors(a), None) is None:
+            return a
+        if isinstance(a, dict):
+            return {name: self._replaced(b) for name, b in a.items()}
+        parts = [self._replaced(b) for b in a]
+        return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)

@@ -1,0 +1,5 @@
+"""Solves recorded as CUDA graphs, and replayed."""
+
+from .solver import CUDAGraphs, GraphFallbackWarning
+
+__all__ = ["CUDAGraphs", "GraphFallbackWarning"]

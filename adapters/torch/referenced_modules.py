@@ -1,0 +1,96 @@
+"""A function, with the parameters that the modules it refers to have now.
+
+``torch.func.functional_call`` replaces the parameters of a module for the time of one call. A function that is
+evaluated again after that call would find other parameters.
+"""
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Sequence
+from typing import Any, Generic
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from implicit_core.arrays import H, Z
+from implicit_core.problem import Map
+
+from .identity import IdentitySet
+
+
+def with_current_parameters(f: Map[H, Z], z: Sequence[Tensor], inputs: Sequence[Tensor]) -> Map[H, Z]:
+    """``f``, whose modules have their present parameters and buffers whenever it is called.
+
+    Parameters
+    ----------
+    f
+        F.
+    z
+        The tensors in z.
+    inputs
+        All tensors that F depends on. If they are parameters, or in z, then ``functional_call`` is not at work.
+    """
+    in_z = IdentitySet(z)
+    if all(isinstance(x, nn.Parameter) or x in in_z for x in inputs):
+        return f
+    call = _Call(f)
+    parts = [part for _, part in call.named_modules(remove_duplicate=False)]
+    if len(parts) > len(set(parts)):  # functional_call restores a module with two names wrongly
+        return f
+    state = dict(call.named_parameters()) | dict(call.named_buffers())
+    return lambda h, z: functional_call(call, state, (h, z))
+
+
+class _Call(nn.Module, Generic[H, Z]):
+    """A function as a module, whose submodules are those that the function refers to."""
+
+    def __init__(self, f: Map[H, Z]) -> None:
+        super().__init__()
+        self.functions = (f,)  # in a tuple: an attribute that is a module would be registered under a second name
+        found = _modules(f)
+        inner = {part for module in found for part in module.modules() if part is not module}
+        self.modules_of_f = nn.ModuleList(module for module in found if module not in inner)
+
+    def forward(self, h: H, z: Z) -> H:
+        value: H = self.functions[0](h, z)
+        return value
+
+
+def _modules(f: Map[H, Z]) -> list[nn.Module]:
+    """The modules among the variables of a function, and among the variables of the functions it refers to."""
+    found: list[nn.Module] = []
+    pending: list[Any] = [f]
+    visited: IdentitySet[object] = IdentitySet()
+    while pending:
+        a = pending.pop()
+        if a in visited:
+            continue
+        visited.add(a)
+        if isinstance(a, nn.Module):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            pending += a
+        elif isinstance(a, dict):
+            pending += a.values()
+        elif isinstance(a, functools.partial):
+            pending += [a.func, a.args, a.keywords]
+        elif inspect.ismethod(a):
+            pending += [a.__func__, a.__self__ if isinstance(a.__self__, nn.Module) else vars(a.__self__)]
+        elif inspect.isfunction(a):
+            pending += _variables(a)
+        elif callable(a) and not isinstance(a, type) and hasattr(a, "__dict__"):
+            pending.append(vars(a))
+    return found
+
+
+def _variables(f: types.FunctionType) -> list[object]:
+    """The values of the global names and closure cells of a function; empty for one of PyTorch's own."""
+    if f.__module__.partition(".")[0] == "torch":
+        return []
+    values = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
+    for cell in f.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+            values.append(cell.cell_contents)
+    return values

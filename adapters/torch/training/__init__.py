@@ -1,0 +1,7 @@
+"""Tools for training equilibrium models."""
+
+from .constant import VariationalDropout, constant_within_solve
+from .correction import Trajectory, fixed_point_correction
+from .penalty import jacobian_penalty
+
+__all__ = ["Trajectory", "VariationalDropout", "constant_within_solve", "fixed_point_correction", "jacobian_penalty"]

@@ -1,0 +1,142 @@
+"""The Neumann series of Eq. (15), with as many terms in every sample as an accuracy requires (Decision 28)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .. import checks
+from ..arrays import Numbers, Operator, State
+from ..linear_solvers import Richardson
+from ..linear_solvers.base import ratio
+from ..space import Space
+from .base import AtFixedPoint, Derivative, Factor, unknown
+from .inexact import nan_where_invalid, report
+
+MARGIN = 2.0
+"""Safety factor on the estimated remainder: slowly decaying components appear late."""
+
+
+@dataclass(frozen=True)
+class NeumannSeries(AtFixedPoint):
+    r"""The Neumann series to an accuracy: each sample takes the terms of Eq. (18) that it needs.
+
+    .. math::
+        A = λ \frac{∂F}{∂z}\Big|_{h^*} (I + B + B² + …), \quad B = λ \frac{∂F}{∂h}\Big|_{h^*} + (1-λ) I
+
+    A pullback costs one h-VJP less than the slowest sample has terms, and one z-VJP. After each term the estimator
+    reads from the device whether a sample needs more. Second derivatives approximate the exact ones to the same
+    accuracy.
+
+    Parameters
+    ----------
+    lam
+        λ in (0, 1].
+    rtol
+        The remainder of the series relative to its sum, for each sample. Without ``contraction`` it is estimated from
+        the last two terms, as for a geometric series. The estimate misses a component that is small in the cotangent
+        and decays much more slowly than all others.
+    max_terms
+        The most terms. An :class:`InexactGradientWarning` names the samples that would need more.
+    contraction
+        A bound of L_h, below 1, such as ``certify(...).to_dict()["contraction_high"]``. The remainder is then bounded
+        instead of estimated.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting has a wrong type or is out of range.
+
+    References
+    ----------
+    Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 15 and 18, Theorem 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v))
+    >>> value, pullback = ic.NeumannSeries(lam=1.0, rtol=1e-3).vjp(problem, np.array([2.0]), np.array([1.0]))
+    >>> pullback(np.array([1.0]))  # the exact gradient is 2
+    array([1.99902344])
+    """
+
+    lam: float = 0.5
+    rtol: float = 1e-3
+    max_terms: int = 200
+    contraction: float | None = None
+
+    derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0, low_open=True))
+        set_field(self, "max_terms", checks.integer("max_terms", self.max_terms, 1))
+        if self.contraction is not None:
+            set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0, 1.0, high_open=True))
+
+    def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
+        """λ (v + B v + B² v + ...) with B = λ J + (1 - λ) I (Eq. 15), until the remainder is small.
+
+        Richardson iteration for (I - J) w = v, w ← w + λ r: after k steps w is the sum of k terms, and its residual r
+        is Bᵏ v. So the next term λ r needs no product: k terms take k - 1.
+        """
+        # Decision 28.
+        solver = _UntilRemainder(series=self, relaxation=self.lam, rtol=0.0, max_steps=self.max_terms - 1)
+        with space.backend.solving():
+            result = solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
+            w = space.axpy(self.lam, result.r, result.x)
+            w = nan_where_invalid(space, result.status, w)
+            report(
+                space,
+                f"the Neumann series did not reach rtol={self.rtol:g}",
+                f"Raise max_terms, which is {self.max_terms}, or try another lam: the series has no sum unless the "
+                "spectral radius of B = lam ∂F/∂h + (1 - lam) I is below 1",
+                result.status,
+                result.error,
+            )
+        return w
+
+    def inverse_error(self, contraction: Factor) -> Factor:
+        """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before."""
+        if self.contraction is None:
+            return unknown(contraction)
+        q = 1 - self.lam * (1 - self.contraction)
+        accuracy = self.rtol / (1 - self.rtol) if self.rtol < 1 else float("inf")
+        number: Any = contraction
+        bound: Factor = max(accuracy, q**self.max_terms) + 0 * number
+        return bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UntilRemainder(Richardson):
+    """Richardson iteration that stops on the remainder of the series instead of on the residual."""
+
+    series: NeumannSeries
+
+    undoes: ClassVar[bool] = False  # as elsewhere NaN propagates, so that a gradient scaler can find it
+    recomputes: ClassVar[bool] = False  # b - A w has the rounding errors of the sum, r - A d only of a term
+
+    def __post_init__(self) -> None:
+        """The series has checked the settings. With one term, max_steps is 0."""
+
+    def error(self, space: Space, x: State, r: State, norm: Numbers, before: Numbers, products: int) -> Numbers:
+        """The remainder of the sum x + λ r, relative to it.
+
+        With t = λ r the last term and q ≥ ‖B‖, the remainder B t + B² t + ... is at most ‖t‖ q / (1 - q). Without a
+        bound q, the growth of the terms stands for it: only from the second product on, so that one unusual step does
+        not end a series, and with a margin.
+        """
+        # Decision 29.
+        lam, contraction = self.series.lam, self.series.contraction
+        if contraction is not None:
+            q = 1 - lam * (1 - contraction)
+            rest = lam * q / (1 - q) * norm
+        else:
+            growth = ratio(norm, before, space)
+            known = (growth < 1) & ((norm == 0) | (products > 1))
+            growth = space.select(known, growth, space.xp.ones_like(growth))  # an infinite remainder
+            rest = MARGIN * lam * norm * growth / (1 - growth)
+        return ratio(rest, space.norm(space.axpy(lam, r, x)), space)
+
+    def goal(self, space: Space, x: State, size: Numbers, target: Numbers) -> float:
+        return self.series.rtol

@@ -1,0 +1,164 @@
+"""A backend, a solver and an estimator by somebody else: one file each, and one line to join."""
+
+import importlib.metadata
+import inspect
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from libraries import Library
+from third_party import backend as their_backend
+from third_party.estimator import TailedSeries
+from third_party.solver import HeavyBall
+
+import implicit_core as ic
+from implicit_core import backend, registry
+from implicit_core.space import Space
+
+HERE = Path(__file__).parent / "third_party"
+
+
+def public(kind: type) -> set[str]:
+    """Public names of a class."""
+    return {name for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
+
+
+def test_the_interface_is_small_and_defined_once() -> None:
+    assert len(public(backend.Backend)) <= 30
+    assert not public(backend.Backend) & public(Space)
+
+
+def test_backends_override_methods_of_the_interface_only() -> None:
+    """A framework adds no method that the core has to know."""
+    for name in ("numpy", "torch", "jax", "array_api_strict"):
+        found = registry.load_backend(name)
+        assert public(type(found)) <= public(backend.Backend), name
+        assert public(type(found.space(found.xp.ones(2), 0))) <= public(Space), name
+
+
+@pytest.mark.parametrize("name", ["backend", "solver", "estimator"])
+def test_a_file_is_short(name: str) -> None:
+    assert len((HERE / f"{name}.py").read_text().splitlines()) <= 40
+
+
+@pytest.fixture
+def _joined(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Their backend, joined by an entry point, and no other that knows its arrays."""
+    entry = importlib.metadata.EntryPoint("my_framework", "third_party.backend", "implicit_core.backends")
+    monkeypatch.setattr(registry, "_BACKENDS", {})
+    monkeypatch.setattr(registry, "_ADAPTERS", {})
+    monkeypatch.setitem(sys.modules, "my_framework", types.ModuleType("my_framework"))
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [entry] if group == "implicit_core.backends" else []
+    )
+    registry._joined.cache_clear()
+    yield
+    registry._joined.cache_clear()
+
+
+@pytest.mark.usefixtures("_joined")
+@pytest.mark.parametrize(
+    "solver", [ic.FixedPointIteration(damping=0.9), ic.Anderson(), ic.Broyden(), ic.NewtonKrylov(), HeavyBall()]
+)
+def test_their_backend(solver: ic.Solver) -> None:
+    xp = array_api_strict
+    z = xp.asarray([[1.0, 2.0], [0.5, -1.0]])
+    problem = ic.Problem(
+        lambda h, z: 0.5 * h + z,
+        vjp=lambda h, z, v: (0.5 * v, v),
+        jvp=lambda h, z, dh, dz: 0.5 * dh + dz,
+        batch_ndim=1,
+    )
+    their_backend.LAUNCHED.clear()
+    solution = ic.fixed_point(problem, xp.zeros((2, 2)), z, solver=solver)
+    assert registry.find_backend(z) is their_backend.BACKEND
+    assert registry.find_backend(z).devices() == ["accelerator 0"]
+    assert their_backend.LAUNCHED
+    assert bool(xp.all(solution.status == ic.CONVERGED.value))
+    np.testing.assert_allclose(np.from_dlpack(solution.value), 2 * np.from_dlpack(z), rtol=1e-4)
+    _, pullback = ic.Implicit().vjp(problem, solution.value, z)
+    np.testing.assert_allclose(np.from_dlpack(pullback(xp.ones((2, 2)))), 2.0, rtol=1e-5)
+
+
+def test_their_solver(library: Library) -> None:
+    z = np.asarray([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3]])
+    solution = ic.solve(
+        lambda h, z: 0.9 * h + z, library.array(0 * z), library.array(z), solver=HeavyBall(max_steps=300), batch_ndim=1
+    )
+    assert np.all(library.to_numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(library.to_numpy(solution.value), 10 * z, rtol=1e-3)
+
+
+def test_their_estimator() -> None:
+    """It is called with a callback that returns one array at every call.
+
+    On h = a h + z with a = c = 0.5 it is exact, 1 / (1 - a); at a = 0.2 it is 1 + 0.2 + 0.04 / 0.5."""
+    for a, expected in ((0.5, 2.0), (0.2, 1.28)):
+        out = np.empty(2)
+        problem: Any = ic.Problem(
+            lambda h, z, a=a: a * h + z, vjp=lambda h, z, v, a=a, out=out: (np.multiply(a, v, out=out), v)
+        )
+        assert TailedSeries().vjp(problem, np.ones(2), np.ones(2))[1](np.ones(2)) == pytest.approx(expected)
+
+        z = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        layer = ic.fixed_point(lambda h, z, a=a: a * h + z, torch.zeros_like(z).detach(), z, gradient=TailedSeries())
+        layer.value.sum().backward()
+        np.testing.assert_allclose(z.grad, expected)
+
+        def loss(z: Any, a: float = a) -> Any:
+            return jnp.sum(ic.fixed_point(lambda h, z: a * h + z, jnp.zeros(2), z, gradient=TailedSeries()).value)
+
+        np.testing.assert_allclose(jax.grad(loss)(jnp.ones(2)), expected)
+
+
+class Bisection:
+    """A class with ``solve`` and no other method of a solver."""
+
+    def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> ic.Solution:
+        low, high = h0 - 4, h0 + 4
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = problem(middle, z) > middle
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return ic.solve(problem, middle, z, solver=ic.FixedPointIteration(max_steps=1))
+
+
+class Twice:
+    """A callable whose own method ``solve`` is no solver's."""
+
+    def __call__(self, problem: Any, h0: Any, z: Any) -> Any:
+        return problem(problem(h0, z), z)
+
+    def solve(self, a: Any, b: Any) -> Any:
+        raise AssertionError
+
+
+def test_a_callable_with_a_method_of_that_name_is_called() -> None:
+    solution = ic.solve(lambda h, z: 0.0 * h + z, np.zeros(2), np.ones(2), solver=Twice())
+    assert solution.status == ic.CONVERGED
+    assert solution.stats.evaluations == 3
+
+
+def test_whatever_has_solve_is_a_solver() -> None:
+    z = np.asarray(0.0)
+    for solution in (
+        ic.solve(lambda h, z: np.cos(h) + z, z, z, solver=Bisection()),
+        ic.fixed_point(lambda h, z: np.cos(h) + z, z, z, solver=Bisection(), gradient=ic.OneStep()),
+    ):
+        assert solution.status == ic.CONVERGED
+        assert solution.value == pytest.approx(0.7390851332151607)
+    with pytest.raises(TypeError, match="problem must be a Problem, such as Problem"):
+        ic.Anderson().solve(np.cos, z, z)
+    with pytest.raises(TypeError, match="solver must be a Solver, such as Anderson"):
+        ic.solve(np.cos, [1, 2], z, solver=3)
+    with pytest.raises(TypeError, match="solver must be a Solver, such as Anderson"):
+        ic.solve(lambda h, z: h, z, z, solver=3)
+    with pytest.raises(TypeError, match=r"did you mean Anderson\(\)\?"):
+        ic.solve(lambda h, z: h, z, z, solver=ic.Anderson)
