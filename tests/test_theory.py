@@ -117,8 +117,8 @@ def assert_agrees(library: Library, certificate: Certificate, oracle: Dense, sam
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fifty_certificates_against_dense_linear_algebra(seed: int, library: Library) -> None:
-    """Every number within 1 %, in every library: h of up to 40 numbers. Ten of them in the two slow libraries."""
-    for problem in [seed] if library.name in ("array_api_strict", "jax") else range(seed, 50, 10):
+    """Every number within 1 %: h of up to 40 numbers. All fifty in NumPy and PyTorch, ten in each other library."""
+    for problem in range(seed, 50, 10) if library.name in ("numpy", "torch") else [seed]:
         case, gradient = random_case(problem, FEW_SHAPES if library is JAX else SHAPES), random_gradient(problem)
         h, samples = root_of(case), case.h0.shape[0]
         certificate = certify(case.problem(library), library.array(h), library.array(case.z), gradient)
