@@ -3,7 +3,7 @@
 import operator
 from typing import TYPE_CHECKING, Any
 
-from .arrays import PyTree
+from .arrays import PyTree, State
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -90,6 +90,26 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
     if 0 in batch:
         raise ValueError(f"{name} holds an empty batch: batch shape {batch}")
     return batch
+
+
+def state_like(name: str, got: Any, expected: State) -> None:
+    """``got`` is a state with the arrays' shapes and dtypes of ``expected``."""
+    wanted = [(tuple(a.shape), a.dtype) for a in expected]
+    if isinstance(got, (tuple, list)) and all(hasattr(a, "shape") and hasattr(a, "dtype") for a in got):
+        came = [(tuple(a.shape), a.dtype) for a in got]
+        if came == wanted:
+            return
+        found = _shapes_and_dtypes(came)
+    else:
+        found = f"{got!r} of type {type(got).__name__}"
+    raise TypeError(
+        f"{name} must return a state, a tuple with an array for each leaf of h, {_shapes_and_dtypes(wanted)}; "
+        f"got {found}"
+    )
+
+
+def _shapes_and_dtypes(arrays: list[tuple[tuple[int, ...], Any]]) -> str:
+    return "(" + ", ".join(f"{dtype} {shape}" for shape, dtype in arrays) + ("," if len(arrays) == 1 else "") + ")"
 
 
 def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:

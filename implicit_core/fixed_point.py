@@ -15,7 +15,7 @@ from .solvers import Anderson, FixedPointSolver
 
 
 def fixed_point(
-    f: Problem[H, Z] | Map[H, Z],
+    f: Problem[H, Z] | Map[H, Z] | Callable[[H, Z], tuple[H, Any]],
     h0: H,
     z: Z,
     *,

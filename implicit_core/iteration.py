@@ -11,6 +11,7 @@ active, and a traced or captured one, which cannot.
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import checks
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known
 from .problem import Problem
@@ -149,6 +150,8 @@ class Iteration:
             f, jacobian = self.system.linearize(h)
         else:
             f = self.system.evaluate(h)
+        if self.solver.copies_results and not space.backend.immutable:
+            f = space.copy(f)  # Decision 6.
         residual = space.sub(f, x)
         norm = space.norm(residual)
         tolerance = space.multiply_add(self.solver.rtol, space.norm(f), self.atol)
@@ -164,9 +167,12 @@ class Iteration:
         """One step of the active samples."""
         space, solver, before, active = self.space, self.solver, carry.point, masks[0]
         best = carry.best and self._keep(carry.best, before, carry.steps, masks[1])
-        x, memory = solver.step(self.system, carry.memory, before)
+        stepped = solver.step(self.system, carry.memory, before)
+        if not isinstance(before.index, int) or before.index == 0:
+            self._check(stepped, before.x)
+        x, memory = stepped
         # F may reuse the memory of its result. Where a sample is frozen `where` makes a new array. Decision 6.
-        if active is True and (solver.copies_step or x is before.f):
+        if active is True and (solver.copies_results or x is before.f):
             x = space.copy(x)
         x = space.round(space.where(active, x, before.x))
         point, tolerance, jacobian = self.measure(x, space.unpack(x), before.index + 1)
@@ -205,6 +211,13 @@ class Iteration:
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
         return Solution(value, space.per_sample(status), stats)
+
+    def _check(self, stepped: Any, x: State) -> None:
+        """The first step is a pair of a state and a memory."""
+        name = f"{type(self.solver).__name__}.step"
+        if not isinstance(stepped, tuple) or len(stepped) != 2:
+            raise TypeError(f"{name} must return a pair (x, memory), got {stepped!r}")
+        checks.state_like(name, stepped[0], x)
 
     def _keep(self, best: Best, point: Point, steps: Count, better: Known) -> Best:
         space = self.space

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 
 from . import checks
-from .arrays import H, Z
+from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
 from .registry import find_backend
 from .solution import Solution
@@ -66,20 +66,31 @@ def solve(
     problem, solver = as_problem(problem, batch_ndim), as_solver(solver)
     with find_backend(h0).on_device_of(h0):
         solution = solver.solve(problem, h0, z, trace=trace)
+        if not isinstance(solver, Solver):
+            _check(solver, solution, h0)
         return solution.raise_for_status() if throw else solution
 
 
-def as_solver(solver: object) -> FixedPointSolver:
+def as_solver(solver: object, name: str = "solver") -> FixedPointSolver:
     """A solver as it is; a callable ``(problem, h0, z) -> h`` as a :class:`CallableSolver`."""
     if not isinstance(solver, type):
         if isinstance(solver, FixedPointSolver) and not (callable(solver) and _is_unrelated(solver.solve)):
             return solver
         if callable(solver):
             return CallableSolver(solver)
-    checks.instance("solver", solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
+    checks.instance(name, solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
     raise AssertionError("the check raises")
+
+
+def _check(solver: object, solution: object, h0: PyTree) -> None:
+    """A solver of somebody else's returned a solution, with a value like h0."""
+    name = f"{type(solver).__name__}.solve"
+    if not isinstance(solution, Solution):
+        raise TypeError(f"{name} must return a Solution, got {solution!r} of type {type(solution).__name__}")
+    checks.like(find_backend(h0), f"the value of {name}", solution.value, h0, "h0")
 
 
 def _is_unrelated(solve: Callable[..., object]) -> bool:
     """Whether a callable's own method ``solve`` is not a solver's."""
-    return "trace" not in inspect.signature(solve).parameters
+    parameters = inspect.signature(solve).parameters.values()
+    return not any(p.name == "trace" or p.kind is p.VAR_KEYWORD for p in parameters)

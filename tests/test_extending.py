@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,112 @@ def test_their_estimator() -> None:
             return jnp.sum(ic.fixed_point(lambda h, z: a * h + z, jnp.zeros(2), z, gradient=TailedSeries()).value)
 
         np.testing.assert_allclose(jax.grad(loss)(jnp.ones(2)), expected)
+
+
+class Halved(ic.Unroll):
+    """A class derived from one that adapters differentiate by autodiff."""
+
+    def vjp(self, problem: Any, h: Any, z: Any) -> Any:
+        value, pullback = super().vjp(problem, h, z)
+        return value, lambda v: pullback(0.5 * v)
+
+
+def test_an_overridden_vjp_is_the_derivative() -> None:
+    """Of h = h / 2 + z: three steps give 1 + 1/2 + 1/4."""
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    ic.fixed_point(lambda h, z: 0.5 * h + z, torch.zeros_like(x), x, gradient=Halved(3, 1.0)).value.sum().backward()
+    np.testing.assert_allclose(x.grad, 0.875)
+
+    def loss(z: Any) -> Any:
+        return jnp.sum(ic.fixed_point(lambda h, z: 0.5 * h + z, jnp.zeros(2), z, gradient=Halved(3, 1.0)).value)
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(2)), 0.875)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepping(ic.Solver):
+    """A solver with any step."""
+
+    result: Any
+
+    def init(self, system: Any, x: Any) -> None:
+        return None
+
+    def step(self, system: Any, memory: None, point: Any) -> Any:
+        return self.result(point.f[0])
+
+
+@dataclass(frozen=True)
+class Inverting(ic.estimators.AtFixedPoint):
+    """An estimator with any inverse."""
+
+    result: Any
+
+    def inverse(self, space: Any, jacobian: Any, v: Any) -> Any:
+        return self.result(v[0])
+
+
+class Solving:
+    """An object with any ``solve``."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def solve(self, problem: Any, h0: Any, z: Any, **options: Any) -> Any:
+        return self.result(h0)
+
+
+WRONG_STATES = {
+    "bare": (lambda a: a, r"must return a state, a tuple with an array for each leaf of h, \(\S+ \(2, 3\),\); got"),
+    "empty": (lambda a: (), r"must return a state, .* got \(\)"),
+    "shape": (lambda a: (a[:, :1],), r".* got \(\S+ \(2, 1\),\)"),
+    "dtype": (lambda a: (a > 0,), r".* got \(\S*bool\S* \(2, 3\),\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_state_that_is_none_is_refused(library: Library, wrong: str) -> None:
+    result, message = WRONG_STATES[wrong]
+    h0, z = library.array(np.zeros((2, 3))), library.array(np.ones((2, 3)))
+    problem = ic.Problem(
+        lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz, batch_ndim=1
+    )
+    solver, estimator = Stepping(result=lambda f: (result(f), None)), Inverting(result)
+    with pytest.raises(TypeError, match=f"Stepping.step {message}"):
+        ic.solve(problem, h0, z, solver=solver)
+    with pytest.raises(TypeError, match=f"Inverting.inverse {message}"):
+        estimator.vjp(problem, h0, z)[1](z)
+    with pytest.raises(TypeError, match=f"Inverting.inverse {message}"):
+        estimator.jvp(problem, h0, z, z)
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_layer_refuses_an_inverse_that_is_no_state(wrong: str) -> None:
+    result, message = WRONG_STATES[wrong]
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    layer = {"gradient": Inverting(result), "batch_ndim": 1}
+    value = ic.fixed_point(lambda h, z: 0.5 * h + z, torch.zeros(2, 3, dtype=torch.float64), x, **layer).value
+    with pytest.raises(TypeError, match=f"Inverting.inverse {message}"):
+        value.sum().backward()
+
+    def loss(z: Any) -> Any:
+        return jnp.sum(ic.fixed_point(lambda h, z: 0.5 * h + z, jnp.zeros((2, 3)), z, **layer).value)
+
+    with pytest.raises(TypeError, match=f"Inverting.inverse {message}"):
+        jax.grad(loss)(jnp.ones((2, 3)))
+
+
+def test_results_of_another_kind_are_refused() -> None:
+    z = np.ones(2)
+    for result in (lambda f: None, lambda f: (f,)):
+        with pytest.raises(TypeError, match=r"Stepping\.step must return a pair \(x, memory\), got"):
+            ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Stepping(result=result))
+    for result in (lambda h: None, lambda h: h):
+        with pytest.raises(TypeError, match=r"Solving\.solve must return a Solution, got"):
+            ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Solving(result))
+    other = ic.solve(lambda h, z: 0.5 * h + z, np.ones(3), np.ones(3))
+    with pytest.raises(ValueError, match=r"the value of Solving\.solve must have the shape of h0, \(2,\), got \(3,\)"):
+        ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Solving(lambda h: other))
 
 
 class Bisection:

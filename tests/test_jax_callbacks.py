@@ -228,6 +228,27 @@ def test_second_derivatives_raise_also_where_no_product_depends_on_z(
             jax.jit(ORDERS["forward over forward"](looped))(jnp.asarray(0.7))
 
 
+@pytest.mark.parametrize("problem", ["vjp", "both", "linearize"])
+@pytest.mark.parametrize("name", ["w", "x"])
+@pytest.mark.parametrize("estimator", [EXACT, ic.Unroll(30, 1.0)], ids=repr)
+def test_a_gradient_in_one_leaf_of_several(estimator: ic.Estimator, name: str, problem: str) -> None:
+    z = arguments()
+    ours, whole = loss_of(problem, estimator), jax.grad(lambda z: jnp.sum(loop(z["w"], z["x"]) ** 3))(z)
+    for transform in (jax.grad, lambda f: jax.jit(jax.grad(f)), jax.jacrev):
+        assert_close(transform(lambda a: ours(z | {name: a}))(z[name]), whole[name], 1e-7)
+
+
+def test_no_cotangent_is_a_gradient_of_zero() -> None:
+    """None in the result of a callback."""
+    w, x = data(contraction=0.3)
+    for given in ({}, {"jvp": lambda h, z, dh, dz: jvp(h, z, dh, dz | {"w": 0 * w})}):
+        problem: Any = ic.Problem(f, vjp=lambda h, z, v: (vjp(h, z, v)[0], vjp(h, z, v)[1] | {"w": None}), **given)
+        total = lambda z, p=problem: jnp.sum(icj.fixed_point(p, jnp.zeros_like(x), z, gradient=EXACT).value)  # noqa: E731
+        gradient = jax.grad(total)({"w": w, "x": x})
+        np.testing.assert_array_equal(gradient["w"], 0.0)
+        assert np.all(gradient["x"] != 0.0)
+
+
 @pytest.mark.parametrize("mode", ["grad", "jit(grad)", "grad(jit)"])
 @pytest.mark.parametrize(
     "callbacks", [{"vjp": None}, {"jvp": None}, {"vjp": None, "jvp": None}], ids=lambda c: "+".join(c)

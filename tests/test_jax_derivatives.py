@@ -224,6 +224,12 @@ def test_scalar_states(estimator: ic.Estimator, h0: Any) -> None:
     np.testing.assert_allclose(jax.jit(jax.hessian(root))(theta), -np.cos(expected) * slope**3, atol=atol)
 
 
+def test_a_number_as_h0_has_the_dtype_of_f() -> None:
+    h = icj.fixed_point(lambda h, z: 0.5 * h + z, 0.0, jnp.float32(1.0), solver=ic.Anderson()).value
+    assert h.dtype == jnp.float32
+    assert h == pytest.approx(2.0, rel=1e-4)
+
+
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("estimator", [EXACT, *TRUNCATED], ids=repr)
 def test_h0_has_a_gradient_of_exactly_zero(estimator: ic.Estimator, jit: Any) -> None:
@@ -397,6 +403,12 @@ def test_a_custom_vjp_within_f(estimator: ic.Estimator, jit: Any) -> None:
     assert_close(jit(jax.grad(ours))(x), looped_first_and_second("jit")[0], 1e-7)
     with pytest.raises(TypeError, match="forward-mode"):
         jit(lambda x: jax.jvp(ours, (x,), (x,)))(x)
+
+
+def test_a_custom_vjp_in_a_program_within_f() -> None:
+    x = data(batch=1)[1][0]
+    for within in (jax.jit(opaque), lambda y: jax.lax.scan(lambda c, _: (opaque(c), None), y, length=1)[0]):
+        assert_close(jax.grad(solved(within, EXACT))(x), looped_first_and_second("jit")[0], 1e-7)
 
 
 @pytest.mark.parametrize("estimator", [EXACT, ic.Neumann(4, 0.5)], ids=repr)

@@ -223,6 +223,18 @@ def test_equal_settings_do_not_retrace() -> None:
         assert traces == different
 
 
+@pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1, True), (1, 1.0)], ids=repr)
+def test_a_compiled_problem_tells_numbers_apart_that_are_equal(one: Any, other: Any) -> None:
+    """Leaves of z that are not arrays are constants of the program."""
+
+    def f(h: Any, z: Any) -> Any:
+        return 0.5 * h + {"1": 1.0, "1.0": 2.0, "True": 3.0, "0.0": 4.0, "-0.0": 5.0}[repr(z["number"])] * z["x"]
+
+    problem, x = icj.problem(f, jit=True), jnp.ones(2)
+    for number in (one, other, one):
+        np.testing.assert_array_equal(problem(x, {"number": number, "x": x}), f(x, {"number": number, "x": x}))
+
+
 @pytest.fixture
 def compilations() -> Iterator[list[float]]:
     """Grows by the seconds of each compilation."""

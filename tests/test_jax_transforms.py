@@ -226,6 +226,40 @@ def test_f_may_communicate_with_other_samples_of_a_vmap(estimator: ic.Estimator,
         assert_close(value_and_both_modes(lambda w, x: mapped(w, x).value)(w, x), joint(), 1e-7)
 
 
+def test_f_may_communicate_in_a_program_within_it() -> None:
+    w, x = uneven()
+    for inner in (jax.jit, lambda f: lambda h: jax.lax.scan(lambda c, _: (f(c), None), h, length=1)[0]):
+
+        def run(x: Any, inner: Any = inner) -> Any:
+            f = lambda h, z: inner(lambda h: coupled(h, (w, z), jax.lax.pmean(h, "samples")))(h)  # noqa: E731
+            return icj.fixed_point(f, jnp.zeros_like(x), x, solver=ic.Broyden(rtol=1e-13), gradient=EXACT)
+
+        solution = jax.jit(jax.vmap(run, axis_name="samples"))(x)
+        assert_close(solution.value, joint()[0], 1e-10)
+        assert len(set(solution.stats.steps.tolist())) == 1  # the samples are one system
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_callable_solver_is_mapped_as_a_whole_and_not_differentiated(jit: Any) -> None:
+    """It sees one sample, whatever `vmap` makes of its operations, and may close over what is differentiated."""
+
+    def run(damping: Any, z: Any) -> Any:
+        def picard(problem: ic.Problem, h0: Any, z: Any) -> Any:
+            assert h0.shape == (2,)
+            return jax.lax.fori_loop(0, 80, lambda _, h: h + damping * (problem(h, z) - h), h0)
+
+        f = lambda h, z: 0.5 * jnp.sin(h) + z  # noqa: E731
+        return jnp.sum(icj.fixed_point(f, jnp.zeros(2), z, solver=picard, gradient=EXACT).value ** 2)
+
+    def theirs(z: Any) -> Any:
+        return jnp.sum(iterate(lambda h: 0.5 * jnp.sin(h) + z, jnp.zeros(2)) ** 2)
+
+    z = jnp.asarray([[0.3, -0.7], [1.0, 0.0]])
+    for_damping, for_z = jit(jax.vmap(jax.grad(run, BOTH), (None, 0)))(jnp.asarray(0.8), z)
+    np.testing.assert_array_equal(for_damping, 0.0)
+    assert_close(for_z, jax.vmap(jax.grad(theirs))(z), 1e-7)
+
+
 def test_f_may_ask_which_sample_it_is() -> None:
     """An index of the axis is not communication: samples stay independent."""
 

@@ -66,6 +66,24 @@ def test_a_users_solver_may_rewrap_fs_result() -> None:
     np.testing.assert_allclose(solution.value, 10.0, rtol=1e-3)
 
 
+class Averaged(Blocks):
+    """The mean of the last two results of F, of which the memory holds one as it is."""
+
+    def init(self, system: Any, x: Any) -> Any:
+        return x
+
+    def step(self, system: Any, memory: Any, point: Any) -> Any:
+        space = system.space
+        return space.scale(0.5, space.add(point.f, memory)), point.f
+
+
+def test_a_users_solver_may_remember_fs_result() -> None:
+    buffer, settings = np.zeros(2), {"solver": Averaged(max_steps=500), "trace": True}
+    reused = ic.solve(lambda h, z: np.add(-0.8 * h, z, out=buffer), np.zeros(2), np.ones(2), **settings)
+    new = ic.solve(lambda h, z: -0.8 * h + z, np.zeros(2), np.ones(2), **settings)
+    np.testing.assert_array_equal(reused.stats.trace, new.stats.trace)
+
+
 def test_a_users_solver_may_reuse_its_own_array() -> None:
     def f(h: Any, z: Any) -> Any:
         return np.cos(h) + z

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.arrays import H, Z
 
 Array = NDArray[np.float64]
 
@@ -48,6 +49,19 @@ def cell(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(0.5 * h + x)
 
 
+def with_aux(h: Array, z: Array) -> tuple[Array, float]:
+    return 0.5 * h + z, float(z.sum())
+
+
+reveal_type(ic.fixed_point(with_aux, z, z, has_aux=True).value)  # ndarray[...]
+
+
+class Halving:
+    def solve(self, problem: ic.Problem[H, Z], h0: H, z: Z, *, trace: bool) -> ic.Solution[H]:
+        return ic.solve(problem, h0, z, trace=trace)
+
+
+reveal_type(ic.solve(f, z, z, solver=Halving()).value)  # ndarray[...]
 x = torch.ones(2, 3)
 reveal_type(ic.fixed_point(cell, torch.zeros(2, 3), x, batch_ndim=1).value)  # Tensor
 reveal_type(ict.ImplicitLayer(cell)(x))  # Tensor
@@ -124,7 +138,7 @@ def plain(message: str) -> str:
 
 @pytest.mark.slow
 def test_a_users_file(results: dict[str, list[tuple[str, str]]]) -> None:
-    assert len(results["user.py"]) == 10
+    assert len(results["user.py"]) == 12
     for expected, found in results["user.py"]:
         assert found == expected or plain(found) == expected, (expected, found)
 

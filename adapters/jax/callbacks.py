@@ -159,7 +159,9 @@ def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> 
         if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(tangents[2])):
             raise ValueError(CLOSED_OVER)
         h, arrays, closed = _refuse_to_differentiate(primals)
-        directions = _instantiate_zeros([tangents[1][i] for i in layer.indices])
+        along = [tangents[1][i] for i in layer.indices]
+        nonzero = [jnp.asarray(x) for x in along if not isinstance(x, SymbolicZero)]
+        directions = depending_on(nonzero, list(map(jnp.asarray, _instantiate_zeros(along))))
         residuals: Arrays = ()
         if has_vjp:
             value, residuals = layer.forward.function(h, arrays, closed.forward)

@@ -49,7 +49,7 @@ def with_derivative(
     def inverse(jacobian: Callable[[H], H], v: H) -> H:
         space = BACKEND.space(v, batch_ndim, "v")
         with coupled_axes(axes):  # Decision 50.
-            w: H = space.unpack(gradient.inverse(space, on_states(jacobian, space, space), space.pack(v)))
+            w: H = space.unpack(gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
             return w
 
     def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:

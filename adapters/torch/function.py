@@ -35,8 +35,8 @@ UNKNOWN_INPUTS = (
     "output of an autograd.Function, such as another implicit layer. Pass them in z"
 )
 REEVALUATION_FAILED = (
-    "a derivative of this gradient (create_graph=True) evaluates F again within torch.func, where F failed. "
-    "Unroll(k, lam) and BPTT(k) have every derivative that F has. PyTorch says: "
+    "a derivative of this gradient (create_graph=True) evaluates F and the estimator again within torch.func, where "
+    "one of them failed. Unroll(k, lam) and BPTT(k) have every derivative that F has. PyTorch says: "
 )
 FORWARD_TWICE = (
     "PyTorch's forward mode does not nest through an autograd.Function. Instead of jacfwd(jacfwd(f)) use "
@@ -95,7 +95,7 @@ class Rule:
             products = jacobian(*BACKEND.flatten(space.unpack(w))[0])
             return space.pack(BACKEND.unflatten(self.structure, list(products)))
 
-        w = self.gradient.inverse(space, on_states, space.pack(space.like))
+        w = self.gradient.apply(space, on_states, space.pack(space.like))
         return tuple(BACKEND.flatten(space.unpack(w))[0])
 
 

@@ -16,7 +16,7 @@ from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.problem import Problem
 from implicit_core.solution import Stats
-from implicit_core.solve import solve
+from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
 
@@ -107,6 +107,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         super().__init__()
         checks.function("cell", cell)
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+        checks.instance("throw", throw, bool, "True")
+        as_solver(solver)
+        if eval_solver is not None:
+            as_solver(eval_solver, "eval_solver")
         if h0 is not None:
             checks.function("h0", h0)
         self.cell = cell

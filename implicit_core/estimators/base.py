@@ -159,6 +159,18 @@ class AtFixedPoint(Estimator):
         """
         # Decisions 25 and 32.
 
+    def apply(self, space: Space, jacobian: Operator, v: State) -> State:
+        """D v by ``inverse``, whose result is checked.
+
+        Raises
+        ------
+        TypeError
+            If it is no state like v.
+        """
+        w = self.inverse(space, jacobian, v)
+        checks.state_like(f"{type(self).__name__}.inverse", w, v)
+        return w
+
     def inverse_error(self, contraction: Factor) -> Factor:
         """A bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1, for an estimator that solves to a tolerance.
 
@@ -180,7 +192,7 @@ class AtFixedPoint(Estimator):
         def pullback(h_bar: H) -> Z:
             checks.like(space.backend, "h_bar", h_bar, h, "h")
             with space.backend.on_device_of(h):
-                w: H = space.unpack(self.inverse(space, jacobian, space.pack(h_bar)))
+                w: H = space.unpack(self.apply(space, jacobian, space.pack(h_bar)))
                 return at.vjp_z(w)
 
         return h, pullback
@@ -194,7 +206,7 @@ class AtFixedPoint(Estimator):
         with space.backend.on_device_of(h):
             # Copied, since a callback may return the same array at every call.
             b = space.copy(space.pack(at.jvp_z(dz)))
-            tangent: H = space.unpack(self.inverse(space, jacobian, b))
+            tangent: H = space.unpack(self.apply(space, jacobian, b))
             return h, tangent
 
 

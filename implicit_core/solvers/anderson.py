@@ -61,7 +61,7 @@ class Anderson(Solver):
     damping: float = 1.0
     regularization: float = 1e-10
 
-    copies_step: ClassVar[bool] = False
+    copies_results: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

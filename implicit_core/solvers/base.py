@@ -20,7 +20,7 @@ class FixedPointSolver(Protocol):
     adapter may then add a batch axis, and need not expect that the solver closes over differentiated arrays.
     """
 
-    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
+    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool) -> Solution[H]:
         """The fixed point of every sample, with a status for each; ``trace`` asks for every residual.
 
         Called by :func:`implicit_core.solve`, which turns a plain F into a :class:`Problem`.
@@ -77,10 +77,10 @@ class Solver(ABC):
     """See :class:`FixedPointSolver`."""
     keeps_best: ClassVar[bool] = True
     """Whether to return the point of least residual if no point meets the tolerance; False: the last one."""
-    copies_step: ClassVar[bool] = True
-    """Whether the loop copies what ``step`` returns. F may reuse its output memory, and a step may return a part of it,
-    or memory that the solver reuses. A solver whose step is always new arrays, or ``point.f`` itself, sets this to
-    False."""
+    copies_results: ClassVar[bool] = True
+    """Whether the loop copies what F and ``step`` return. F may reuse its output memory, of which a solver may keep a
+    part, and a step may be memory that the solver reuses. A solver whose memory holds no part of ``point.f``, and whose
+    step is always new arrays or ``point.f`` itself, sets this to False."""
     uses_jacobian: ClassVar[bool] = False
     """Whether ``observe`` needs the Jacobian."""
     retries_nonfinite: ClassVar[bool] = False

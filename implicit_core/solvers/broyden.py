@@ -64,7 +64,7 @@ class Broyden(Solver):
 
     memory: int = 20
 
-    copies_step: ClassVar[bool] = False
+    copies_results: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,7 @@ class FixedPointIteration(Solver):
     damping: float = 1.0
 
     keeps_best: ClassVar[bool] = False
-    copies_step: ClassVar[bool] = False
+    copies_results: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,7 +60,7 @@ class NewtonKrylov(Solver):
 
     linear_solver: LinearSolver = field(default=GMRES(rtol=1e-3, max_steps=60))
 
-    copies_step: ClassVar[bool] = False
+    copies_results: ClassVar[bool] = False
     uses_jacobian: ClassVar[bool] = True
     retries_nonfinite: ClassVar[bool] = True
 

@@ -223,10 +223,10 @@ def _at_fixed_point(j: Jacobians[H, Z], gradient: AtFixedPoint) -> Deviation:
     space, in_h, in_z = j.samples, j.in_h, j.in_z
 
     def product(v: State) -> State:
-        return space.sub(gradient.inverse(space, in_h.product, space.sub(v, in_h.product(v))), v)
+        return space.sub(gradient.apply(space, in_h.product, space.sub(v, in_h.product(v))), v)
 
     def transposed(v: State) -> State:
-        w = gradient.inverse(space, in_h.transposed, v)
+        w = gradient.apply(space, in_h.transposed, v)
         return space.sub(space.sub(w, in_h.transposed(w)), v)
 
     def on_whole(v: State) -> State:
