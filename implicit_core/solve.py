@@ -66,7 +66,7 @@ def solve(
     problem, solver = as_problem(problem, batch_ndim), as_solver(solver)
     with find_backend(h0).on_device_of(h0):
         solution = solver.solve(problem, h0, z, trace=trace)
-        if not isinstance(solver, Solver):
+        if type(solver).solve is not Solver.solve:
             _check(solver, solution, h0)
         return solution.raise_for_status() if throw else solution
 

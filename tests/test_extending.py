@@ -162,6 +162,13 @@ class Inverting(ic.estimators.AtFixedPoint):
         return self.result(v[0])
 
 
+class Overridden(ic.Anderson):
+    """A solver with a step, whose ``solve`` is another."""
+
+    def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> Any:
+        return h0
+
+
 class Solving:
     """An object with any ``solve``."""
 
@@ -220,6 +227,8 @@ def test_results_of_another_kind_are_refused() -> None:
     for result in (lambda h: None, lambda h: h):
         with pytest.raises(TypeError, match=r"Solving\.solve must return a Solution, got"):
             ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Solving(result))
+    with pytest.raises(TypeError, match=r"Overridden\.solve must return a Solution, got"):
+        ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Overridden())
     other = ic.solve(lambda h, z: 0.5 * h + z, np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match=r"the value of Solving\.solve must have the shape of h0, \(2,\), got \(3,\)"):
         ic.solve(lambda h, z: 0.5 * h + z, z, z, solver=Solving(lambda h: other))
