@@ -1,7 +1,7 @@
 """The one loop of all solvers that are given by a step. It returns a point whose residual was measured (Decision 1).
 
     begin     evaluate F at h0
-    measure   is ‖F(h) - h‖ ≤ atol + rtol ‖F(h)‖? A sample where it is not stays active
+    measure   a sample is active where ‖F(h) - h‖ > atol + rtol ‖F(h)‖, which is never true of NaN
     advance   take the solver's step in the active samples, freeze the others, and measure
     finish    a status for each sample
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .solvers.base import Solver
 
 PATIENCE = 10
-"""A sample whose residual has not fallen for this many steps when the steps run out has stagnated."""
+"""A sample has stagnated if this many steps passed since its best point when the steps run out."""
 
 
 class Point(NamedTuple):

@@ -30,7 +30,7 @@ class Status(IntEnum):
     MAX_STEPS = 1
     """The steps ran out."""
     NONFINITE = 2
-    """F, the residual or the solver's step became infinite or NaN; the point returned is the best, or last, before."""
+    """F, the residual or the solver's step became infinite or NaN; the best point, or the last one, is returned."""
     STAGNATED = 3
     """The steps ran out, and the last ten did not reduce the residual. Or a callable solver missed the tolerance."""
 

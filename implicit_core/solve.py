@@ -45,8 +45,9 @@ def solve(
     Returns
     -------
     Solution
-        The point at which each sample's residual ‖F(h) - h‖₂ was measured and met atol + rtol ‖F(h)‖₂, or the best one
-        seen, with a status that says so. n steps evaluate F n times.
+        The point at which each sample's residual ‖F(h) - h‖₂ was measured and met atol + rtol ‖F(h)‖₂. If no point
+        did, the best one seen, or the last one of a solver that keeps no best, with a status that says so. n steps
+        evaluate F n times.
 
     Raises
     ------

@@ -40,7 +40,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     ------
     ValueError
         If F of a Problem with callbacks closes over tensors that require a gradient, which they would not get. A
-        Problem with ``linearize`` is not checked, as its f is not called.
+        Problem with ``linearize`` is not checked, as its value does not come from f.
     NotImplementedError
         For a derivative that is not available, which is never zero instead.
     """

@@ -21,7 +21,8 @@ class Estimator(ABC):
     """Base of the gradient estimators: A ≈ ∂h*/∂z, through its products.
 
     The paper writes Jacobians transposed (d_z × d_h), so its A v is ``pullback(v)`` here; ``jvp`` applies the transpose
-    of the same A, so that ⟨u, jvp dz⟩ = ⟨pullback u, dz⟩ for every estimator.
+    of the same A, so that ⟨u, jvp dz⟩ = ⟨pullback u, dz⟩: to rounding for a fixed number of terms or steps, and to its
+    tolerance for an estimator that stops on a data-dependent test.
 
     Examples
     --------

@@ -20,7 +20,7 @@ class Implicit(AtFixedPoint):
         \frac{∂h^*}{∂z} = \frac{∂F}{∂z} \left(I - \frac{∂F}{∂h}\right)^{-1}
 
     F is linearized once, at the solver's point. A pullback costs K h-VJPs, as many as the linear solver needs, and one
-    z-VJP. A linear solve that does not converge is always reported.
+    z-VJP. A linear solve that does not converge is never silent: see ``on_failure``.
 
     Parameters
     ----------
