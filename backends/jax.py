@@ -25,8 +25,8 @@ _COUPLED_AXES: ContextVar[tuple[str, ...]] = ContextVar("named axes that a sampl
 def coupled_axes(axes: Sequence[str]) -> Iterator[None]:
     """Within this context a sample is one system with its counterparts along named axes.
 
-    Inner products are summed over these axes, and the stop test is the same along them. A collective within a loop
-    depends on that.
+    Inner products are summed over these axes, so that the stop test has one result along them. All devices then leave a
+    loop at the same step, as a collective within it requires.
     """
     token = _COUPLED_AXES.set(tuple(axes))
     try:
@@ -255,7 +255,7 @@ class JAXBackend(Backend):
         chunks, rest = divmod(max_steps, check_every)
 
         def cond(carry: Carry) -> Any:
-            return jnp.any(masks(carry)[0])  # type: ignore[arg-type]
+            return jnp.any(masks(carry)[0])  # type: ignore[arg-type]  # masks are arrays
 
         def masked(carry: Carry) -> Carry:
             return body(carry, masks(carry))

@@ -2,7 +2,7 @@
 
     begin     evaluate F at h0
     measure   a sample is active where ‖F(h) - h‖ > atol + rtol ‖F(h)‖, which is never true of NaN
-    advance   take the solver's step in the active samples, freeze the others, and measure
+    advance   take the solver's step in the active samples, keep the points of the others, and measure
     finish    a status for each sample
 
 A loop ends when no sample is active. The same four functions serve a Python loop, which reads how many samples are
@@ -155,7 +155,8 @@ class Iteration:
         residual = space.sub(f, x)
         norm = space.norm(residual)
         tolerance = space.multiply_add(self.solver.rtol, space.norm(f), self.atol)
-        # A frozen sample gives these numbers again, and NaN is above no tolerance: both stay finished. Decisions 2, 3.
+        # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
+        # Decisions 2 and 3.
         return Point(x, f, residual, norm, norm > tolerance, index), tolerance, jacobian
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:

@@ -122,11 +122,12 @@ class BoundLinearization(Generic[H, Z]):
             joint = name.split("_", maxsplit=1)[0]
             if getattr(self.raw, name) is None and getattr(self.raw, joint) is None:
                 what = "a pullback" if joint == "vjp" else "a pushforward"
-                made = f"take implicit_core.adapters.{self.backend.name}.problem(f), "
+                has_none = all(getattr(self.raw, each) is None for each in DERIVATIVES)
+                by_autodiff = self.backend.has_autodiff and has_none
                 raise NotImplementedError(
                     f"{what} needs the {joint.upper()} of F, which this problem doesn't have: "
-                    f"{made if self.backend.has_autodiff else ''}"
-                    f"pass {joint}= to Problem, or return {joint}_h and {joint}_z from its linearize"
+                    + (f"take implicit_core.adapters.{self.backend.name}.problem(f), " if by_autodiff else "")
+                    + f"pass {joint}= to Problem, or return {joint}_h and {joint}_z from its linearize"
                 )
         return self
 

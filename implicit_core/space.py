@@ -26,9 +26,9 @@ A = TypeVar("A")
 class Space:
     """The vector space of one state: its structure, shapes and precision, and its arithmetic.
 
-    States keep their leaves' dtypes at the user's functions and are at least float32 here, so that norms, Gram
-    matrices and small solves are. A half-precision state is rounded to what the user's function will see (Decisions 31
-    and 32).
+    States keep their leaves' dtypes at the user's functions. Here they are at least float32, so that norms, Gram
+    matrices and small solves are computed in float32 or wider. A half-precision state is rounded to what the user's
+    function will see (Decisions 31 and 32).
 
     A framework with faster spellings subclasses this and overrides what stands below "Arithmetic".
 
@@ -179,7 +179,7 @@ class Space:
         """From now on, shard new arrays as ``x`` is sharded."""
 
     def shard(self, x: State) -> State:
-        """``x``, sharded so."""
+        """``x``, sharded as the state given to :meth:`shard_as`."""
         return x
 
     # Arithmetic. Operations on states:

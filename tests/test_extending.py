@@ -278,3 +278,16 @@ def test_whatever_has_solve_is_a_solver() -> None:
         ic.solve(lambda h, z: h, z, z, solver=3)
     with pytest.raises(TypeError, match=r"did you mean Anderson\(\)\?"):
         ic.solve(lambda h, z: h, z, z, solver=ic.Anderson)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "numpy"])
+def test_a_missing_derivative_names_what_makes_it(framework: str) -> None:
+    """Autodiff for an F without callbacks; where there is one callback, the other one."""
+    x: Any = {"torch": torch.ones, "jax": jnp.ones, "numpy": np.ones}[framework](2)
+    bare, made = ic.Problem(lambda h, z: 0.5 * h + z), f"take implicit_core.adapters.{framework}.problem(f), "
+    with pytest.raises(NotImplementedError, match="needs the VJP of F") as found:
+        ic.Neumann().vjp(bare, x, x)
+    assert (made in str(found.value)) == (framework != "numpy")
+    one = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v))
+    with pytest.raises(NotImplementedError, match="needs the JVP of F, which this problem doesn't have: pass jvp="):
+        ic.Neumann().jvp(one, x, x, x)

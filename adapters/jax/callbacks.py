@@ -160,8 +160,8 @@ def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> 
             raise ValueError(CLOSED_OVER)
         h, arrays, closed = _refuse_to_differentiate(primals)
         along = [tangents[1][i] for i in layer.indices]
-        nonzero = [jnp.asarray(x) for x in along if not isinstance(x, SymbolicZero)]
-        directions = depending_on(nonzero, list(map(jnp.asarray, _instantiate_zeros(along))))
+        nonzero = [x for x in along if not isinstance(x, SymbolicZero)]
+        directions = depending_on(nonzero, _instantiate_zeros(along))
         residuals: Arrays = ()
         if has_vjp:
             value, residuals = layer.forward.function(h, arrays, closed.forward)

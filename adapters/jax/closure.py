@@ -92,6 +92,7 @@ def depending_on(tangents: Arrays, tree: T) -> T:
     """
 
     def add_empty_sums(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
         for tangent in tangents:
             x = x + jnp.astype(jnp.real(jnp.sum(jnp.ravel(tangent)[:0])), x.dtype)
         return x

@@ -89,13 +89,14 @@ class Rule:
 
     def inverse(self, jacobian: Product, v: Sequence[Tensor], batch_ndim: int) -> Tensors:
         """The estimator's D v, on leaves."""
-        space = BACKEND.space(BACKEND.unflatten(self.structure, list(v)), batch_ndim, "v")
+        tree = BACKEND.unflatten(self.structure, list(v))
+        space = BACKEND.space(tree, batch_ndim, "v")
 
         def on_states(w: State) -> State:
             products = jacobian(*BACKEND.flatten(space.unpack(w))[0])
             return space.pack(BACKEND.unflatten(self.structure, list(products)))
 
-        w = self.gradient.apply(space, on_states, space.pack(space.like))
+        w = self.gradient.apply(space, on_states, space.pack(tree))
         return tuple(BACKEND.flatten(space.unpack(w))[0])
 
 

@@ -31,7 +31,7 @@ def report(space: Space, what: str, advice: str, status: Numbers, residual: Numb
         Raise :class:`~implicit_core.SolveError` instead of warning.
     """
 
-    def name(status: Array, residual: Array) -> None:
+    def warn_or_raise(status: Array, residual: Array) -> None:
         failures = find_failures(status, residual)
         if not failures:
             return
@@ -44,9 +44,9 @@ def report(space: Space, what: str, advice: str, status: Numbers, residual: Numb
     found = space.per_sample(status), space.per_sample(residual)
     backend = space.backend
     if backend.readable(status):
-        name(*found)
+        warn_or_raise(*found)
     elif backend.tracing is not None:
-        backend.tracing.callback(name, *found)
+        backend.tracing.callback(warn_or_raise, *found)
 
 
 def nan_where_invalid(space: Space, status: Numbers, x: State) -> State:

@@ -78,7 +78,7 @@ class Unroll(Estimator):
             return problem.linearize(h_t, z) if at is None else at
 
         def pullback(h_bar: H) -> Z:
-            """Eq. (17), the last step first, with g = B_{t+1}ᵀ ... B_{k-1}ᵀ h̄."""
+            """Eq. (17), the last step first. g is the cotangent of h_{t+1}, the point after step t."""
             checks.like(space.backend, "h_bar", h_bar, h_0, "h")
             g, z_bar = h_bar, None
             with space.backend.on_device_of(h_0):

@@ -83,7 +83,7 @@ class _Logger(ObserveInputs):
         if isinstance(a, slice):
             return slice, self.described((a.start, a.stop, a.step))
         try:
-            view = memoryview(a)  # type: ignore[arg-type]  # tried
+            view = memoryview(a)  # type: ignore[arg-type]  # raises without a buffer
         except TypeError:
             return _ByIdentity(a)
         return type(a), view.format, view.shape, view.tobytes()  # the numbers, for an array that may be written to
