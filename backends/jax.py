@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
-from implicit_core.backend import Backend, Known
+from implicit_core.backend import Backend, Known, Watch
 from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
@@ -249,9 +249,10 @@ class JAXBackend(Backend):
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
+        watch: Watch | None = None,
     ) -> Carry:
         if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
-            return super().while_loop(masks, body, carry, max_steps, check_every)
+            return super().while_loop(masks, body, carry, max_steps, check_every, watch)
         chunks, rest = divmod(max_steps, check_every)
 
         def cond(carry: Carry) -> Any:

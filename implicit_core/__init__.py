@@ -28,7 +28,7 @@ from .fixed_point import fixed_point
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .problem import Linearization, Problem
-from .solution import CONVERGED, MAX_STEPS, NONFINITE, STAGNATED, Solution, SolveError, Stats, Status
+from .solution import CONVERGED, DIVERGED, MAX_STEPS, NONFINITE, STAGNATED, Solution, SolveError, Stats, Status
 from .solve import solve
 from .solvers import Anderson, Broyden, CallableSolver, FixedPointIteration, NewtonKrylov, Solver
 
@@ -38,6 +38,7 @@ __all__ = [
     "BPTT",
     "CG",
     "CONVERGED",
+    "DIVERGED",
     "GMRES",
     "MAX_STEPS",
     "NONFINITE",

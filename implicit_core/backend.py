@@ -25,6 +25,21 @@ Known = Mask | bool
 """A mask; True or False where it was read, and holds in all samples or in none."""
 
 
+class Watch(NamedTuple):
+    """A mask that an eager loop reads beside its own, for nothing.
+
+    Attributes
+    ----------
+    mask
+        The mask for what the loop carries; None where there is none to read.
+    held
+        Called when it held in some sample.
+    """
+
+    mask: Callable[[Any], Mask | None]
+    held: Callable[[], None]
+
+
 class Stream(NamedTuple):
     """A CUDA stream: the number of its device, and its address."""
 
@@ -167,12 +182,13 @@ class Backend:
         carry: Carry,
         max_steps: int,
         check_every: int = 1,
+        watch: Watch | None = None,
     ) -> Carry:
         """``carry = body(carry, masks(carry))`` until the first mask holds in no sample, at most ``max_steps`` times.
 
         Reading the masks is the loop's one host synchronization, made once in ``check_every`` steps. A mask that was
-        read, and holds in all samples or in none, is passed to the body as True or False. While a graph is captured
-        nothing can be read, and ``max_steps`` are made.
+        read, and holds in all samples or in none, is passed to the body as True or False. ``watch`` adds a mask to
+        every read. While a graph is captured nothing can be read, and ``max_steps`` are made.
         """
 
         def masked(carry: Carry) -> Carry:
@@ -186,7 +202,10 @@ class Backend:
             found = masks(carry)
             if self.capturing(found[0]):  # nothing can be read, and samples that are done are frozen. Decision 60.
                 return self.repeat(masked, carry, max_steps)
-            counts, samples = self.count(found), found[0].shape[0]
+            extra = None if watch is None else watch.mask(carry)
+            counts, samples = self.count(found if extra is None else (*found, extra)), found[0].shape[0]
+            if watch is not None and extra is not None and counts.pop():
+                watch.held()
             if counts[0] == 0:
                 break
             # Decisions 9 and 10.

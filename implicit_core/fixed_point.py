@@ -56,8 +56,9 @@ def fixed_point(
     Returns
     -------
     Solution
-        The estimator's value, and the solve's status and stats. For :class:`Unroll` the value is h_k, and the stats
-        speak of the solver's point h_0.
+        The estimator's value, and a status and stats that speak of it. For :class:`Unroll` and :class:`BPTT` the value
+        is h_k, where F is not evaluated: the residual is that of h_{k-1}. Such a sample is CONVERGED if this one is
+        within the tolerance, and stays so if it grows as much again as it did over the k steps.
 
     Raises
     ------
@@ -75,8 +76,6 @@ def fixed_point(
     True
     """
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    if throw and gradient.starts_from_h0:
-        raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
     # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.
     adapter = find_adapter(h0) or find_adapter(z)

@@ -1,7 +1,8 @@
 """The one loop of all solvers that are given by a step. It returns a point whose residual was measured (Decision 1).
 
     begin     evaluate F at h0
-    measure   a sample is active where ‖F(h) - h‖ > atol + rtol ‖F(h)‖, which is never true of NaN
+    measure   a sample is active where ‖F(h) - h‖ > atol + rtol ‖F(h)‖, which is never true of NaN, or where the
+              residual has not fallen
     advance   take the solver's step in the active samples, keep the points of the others, and measure
     finish    a status for each sample
 
@@ -9,12 +10,15 @@ A loop ends when no sample is active. The same four functions serve a Python loo
 active, and a traced or captured one, which cannot.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import checks
+from . import checks, progress
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
-from .backend import Known
+from .backend import Known, Watch
 from .problem import Problem
+from .progress import Progress, Start
 from .solution import Solution, Stats, Status
 from .space import Space
 from .system import System
@@ -24,6 +28,25 @@ if TYPE_CHECKING:
 
 PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
+ROUNDING = 8
+"""The least relative tolerance, in units of the machine precision of the coarsest leaf."""
+
+
+MOVED = 64
+"""A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
+COUPLED = (
+    "F couples what batch_ndim takes for samples: the residual of a finished sample changed while others took steps. "
+    "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver freeze=False"
+)
+CHANGES = (
+    "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
+    "so it has no fixed point. In PyTorch, dropout and batch norm do so in train mode: use VariationalDropout, and "
+    "group or layer norm"
+)
+
+
+class ChangingFunctionWarning(RuntimeWarning):
+    """F gave two values at one point, so a solve, its statuses and its gradient mean little."""
 
 
 class Point(NamedTuple):
@@ -33,8 +56,8 @@ class Point(NamedTuple):
     ----------
     x, f, residual
         The point, F there, and F(x) - x; states.
-    norm
-        ‖F(x) - x‖₂, (N, 1).
+    norm, f_norm
+        ‖F(x) - x‖₂ and ‖F(x)‖₂, (N, 1).
     active
         Samples that are not finished, (N, 1).
     index
@@ -45,6 +68,7 @@ class Point(NamedTuple):
     f: State
     residual: State
     norm: Numbers
+    f_norm: Numbers
     active: Mask
     index: Index
 
@@ -72,18 +96,30 @@ class Count(NamedTuple):
 
 
 class Best(NamedTuple):
-    """Each sample's point of least residual so far, its norm, and how many steps it took."""
+    """Each sample's point of least residual so far, its norms, and how many steps it took."""
 
     x: State
     norm: Numbers
+    f_norm: Numbers
     steps: Count
 
 
 class Carry(NamedTuple):
-    """What the loop carries. ``best`` and ``trace`` are None throughout a solve that does not keep them."""
+    """What the loop carries. What a solve does not keep is None throughout.
+
+    Attributes
+    ----------
+    point, steps, best, trace, memory
+        The last evaluation, each sample's count of evaluations, its best point, its residuals, the solver's memory.
+    progress
+        What decides whether a sample has converged or ends early; None where the number of steps is forced.
+    settled
+        Each sample's residual when it was last active. If F takes samples for themselves, it stays as it was.
+    """
 
     point: Point
-    tolerance: Numbers
+    progress: Progress | None
+    settled: Numbers | None
     steps: Count
     best: Best | None
     trace: History | None
@@ -105,6 +141,7 @@ class Iteration:
 
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False) -> None:
         self.solver, self.trace = solver, trace
+        self.has_moved = False
         self.system = System(problem, h0, z)
         self.space = self.system.space
 
@@ -119,7 +156,13 @@ class Iteration:
         backend, solver = self.space.backend, self.solver
         with backend.solving():
             self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
-            carry = backend.while_loop(self.masks, self.advance, self.begin(), solver.max_steps - 1, solver.check_every)
+            # A tolerance below rounding would only be met by chance. Decision 88.
+            self.rtol = max(solver.rtol, ROUNDING * self.space.coarsest_eps) if solver.rtol else 0.0
+            # With both zero the number of steps is the user's.
+            self.forced = solver.rtol == 0 == solver.absolute_tolerance
+            watch = Watch(self.moved, self.note_moved)
+            steps = solver.max_steps - 1
+            carry = backend.while_loop(self.masks, self.advance, self.begin(), steps, solver.check_every, watch)
             return self.finish(carry)
 
     def begin(self) -> Carry:
@@ -129,7 +172,9 @@ class Iteration:
         can_check = not space.backend.immutable and space.backend.readable(start[0])
         x = space.copy(start) if can_check else start
         h = space.unpack(x)
-        point, tolerance, jacobian = self.measure(x, h, 0)
+        infinite = space.full(float("inf"))
+        # An infinite start is no start, and NaN is above nothing.
+        point, jacobian = self.measure(x, h, 0, lambda norm, _: norm < infinite)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
         self.unmodified = space.same(start, space.pack(h)) if can_check else True  # Decisions 7 and 8.
         del start, x, h  # memory: a solve holds few states besides the solver's own
@@ -137,14 +182,30 @@ class Iteration:
             point = point._replace(active=point.active & self.unmodified)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
-        steps = Count(1 if space.backend.readable(point.norm) else space.full(1, space.xp.int32))
-        best = Best(point.x, space.full(float("inf")), steps) if solver.keeps_best else None
+        readable = space.backend.readable(point.norm)
+        steps = Count(1 if readable else space.full(1, space.xp.int32))
+        best = Best(point.x, infinite, point.f_norm, steps) if solver.keeps_best else None
+        made = None
+        if not self.forced:
+            tolerance = self.tolerance(point.f_norm)
+            near = point.norm <= progress.NEAR * tolerance
+            cap = space.select(near, infinite, progress.fraction(self.rtol) * point.norm)
+            scale = solver.absolute_tolerance / self.rtol if self.rtol else 1.0
+            self.start = Start(cap, point.norm, point.f_norm, scale)
+            made = Progress(cap, None if best else point.norm, point.norm, point.norm)
+            point = point._replace(active=point.active & (point.norm > tolerance))
+        settled = point.norm if readable and space.samples > 1 and solver.freeze else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
-        return Carry(point, tolerance, steps, best, trace, memory)
+        return Carry(point, made, settled, steps, best, trace, memory)
 
-    def measure(self, x: State, h: PyTree, index: Index) -> tuple[Point, Numbers, Operator | None]:
-        """F at x, which is h in the user's form, the tolerance there, and the Jacobian if the solver uses it."""
+    def measure(
+        self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
+    ) -> tuple[Point, Operator | None]:
+        """F at x, which is h in the user's form, and the Jacobian if the solver uses it.
+
+        ``is_active(norm, f_norm)`` says which samples are not finished, and is false for NaN.
+        """
         space, jacobian = self.space, None
         if self.solver.uses_jacobian:  # Decision 21.
             f, jacobian = self.system.linearize(h)
@@ -153,16 +214,33 @@ class Iteration:
         if self.solver.copies_results and not space.backend.immutable:
             f = space.copy(f)  # Decision 6.
         residual = space.sub(f, x)
-        norm = space.norm(residual)
-        tolerance = space.multiply_add(self.solver.rtol, space.norm(f), self.atol)
+        norm, f_norm = space.norm(residual), space.norm(f)
         # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
         # Decisions 2 and 3.
-        return Point(x, f, residual, norm, norm > tolerance, index), tolerance, jacobian
+        return Point(x, f, residual, norm, f_norm, is_active(norm, f_norm), index), jacobian
+
+    def tolerance(self, f_norm: Numbers) -> Numbers:
+        """The tolerance, atol + rtol ‖F(x)‖."""
+        return self.space.multiply_add(self.rtol, f_norm, self.atol)
+
+    def threshold(self, f_norm: Numbers, cap: Numbers) -> Numbers:
+        """The residual that a sample has to reach; NaN where it was ended."""
+        smaller: Numbers = self.space.xp.minimum(self.tolerance(f_norm), cap)
+        return smaller
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:
         """Where samples are active, and where they are better than before."""
         active = carry.point.active
         return (active,) if carry.best is None else (active, carry.point.norm < carry.best.norm)
+
+    def moved(self, carry: Carry) -> Mask | None:
+        """Where the residual of a finished sample rose, although its point is kept; None while all are active."""
+        norm, settled = carry.point.norm, carry.settled
+        return None if settled is None or settled is norm else norm > settled
+
+    def note_moved(self) -> None:
+        """Remember, for the end, that a finished sample has moved."""
+        self.has_moved = True
 
     def advance(self, carry: Carry, masks: tuple[Known, ...]) -> Carry:
         """One step of the active samples."""
@@ -175,43 +253,148 @@ class Iteration:
         # F may reuse the memory of its result. Where a sample is frozen `where` makes a new array. Decision 6.
         if active is True and (solver.copies_results or x is before.f):
             x = space.copy(x)
-        x = space.round(space.where(active, x, before.x))
-        point, tolerance, jacobian = self.measure(x, space.unpack(x), before.index + 1)
+        x = space.round(space.where(self._moving(active, carry), x, before.x))
+        made = carry.progress
+
+        def is_active(norm: Numbers, f_norm: Numbers) -> Mask:
+            if made is None:
+                return finite(norm)
+            # Zero times an infinite norm is NaN, above which nothing is.
+            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap))
+
+        point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
         steps = carry.steps.plus_one(space, active)
+        if made is not None:
+            made, point = self._judge(made, best, point)
+        settled = carry.settled
+        if settled is not None:
+            settled = space.select(active, point.norm, settled)
         if best is not None and solver.retries_nonfinite:  # Decision 20.
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE
             retry = ~finite(point.norm) & finite(best.norm) & lasting
             point = point._replace(active=point.active | retry)
         memory = solver.observe(self.system, memory, point, jacobian)
         trace = carry.trace and self._record(carry.trace, point, before.active)
-        return Carry(point, tolerance, steps, best, trace, memory)
+        return Carry(point, made, settled, steps, best, trace, memory)
 
     def finish(self, carry: Carry) -> Solution[Any]:
         """Each sample's point and status."""
         if self.unmodified is not True and carry.point.index == 0 and not self.unmodified:
             raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
-        space, point, best = self.space, carry.point, carry.best
-        valid = finite(point.norm) & finite(carry.tolerance)
-        converged = valid & ~point.active
-        steps = carry.steps.array(space)
-        status = space.select(valid, Status.MAX_STEPS.value, space.full(Status.NONFINITE, space.xp.int32))
-        x, norm = point.x, point.norm
-        if best is not None:  # Decision 5.
-            best = self._keep(best, point, carry.steps, self.masks(carry)[1])
-            stagnated = valid & (steps - best.steps.array(space) >= PATIENCE)
-            status = space.select(stagnated, Status.STAGNATED.value, status)
-            x = space.where(converged, x, best.x)
-            norm = space.select(converged | ~finite(best.norm), norm, best.norm)
+        space, point = self.space, carry.point
+        if self.has_moved:
+            self._check_samples(carry)
+        if carry.best is not None:
+            best = self._keep(carry.best, point, carry.steps, self.masks(carry)[1])
+            carry = carry._replace(best=best)
+        valid = finite(point.norm) & finite(point.f_norm)
+        x, norm, f_norm, converged = self._returned(carry, valid)
+        hidden = None if self.forced else progress.is_hidden(space, self.start.cap, f_norm)
+        status = self._status(carry, valid)
+        if hidden is not None:
+            status = space.select(converged & hidden, Status.DIVERGED.value, status)
+            converged = converged & ~hidden
         status = space.select(converged, Status.CONVERGED.value, status)
         stats = Stats(
-            steps=space.per_sample(steps),
+            steps=space.per_sample(carry.steps.array(space)),
             evaluations=point.index + 1,
             residual=space.per_sample(norm),
             trace=None if carry.trace is None else self._trace(carry.trace),
+            relative=space.per_sample(progress.relative(space, norm, f_norm)),
+            tolerance=space.per_sample(
+                self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
+            ),
         )
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
         return Solution(value, space.per_sample(status), stats)
+
+    def _returned(self, carry: Carry, valid: Mask) -> tuple[State, Numbers, Numbers, Mask]:
+        """The point that is returned, ‖F(x) - x‖ and ‖F(x)‖ there, and whether it has converged."""
+        space, point, best = self.space, carry.point, carry.best
+        if carry.progress is None:
+            last = converged = point.norm == 0
+            if best is not None:
+                converged = converged | (best.norm == 0)
+        else:
+            last = converged = valid & ~point.active
+            if self.may_have_ended(point):
+                last = converged = converged & ~self.ended(carry.progress)
+            if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
+                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap))
+                last = last & (point.norm <= best.norm)
+        if best is None:
+            return point.x, point.norm, point.f_norm, converged
+        x = space.where(last, point.x, best.x)
+        last = last | ~finite(best.norm)
+        return x, space.select(last, point.norm, best.norm), space.select(last, point.f_norm, best.f_norm), converged
+
+    def _status(self, carry: Carry, valid: Mask) -> Numbers:
+        """Why a sample did not converge, where it did not."""
+        space, point, best = self.space, carry.point, carry.best
+        status = space.select(valid, Status.MAX_STEPS.value, space.full(Status.NONFINITE, space.xp.int32))
+        if best is not None:  # Decision 5.
+            late = carry.steps.array(space) - best.steps.array(space) >= PATIENCE
+            status = space.select(valid & late, Status.STAGNATED.value, status)
+        if carry.progress is not None and self.may_have_ended(point):
+            ended = valid & self.ended(carry.progress)
+            gone = ended & ((point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm)))
+            status = space.select(ended, Status.STAGNATED.value, status)
+            status = space.select(gone, Status.DIVERGED.value, status)
+        return status
+
+    def may_have_ended(self, point: Point) -> bool:
+        """Whether there was a checkpoint, as far as is known."""
+        return not isinstance(point.index, int) or point.index + 1 >= progress.FIRST_CHECK
+
+    def ended(self, made: Progress) -> Mask:
+        """The samples that were ended for lack of progress."""
+        mask: Mask = self.space.xp.isnan(made.cap)
+        return mask
+
+    def _held_against(self, f_norm: Numbers) -> Numbers:
+        return self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
+
+    def _moving(self, active: Known, carry: Carry) -> Known:
+        """The samples that take a step: the active ones, or all that can."""
+        if self.solver.freeze or active is True:
+            return active
+        moving = finite(carry.point.norm)
+        return moving if carry.progress is None else moving & ~self.ended(carry.progress)
+
+    def _judge(self, made: Progress, best: Best | None, point: Point) -> tuple[Progress, Point]:
+        """The point, where samples without progress are no longer active."""
+        space, evaluations = self.space, point.index + 1
+        least = made.least
+        if least is not None:
+            made = made._replace(least=(least := space.xp.minimum(least, point.norm)))
+        now = progress.is_checkpoint(evaluations)
+        if now is False:
+            return made, point
+        if least is None:
+            assert best is not None
+            least = space.xp.minimum(best.norm, point.norm)
+        tolerance = self.tolerance(point.f_norm)
+        ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
+        ended = ended & point.active & now
+        cap = space.select(ended, space.full(float("nan")), made.cap)
+        marked_least = space.select(now, least, made.marked_least)
+        made = Progress(cap, made.least, marked_least, space.select(now, point.norm, made.marked))
+        return made, point._replace(active=point.active & ~ended)
+
+    def _check_samples(self, carry: Carry) -> None:
+        """The residual of a sample that is finished, at a point that is kept, is the same whatever the others do."""
+        space, point = self.space, carry.point
+        assert carry.settled is not None
+        moved = point.norm - carry.settled > MOVED * space.coarsest_eps * point.f_norm
+        if not bool(space.xp.any(moved)):
+            return
+        f, again = (self.system.evaluate(space.unpack(space.copy(point.x))) for _ in range(2))
+        apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * point.f_norm
+        if bool(space.xp.any(apart)):
+            warnings.warn(CHANGES, ChangingFunctionWarning, stacklevel=2)
+        else:
+            raise ValueError(COUPLED)
 
     def _check(self, stepped: Any, x: State) -> None:
         """The first step is a pair of a state and a memory."""
@@ -225,6 +408,7 @@ class Iteration:
         return Best(
             space.where(better, point.x, best.x),
             space.select(better, point.norm, best.norm),
+            space.select(better, point.f_norm, best.f_norm),
             best.steps.replace(space, better, steps),
         )
 

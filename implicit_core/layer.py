@@ -4,15 +4,20 @@ An adapter is a module with one function, ``layer(problem, h0, z, options) -> So
 in its framework.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol
 
-from .arrays import H, Z
+from . import progress
+from .arrays import H, Numbers, Z
 from .estimators import Estimator
+from .iteration import finite
 from .problem import Problem
-from .solution import Solution
+from .progress import RESOLVED
+from .registry import find_backend
+from .solution import Solution, Status
 from .solve import solve
 from .solvers import FixedPointIteration, FixedPointSolver
+from .space import Space
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,109 @@ class Layer(Protocol):
 def undifferentiated(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a framework without autodiff."""
     solution = solver_point(problem, h0, z, options)
-    return solution._replace(value=options.gradient.value(problem, solution.value, z))
+    watched = Watched(problem)
+    value = options.gradient.value(watched.problem, solution.value, z)
+    return watched.told(solution._replace(value=value), options)
 
 
 def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
-    """The point at which the estimator starts: the solver's, or h0 itself with one evaluation of F."""
-    solver = FixedPointIteration(max_steps=1) if options.gradient.starts_from_h0 else options.solver
-    return solve(problem, h0, z, solver=solver, throw=options.throw, trace=options.trace)
+    """The point at which the estimator starts: the solver's, or h0 itself with one evaluation of F.
+
+    Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
+    """
+    solver = _measuring(options.solver) if options.gradient.starts_from_h0 else options.solver
+    return solve(problem, h0, z, solver=solver, trace=options.trace)
+
+
+class Watched(Generic[H, Z]):
+    """A problem that remembers where F was evaluated last: by the last step of an estimator's value (Decision 89).
+
+    Parameters
+    ----------
+    problem
+        The problem.
+
+    Attributes
+    ----------
+    problem
+        The same problem, watched.
+    """
+
+    def __init__(self, problem: Problem[H, Z]) -> None:
+        self._last = last = list[Any]()
+
+        def note(h: H, f: H) -> None:  # no method, which would tie the problem, and what it holds, to this object
+            last[:] = h, f
+
+        self.problem = problem.watched(note)
+
+    def norms(self) -> tuple[Numbers, ...]:
+        """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none."""
+        if not self._last:
+            return ()
+        h, f = self._last
+        self._last.clear()  # they may hold a graph
+        backend = find_backend(h, "h")
+        with backend.on_device_of(h), backend.solving():
+            h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
+            space = backend.space(h, self.problem.batch_ndim, "h")
+            x, fx = space.pack(h), space.pack(f)
+            return space.norm(space.sub(fx, x)), space.norm(fx)
+
+    def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
+        """See :func:`told`."""
+        return told(solution, options, self.problem.batch_ndim, self.norms())
+
+
+def told(solution: Solution[H], options: LayerOptions, batch_ndim: int, norms: tuple[Numbers, ...]) -> Solution[H]:
+    """The solution, with a status and stats that speak of the estimator's value; raises if ``throw`` asks for it.
+
+    ``norms`` are :meth:`Watched.norms`. For an estimator whose value is the solver's point there are none, and status
+    and stats are the solver's own.
+    """
+    if norms:
+        backend = find_backend(solution.value, "h")
+        with backend.on_device_of(solution.value), backend.solving():
+            space = backend.space(solution.value, batch_ndim, "h")
+            solution = _of_value(solution, options, space, *norms)
+    return solution.raise_for_status() if options.throw else solution
+
+
+def _measuring(solver: object) -> FixedPointIteration:
+    """The solver that evaluates F once, with another's tolerances if it has any."""
+    rtol, atol = getattr(solver, "rtol", None), getattr(solver, "atol", None)
+    once = FixedPointIteration(max_steps=1)
+    return once if rtol is None else replace(once, rtol=rtol, atol=atol)
+
+
+def _of_value(
+    solution: Solution[H], options: LayerOptions, space: Space, norm: Numbers, f_norm: Numbers
+) -> Solution[H]:
+    """The solution told of h_k, given the norms at h_{k-1}."""
+    xp, status, stats = space.xp, solution.status, solution.stats
+    norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
+    first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm
+    if options.gradient.starts_from_h0:  # of the solver's point, h0, this is the first residual
+        solver = _measuring(options.solver)
+        at_start: Any = stats.tolerance
+        near = first <= progress.NEAR * at_start
+        cap = xp.where(near, xp.full_like(first, float("inf")), progress.fraction(solver.rtol) * first)
+        tolerance = xp.minimum(solver.rtol * f_norm + solver.absolute_tolerance, cap - rounding)
+        status = xp.where(status == Status.CONVERGED.value, xp.full_like(status, Status.MAX_STEPS.value), status)
+    elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point
+        tolerance = xp.where(status == Status.CONVERGED.value, xp.maximum(first, rounding), xp.zeros_like(first))
+    else:
+        tolerance = stats.tolerance
+    # F is not evaluated at h_k. Its residual is smaller still where the steps contract. Where they grew, it is larger,
+    # by no more than the residual grew over all steps.
+    growth = norm / xp.maximum(first, rounding + float(space.backend.finfo(space.dtype).smallest_normal))
+    converged = (norm <= tolerance) & ((growth <= 1) | (norm * growth <= tolerance))
+    left = ~converged & ((status == Status.CONVERGED.value) | (growth > progress.GROWTH))
+    for mask, code in (
+        (left, Status.DIVERGED),
+        (converged, Status.CONVERGED),
+        (~(finite(norm) & finite(f_norm)), Status.NONFINITE),
+    ):
+        status = xp.where(mask, xp.full_like(status, code.value), status)
+    relative = progress.relative(space, norm, f_norm)
+    return solution._replace(status=status, stats=stats._replace(residual=norm, relative=relative, tolerance=tolerance))

@@ -232,6 +232,27 @@ class Problem(Generic[H, Z]):
         """The same problem with another callable for F, e.g. one that counts its calls."""
         return Problem(f, vjp=self._vjp, jvp=self._jvp, linearize=self._linearize, batch_ndim=self.batch_ndim)
 
+    def watched(self, note: Callable[[H, H], None]) -> "Problem[H, Z]":
+        """The same problem, which calls ``note(h, F(h, z))`` after each evaluation of F."""
+
+        def f(h: H, z: Z) -> H:
+            value = self.f(h, z)
+            note(h, value)
+            return value
+
+        watched = self.replace_f(f)
+        linearize = self._linearize
+        if linearize is not None:
+
+            def watched_linearize(h: H, z: Z) -> Linearization[H, Z]:
+                at = linearize(h, z)
+                if isinstance(at, Linearization):  # anything else is refused later
+                    note(h, at.value)
+                return at
+
+            watched._linearize = watched_linearize
+        return watched
+
     def linearize(self, h: H, z: Z) -> BoundLinearization[H, Z]:
         """F and its derivatives at (h, z), for one evaluation of F.
 

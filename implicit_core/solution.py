@@ -32,13 +32,16 @@ class Status(IntEnum):
     NONFINITE = 2
     """F, the residual or the solver's step became infinite or NaN; the best point, or the last one, is returned."""
     STAGNATED = 3
-    """The steps ran out, and the last ten did not reduce the residual. Or a callable solver missed the tolerance."""
+    """The residual has stopped falling, see :class:`Solver`. Or a callable solver missed the tolerance."""
+    DIVERGED = 4
+    """The state or the residual grew far beyond the start, or the steps of an estimator moved away from the root."""
 
 
 CONVERGED = Status.CONVERGED
 MAX_STEPS = Status.MAX_STEPS
 NONFINITE = Status.NONFINITE
 STAGNATED = Status.STAGNATED
+DIVERGED = Status.DIVERGED
 
 
 class Stats(NamedTuple):
@@ -52,9 +55,15 @@ class Stats(NamedTuple):
         Evaluations of F, each for the whole batch. The evaluations of a callable solver that JAX traced are not known:
         then it is 1, the evaluation that measures its result.
     residual
-        ‖F(h) - h‖₂ at each sample's returned point, of the batch's shape.
+        ‖F(h) - h‖₂ at each sample's returned point h, of the batch's shape. :func:`fixed_point` with an estimator that
+        takes steps of its own, :class:`Unroll` or :class:`BPTT`, returns h_k, and the residual is that of h_{k-1},
+        which the last step knows.
     trace
         The residual at every evaluation, (max_steps, batch...), NaN once a sample is finished; None unless asked for.
+    relative
+        The residual as a fraction of ‖F(h)‖₂; None if the solver is somebody else's and does not tell.
+    tolerance
+        What the residual was held against: a sample converged if it is no larger. None as for ``relative``.
 
     Examples
     --------
@@ -69,6 +78,8 @@ class Stats(NamedTuple):
     evaluations: Any
     residual: Array
     trace: Array | None = None
+    relative: Array | None = None
+    tolerance: Array | None = None
 
 
 class Solution(NamedTuple, Generic[H]):

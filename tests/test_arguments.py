@@ -73,7 +73,6 @@ def test_settings(make: Callable[[], Any], error: type[Exception], message: str)
         ),
         (lambda: ic.solve(halved, ONES, None, solver=ic.GMRES()), TypeError, "solver must be a Solver.*got GMRES"),
         (lambda: ic.Anderson(rtol=float("inf")), ValueError, "rtol must lie in"),
-        (lambda: ic.fixed_point(halved, ONES, None, gradient=ic.BPTT(2), throw=True), ValueError, "makes no solve"),
         (lambda: ic.solve(halved, ONES, None, tolerance=1), TypeError, "unexpected keyword argument 'tolerance'"),
         (lambda: ic.solve(lambda h, z: h[:2], ONES, None), ValueError, r"result of f.*shape of h0, \(3,\), got \(2,\)"),
         (lambda: ic.solve(lambda h, z: h.astype("f4"), ONES, None), TypeError, "result of f.*float64, got float32"),

@@ -104,28 +104,32 @@ def test_a_problem_with_one_mode_serves_that_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "check_every", "limit"),
+    ("solver", "check_every", "limit", "forced"),
     [
-        (ic.FixedPointIteration, 1, 6),  # nothing is masked
-        (ic.FixedPointIteration, 4, 8),
-        (ic.Anderson, 1, 22),
-        (ic.Anderson, 4, 30),
-        (ic.Broyden, 1, 34),
-        (ic.Broyden, 4, 35),
+        (ic.FixedPointIteration, 1, 10, 6),  # nothing is masked
+        (ic.FixedPointIteration, 4, 12, 9),
+        (ic.Anderson, 1, 26, 22),
+        (ic.Anderson, 4, 34, 32),
+        (ic.Broyden, 1, 38, 34),
+        (ic.Broyden, 4, 39, 37),
     ],
 )
-def test_operations_a_step(solver: type, check_every: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tolerance", [1e-300, 0.0])
+def test_operations_a_step(
+    solver: type, check_every: int, limit: int, forced: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tolerance that is not reached, and with a forced number of steps."""
     reads: list[int] = []
     count = torch_backend.BACKEND.count
     monkeypatch.setattr(torch_backend.BACKEND, "count", lambda masks: reads.append(len(masks)) or count(masks))
     case = symmetric_layer()
-    w, x = torch.asarray(case.z["w"]).float(), torch.asarray(case.z["x"]).float()
+    w, x = torch.asarray(case.z["w"]), torch.asarray(case.z["x"])
 
     def f(h: torch.Tensor, z: Any) -> torch.Tensor:
         return torch.tanh(h @ w.T + x)
 
     def run(steps: int) -> Counter[str]:
-        settings = solver(rtol=0.0, atol=0.0, max_steps=steps, check_every=check_every)
+        settings = solver(rtol=tolerance, atol=0.0, max_steps=steps, check_every=check_every)
         with Dispatched() as mode:
             ic.solve(f, torch.zeros_like(x), None, solver=settings, batch_ndim=1)
         return mode.operations
@@ -139,7 +143,7 @@ def test_operations_a_step(solver: type, check_every: int, limit: int, monkeypat
     assert not any("_local_scalar_dense" in name for name in twice)
     for operations in (once, twice):
         operations.pop("aten.detach.default")  # from `.numpy()`, when a mask is read
-    assert (twice.total() - once.total()) / steps - own <= limit
+    assert (twice.total() - once.total()) / steps - own <= (limit if tolerance else forced)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_memory_of_a_history() -> None:
 
 @pytest.mark.parametrize(
     ("solver", "limit"),
-    [(ic.FixedPointIteration, 29), (ic.Anderson, 61), (ic.Broyden, 57)],
+    [(ic.FixedPointIteration, 49), (ic.Anderson, 83), (ic.Broyden, 79)],
     ids=["fp", "anderson", "b"],
 )
 def test_operations_around_the_loop(solver: type, limit: int) -> None:

@@ -257,12 +257,12 @@ def test_without_convergence_the_best_point_is_returned(solver: ic.Solver) -> No
 
 
 def test_the_point_that_met_the_tolerance_is_returned_even_where_an_earlier_one_was_nearer() -> None:
-    """The residual rises from 1e-3 to 1, but F rises more: the relative test is met at the second point."""
+    """The residual rises from 1e-3, near the tolerance, to 1, but F rises more: the second point meets the test."""
     solution = ic.solve(
         lambda h, z: np.where(h < 1, h + 1e-3, h + 1.0) if h.max() < 1 else h + 1.0,
         np.asarray([0.0]),
         None,
-        solver=Jump(rtol=1e-5),
+        solver=Jump(rtol=1e-5, atol=2e-4),
     )
     assert solution.converged
     assert solution.value == 1e6

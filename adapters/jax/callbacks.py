@@ -4,15 +4,17 @@ For a Problem with callbacks of the user's own, and for operations that JAX can'
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from implicit_core.arrays import H, PyTree, Z
-from implicit_core.estimators import Estimator
+from implicit_core.estimators import AtFixedPoint, Estimator
+from implicit_core.layer import LayerOptions, Watched, told
 from implicit_core.problem import Problem
+from implicit_core.solution import Solution
 
 from .closure import Hoisted, depending_on, hoist, is_traced
 from .leaves import Arrays, is_array, is_differentiable, partition, replaced
@@ -67,61 +69,89 @@ class _Layer(NamedTuple, Generic[H]):
     indices: Sequence[int]
 
 
-def value_from_callbacks(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z, closed_over: Arrays) -> H:
-    """The estimator's value at the solver's point h, differentiable once with respect to z.
+def value_from_callbacks(
+    problem: Problem[H, Z], options: LayerOptions, solution: Solution[H], z: Z, closed_over: Arrays
+) -> Solution[H]:
+    """The solution with the estimator's value from the solver's point, differentiable once with respect to z.
 
     Reverse mode uses the estimator's ``vjp`` and forward mode its ``jvp``, if the problem has them.
 
     Parameters
     ----------
-    problem, gradient, z
-        The problem, the estimator, and inputs and parameters.
-    h
+    problem, options, z
+        The problem, the layer's options, and inputs and parameters.
+    solution
         The solver's point. Its own derivative is zero.
     closed_over
         The traced arrays that ``problem.f`` closes over. To differentiate them is an error.
     """
+    value, norms = _value(problem, options.gradient, solution.value, z, closed_over)
+    return told(solution._replace(value=value), options, problem.batch_ndim, norms)
+
+
+def _value(
+    problem: Problem[H, Z], gradient: Estimator, h: H, z: Z, closed_over: Arrays
+) -> tuple[H, tuple[PyTree, ...]]:
+    """The value, and the norms where F was evaluated last."""
     arrays, _ = partition(z, is_array)
     if not (closed_over or is_traced((h, arrays))):
-        return gradient.value(problem, h, z)
+        watched = Watched(problem)
+        return gradient.value(watched.problem, h, z), watched.norms()
     layer, closed = _trace(problem, gradient, h, z)
     closed = closed._replace(f=closed_over)
-    if layer.tangent.jaxpr is None:
-        return _reverse_mode(layer, h, arrays, closed)
-    return _both_modes(layer, h, arrays, closed)
+    mode: Any = _reverse_mode if layer.tangent.jaxpr is None else _both_modes
+    value, norms = mode(layer, h, arrays, closed)
+    return value, norms
 
 
-def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_Layer[H], _ClosedOver]:
-    """The layer as functions of h and of the arrays of z, and the arrays that these close over."""
+def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_Layer[PyTree], _ClosedOver]:
+    """The layer as functions of h and of the arrays of z, and the arrays that these close over.
+
+    Its value is a pair: the estimator's, and the norms where F was evaluated last, which have no derivative.
+    """
     arrays, static = partition(z, is_array)
     indices = [i for i, array in enumerate(arrays) if is_differentiable(array)]
     pullbacks: list[Callable[[H, Arrays], Arrays]] = []
 
-    def forward(h: H, arrays: Arrays) -> tuple[H, Arrays]:
-        value, pullback = gradient.vjp(problem, h, static.combine(arrays))
+    def evaluate(h: H, arrays: Arrays) -> PyTree:
+        watched = Watched(problem)
+        value = gradient.value(watched.problem, h, static.combine(arrays))
+        return value, _norms(gradient, watched)
 
-        def backward(v: H) -> Arrays:
-            cotangents = static.select(pullback(v))
+    def forward(h: H, arrays: Arrays) -> tuple[PyTree, Arrays]:
+        watched = Watched(problem)
+        value, pullback = gradient.vjp(watched.problem, h, static.combine(arrays))
+        pair = value, _norms(gradient, watched)
+
+        def backward(v: PyTree) -> Arrays:
+            cotangents = static.select(pullback(v[0]))
             return [jnp.zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in indices]
 
         # The residuals of the pullback are the traced arrays that it closes over.
-        hoisted = hoist(backward, value)
+        hoisted = hoist(backward, pair)
         pullbacks[:] = [hoisted.function]
-        return value, hoisted.closed_over
+        return pair, hoisted.closed_over
 
-    def tangent(h: H, arrays: Arrays, tangents: Arrays) -> H:
+    def tangent(h: H, arrays: Arrays, tangents: Arrays) -> PyTree:
         dz = static.combine(replaced(arrays, indices, tangents))
-        return gradient.jvp(problem, h, static.combine(arrays), dz)[1]
+        watched = Watched(problem)
+        pushed = gradient.jvp(watched.problem, h, static.combine(arrays), dz)[1]
+        return pushed, jax.tree.map(jnp.zeros_like, _norms(gradient, watched))
 
     def backward(residuals: Arrays, v: H) -> Arrays:
         return pullbacks[0](v, residuals)
 
-    value = hoist(lambda h, arrays: gradient.value(problem, h, static.combine(arrays)), h, arrays)
+    value = hoist(evaluate, h, arrays)
     forwards = _hoist_or_raise_when_called(forward, h, arrays)
     tangents = _hoist_or_raise_when_called(tangent, h, arrays, [arrays[i] for i in indices])
     closed = _ClosedOver([], value.closed_over, forwards.closed_over, tangents.closed_over)
     layer = _Layer(value.without_arrays(), forwards.without_arrays(), backward, tangents.without_arrays(), indices)
     return layer, closed
+
+
+def _norms(gradient: Estimator, watched: Watched[H, Z]) -> tuple[PyTree, ...]:
+    """The norms where the estimator's value evaluated F last; none if its value is the solver's point."""
+    return () if isinstance(gradient, AtFixedPoint) else watched.norms()
 
 
 def _reverse_mode(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> H:

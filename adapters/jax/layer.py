@@ -1,6 +1,6 @@
 """The differentiable layer on JAX arrays."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic
 
 import jax
@@ -10,8 +10,8 @@ from jax.core import ShapedArray
 from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
-from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Estimator, Unroll
-from implicit_core.layer import LayerOptions, solver_point
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
+from implicit_core.layer import LayerOptions, Watched, solver_point
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
@@ -48,8 +48,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     if problem.has_derivatives and not isinstance(problem, JAXProblem):
         return _layer_of_callbacks(problem, h0, z, options)
     h0, f, inputs = _trace(problem, h0, z)
-    solution = _solve(f, h0, inputs, options)
-    return solution._replace(value=_value(f, options.gradient, solution.value, inputs))
+    return _with_value(f, _solve(f, h0, inputs, options), inputs, options)
 
 
 def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -58,8 +57,7 @@ def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptio
     f = hoist(lambda h, arrays: problem.f(h, static.combine(arrays)), h0, arrays)
     with coupled_axes(f.axes):
         solution = solver_point(problem, *_constants((h0, z)), options)
-        value = value_from_callbacks(problem, options.gradient, solution.value, z, f.closed_over)
-    return solution._replace(value=value)
+        return value_from_callbacks(problem, options, solution, z, f.closed_over)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +120,10 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
 def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
     h0, inputs = _constants((h0, inputs))
-    without_throw = replace(options, throw=False)
 
     def solve(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
         with coupled_axes(f.hoisted.axes):
-            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), without_throw)
+            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), options)
 
     runs_user_code = getattr(options.solver, "runs_user_code", True) and not options.gradient.starts_from_h0
     if runs_user_code and is_traced((h0, inputs)):
@@ -138,21 +135,25 @@ def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> 
         solution = solve(f, h0, inputs, f.batch_ndim)
     else:
         solution = with_vmap_as_batch(solve, f, h0, inputs, f.batch_ndim)
-    # Under `jit` this is a check for `checkify`. Decision 53.
-    return solution.raise_for_status() if options.throw else solution
+    return solution
 
 
-def _value(f: TracedMap[H, Z], gradient: Estimator, h: H, inputs: Arrays) -> H:
-    """The estimator's value at the solver's point h, differentiable."""
+def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
+    """The solution with the estimator's value from the solver's point, differentiable, and what is told of it."""
+    gradient, h = options.gradient, solution.value
     if type(gradient) in (Unroll, BPTT):  # not a class derived from them, which may override `vjp`
         recompute = isinstance(gradient, Unroll) and gradient.recompute
         step = jax.checkpoint(f) if recompute else f
-        return gradient.value(problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim), h, None)
+        steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim)
+        watched = Watched(steps)
+        return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)
     has_both_modes = not f.hoisted.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
-        return with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
+        value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
+        # Under `jit` this is a check for `checkify`. Decision 53.
+        return (solution.raise_for_status() if options.throw else solution)._replace(value=value)
     with coupled_axes(f.hoisted.axes):
-        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), gradient, h, inputs, ())
+        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), options, solution, inputs, ())
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

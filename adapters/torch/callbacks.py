@@ -8,7 +8,8 @@ from torch import Tensor
 
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.layer import LayerOptions, solver_point
+from implicit_core.estimators import AtFixedPoint
+from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
@@ -39,7 +40,9 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     z_in: Z = BACKEND.unflatten(structure, detached)
     solution = solver_point(problem, h0, z_in, options)
     if not torch.is_grad_enabled():
-        return solution._replace(value=gradient.value(problem, solution.value, z_in))
+        without_graph = Watched(problem)
+        value = gradient.value(without_graph.problem, solution.value, z_in)
+        return without_graph.told(solution._replace(value=value), options)
 
     def checked(h: H, z: Z) -> H:
         value = problem.f(h, z)
@@ -49,7 +52,11 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
             raise ValueError(CLOSED_OVER)
         return value
 
-    value, pull = gradient.vjp(problem.replace_f(checked), solution.value, z_in)
+    watched = Watched(problem.replace_f(checked))
+    value, pull = gradient.vjp(watched.problem, solution.value, z_in)
+    # One at the fixed point linearizes F at its value, which is the solver's point.
+    norms = () if isinstance(gradient, AtFixedPoint) else watched.norms()
+    solution = told(solution, options, problem.batch_ndim, norms)
     outputs, h_structure = BACKEND.flatten(value)
 
     def pullback(cotangents: Sequence[Tensor]) -> list[Tensor | None]:

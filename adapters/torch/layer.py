@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
-from implicit_core.layer import LayerOptions, solver_point
+from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
+from implicit_core.layer import LayerOptions, Watched, solver_point
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
@@ -66,25 +66,33 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             return through_callbacks(autograd, h0, z, options)
         if transforming():
             solution = transformed(autograd, h0, z, options)
+            options = replace(options, throw=False)
         else:
             solution = solver_point(autograd, h0, z, options)
-            if isinstance(gradient, AtFixedPoint) and (torch.is_grad_enabled() or in_dual_level()):
-                return solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
+            if isinstance(gradient, AtFixedPoint):
+                if options.throw:
+                    solution.raise_for_status()
+                if torch.is_grad_enabled() or in_dual_level():
+                    solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
+                return solution
         if not isinstance(gradient, AtFixedPoint):
-            return solution._replace(value=_unrolled(autograd, solution.value, z, gradient))
+            return _unrolled(autograd, solution, z, options)
         return solution
 
 
-def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
-    """The k steps from h, with their graph."""
+def _unrolled(problem: Problem[H, Z], solution: Solution[H], z: Z, options: LayerOptions) -> Solution[H]:
+    """The k steps from the solver's point, with their graph."""
+    gradient = options.gradient
     if isinstance(gradient, Unroll) and gradient.recompute:
-        recomputed = problem.replace_f(lambda h, z: checkpoint(problem.f, h, z, use_reentrant=False))
-        return gradient.value(recomputed, h, z)
-    value = gradient.value(problem, h, z)
+        f = problem.f
+        watched = Watched(problem.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False)))
+        return watched.told(solution._replace(value=gradient.value(watched.problem, solution.value, z)), options)
+    watched = Watched(problem)
+    value = gradient.value(watched.problem, solution.value, z)
     # Without damping the value may be a tensor of the user's that f returned, such as z or a buffer.
     if isinstance(gradient, BPTT) or (isinstance(gradient, Unroll) and gradient.lam == 1.0):
         value = BACKEND.map(torch.clone, value)
-    return value
+    return watched.told(solution._replace(value=value), options)
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:

@@ -25,6 +25,10 @@ RECOMPUTE = (
     "Unroll(recompute=True) uses torch.utils.checkpoint, which the transforms of torch.func do not support: use "
     "recompute=False with them"
 )
+THROW = (
+    "throw=True with an estimator that starts from h0 reads the status of its value, which torch.vmap may not allow: "
+    "call raise_for_status outside of the transforms of torch.func"
+)
 
 
 def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -32,6 +36,8 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
     gradient = options.gradient
     if isinstance(gradient, Unroll) and gradient.recompute:
         raise NotImplementedError(RECOMPUTE)
+    if options.throw and gradient.starts_from_h0:
+        raise NotImplementedError(THROW)
     checks.state(BACKEND, "h0", h0, given.batch_ndim)
     leaves, structure = BACKEND.flatten(h0)
     with torch.no_grad():
@@ -43,7 +49,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
     if isinstance(gradient, AtFixedPoint):
         _check_inputs_known(f, leaves, externals)
     n = len(leaves)
-    evaluations: list[int] = []
+    evaluations, tells = list[int](), list[bool]()
 
     def run(batched: BatchedF, values: Sequence[Tensor]) -> Tensors:
         by_external = IdentityMap(zip(externals, values[n:], strict=True))
@@ -53,21 +59,28 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
             BACKEND.map(lambda x: by_external.get(x, x), z),
             options,
         )
+        if options.throw:  # of the solver's point, since a status can be read here and not within a vmap
+            solution.raise_for_status()
         stats = solution.stats
         evaluations.append(stats.evaluations)
+        told = [x for x in (stats.relative, stats.tolerance) if x is not None]
+        tells.append(len(told) == 2)  # somebody else's solver may not
+        told = told if tells[0] else 2 * [stats.residual]
         trace = () if stats.trace is None else (stats.trace,)
-        return *BACKEND.flatten(solution.value)[0], solution.status, stats.steps, stats.residual, *trace
+        return *BACKEND.flatten(solution.value)[0], solution.status, stats.steps, stats.residual, *told, *trace
 
-    axes = (0,) * (n + 3) + (1,) * options.trace
+    axes = (0,) * (n + 5) + (1,) * options.trace
     try:
         results = on_values(run, BatchedF(f, given.batch_ndim), n, (*leaves, *externals), axes)
     except RuntimeError:
         _check_inputs_known(f, leaves, externals)  # an unknown input is a tensor of the transform, which `run` met
         raise
-    h, (status, steps, residual, *trace) = results[:n], results[n:]
+    h, (status, steps, residual, relative, tolerance, *trace) = results[:n], results[n:]
     if isinstance(gradient, AtFixedPoint):
         h = attach(Rule(f, gradient, structure, n, given.batch_ndim), h, (), externals)
     stats = Stats(steps, evaluations[0], residual, trace[0] if trace else None)
+    if tells[0]:
+        stats = stats._replace(relative=relative, tolerance=tolerance)
     point: H = BACKEND.unflatten(structure, list(h))
     return Solution(point, status, stats)
 

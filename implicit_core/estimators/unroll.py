@@ -61,8 +61,12 @@ class Unroll(Estimator):
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         space, lam = bind(problem, h), self.lam
+
+        def step(h: H) -> H:
+            return _blend(space, lam, problem.f(h, z), h)
+
         with space.backend.on_device_of(h):
-            return space.backend.repeat(lambda h: _blend(space, lam, problem.f(h, z), h), h, self.k)
+            return step(space.backend.repeat(step, h, self.k - 1))  # who watches F sees the last step, Decision 89
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         space, lam = bind(problem, h), self.lam

@@ -39,17 +39,25 @@ class Solver(ABC):
     Parameters
     ----------
     rtol, atol
-        A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂. atol is rtol / 1000 unless given, so that a fixed
-        point at zero can be reached and asking for a smaller rtol gives one.
+        A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂, and its residual is at most a tenth of the first
+        one (for an rtol above 0.01, ten times rtol, at most half). A start within ten tolerances needs the tolerance
+        alone. atol is rtol / 1000 unless given, so that a fixed point at zero can be reached and asking for a smaller
+        rtol gives one. An rtol below 8 ε, with ε the machine precision of the coarsest leaf, counts as 8 ε. With both
+        zero the number of steps is forced: only a value that is not finite ends a sample.
     max_steps
-        Most evaluations of F.
+        Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
+        start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual.
     check_every
         Steps between two tests of whether all samples are finished. Each test waits for the device.
+    freeze
+        Whether a finished sample keeps its point, so that no sample's result depends on another's. False: it takes
+        steps as long as others do, for the same evaluations, and is more accurate for it.
 
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range.
+        If a setting is of a wrong kind or out of range. ValueError also from a solve in which the residual of a
+        finished sample changed: F couples what batch_ndim takes for samples.
 
     Examples
     --------
@@ -72,6 +80,7 @@ class Solver(ABC):
     atol: float | None = None
     max_steps: int = 100
     check_every: int = 1
+    freeze: bool = True
 
     runs_user_code: ClassVar[bool] = False
     """See :class:`FixedPointSolver`."""
@@ -93,6 +102,7 @@ class Solver(ABC):
             set_field(self, "atol", checks.real("atol", self.atol, 0.0))
         set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
+        checks.instance("freeze", self.freeze, bool, "True")
 
     @property
     def absolute_tolerance(self) -> float:

@@ -40,7 +40,7 @@ class Broyden(Solver):
     ----------
     memory
         m, how many steps (states) are held.
-    rtol, atol, max_steps, check_every
+    rtol, atol, max_steps, check_every, freeze
         As for :class:`Solver`.
 
     Raises

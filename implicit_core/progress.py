@@ -1,0 +1,111 @@
+"""When a sample may count as converged, and when it never will: what the loop knows beside its tolerance.
+
+A tolerance that is relative to ‖F(h)‖ is met by any residual once the state is large enough. So a converged sample's
+residual also fell, to a fraction of the first one (Decision 69). A sample that makes no progress is ended early, at one
+of a few checkpoints (Decision 87).
+"""
+
+from typing import NamedTuple
+
+from .arrays import Index, Mask, Numbers
+from .backend import Known
+from .space import Space
+
+NEAR = 10.0
+"""A start within this many tolerances is near its fixed point, and needs the tolerance alone."""
+FALLEN = 0.1, 0.5
+"""The least and the largest fraction of the first residual that a converged one may be; between, ten times rtol."""
+GROWTH = 1e8
+"""A sample has diverged once its residual is this much larger than the first one and the first F(h) together."""
+RESOLVED = 4
+"""The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
+FIRST_CHECK, FIRST_FAR, FIRST_FLAT = 4, 32, 64
+"""The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
+that ran away, and a residual that neither falls nor grows."""
+FLAT = 0.9
+"""A residual is flat between two checkpoints if neither is below this fraction of the other."""
+
+
+class Start(NamedTuple):
+    """What the first evaluation says.
+
+    Attributes
+    ----------
+    cap
+        The largest residual that may count as converged; infinite near a fixed point. (N, 1).
+    norm, f_norm
+        The first residual and the first F(h), (N, 1).
+    scale
+        A size of states that is never large, whatever the start: atol / rtol.
+    """
+
+    cap: Numbers
+    norm: Numbers
+    f_norm: Numbers
+    scale: float
+
+    def limit(self) -> Numbers:
+        """The residual beyond which a sample has diverged."""
+        return GROWTH * (self.norm + self.f_norm) + GROWTH * self.scale
+
+
+class Progress(NamedTuple):
+    """What the loop carries.
+
+    Attributes
+    ----------
+    cap
+        As in :class:`Start`, NaN in samples that were ended early: no comparison with NaN makes them active again.
+    least
+        The least residual so far; None where the loop keeps it beside the best point.
+    marked_least, marked
+        The least and the last residual at the last checkpoint.
+    """
+
+    cap: Numbers
+    least: Numbers | None
+    marked_least: Numbers
+    marked: Numbers
+
+
+def fraction(rtol: float) -> float:
+    """The fraction of the first residual that a converged one may be."""
+    low, high = FALLEN
+    return max(low, min(high, NEAR * rtol))
+
+
+def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
+    """Where the rounding of F(h) hides any residual that may count as converged.
+
+    Where a state of 1e16 moves by 1, F(h) - h is zero: the residual has not fallen.
+    """
+    hidden: Mask = RESOLVED * space.coarsest_eps * f_norm > cap
+    return hidden
+
+
+def relative(space: Space, norm: Numbers, f_norm: Numbers) -> Numbers:
+    """A residual as a fraction of ‖F(h)‖; zero where both are."""
+    tiny = float(space.backend.finfo(space.dtype).smallest_normal)
+    return norm / (f_norm + tiny)
+
+
+def is_checkpoint(evaluations: Index) -> Known:
+    """Whether a sample's progress is looked at after so many evaluations: 4, 8, 16, ..."""
+    power: Known = (evaluations & (evaluations - 1)) == 0
+    at: Known = power & (evaluations >= FIRST_CHECK)
+    return at
+
+
+def without_progress(
+    progress: Progress, start: Start, evaluations: Index, norm: Numbers, least: Numbers, tolerance: Numbers
+) -> Mask:
+    """The samples that end at a checkpoint.
+
+    The residual went beyond the limit. Or the second half of all evaluations brought no smaller one, and either the
+    tolerance was met by the growth of the state alone, or the residual is as large as it was half of the way.
+    """
+    stuck = least >= progress.marked_least
+    ran_away = (norm <= tolerance) & (evaluations >= FIRST_FAR)
+    flat = (norm > FLAT * progress.marked) & (FLAT * norm < progress.marked) & (evaluations >= FIRST_FLAT)
+    ended: Mask = (norm > start.limit()) | (stuck & (ran_away | flat))
+    return ended
