@@ -14,6 +14,7 @@ class _Carry(NamedTuple):
     r: State
     p: State
     squared: Numbers
+    growth: Numbers
     active: Mask
     products: int
 
@@ -59,8 +60,9 @@ class CG(LinearSolver):
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
             squared = space.dot(r, r)
             p = space.where(ok, space.axpy(ratio(squared, c.squared, space), c.p, r), c.p)
-            return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.products + 1)
+            growth = xp.maximum(c.growth, ratio(space.norm(q), space.norm(c.p), space))
+            return _Carry(x, r, p, squared, growth, ok & (xp.sqrt(squared) > target), c.products + 1)
 
-        carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
+        carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
-        return carry.x, carry.products
+        return carry.x, carry.products, carry.growth
