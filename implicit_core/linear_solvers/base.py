@@ -11,8 +11,9 @@ from ..solution import Status
 from ..space import Space
 
 Cycle = tuple[State, int] | tuple[State, int, Numbers]
-"""A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂, (N, 1):
-how much longer A v is than v for the v that it has multiplied."""
+"""A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂, (N, 1).
+
+The bound is how much longer A v is than v, at most, among the v that were multiplied."""
 
 FLOOR = 16.0
 """Times ε (‖A‖ ‖x‖ + ‖b‖): the residual of an answer that is as good as rounding allows."""
@@ -158,9 +159,10 @@ class LinearSolver(ABC):
             r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
             growth = c.growth
-            if self.recomputes:
+            if self.recomputes:  # Decision 70.
                 seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
-                growth = space.select(c.active & xp.isfinite(seen), xp.maximum(growth, seen), growth)
+                larger = (seen > growth) & (seen < float("inf"))
+                growth = space.select(c.active & larger, seen, growth)
             # Comparisons with NaN are false, so a cycle that failed is undone.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
             kept = accept if self.undoes else c.active
@@ -191,11 +193,17 @@ def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
     """‖A d‖ / ‖d‖, where ``product`` is A d, the difference of two residuals, and ``x`` the solution with d in it."""
     # A residual has an error of ε ‖A‖ ‖x‖, which must not be taken for the product of a tiny d.
     length = space.xp.maximum(space.norm(d), space.coarsest_eps**0.5 * space.norm(x))
-    return ratio(space.norm(product), length, space)
+    return space.norm(product) / positive(length, space)
+
+
+def positive(length: Numbers, space: Space) -> Numbers:
+    """A length to divide by: at least the smallest normal number."""
+    positive: Numbers = space.xp.maximum(length, float(space.backend.finfo(space.dtype).smallest_normal))
+    return positive
 
 
 def ratio(numerator: Numbers, denominator: Numbers, space: Space) -> Numbers:
     """``numerator / denominator``, zero where the denominator is zero."""
     xp, zero = space.xp, denominator == 0
     quotient = numerator / space.select(zero, xp.ones_like(denominator), denominator)
-    return space.select(zero, xp.zeros_like(numerator), quotient)
+    return space.select(zero, denominator, quotient)

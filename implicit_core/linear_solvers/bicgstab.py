@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -65,7 +65,7 @@ class BiCGSTAB(LinearSolver):
             beta = ratio(rho, c.rho, space) * ratio(alpha, omega, space)
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
-            growth = xp.maximum(c.growth, ratio(space.norm(t), space.norm(s), space))
+            growth = xp.maximum(c.growth, space.norm(t) / positive(space.norm(s), space))
             ok = c.active & (along != 0) & xp.isfinite(norm)
             return _Carry(
                 space.where(ok, x, c.x),

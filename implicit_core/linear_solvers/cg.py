@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -59,8 +59,8 @@ class CG(LinearSolver):
             x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
             squared = space.dot(r, r)
-            p = space.where(ok, space.axpy(ratio(squared, c.squared, space), c.p, r), c.p)
-            growth = xp.maximum(c.growth, ratio(space.norm(q), space.norm(c.p), space))
+            p = space.where(ok, space.axpy(squared / positive(c.squared, space), c.p, r), c.p)
+            growth = xp.maximum(c.growth, space.norm(q) / positive(space.norm(c.p), space))
             return _Carry(x, r, p, squared, growth, ok & (xp.sqrt(squared) > target), c.products + 1)
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)

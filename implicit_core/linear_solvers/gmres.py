@@ -50,7 +50,7 @@ class GMRES(LinearSolver):
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        # Decision 70.
+        # Decision 71.
         steps = max(min(self.restart, self.max_steps, space.dimension), 1)
         hessenberg = _Hessenberg(space, steps + 1)
 
@@ -158,8 +158,9 @@ class _Hessenberg:
         return self.space.solve_rows(qr.triangle, rhs[:, None, :])
 
     def growth(self, qr: _QR) -> Numbers:
-        """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix, and of the triangle."""
+        """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix."""
         xp = self.space.xp
+        # Rotations do not change the length of a column.
         lengths = qr.used * xp.linalg.vector_norm(qr.triangle, axis=-1)
         growth: Numbers = xp.max(lengths, axis=-1, keepdims=True)
         return growth
