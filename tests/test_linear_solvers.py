@@ -388,7 +388,7 @@ def rotated(rng: np.random.Generator, values: np.ndarray, *, symmetric: bool = T
 
 @pytest.mark.parametrize("solver", EVERY, ids=lambda s: f"{named(s)}-{getattr(s, 'relaxation', '')}")
 def test_what_is_called_converged_has_a_small_backward_error(solver: ic.LinearSolver) -> None:
-    """200 systems in each of float32, float64 and float16, of any size and condition, judged in float64 by dense algebra."""
+    """200 systems in each of float32, float64 and float16, judged in float64 by dense algebra."""
     rng = np.random.default_rng(0)
     systems = []
     for n in (3, 30):
@@ -472,3 +472,12 @@ def test_a_sample_along_a_named_axis_has_the_numbers_of_all_its_parts() -> None:
     value, status = jax.vmap(solve, axis_name="parts")(jnp.eye(12)[0].reshape(4, 3))
     assert np.all(np.asarray(status) == ic.CONVERGED)
     np.testing.assert_allclose(np.asarray(value).reshape(-1), np.eye(12)[11], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_answer_that_leaves_the_range_of_the_dtype_is_not_finite(dtype: Any) -> None:
+    large = np.asarray([[float(np.finfo(dtype).max) / 2], [1.0]], dtype=dtype)
+    with np.errstate(over="ignore"):
+        solution = ic.solve_linear(lambda v: v / 8, large, batch_ndim=1)
+    np.testing.assert_array_equal(solution.status, [ic.Status.NONFINITE, ic.CONVERGED])
+    assert solution.value[1] == 8.0

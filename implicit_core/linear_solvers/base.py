@@ -11,9 +11,9 @@ from ..solution import Status
 from ..space import Space
 
 Cycle = tuple[State, int] | tuple[State, int, Numbers]
-"""A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂, (N, 1).
+"""A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂.
 
-The bound is how much longer A v is than v, at most, among the v that were multiplied."""
+The bound, (N, 1), is how much longer A v is than v, at most, among the v that were multiplied."""
 
 FLOOR = 16.0
 """Times ε (‖A‖ ‖x‖ + ‖b‖): the residual of an answer that is as good as rounding allows."""
@@ -186,6 +186,9 @@ class LinearSolver(ABC):
         status = space.select(converged, Status.CONVERGED.value, status)
         status = space.select(~xp.isfinite(size), Status.NONFINITE.value, status)
         x, r = space.scale(scale, carry.x), space.scale(scale, carry.r)
+        if self.undoes:  # an answer that leaves the range of the user's dtype is none
+            overflow = ~xp.isfinite(space.largest(space.round(x)))
+            status = space.select(converged & overflow, Status.NONFINITE.value, status)
         return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products)
 
 
