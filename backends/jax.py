@@ -42,6 +42,12 @@ class JAXSpace(Space):
         super().__init__(backend, like, batch_ndim, name)
         self._types: list[Any] = [None] * len(self.shapes)
 
+    @property
+    def dimension(self) -> int:
+        # A sample's parts along named axes are one system, which is at most that large.
+        axes = _COUPLED_AXES.get()
+        return super().dimension * (int(jax.lax.psum(1, axes)) if axes else 1)
+
     # New arrays are sharded as the state is.
 
     def shard_as(self, x: State) -> None:

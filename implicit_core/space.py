@@ -53,7 +53,6 @@ class Space:
         self.samples = math.prod(self.batch_shape)
         self.shapes = [tuple(leaf.shape) for leaf in leaves]
         self.flat_shapes = [(self.samples, math.prod(shape[batch_ndim:])) for shape in self.shapes]
-        self.dimension = sum(d for _, d in self.flat_shapes)
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.dtype = _widest(backend, self.dtypes)
         self.device = backend.device(leaves[0])
@@ -62,6 +61,11 @@ class Space:
         self._is_array = len(leaves) == 1 and leaves[0] is like
         self._is_flat = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
         self._rounds = any(dtype != self.dtype for dtype in self.dtypes)
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a sample's state has."""
+        return sum(d for _, d in self.flat_shapes)
 
     # Between the user's pytrees and states.
 

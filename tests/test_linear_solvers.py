@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from problems import layer
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.backend import Backend
+from implicit_core.backends.jax import coupled_axes
 from implicit_core.backends.torch import recording_loops
 from implicit_core.registry import find_backend
+from implicit_core.space import Space
 
 TIGHT = {"rtol": 1e-11, "max_steps": 400}
 GENERAL = [ic.GMRES(**TIGHT), ic.GMRES(restart=7, **TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(**TIGHT)]
@@ -308,3 +312,172 @@ def test_linear_solvers_refuse_while_a_graph_is_captured(gradient: ic.Estimator)
         with pytest.raises(NotImplementedError, match=r"Linear solvers cannot run while .* Use Neumann, Unroll or"):
             gradient.vjp(problem, h, h)[1](h)
         torch.testing.assert_close(ic.Neumann(2, 1.0).vjp(problem, h, h)[1](h), 1.5 * h)
+
+
+def heat(n: int, ratio: float) -> np.ndarray:
+    """I - Δt ∂²/∂x², an implicit step of the heat equation: symmetric, of norm 1 + 4 Δt/Δx²."""
+    return np.eye(n) + ratio * (2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1))
+
+
+def backward_error(a: np.ndarray, x: np.ndarray, b: np.ndarray) -> float:
+    """Of one system, in float64."""
+    a, x, b = (np.asarray(v, dtype=np.float64) for v in (a, x, b))
+    residual = np.linalg.norm(b - a @ x)
+    return float(residual / (np.linalg.norm(a, 2) * np.linalg.norm(x) + np.linalg.norm(b)))
+
+
+@pytest.mark.parametrize("norm", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize(
+    "solver",
+    [ic.GMRES(restart=100, max_steps=1000), ic.CG(max_steps=1000), ic.BiCGSTAB(max_steps=1000)],
+    ids=named,
+)
+def test_a_stiff_system_is_solved_as_well_as_lapack_solves_it(
+    solver: ic.LinearSolver, norm: float, library: Library
+) -> None:
+    """In float32, with ‖A‖ = 400: LAPACK's answer has a residual of 6.5e-6 ‖b‖, more than rtol."""
+    a = (norm * heat(100, 100.0)).astype(np.float32)
+    b = np.ones((1, 100), dtype=np.float32)
+    solution = ic.solve_linear(apply(library, a[None]), library.array(b), solver=solver, batch_ndim=1)
+    assert library.numpy(solution.converged)[0]
+    assert backward_error(a, library.numpy(solution.value)[0], b[0]) < 2 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("trace", [False, True], ids=["eager", "jit"])
+def test_a_stiff_adjoint_has_a_gradient_in_jax(trace: bool) -> None:
+    a, root = heat(100, 100.0), np.linalg.solve(heat(100, 100.0), np.ones(100))
+    matrix = jnp.asarray(a, jnp.float32)
+    gradient = ic.Implicit(ic.GMRES(restart=100, max_steps=1000))
+
+    def loss(u: jax.Array) -> jax.Array:
+        start = jnp.asarray(root, jnp.float32)
+        once = ic.Anderson(max_steps=1)
+        return ic.fixed_point(lambda h, u: u + h - matrix @ h, start, u, solver=once, gradient=gradient).value.sum()
+
+    grad = jax.grad(loss)
+    found = (jax.jit(grad) if trace else grad)(jnp.ones(100, jnp.float32))
+    np.testing.assert_allclose(found, root, rtol=1e-5)
+
+
+class Sweeps(ic.LinearSolver):
+    """A user's method that returns no bound of ‖A‖: fifty steps x ← x + r / 2."""
+
+    def cycle(self, space: Any, operator: Any, r: Any, norm: Any, target: Any, active: Any) -> Any:
+        x = space.scale(0.5, r)
+        for _ in range(49):
+            x = space.axpy(0.5, space.sub(r, operator(x)), x)
+        return x, 49
+
+
+EVERY = [
+    ic.GMRES(),
+    ic.GMRES(restart=7),
+    ic.CG(),
+    ic.BiCGSTAB(),
+    ic.Richardson(),
+    ic.Richardson(relaxation=0.02, max_steps=600),
+    Sweeps(),
+]
+
+
+def rotated(rng: np.random.Generator, values: np.ndarray, *, symmetric: bool = True) -> np.ndarray:
+    q, _ = np.linalg.qr(rng.normal(size=(values.size, values.size)))
+    p, _ = np.linalg.qr(rng.normal(size=(values.size, values.size)))
+    return (q * values) @ (q if symmetric else p).T
+
+
+@pytest.mark.parametrize("solver", EVERY, ids=lambda s: f"{named(s)}-{getattr(s, 'relaxation', '')}")
+def test_what_is_called_converged_has_a_small_backward_error(solver: ic.LinearSolver) -> None:
+    """200 systems in each of float32, float64 and float16, judged in float64 by dense algebra."""
+    rng = np.random.default_rng(0)
+    systems = []
+    for n in (3, 30):
+        for _ in range(20):
+            values = np.logspace(0, -rng.uniform(1, 6), n)
+            systems += [(n, rotated(rng, values)), (n, rotated(rng, values, symmetric=False))]
+            systems += [(n, 10 ** rng.uniform(-5, 3) * near_identity(1, n, 0.9, int(rng.integers(10**6)))[0])]
+            systems += [(n, heat(n, 10 ** rng.uniform(0, 3)))]
+            systems += [(n, np.eye(n) + 10 ** rng.uniform(0, 2) * np.triu(rng.normal(size=(n, n)), 1) / n)]
+    accepted = 0
+    for dtype in (np.float32, np.float64, np.float16):
+        eps = float(np.finfo(dtype).eps)
+        for n in (3, 30):
+            a = np.stack([matrix for size, matrix in systems if size == n]).astype(dtype)
+            b = rng.normal(size=(a.shape[0], n)).astype(dtype)
+            with np.errstate(over="ignore"):  # an answer that failed may leave the range of float16
+                solution = ic.solve_linear(apply(NUMPY, a), b, solver=solver, batch_ndim=1)
+            for i in np.flatnonzero(solution.converged):
+                residual = np.linalg.norm(b[i].astype(float) - a[i].astype(float) @ solution.value[i].astype(float))
+                if not residual <= 1.05e-6 * np.linalg.norm(b[i].astype(float)):
+                    assert backward_error(a[i], solution.value[i], b[i]) < 17 * eps
+                accepted += 1
+    assert accepted > 50
+
+
+@pytest.mark.parametrize("solver", EVERY, ids=lambda s: f"{named(s)}-{getattr(s, 'relaxation', '')}")
+def test_singular_systems_are_refused_in_single_precision(solver: ic.LinearSolver) -> None:
+    """Condition 1e10, and projections with b outside of the range: no x has a residual below ‖b‖ / 1000."""
+    rng = np.random.default_rng(1)
+    values = [np.logspace(0, -10, 40), np.repeat([1.0, 0.0], 20), np.repeat([300.0, 0.0], [39, 1])]
+    a = np.stack([rotated(rng, v) for v in values for _ in range(10)]).astype(np.float32)
+    b = rng.normal(size=(30, 40)).astype(np.float32)
+    assert not np.any(ic.solve_linear(apply(NUMPY, a), b, solver=solver, batch_ndim=1).converged)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_gmres_builds_no_more_directions_than_a_sample_has_numbers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    history = Space.history
+    monkeypatch.setattr(Space, "history", lambda self, m: rows.append(m) or history(self, m))
+    b = {"x": np.ones((4, size - size // 2)), "y": np.ones((4, size // 2))}
+    a = near_identity(4, size, 0.8, seed=size)
+
+    def operator(v: Any) -> Any:
+        whole = np.einsum("nij,nj->ni", a, np.concatenate([v["x"], v["y"]], axis=1))
+        return {"x": whole[:, : size - size // 2], "y": whole[:, size - size // 2 :]}
+
+    solution = ic.solve_linear(operator, b, solver=ic.GMRES(rtol=1e-12), batch_ndim=1, throw=True)
+    assert set(rows) == {size + 1}
+    found = np.concatenate([solution.value["x"], solution.value["y"]], axis=1)
+    np.testing.assert_allclose(found, np.linalg.solve(a, np.ones((4, size, 1)))[..., 0], rtol=1e-10)
+
+
+def test_restarts_go_on_where_all_directions_were_not_enough() -> None:
+    """Products that are right to 1e-3 only for the first three: the second cycle refines the answer of the first."""
+    a, calls = near_identity(1, 3, 0.8, seed=0)[0], 0
+
+    def operator(v: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return a @ v * (1.001 if calls == 2 else 1.0)
+
+    solution = ic.solve_linear(operator, np.ones(3), solver=ic.GMRES(rtol=1e-12))
+    assert solution.converged
+    assert calls == solution.stats.evaluations > 4
+    np.testing.assert_allclose(solution.value, np.linalg.solve(a, np.ones(3)), rtol=1e-10)
+
+
+def test_a_sample_along_a_named_axis_has_the_numbers_of_all_its_parts() -> None:
+    """A cyclic shift over four devices' parts of three numbers: GMRES needs all twelve directions."""
+
+    def solve(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def shift(v: jax.Array) -> jax.Array:
+            whole = jax.lax.all_gather(v, "parts").reshape(-1)
+            return jax.lax.dynamic_slice(jnp.roll(whole, 1), (3 * jax.lax.axis_index("parts"),), (3,))
+
+        with coupled_axes(("parts",)):
+            solution = ic.solve_linear(shift, b, solver=ic.GMRES())
+        return solution.value, solution.status
+
+    value, status = jax.vmap(solve, axis_name="parts")(jnp.eye(12)[0].reshape(4, 3))
+    assert np.all(np.asarray(status) == ic.CONVERGED)
+    np.testing.assert_allclose(np.asarray(value).reshape(-1), np.eye(12)[11], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_answer_that_leaves_the_range_of_the_dtype_is_not_finite(dtype: Any) -> None:
+    large = np.asarray([[float(np.finfo(dtype).max) / 2], [1.0]], dtype=dtype)
+    with np.errstate(over="ignore"):
+        solution = ic.solve_linear(lambda v: v / 8, large, batch_ndim=1)
+    np.testing.assert_array_equal(solution.status, [ic.Status.NONFINITE, ic.CONVERGED])
+    assert solution.value[1] == 8.0

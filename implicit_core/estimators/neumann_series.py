@@ -138,5 +138,5 @@ class _UntilRemainder(Richardson):
             rest = MARGIN * lam * norm * growth / (1 - growth)
         return ratio(rest, space.norm(space.axpy(lam, r, x)), space)
 
-    def goal(self, space: Space, x: State, size: Numbers, target: Numbers) -> float:
+    def goal(self, space: Space, x: State, growth: Numbers, size: Numbers, target: Numbers) -> float:
         return self.series.rtol

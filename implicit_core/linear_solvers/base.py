@@ -10,8 +10,13 @@ from ..backend import Known
 from ..solution import Status
 from ..space import Space
 
-Cycle = tuple[State, int]
-"""A correction, and the number of products with A that it took."""
+Cycle = tuple[State, int] | tuple[State, int, Numbers]
+"""A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂.
+
+The bound, (N, 1), is how much longer A v is than v, at most, among the v that were multiplied."""
+
+FLOOR = 16.0
+"""Times ε (‖A‖ ‖x‖ + ‖b‖): the residual of an answer that is as good as rounding allows."""
 
 RECORDED = (
     "Linear solvers cannot run while a CUDA graph is being captured, because they stop on a data-dependent test. Use "
@@ -46,6 +51,7 @@ class _Carry(NamedTuple):
     x: State
     r: State
     norm: Numbers
+    growth: Numbers
     error: Numbers
     active: Mask
     steps: Numbers
@@ -64,9 +70,9 @@ class LinearSolver(ABC):
     ----------
     rtol, atol
         A sample is finished once ‖b - A x‖₂ ≤ atol + rtol ‖b‖₂, or once the residual is at the level of rounding
-        errors of x, 16 ε (‖x‖₂ + ‖b‖₂), below which products with A need not be right. A residual above ‖b‖₂ / 1000 is
-        never accepted for its size alone, unless ε is so coarse that 8 ε ‖b‖₂ is larger. ε is the machine precision of
-        the coarsest leaf.
+        errors, 16 ε (‖A‖₂ ‖x‖₂ + ‖b‖₂), below which products with A need not be right. The largest ‖A v‖₂ / ‖v‖₂ of
+        the solve stands for ‖A‖₂. A residual above ‖b‖₂ / 1000 is never accepted for its size alone, unless ε is so
+        coarse that 8 ε ‖b‖₂ is larger. ε is the machine precision of the coarsest leaf.
     max_steps
         No cycle starts after this many products with A.
     check_every
@@ -110,7 +116,8 @@ class LinearSolver(ABC):
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         """A correction d with A d ≈ r in the active samples.
 
-        ``norm`` is ‖r‖₂, and ``target`` the residual to stop at.
+        ``norm`` is ‖r‖₂, and ``target`` the residual to stop at. Without a lower bound of ‖A‖ in the result, the loop
+        finds one from d alone, ‖A d‖ / ‖d‖. It is a poor one after a cycle that reduces the residual by much.
         """
 
     # The stop test: a sample is finished once its error is at most the goal. A method may have a test of its own.
@@ -123,11 +130,14 @@ class LinearSolver(ABC):
         """
         return norm
 
-    def goal(self, space: Space, x: State, size: Numbers, target: Numbers) -> Numbers | float:
-        """The largest error that is accepted, where ``size`` is ‖b‖₂ and ``target`` is atol + rtol ‖b‖₂."""
+    def goal(self, space: Space, x: State, growth: Numbers, size: Numbers, target: Numbers) -> Numbers | float:
+        """The largest error that is accepted.
+
+        ``growth`` is a lower bound of ‖A‖₂, ``size`` is ‖b‖₂ and ``target`` is atol + rtol ‖b‖₂.
+        """
         # Decision 23.
         xp, eps = space.xp, space.coarsest_eps
-        rounding = 16 * eps * (space.norm(x) + size)
+        rounding = FLOOR * eps * (growth * space.norm(x) + size)
         goal: Numbers = xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * eps) * size))
         return goal
 
@@ -143,11 +153,16 @@ class LinearSolver(ABC):
         target = self.rtol * size + space.scalar(self.atol) / scale
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
-            d, used = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
             x = space.add(c.x, d)
             # Decision 22.
             r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
+            growth = c.growth
+            if self.recomputes:  # Decision 70.
+                seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
+                larger = (seen > growth) & (seen < float("inf"))
+                growth = space.select(c.active & larger, seen, growth)
             # Comparisons with NaN are false, so a cycle that failed is undone.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
             kept = accept if self.undoes else c.active
@@ -156,26 +171,42 @@ class LinearSolver(ABC):
             products = c.products + used + 1
             error = space.select(c.active, self.error(space, x, r, norm, c.norm, products), c.error)
             steps = space.select(c.active, space.full(products, xp.int32), c.steps)
-            active = accept & (error > self.goal(space, x, size, target)) & (products < self.max_steps)
-            return _Carry(x, r, norm, error, active, steps, products)
+            active = accept & (error > self.goal(space, x, growth, size, target)) & (products < self.max_steps)
+            return _Carry(x, r, norm, growth, error, active, steps, products)
 
         x = space.zeros()
         # Without a step this is the error to report. Otherwise the first step replaces it.
         error = size if self.max_steps else self.error(space, x, b, size, space.full(float("inf")), 0)
-        carry = _Carry(x, b, size, error, size > target, space.full(0, xp.int32), 0)
+        carry = _Carry(x, b, size, space.full(0.0), error, size > target, space.full(0, xp.int32), 0)
         check_every = 1 if self.loops else self.check_every
         carry = backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, check_every)
         ran_out = carry.steps >= self.max_steps
-        converged = carry.error <= self.goal(space, carry.x, size, target)
+        converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)
         status = space.select(ran_out, Status.MAX_STEPS.value, space.full(Status.STAGNATED, xp.int32))
         status = space.select(converged, Status.CONVERGED.value, status)
         status = space.select(~xp.isfinite(size), Status.NONFINITE.value, status)
         x, r = space.scale(scale, carry.x), space.scale(scale, carry.r)
+        if self.undoes:  # an answer that leaves the range of the user's dtype is none
+            overflow = ~xp.isfinite(space.largest(space.round(x)))
+            status = space.select(converged & overflow, Status.NONFINITE.value, status)
         return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products)
+
+
+def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
+    """‖A d‖ / ‖d‖, where ``product`` is A d, the difference of two residuals, and ``x`` the solution with d in it."""
+    # A residual has an error of ε ‖A‖ ‖x‖, which must not be taken for the product of a tiny d.
+    length = space.xp.maximum(space.norm(d), space.coarsest_eps**0.5 * space.norm(x))
+    return space.norm(product) / positive(length, space)
+
+
+def positive(length: Numbers, space: Space) -> Numbers:
+    """A length to divide by: at least the smallest normal number."""
+    positive: Numbers = space.xp.maximum(length, float(space.backend.finfo(space.dtype).smallest_normal))
+    return positive
 
 
 def ratio(numerator: Numbers, denominator: Numbers, space: Space) -> Numbers:
     """``numerator / denominator``, zero where the denominator is zero."""
     xp, zero = space.xp, denominator == 0
     quotient = numerator / space.select(zero, xp.ones_like(denominator), denominator)
-    return space.select(zero, xp.zeros_like(numerator), quotient)
+    return space.select(zero, denominator, quotient)

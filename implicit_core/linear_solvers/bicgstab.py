@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -14,6 +14,7 @@ class _Carry(NamedTuple):
     r: State
     p: State
     rho: Numbers
+    growth: Numbers
     active: Mask
     products: int
 
@@ -64,17 +65,19 @@ class BiCGSTAB(LinearSolver):
             beta = ratio(rho, c.rho, space) * ratio(alpha, omega, space)
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
+            growth = xp.maximum(c.growth, space.norm(t) / positive(space.norm(s), space))
             ok = c.active & (along != 0) & xp.isfinite(norm)
             return _Carry(
                 space.where(ok, x, c.x),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 space.select(ok, rho, c.rho),
+                growth,
                 ok & (norm > target),
                 c.products + 2,
             )
 
-        carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
+        carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)
         steps = (self.max_steps + 1) // 2
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
-        return carry.x, carry.products
+        return carry.x, carry.products, carry.growth

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -14,6 +14,7 @@ class _Carry(NamedTuple):
     r: State
     p: State
     squared: Numbers
+    growth: Numbers
     active: Mask
     products: int
 
@@ -58,9 +59,10 @@ class CG(LinearSolver):
             x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
             squared = space.dot(r, r)
-            p = space.where(ok, space.axpy(ratio(squared, c.squared, space), c.p, r), c.p)
-            return _Carry(x, r, p, squared, ok & (xp.sqrt(squared) > target), c.products + 1)
+            p = space.where(ok, space.axpy(squared / positive(c.squared, space), c.p, r), c.p)
+            growth = xp.maximum(c.growth, space.norm(q) / positive(space.norm(c.p), space))
+            return _Carry(x, r, p, squared, growth, ok & (xp.sqrt(squared) > target), c.products + 1)
 
-        carry = _Carry(space.zeros(), r, r, space.dot(r, r), active, 0)
+        carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
-        return carry.x, carry.products
+        return carry.x, carry.products, carry.growth

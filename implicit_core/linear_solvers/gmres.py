@@ -20,7 +20,7 @@ class GMRES(LinearSolver):
     Parameters
     ----------
     restart
-        Dimension of the Krylov space; restart + 1 states are held.
+        Dimension of the Krylov space, at most that of a sample's state; restart + 1 states are held.
     rtol, atol, max_steps, check_every
         As for :class:`LinearSolver`.
 
@@ -50,7 +50,8 @@ class GMRES(LinearSolver):
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        steps = min(self.restart, self.max_steps)
+        # Decision 71.
+        steps = max(min(self.restart, self.max_steps, space.dimension), 1)
         hessenberg = _Hessenberg(space, steps + 1)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
@@ -66,7 +67,7 @@ class GMRES(LinearSolver):
         carry = _Carry(v, basis, hessenberg.empty(), active, 0)
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
         weights = hessenberg.least_squares(carry.qr, norm)
-        return space.state(space.combine(weights, carry.basis)), carry.steps
+        return space.state(space.combine(weights, carry.basis)), carry.steps, hessenberg.growth(carry.qr)
 
 
 class _QR(NamedTuple):
@@ -155,3 +156,11 @@ class _Hessenberg:
         """Weights of the basis vectors, (N, 1, m), for a right-hand side along the first one, of length ``norm``."""
         rhs = norm * qr.rotations[:, :, 0] * qr.used
         return self.space.solve_rows(qr.triangle, rhs[:, None, :])
+
+    def growth(self, qr: _QR) -> Numbers:
+        """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix."""
+        xp = self.space.xp
+        # Rotations do not change the length of a column.
+        lengths = qr.used * xp.linalg.vector_norm(qr.triangle, axis=-1)
+        growth: Numbers = xp.max(lengths, axis=-1, keepdims=True)
+        return growth
