@@ -19,6 +19,7 @@ from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
 from .closure import Hoisted, hoist, is_traced
 from .derivative import with_derivative
+from .growth import compare, fork, watches
 from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
 
@@ -144,15 +145,28 @@ def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> 
 
 def _value(f: TracedMap[H, Z], gradient: Estimator, h: H, inputs: Arrays) -> H:
     """The estimator's value at the solver's point h, differentiable."""
-    if type(gradient) in (Unroll, BPTT):  # not a class derived from them, which may override `vjp`
-        recompute = isinstance(gradient, Unroll) and gradient.recompute
-        step = jax.checkpoint(f) if recompute else f
-        return gradient.value(problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim), h, None)
+    if isinstance(gradient, (Unroll, BPTT)) and type(gradient) in (Unroll, BPTT):  # a derived class may override `vjp`
+        return _unrolled(f, gradient, h, inputs)
     has_both_modes = not f.hoisted.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
         return with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
     with coupled_axes(f.hoisted.axes):
         return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), gradient, h, inputs, ())
+
+
+def _unrolled(f: TracedMap[H, Z], gradient: Unroll | BPTT, h: H, inputs: Arrays) -> H:
+    """The k steps from h, which JAX differentiates."""
+    recompute = isinstance(gradient, Unroll) and gradient.recompute
+    step = jax.checkpoint(f) if recompute else f
+    steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim)
+    test = gradient.growth
+    if not watches(test, f.hoisted.axes):
+        value: H = gradient.value(steps, h, None)
+        return value
+    # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
+    h_1, reference = fork(Unroll(1, test.lam).value(steps, h, None), test, f.batch_ndim, primal=True)
+    h_k: H = Unroll(test.k - 1, test.lam).value(steps, h_1, None)
+    return compare(h_k, h_k, reference, test, f.batch_ndim, primal=True)
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

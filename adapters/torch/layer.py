@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import BPTT, AtFixedPoint, Estimator, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, solver_point
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
@@ -26,6 +26,7 @@ from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
 from .function import PLAIN_FORWARD, Rule, attach
 from .graph_inputs import graph_inputs
+from .growth import GrowthOfCotangents
 from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
@@ -70,21 +71,25 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             solution = solver_point(autograd, h0, z, options)
             if isinstance(gradient, AtFixedPoint) and (torch.is_grad_enabled() or in_dual_level()):
                 return solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
-        if not isinstance(gradient, AtFixedPoint):
+        if isinstance(gradient, (Unroll, BPTT)):
             return solution._replace(value=_unrolled(autograd, solution.value, z, gradient))
         return solution
 
 
-def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
+def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     if isinstance(gradient, Unroll) and gradient.recompute:
-        recomputed = problem.replace_f(lambda h, z: checkpoint(problem.f, h, z, use_reentrant=False))
-        return gradient.value(recomputed, h, z)
-    value = gradient.value(problem, h, z)
-    # Without damping the value may be a tensor of the user's that f returned, such as z or a buffer.
-    if isinstance(gradient, BPTT) or (isinstance(gradient, Unroll) and gradient.lam == 1.0):
-        value = BACKEND.map(torch.clone, value)
-    return value
+        f = problem.f
+        problem = problem.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False))
+    # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
+    lam, may_alias = (1.0, True) if isinstance(gradient, BPTT) else (gradient.lam, gradient.lam == 1.0)
+    if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
+        value = gradient.value(problem, h, z)
+        return BACKEND.map(torch.clone, value) if may_alias else value
+    # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
+    ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim)
+    h_1 = ends.start(Unroll(1, lam).value(problem, h, z))
+    return ends.end(Unroll(gradient.k - 1, lam).value(problem, h_1, z))
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:
