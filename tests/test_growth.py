@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from jax import export
-from libraries import JAX, Library
+from libraries import JAX, NUMPY, Library
 
 import implicit_core as ic
 from implicit_core.backends.torch import Unread
@@ -167,6 +167,40 @@ def test_layers_tell(k: int, lam: float, name: str) -> None:
     assert_told(LAYERS[name], k, lam)
 
 
+def pushed(estimator: ic.Estimator, m: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The tangent along v of the transposed map, whose terms are those of a pullback of v."""
+    z = np.zeros_like(v)
+    return estimator.jvp(problem(m.transpose(0, 2, 1)), z, z, v)[1]
+
+
+def pushed_by_jax(estimator: ic.Estimator, m: np.ndarray, v: np.ndarray) -> np.ndarray:
+    layer = jax_layer(estimator, m.transpose(0, 2, 1))
+    return np.asarray(jax.jit(lambda z, v: jax.jvp(layer, (z,), (v,))[1])(jnp.zeros(v.shape), jnp.asarray(v)))
+
+
+def mapped_by_jax(estimator: ic.Estimator, m: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One map a call, and ``vmap`` over all of them."""
+
+    def pull(m: Any, v: Any) -> Any:
+        layer = lambda z: ic.fixed_point(lambda h, z: m @ h + z, jnp.zeros_like(z), z, gradient=estimator).value  # noqa: E731
+        return jax.vjp(layer, jnp.zeros_like(v))[1](v)[0]
+
+    return np.asarray(jax.jit(jax.vmap(pull))(jnp.asarray(m), jnp.asarray(v)))
+
+
+@pytest.mark.parametrize("push", [pushed, pushed_by_jax], ids=["numpy", "jax jit"])
+def test_tangents_of_the_series_are_told_as_cotangents_are(push: Any) -> None:
+    m, v, _ = maps()
+    grew, estimate, _ = terms(5, 0.5)
+    tangent = push(ic.Neumann(5, 0.5, on_growth="nan"), m, v)
+    np.testing.assert_array_equal(np.isnan(tangent).all(axis=1), grew)
+    np.testing.assert_allclose(tangent[~grew], estimate[~grew], rtol=1e-9, atol=1e-9)
+
+
+def test_samples_of_vmap_are_told_apart() -> None:
+    assert_told(mapped_by_jax, 5, 0.5)
+
+
 ONE_OF_THREE = np.asarray([0.5, -400.0, 0.9])[:, None, None] * np.eye(2)
 
 
@@ -231,6 +265,9 @@ def test_small_and_zero_cotangents_have_not_grown_and_an_overflow_has() -> None:
     for estimator in (ic.Neumann(), ic.Unroll(), ic.BPTT(5)):
         by_core(JAX)(estimator, m, v)
         by_torch(estimator, m, v)
+    # Squares of the first term underflow, and squares of the last, three times as large, do not.
+    for library in (NUMPY, JAX):
+        by_core(library)(ic.Neumann(5, 1.0), 3**0.25 * np.eye(2)[None], np.asarray([[1.4e-162, 0.0]]))
     huge = np.asarray([-1e200])[:, None, None] * np.eye(2)
     with ANNOUNCED, np.errstate(all="ignore"):
         by_torch(ic.Unroll(5, 1.0), huge, np.ones((1, 2)))
