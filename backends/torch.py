@@ -1,6 +1,7 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -141,6 +142,38 @@ class CUDAStreams:
         return torch.cuda.stream(torch.cuda.ExternalStream(stream.address, stream.device))
 
 
+class Unread:
+    """Numbers on their way from a device, whose readers are called once they have arrived.
+
+    To wait for them would stop the host from queueing more work (Decision 85).
+    """
+
+    MOST = 8
+    """While so many are on their way, the next are not looked at."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Callable[[Any], None], Tensor, Callable[[], bool]]] = deque()
+
+    def add(self, function: Callable[[Any], None], numbers: Tensor) -> None:
+        """Send ``numbers`` to the host, and call the readers of all earlier ones that have arrived."""
+        if len(self._waiting) < self.MOST:
+            self._waiting.append((function, *self.send(numbers)))
+        while self._waiting and self._waiting[0][2]():
+            reader, arrived, _ = self._waiting.popleft()
+            reader(arrived.numpy())
+
+    def send(self, numbers: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+        """A copy on the host that is being filled, and whether it has been."""
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(numbers.device))
+        return host, event.query
+
+
+UNREAD = Unread()
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
@@ -171,6 +204,18 @@ class TorchBackend(Backend):
     @property
     def recorder(self) -> Loop | None:  # type: ignore[override]  # it depends on the context
         return _LOOP.get()
+
+    def tell(self, function: Callable[..., None], *numbers: Any) -> None:
+        if self.capturing(numbers[0]):
+            return
+        if numbers[0].is_cuda:
+            UNREAD.add(lambda found: function(*found), torch.stack(numbers))
+            return
+        try:
+            found = [x.detach().cpu().numpy() for x in numbers]
+        except (RuntimeError, TypeError):  # without storage, as torch.func wraps them
+            return
+        function(*found)
 
     def count(self, masks: Sequence[Any]) -> list[int]:
         if masks[0].is_cpu:  # where a reduction takes longer to begin with than to carry out

@@ -241,3 +241,12 @@ class Backend:
     def readable(self, x: Array) -> bool:
         """Whether the numbers in ``x`` can be read now. Traced and captured arrays cannot be read."""
         return not self.capturing(x)
+
+    def tell(self, function: Callable[..., None], *numbers: Array) -> None:
+        """Call ``function(*numbers)`` if they can be read.
+
+        A framework may give it the same numbers as arrays of NumPy, and later, to avoid waiting for the device.
+        """
+        # Decision 85.
+        if self.readable(numbers[0]):
+            function(*numbers)

@@ -1,6 +1,7 @@
 """What a solve returns, for every solver."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, NamedTuple
@@ -202,15 +203,24 @@ def describe(failures: tuple[Failure, ...], samples: int) -> str:
     """Failures in words."""
     parts = []
     for failure in failures:
-        names = [str(index[0]) if len(index) == 1 else str(index) for index in failure.samples[:8]]
-        more = ", ..." if len(failure.samples) > 8 else ""
-        which = (
-            ""
-            if failure.samples[0] == ()
-            else f" in {len(failure.samples)} of {samples} samples ({', '.join(names)}{more})"
-        )
+        which = _names(failure.samples, samples)
         parts.append(f"{failure.status.name}{which}, largest residual {failure.residual:.3g}")
     return "; ".join(parts)
+
+
+def sample_names(samples: Sequence[int], batch_shape: tuple[int, ...]) -> str:
+    """The samples of a flat batch in words, as in :func:`describe`."""
+    indices = _indices(batch_shape)
+    return _names(tuple(indices[i] for i in samples), len(indices))
+
+
+def _names(indices: tuple[tuple[int, ...], ...], samples: int) -> str:
+    """`` in 2 of 8 samples (0, 3)``, and nothing if there is one sample without an index."""
+    if indices[0] == ():
+        return ""
+    names = [str(index[0]) if len(index) == 1 else str(index) for index in indices[:8]]
+    more = ", ..." if len(indices) > 8 else ""
+    return f" in {len(indices)} of {samples} samples ({', '.join(names)}{more})"
 
 
 def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

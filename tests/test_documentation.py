@@ -108,8 +108,9 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_decisions_are_numbered_and_cited_decisions_exist() -> None:
     numbers = re.findall(r"^\(decision-(\d+)\)=\n### Decision (\d+): \S", read("docs/decisions.md"), re.MULTILINE)
-    known = [str(n + 1) for n in range(len(numbers))]
+    known = [number for number, _ in numbers]
     assert numbers == [(n, n) for n in known]
+    assert known == sorted(set(known), key=int)
     assert len(known) == read("docs/decisions.md").count("\n### ")
     modules = [path for package in PACKAGES for path in Path(package.__path__[0]).rglob("*.py")]
     cited = {path: re.findall(r"\bDecision (\d+)", path.read_text(encoding="utf-8")) for path in modules}

@@ -1,16 +1,19 @@
 """The derivative of a fixed point, of every order and in both modes (Eq. 2 and 18)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
-from implicit_core.arrays import H
+from implicit_core.arrays import H, Operator
 from implicit_core.backends.jax import BACKEND, coupled_axes
-from implicit_core.estimators import AtFixedPoint, Derivative
+from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
+from implicit_core.space import Space
 
 from .closure import depending_on
+from .growth import compare, fork, watches
 from .leaves import Arrays, replaced
 from .problem import partial_pushforwards
 from .rule_primitive import with_rule
@@ -49,7 +52,14 @@ def with_derivative(
     def inverse(jacobian: Callable[[H], H], v: H) -> H:
         space = BACKEND.space(v, batch_ndim, "v")
         with coupled_axes(axes):  # Decision 50.
-            w: H = space.unpack(gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
+            product = on_states(jacobian, space, space)
+            estimator = gradient
+            if isinstance(gradient, Neumann):
+                if watches(gradient.growth, axes) and type(gradient).inverse is Neumann.inverse:
+                    return _watched_series(gradient, space, product, v, batch_ndim)
+                # The core's own test depends on the tangents in a way that JAX cannot transpose.
+                estimator = replace(gradient, on_growth="ignore")
+            w: H = space.unpack(estimator.apply(space, product, space.pack(v)))
             return w
 
     def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
@@ -73,3 +83,15 @@ def with_derivative(
         return w
 
     return with_rule(h, inputs, rule)
+
+
+def _watched_series(gradient: Neumann, space: Space, product: Operator, v: H, batch_ndim: int) -> H:
+    """``Neumann.inverse``, whose test JAX can transpose."""
+    test, b = gradient.growth, space.pack(v)
+    start, reference = fork(v, test, batch_ndim)
+    before = gradient.sum_of_terms(space, product, space.pack(start), b, test.k - 2)
+    total = gradient.sum_of_terms(space, product, before, b, 1)
+    last: H = space.unpack(space.sub(total, before))
+    checked: H = compare(space.unpack(total), last, reference, test, batch_ndim)
+    w: H = space.unpack(space.scale(test.lam, space.pack(checked)))
+    return w

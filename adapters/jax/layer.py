@@ -19,6 +19,7 @@ from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
 from .closure import Hoisted, hoist, is_traced
 from .derivative import with_derivative
+from .growth import compare, fork, watches
 from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
 
@@ -141,12 +142,8 @@ def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> 
 def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
     """The solution with the estimator's value from the solver's point, differentiable, and what is told of it."""
     gradient, h = options.gradient, solution.value
-    if type(gradient) in (Unroll, BPTT):  # not a class derived from them, which may override `vjp`
-        recompute = isinstance(gradient, Unroll) and gradient.recompute
-        step = jax.checkpoint(f) if recompute else f
-        steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim)
-        watched = Watched(steps)
-        return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)
+    if isinstance(gradient, (Unroll, BPTT)) and type(gradient) in (Unroll, BPTT):  # a derived class may override `vjp`
+        return _unrolled(f, solution, inputs, gradient, options)
     has_both_modes = not f.hoisted.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
         value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
@@ -154,6 +151,23 @@ def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, optio
         return (solution.raise_for_status() if options.throw else solution)._replace(value=value)
     with coupled_axes(f.hoisted.axes):
         return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), options, solution, inputs, ())
+
+
+def _unrolled(
+    f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
+) -> Solution[H]:
+    """The k steps from the solver's point, which JAX differentiates."""
+    recompute = isinstance(gradient, Unroll) and gradient.recompute
+    step = jax.checkpoint(f) if recompute else f
+    steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim)
+    watched, h, test = Watched(steps), solution.value, gradient.growth
+    if not watches(test, f.hoisted.axes):
+        return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)
+    # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
+    h_1, reference = fork(Unroll(1, test.lam).value(watched.problem, h, None), test, f.batch_ndim, primal=True)
+    h_k: H = Unroll(test.k - 1, test.lam).value(watched.problem, h_1, None)
+    value = compare(h_k, h_k, reference, test, f.batch_ndim, primal=True)
+    return watched.told(solution._replace(value=value), options)
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

@@ -26,6 +26,7 @@ from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
 from .function import PLAIN_FORWARD, Rule, attach
 from .graph_inputs import graph_inputs
+from .growth import GrowthOfCotangents
 from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
@@ -75,24 +76,27 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
                 if torch.is_grad_enabled() or in_dual_level():
                     solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
                 return solution
-        if not isinstance(gradient, AtFixedPoint):
-            return _unrolled(autograd, solution, z, options)
+        if isinstance(gradient, (Unroll, BPTT)):
+            steps = autograd
+            if isinstance(gradient, Unroll) and gradient.recompute:
+                steps = autograd.replace_f(lambda h, z: checkpoint(autograd.f, h, z, use_reentrant=False))
+            watched = Watched(steps)
+            value = _unrolled(watched.problem, solution.value, z, gradient)
+            return watched.told(solution._replace(value=value), options)
         return solution
 
 
-def _unrolled(problem: Problem[H, Z], solution: Solution[H], z: Z, options: LayerOptions) -> Solution[H]:
-    """The k steps from the solver's point, with their graph."""
-    gradient = options.gradient
-    if isinstance(gradient, Unroll) and gradient.recompute:
-        f = problem.f
-        watched = Watched(problem.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False)))
-        return watched.told(solution._replace(value=gradient.value(watched.problem, solution.value, z)), options)
-    watched = Watched(problem)
-    value = gradient.value(watched.problem, solution.value, z)
-    # Without damping the value may be a tensor of the user's that f returned, such as z or a buffer.
-    if isinstance(gradient, BPTT) or (isinstance(gradient, Unroll) and gradient.lam == 1.0):
-        value = BACKEND.map(torch.clone, value)
-    return watched.told(solution._replace(value=value), options)
+def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
+    """The k steps from h, with their graph."""
+    # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
+    lam, may_alias = (1.0, True) if isinstance(gradient, BPTT) else (gradient.lam, gradient.lam == 1.0)
+    if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
+        value = gradient.value(problem, h, z)
+        return BACKEND.map(torch.clone, value) if may_alias else value
+    # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
+    ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim)
+    h_1 = ends.start(Unroll(1, lam).value(problem, h, z))
+    return ends.end(Unroll(gradient.k - 1, lam).value(problem, h_1, z))
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:

@@ -2,6 +2,7 @@
 
 from .base import AtFixedPoint, Derivative, Estimator
 from .bptt import BPTT
+from .growth import GrowingGradientWarning
 from .implicit import Implicit
 from .inexact import InexactGradientWarning
 from .neumann import Neumann
@@ -19,6 +20,7 @@ __all__ = [
     "AtFixedPoint",
     "Derivative",
     "Estimator",
+    "GrowingGradientWarning",
     "Implicit",
     "InexactGradientWarning",
     "Neumann",

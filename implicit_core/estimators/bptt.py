@@ -8,6 +8,7 @@ from .. import checks
 from ..arrays import H, Z
 from ..problem import Problem
 from .base import Estimator
+from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
 from .unroll import Unroll
 
 
@@ -21,11 +22,14 @@ class BPTT(Estimator):
     ----------
     k
         Steps, at least 1.
+    on_growth
+        As for :class:`Unroll`. A cotangent that grows says that the k steps have not forgotten their start, so that
+        their derivative does not approximate the derivative of a fixed point.
 
     Raises
     ------
     TypeError, ValueError
-        If k < 1.
+        If k < 1, or on_growth is none of the three.
 
     References
     ----------
@@ -42,17 +46,27 @@ class BPTT(Estimator):
     """
 
     k: int = 30
+    on_growth: OnGrowth = "warn"
 
     starts_from_h0: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checks.integer("k", self.k, 1))
+        check_on_growth(self.on_growth)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    @property
+    def growth(self) -> GrowthTest:
+        """The test whether the cotangents grow."""
+        return GrowthTest(repr(self), self.k, 1.0, self.on_growth)
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         return Unroll(self.k, 1.0).value(problem, h, z)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
-        return Unroll(self.k, 1.0).vjp(problem, h, z)
+        return Unroll(self.k, 1.0).vjp_with(self.growth, problem, h, z)
 
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         return Unroll(self.k, 1.0).jvp(problem, h, z, dz)

@@ -6,6 +6,7 @@ from .. import checks
 from ..arrays import Operator, State
 from ..space import Space
 from .base import AtFixedPoint, Factor, geometric_bound
+from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,16 @@ class Neumann(AtFixedPoint):
         Terms of the series, at least 1.
     lam
         λ in (0, 1]: a large one is more accurate, a small one better conditioned.
+    on_growth
+        What to do with samples whose terms grow, so that A is no estimate: ``"warn"`` with a
+        :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The last term is
+        compared with the first. Code that a framework traces cannot warn: there ``"warn"`` does nothing, and ``"nan"``
+        works everywhere.
 
     Raises
     ------
     TypeError, ValueError
-        If k < 1 or λ is not in (0, 1].
+        If k < 1, λ is not in (0, 1], or on_growth is none of the three.
 
     References
     ----------
@@ -47,16 +53,34 @@ class Neumann(AtFixedPoint):
 
     k: int = 5
     lam: float = 0.5
+    on_growth: OnGrowth = "warn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checks.integer("k", self.k, 1))
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        check_on_growth(self.on_growth)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    @property
+    def growth(self) -> GrowthTest:
+        """The test whether the terms grow."""
+        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
-        """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18), by Horner's rule: w ← v + B w."""
+        """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18)."""
+        if not self.growth.active:
+            return space.scale(self.lam, self.sum_of_terms(space, jacobian, v, v, self.k - 1))
+        before = self.sum_of_terms(space, jacobian, v, v, self.k - 2)
+        w = self.sum_of_terms(space, jacobian, before, v, 1)
+        # The last two sums differ by the last term, B^{k-1} v.
+        return space.scale(self.lam, self.growth.checked(space, v, space.sub(w, before), w))
+
+    def sum_of_terms(self, space: Space, jacobian: Operator, w: State, v: State, products: int) -> State:
+        """``products`` steps of Horner's rule from w on: w ← v + B w."""
         lam, axpy = self.lam, space.axpy
-        w = space.backend.repeat(lambda w: axpy(lam, jacobian(w), axpy(1 - lam, w, v)), v, self.k - 1)
-        return space.scale(lam, w)
+        return space.backend.repeat(lambda w: axpy(lam, jacobian(w), axpy(1 - lam, w, v)), w, products)
 
     def error_bound(self, contraction: Factor) -> Factor:
         """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""

@@ -89,10 +89,11 @@ class NeumannSeries(AtFixedPoint):
             report(
                 space,
                 f"the Neumann series did not reach rtol={self.rtol:g}",
-                f"Raise max_terms, which is {self.max_terms}, or try another lam: the series has no sum unless the "
-                "spectral radius of B = lam ∂F/∂h + (1 - lam) I is below 1",
+                "The residual is the norm of the next term. If it exceeds the norm of the cotangent, the series has no "
+                "sum: use Implicit(), which needs no contraction, or a smaller lam, which helps where the eigenvalues "
+                f"of ∂F/∂h have real parts below 1. Otherwise raise max_terms, which is {self.max_terms}",
                 result.status,
-                result.error,
+                result.residual,
             )
         return w
 

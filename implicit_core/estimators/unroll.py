@@ -8,6 +8,7 @@ from ..arrays import Array, H, State, Z
 from ..problem import BoundLinearization, Problem
 from ..space import Space
 from .base import Estimator, Factor, bind, geometric_bound
+from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,16 @@ class Unroll(Estimator):
         λ in (0, 1].
     recompute
         Keep the k states only, and linearize F again in the pullback: k more evaluations, one linearization at a time.
+    on_growth
+        What to do with samples whose cotangents grow from step to step, so that A is no estimate: ``"warn"`` with a
+        :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The cotangent at
+        h_1 is compared with the one at h_k. Code that a framework traces cannot warn: there ``"warn"`` does nothing.
+        Pushforwards and second derivatives are not tested.
 
     Raises
     ------
     TypeError, ValueError
-        If k < 1 or λ is not in (0, 1].
+        If k < 1, λ is not in (0, 1], or on_growth is none of the three.
 
     References
     ----------
@@ -53,11 +59,21 @@ class Unroll(Estimator):
     k: int = 5
     lam: float = 0.5
     recompute: bool = False
+    on_growth: OnGrowth = "warn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checks.integer("k", self.k, 1))
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
         checks.instance("recompute", self.recompute, bool, "True")
+        check_on_growth(self.on_growth)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    @property
+    def growth(self) -> GrowthTest:
+        """The test whether the cotangents grow."""
+        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         space, lam = bind(problem, h), self.lam
@@ -69,6 +85,10 @@ class Unroll(Estimator):
             return step(space.backend.repeat(step, h, self.k - 1))  # who watches F sees the last step, Decision 89
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
+        return self.vjp_with(self.growth, problem, h, z)
+
+    def vjp_with(self, growth: GrowthTest, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
+        """:meth:`vjp`, with a test in the name of another estimator."""
         space, lam = bind(problem, h), self.lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
@@ -90,6 +110,7 @@ class Unroll(Estimator):
                     g_h, g_z = linearization(t).vjp(_scale(space, lam, g))
                     z_bar = _add(space, z_bar, g_z)
                     g = _axpy(space, 1 - lam, g, g_h)
+                g = _checked(space, growth, h_bar, g)
                 return _add(space, z_bar, linearization(0).vjp_z(_scale(space, lam, g)))
 
         return h, pullback
@@ -110,6 +131,15 @@ class Unroll(Estimator):
     def error_bound(self, contraction: Factor) -> Factor:
         """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h), from a fixed point on (Theorem 2)."""
         return geometric_bound(self.k, self.lam, contraction)
+
+
+def _checked(space: Space, growth: GrowthTest, first: H, last: H) -> H:
+    """The cotangent ``last`` at h_1, compared with ``first`` at h_k."""
+    if not growth.active:
+        return last
+    g = space.pack(last)
+    checked: H = space.unpack(growth.checked(space, space.pack(first), g, g))
+    return checked
 
 
 # Arithmetic on the user's pytrees, leaf by leaf, so that the k steps are a plain graph in a framework with autodiff.

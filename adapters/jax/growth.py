@@ -1,0 +1,163 @@
+"""Whether an estimate grows, in programs that JAX differentiates, transposes and compiles (Decision 86).
+
+Two primitives, each the transpose of the other, do what no function of JAX's can: a linear operation that looks at its
+argument. ``fork`` is v ↦ (v, v): the second result is a reference. ``compare`` is (w, last, reference) ↦ w: it tests
+whether ``last`` outgrew the reference. Transposed, ``compare`` is a fork of the cotangent, whose reference then arrives
+at the transposed ``fork``, a comparison. So the test of a pullback is made at the end of the pullback. The true
+transpose has zeros in place of the references, and only another comparison reads these: no derivative changes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from implicit_core.arrays import H, State
+from implicit_core.backends.jax import BACKEND, staging
+from implicit_core.estimators.growth import GrowthTest
+
+from .leaves import Arrays
+
+Tangents = Sequence[jax.Array | ad.Zero]
+
+
+def watches(test: GrowthTest, axes: Sequence[str]) -> bool:
+    """Whether the test can do something: a compiled program cannot warn.
+
+    A sample that extends over named ``axes`` is not tested: each device has only a part of its norms.
+    """
+    return test.active and not axes and not (test.on_growth == "warn" and staging())
+
+
+def fork(h: H, test: GrowthTest, batch_ndim: int, *, primal: bool = False) -> tuple[H, H]:
+    """``h``, and a reference of it for :func:`compare`.
+
+    Parameters
+    ----------
+    h
+        A pytree.
+    test
+        The test.
+    batch_ndim
+        How many first axes of every leaf index independent samples.
+    primal
+        h is a value, and its cotangents are to be tested, not h itself.
+    """
+    leaves, structure = jax.tree.flatten(h)
+    results = _fork.bind(*leaves, test=test, batch_ndim=batch_ndim, primal=primal)
+    n = len(leaves)
+    return jax.tree.unflatten(structure, results[:n]), jax.tree.unflatten(structure, results[n:])
+
+
+def compare(w: H, last: H, reference: H, test: GrowthTest, batch_ndim: int, *, primal: bool = False) -> H:
+    """``w``, after a test whether ``last`` outgrew the reference, which is a result of :func:`fork`."""
+    leaves, structure = jax.tree.flatten(w)
+    operands = (*leaves, *jax.tree.leaves(last), *jax.tree.leaves(reference))
+    params = {"test": test, "batch_ndim": batch_ndim, "primal": primal, "tests": not primal}
+    result: H = jax.tree.unflatten(structure, _compare.bind(*operands, **params))
+    return result
+
+
+# The primitives. Their operands and results are leaves; `compare` takes those of w, of the last term and of the
+# reference. `primal`: they are values, not tangents or cotangents. `tests`: a comparison that tests; one that does not
+# marks where a fork begins when it is transposed.
+
+_fork, _compare = Primitive("fork_for_growth"), Primitive("compare_growth")
+_fork.multiple_results = _compare.multiple_results = True
+
+
+def _forked(*operands: Any, **params: Any) -> list[Any]:
+    return [*operands, *operands]
+
+
+def _first_third(*operands: Any, **params: Any) -> list[Any]:
+    return list(operands[: len(operands) // 3])
+
+
+def _compared(
+    *operands: jax.Array, test: GrowthTest, batch_ndim: int, primal: bool, tests: bool
+) -> Sequence[jax.Array]:
+    """The comparison, on arrays whose numbers are known or in a program that is compiled."""
+    n = len(operands) // 3
+    w, last, reference = (list(operands[i : i + n]) for i in (0, n, 2 * n))
+    if not tests or (test.on_growth == "warn" and staging()):
+        return w
+    space = BACKEND.space(w, batch_ndim, "the cotangent")
+    packed: list[State] = [space.pack(x) for x in (reference, last, w)]
+    checked = test.checked(space, *packed)
+    leaves: Sequence[jax.Array] = w if checked is packed[2] else space.unpack(checked)
+    return leaves
+
+
+for _primitive, _implementation, _types in ((_fork, _forked, _forked), (_compare, _compared, _first_third)):
+    _primitive.def_impl(_implementation)
+    _primitive.def_abstract_eval(_types)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_implementation, multiple_results=True))
+
+
+def _jvp_of_fork(primals: Arrays, tangents: Tangents, *, primal: bool, **params: Any) -> tuple[Arrays, Tangents]:
+    """The tangent of a value is forked in its place, so that the derivative of the tangent is not tested again."""
+    if primal and not _all_zero(tangents):
+        return [*primals, *primals], _fork.bind(*_instantiated(tangents), primal=False, **params)
+    values: Arrays = [*primals, *primals] if primal else _fork.bind(*primals, primal=False, **params)
+    return values, [*tangents, *tangents]
+
+
+def _jvp_of_compare(primals: Arrays, tangents: Tangents, *, primal: bool, **params: Any) -> tuple[Arrays, Tangents]:
+    n = len(primals) // 3
+    if primal and not _all_zero(tangents):
+        return primals[:n], _compare.bind(*_instantiated(tangents), primal=False, **params)
+    values: Arrays = primals[:n] if primal else _compare.bind(*primals, primal=False, **params)
+    return values, tangents[:n]
+
+
+def _transpose_of_fork(cotangents: Tangents, *_: Any, primal: bool, **params: Any) -> Tangents:
+    n = len(cotangents) // 2
+    v, reference = cotangents[:n], cotangents[n:]
+    if _all_zero(v) or _all_zero(reference):
+        return v
+    v = _instantiated(v)
+    compared: Tangents = _compare.bind(*v, *v, *_instantiated(reference), primal=False, tests=True, **params)
+    return compared
+
+
+def _transpose_of_compare(
+    cotangents: Tangents, *operands: Any, primal: bool, tests: bool, **params: Any
+) -> list[jax.Array | ad.Zero | None]:
+    n = len(cotangents)
+    v: Tangents = [*cotangents, *cotangents]
+    if not _all_zero(cotangents):
+        v = _fork.bind(*_instantiated(cotangents), primal=False, **params)
+    last = [ad.Zero(v.aval) if isinstance(v, ad.Zero) else ad.Zero(jax.typeof(v)) for v in cotangents]
+    pairs = zip([*v[:n], *last, *v[n:]], operands, strict=True)
+    return [v if ad.is_undefined_primal(operand) else None for v, operand in pairs]
+
+
+def _all_zero(tangents: Tangents) -> bool:
+    return all(isinstance(t, ad.Zero) for t in tangents)
+
+
+def _instantiated(tangents: Tangents) -> list[jax.Array]:
+    return [ad.instantiate_zeros(t) for t in tangents]
+
+
+def _batched(primitive: Primitive) -> Callable[..., tuple[Arrays, Sequence[int | None]]]:
+    """An axis of ``vmap`` becomes the first of the batch."""
+
+    def batch(axis: Any, operands: Arrays, dims: Sequence[int | None], **params: Any) -> Any:
+        if all(dim is None for dim in dims):
+            results = primitive.bind(*operands, **params)
+            return results, [None] * len(results)
+        operands = [batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)]
+        results = primitive.bind(*operands, **params | {"batch_ndim": params["batch_ndim"] + 1})
+        return results, [0] * len(results)
+
+    return batch
+
+
+ad.primitive_jvps[_fork], ad.primitive_jvps[_compare] = _jvp_of_fork, _jvp_of_compare
+ad.primitive_transposes[_fork], ad.primitive_transposes[_compare] = _transpose_of_fork, _transpose_of_compare
+batching.fancy_primitive_batchers[_fork] = _batched(_fork)
+batching.fancy_primitive_batchers[_compare] = _batched(_compare)

@@ -1,0 +1,131 @@
+"""Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 84 to 86)."""
+
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from array_api_compat import array_namespace
+
+from ..arrays import Mask, Numbers, State
+from ..solution import sample_names
+from ..space import Space
+from .inexact import InexactGradientWarning
+
+OnGrowth = Literal["warn", "nan", "ignore"]
+"""What to do with the samples whose terms grow."""
+
+
+class GrowingGradientWarning(InexactGradientWarning):
+    """The terms of a phantom gradient grow, so that it is no estimate, in the samples that the warning names."""
+
+
+def check_on_growth(value: object) -> None:
+    """Raise :class:`ValueError` unless ``value`` is an :data:`OnGrowth`."""
+    if value not in ("warn", "nan", "ignore"):
+        raise ValueError(f"on_growth must be 'warn', 'nan' or 'ignore', got {value!r}")
+
+
+def short_repr(estimator: Any) -> str:
+    """A record in words, without ``on_growth`` if that is the default: it changes no estimate."""
+    values = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    shown = (f"{name}={x!r}" for name, x in values.items() if (name, x) != ("on_growth", "warn"))
+    return f"{type(estimator).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class GrowthTest:
+    """Compares the last of an estimate's k terms with the first, for each sample.
+
+    Parameters
+    ----------
+    name
+        The estimator in words.
+    k, lam, on_growth
+        As in the estimator.
+    """
+
+    name: str
+    k: int
+    lam: float
+    on_growth: OnGrowth
+
+    @property
+    def active(self) -> bool:
+        """Whether there is something to compare, and something to do about it. One term cannot grow."""
+        return self.k > 1 and self.on_growth != "ignore"
+
+    @property
+    def limit(self) -> float:
+        """The growth of k terms at which a scalar map is wrong by ten times its exact derivative (Decision 84)."""
+        return float(10.0 ** ((self.k - 1) / self.k))
+
+    def checked(self, space: Space, first: State, last: State, result: State) -> State:
+        """``result``, NaN in samples whose terms grew if the setting is ``"nan"``; ``"warn"`` names them.
+
+        Two norms. ``"warn"`` reads one number if no sample grew, and nothing where numbers cannot be read.
+
+        Parameters
+        ----------
+        space
+            The space of all three.
+        first, last
+            The first and the last term, up to a common factor.
+        result
+            What the terms add up to, or the last term itself.
+        """
+        if not self.reads(space, first):
+            return result
+        return self.checked_norm(space, self.norm(space, first), last, result)
+
+    def reads(self, space: Space, x: State) -> bool:
+        """Whether the test can do something with terms like ``x``."""
+        return self.active and (self.on_growth == "nan" or space.backend.readable(x[0]))
+
+    def norm(self, space: Space, x: State) -> Numbers:
+        """The norm of a term, without a graph."""
+        with space.backend.solving():
+            return space.norm(x)
+
+    def checked_norm(self, space: Space, before: Numbers, last: State, result: State) -> State:
+        """:meth:`checked`, given the norm of the first term."""
+        xp, after = space.xp, self.norm(space, last)
+        # Squares of smaller numbers underflow, so their norms cannot be compared.
+        floor = float(space.backend.finfo(space.dtype).smallest_normal) ** 0.5
+        with space.backend.solving():
+            if self.on_growth == "warn":
+                shape = space.batch_shape
+                space.backend.tell(lambda x, y: self._warn(x, y, floor, shape), before, after)
+                return result
+            mask = self._grew(before, after, floor)
+            nan = State(tuple(xp.full_like(a, float("nan")) for a in result))
+        # Not NaN times the result: where it is not taken, its derivative would be NaN too.
+        return space.where(mask, nan, result)
+
+    def _grew(self, before: Numbers, after: Numbers, floor: float) -> Mask:
+        """Where ``after`` exceeds ``before`` by the limit. A cotangent that is not finite has not grown."""
+        numbers: Any = before
+        finite = array_namespace(numbers).isfinite(numbers)
+        mask: Any = finite & ~(after / self.limit <= numbers + floor)  # NaN after a finite number is growth
+        return mask  # type: ignore[no-any-return]  # booleans are a mask
+
+    def _warn(self, before: Any, after: Any, floor: float, batch_shape: tuple[int, ...]) -> None:
+        """Warn if a norm, (N, 1), grew from ``before`` to ``after``."""
+        grew: Any = self._grew(before, after, floor)
+        if not bool(array_namespace(before).any(grew)):
+            return
+        samples = [i for i in range(grew.shape[0]) if bool(grew[i, 0])]
+        growth = max(_ratio(float(after[i, 0]), float(before[i, 0])) for i in samples)
+        warnings.warn(
+            f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: the last of its {self.k} "
+            f"terms is up to {growth:.0e} times as large as the first, because steps with lam={self.lam:g} do not "
+            "contract. Use gradient=Implicit(), which is exact and needs no contraction (with NewtonKrylov as the "
+            "solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
+            GrowingGradientWarning,
+            stacklevel=5,
+        )
+
+
+def _ratio(after: float, before: float) -> float:
+    """``after / before``, infinite if a term is not finite."""
+    ratio = after / before if before > 0 else float("inf")
+    return ratio if ratio == ratio else float("inf")
