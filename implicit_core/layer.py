@@ -147,6 +147,7 @@ def _of_value(
     # by no more than the residual grew over all steps.
     growth = norm / xp.maximum(first, rounding + float(space.backend.finfo(space.dtype).smallest_normal))
     converged = (norm <= tolerance) & ((growth <= 1) | (norm * growth <= tolerance))
+    converged = converged & (status != Status.DIVERGED.value)  # from where rounding may hide the residual
     left = ~converged & ((status == Status.CONVERGED.value) | (growth > progress.GROWTH))
     for mask, code in (
         (left, Status.DIVERGED),
