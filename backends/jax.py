@@ -38,8 +38,8 @@ def coupled_axes(axes: Sequence[str]) -> Iterator[None]:
 class JAXSpace(Space):
     """XLA's faster spellings, and sharded arrays."""
 
-    def __init__(self, backend: Backend, like: PyTree, batch_ndim: int, name: str = "h0") -> None:
-        super().__init__(backend, like, batch_ndim, name)
+    def __init__(self, backend: Backend, like: PyTree, batch_ndim: int, name: str = "h0", scale: PyTree = None) -> None:
+        super().__init__(backend, like, batch_ndim, name, scale)
         self._types: list[Any] = [None] * len(self.shapes)
 
     @property

@@ -110,9 +110,9 @@ class Backend:
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
 
-    def space(self, like: PyTree, batch_ndim: int, name: str = "h0") -> Space:
-        """The vector space of states shaped as ``like``, which errors call ``name``."""
-        return self._space(self, like, batch_ndim, name)
+    def space(self, like: PyTree, batch_ndim: int, name: str = "h0", scale: PyTree = None) -> Space:
+        """The vector space of states shaped as ``like``, which errors call ``name``, in units of ``scale``."""
+        return self._space(self, like, batch_ndim, name, scale)
 
     # Arrays.
 

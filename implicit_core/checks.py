@@ -61,6 +61,28 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
+def scale(value: PyTree) -> PyTree:
+    """``value``, whose numbers are positive and finite; numbers in arrays where they can be read."""
+    from .registry import find_backend, leaves_of  # which import this module
+
+    if value is None:
+        return None
+    for leaf in leaves_of(value):
+        if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+            backend = find_backend(leaf, "scale")
+            if not backend.readable(leaf):
+                raise TypeError(
+                    "scale must be known when the program is traced: give numbers, or arrays from outside of jit, vmap "
+                    "and grad"
+                )
+            xp = backend.xp
+            if not bool(xp.all((leaf > 0) & (leaf < float("inf")))):
+                raise ValueError("scale must be positive and finite, but an array in it is not")
+        else:
+            real("scale", leaf, 0.0, low_open=True)
+    return value
+
+
 def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:
     """``value`` can be iterated on: real floating arrays that share their ``batch_ndim`` first axes, returned."""
     leaves, _ = backend.flatten(value)

@@ -64,7 +64,7 @@ def borrow_derivatives(problem: Problem[Any, Any], framework: str) -> Problem[An
         derivatives = at.raw.wrap(lambda name, _: exchange.wrap(getattr(at, name), h))
         return replace(derivatives, value=value)
 
-    return Problem(f, linearize=linearize, batch_ndim=problem.batch_ndim)
+    return Problem(f, linearize=linearize, batch_ndim=problem.batch_ndim, scale=problem.scale)
 
 
 class _Exchange:

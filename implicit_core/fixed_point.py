@@ -22,6 +22,7 @@ def fixed_point(
     solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
     gradient: Estimator = Unroll(k=5, lam=0.5),
     batch_ndim: int | None = None,
+    scale: PyTree = None,
     throw: bool = False,
     trace: bool = False,
     has_aux: bool = False,
@@ -45,6 +46,8 @@ def fixed_point(
         An :class:`Estimator`.
     batch_ndim
         How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
+    scale
+        The units of the unknown, see :class:`Problem`; for a plain F only.
     throw
         Raise where a sample did not converge.
     trace
@@ -81,7 +84,7 @@ def fixed_point(
     adapter = find_adapter(h0) or find_adapter(z)
     layer: Layer = undifferentiated if adapter is None else adapter.layer
     if not has_aux:
-        return layer(as_problem(f, batch_ndim), h0, z, options)
+        return layer(as_problem(f, batch_ndim, scale), h0, z, options)
     if isinstance(f, Problem):
         raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
 
@@ -91,7 +94,7 @@ def fixed_point(
             raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(pair).__name__}")
         return pair
 
-    solution = layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim), h0, z, options)
+    solution = layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
     # Decision 15.
     with find_backend(solution.value).on_device_of(solution.value):
         return solution._replace(aux=both(solution.value, z)[1])

@@ -95,16 +95,18 @@ class Watched(Generic[H, Z]):
         backend = find_backend(h, "h")
         with backend.on_device_of(h), backend.solving():
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
-            space = backend.space(h, self.problem.batch_ndim, "h")
+            space = self.problem.space(h)
             x, fx = space.pack(h), space.pack(f)
             return space.norm(space.sub(fx, x)), space.norm(fx)
 
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""
-        return told(solution, options, self.problem.batch_ndim, self.norms())
+        return told(solution, options, self.problem, self.norms())
 
 
-def told(solution: Solution[H], options: LayerOptions, batch_ndim: int, norms: tuple[Numbers, ...]) -> Solution[H]:
+def told(
+    solution: Solution[H], options: LayerOptions, problem: Problem[H, Any], norms: tuple[Numbers, ...]
+) -> Solution[H]:
     """The solution, with a status and stats that speak of the estimator's value; raises if ``throw`` asks for it.
 
     ``norms`` are :meth:`Watched.norms`. For an estimator whose value is the solver's point there are none, and status
@@ -113,7 +115,7 @@ def told(solution: Solution[H], options: LayerOptions, batch_ndim: int, norms: t
     if norms:
         backend = find_backend(solution.value, "h")
         with backend.on_device_of(solution.value), backend.solving():
-            space = backend.space(solution.value, batch_ndim, "h")
+            space = problem.space(solution.value)
             solution = _of_value(solution, options, space, *norms)
     return solution.raise_for_status() if options.throw else solution
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from . import checks
-from .arrays import H, State
+from .arrays import H, PyTree, State
 from .linear_solvers import GMRES, LinearSolver
 from .registry import find_backend
 from .solution import Solution, Stats
@@ -15,6 +15,7 @@ def solve_linear(
     *,
     solver: LinearSolver = GMRES(),
     batch_ndim: int = 0,
+    scale: PyTree = None,
     throw: bool = False,
 ) -> Solution[H]:
     """Solve A x = b for every sample, with A given by its products.
@@ -29,6 +30,8 @@ def solve_linear(
         A :class:`LinearSolver`.
     batch_ndim
         How many first axes of every leaf of b index independent samples.
+    scale
+        The units of b and x, see :class:`Problem`.
     throw
         Raise if a sample did not converge.
 
@@ -56,7 +59,7 @@ def solve_linear(
     checks.function("operator", operator)
     checks.instance("solver", solver, LinearSolver, "GMRES()")
     backend = find_backend(b, "b")
-    space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b")
+    space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale))
 
     def on_states(x: State) -> State:
         product = operator(space.unpack(x))

@@ -8,6 +8,7 @@ from . import checks
 from .arrays import H, Z
 from .backend import Backend
 from .registry import find_backend
+from .space import Space
 
 Map = Callable[[H, Z], H]
 """F: ``f(h, z)``."""
@@ -170,6 +171,11 @@ class Problem(Generic[H, Z]):
         with ∂F/∂h alone are cheaper: most of an estimator's are, and ``vjp`` computes the z-cotangent with each.
     batch_ndim
         How many first axes of every leaf of h index independent samples; 0 for one system.
+    scale
+        The units of the unknown, if its parts have different ones: a number, an array that broadcasts to h, or a pytree
+        like h with a number or an array for each leaf. All positive, and known when a framework traces. Norms,
+        inner products, tolerances and certificates are then those of h / scale. ``magnitudes(f(h0, z))`` takes it from
+        the first evaluation.
 
     Notes
     -----
@@ -202,6 +208,7 @@ class Problem(Generic[H, Z]):
         jvp: Callable[[H, Z, H, Z], H] | None = None,
         linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
         batch_ndim: int = 0,
+        scale: Any = None,
     ) -> None:
         checks.function("f", f)
         for name, callback in (("vjp", vjp), ("jvp", jvp), ("linearize", linearize)):
@@ -211,13 +218,15 @@ class Problem(Generic[H, Z]):
             raise TypeError("Problem takes linearize, or vjp and jvp, not both")
         self.f = f
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
+        self.scale = checks.scale(scale)
         self._vjp, self._jvp, self._linearize = vjp, jvp, linearize
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", None) or repr(self.f)
         given = {"vjp": self._vjp, "jvp": self._jvp, "linearize": self._linearize}
+        scale = [] if self.scale is None else [f"scale={self.scale!r}"]
         callbacks = [callback for callback, value in given.items() if value is not None]
-        return f"Problem({', '.join([name, *callbacks, f'batch_ndim={self.batch_ndim}'])})"
+        return f"Problem({', '.join([name, *callbacks, f'batch_ndim={self.batch_ndim}', *scale])})"
 
     def __call__(self, h: H, z: Z) -> H:
         """F(h, z)."""
@@ -230,7 +239,18 @@ class Problem(Generic[H, Z]):
 
     def replace_f(self, f: Map[H, Z]) -> "Problem[H, Z]":
         """The same problem with another callable for F, e.g. one that counts its calls."""
-        return Problem(f, vjp=self._vjp, jvp=self._jvp, linearize=self._linearize, batch_ndim=self.batch_ndim)
+        return Problem(
+            f,
+            vjp=self._vjp,
+            jvp=self._jvp,
+            linearize=self._linearize,
+            batch_ndim=self.batch_ndim,
+            scale=self.scale,
+        )
+
+    def space(self, h: H, name: str = "h") -> Space:
+        """The vector space of states shaped as h, which errors call ``name``."""
+        return find_backend(h, name).space(h, self.batch_ndim, name, self.scale)
 
     def watched(self, note: Callable[[H, H], None]) -> "Problem[H, Z]":
         """The same problem, which calls ``note(h, F(h, z))`` after each evaluation of F."""
@@ -280,10 +300,12 @@ class Problem(Generic[H, Z]):
         )
 
 
-def as_problem(f: Problem[H, Z] | Map[H, Z], batch_ndim: int | None) -> Problem[H, Z]:
-    """A :class:`Problem` from F and its ``batch_ndim``; a problem as it is."""
+def as_problem(f: Problem[H, Z] | Map[H, Z], batch_ndim: int | None, scale: Any = None) -> Problem[H, Z]:
+    """A :class:`Problem` from F, its ``batch_ndim`` and its ``scale``; a problem as it is."""
     if not isinstance(f, Problem):
-        return Problem(f, batch_ndim=0 if batch_ndim is None else batch_ndim)
+        return Problem(f, batch_ndim=0 if batch_ndim is None else batch_ndim, scale=scale)
+    if scale is not None:
+        raise TypeError("scale belongs to the problem: pass scale= where it is made")
     if batch_ndim is not None:
         raise TypeError(
             f"batch_ndim belongs to the problem, which has batch_ndim={f.batch_ndim}; "

@@ -6,6 +6,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import optree
 
 from .arrays import PyTree
 from .backend import Backend
@@ -104,6 +107,12 @@ def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
             if any(backend.is_array(leaf) for leaf in leaves):
                 return backend
     return None
+
+
+def leaves_of(tree: PyTree) -> list[Any]:
+    """The leaves of a pytree of any framework's arrays, or of numbers."""
+    backend = _owner(tree, _BACKENDS) or _owner(tree, _modules("backends", _BACKENDS))
+    return optree.tree_leaves(tree) if backend is None else backend.flatten(tree)[0]
 
 
 def find_backend(tree: PyTree, name: str = "h0") -> Backend:

@@ -18,6 +18,7 @@ def solve(
     *,
     solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
     batch_ndim: int | None = None,
+    scale: PyTree = None,
     throw: bool = False,
     trace: bool = False,
 ) -> Solution[H]:
@@ -37,6 +38,8 @@ def solve(
         A :class:`Solver`, or any callable ``(problem, h0, z) -> h``, see :class:`CallableSolver`.
     batch_ndim
         How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
+    scale
+        The units of the unknown, see :class:`Problem`; for a plain F only.
     throw
         Raise where a sample did not converge.
     trace
@@ -64,7 +67,7 @@ def solve(
     >>> solution.status == ic.CONVERGED
     array([ True,  True])
     """
-    problem, solver = as_problem(problem, batch_ndim), as_solver(solver)
+    problem, solver = as_problem(problem, batch_ndim, scale), as_solver(solver)
     with find_backend(h0).on_device_of(h0):
         solution = solver.solve(problem, h0, z, trace=trace)
         if type(solver).solve is not Solver.solve:

@@ -4,6 +4,7 @@ Inside a solve a state is a tuple of arrays (N, D), see :mod:`implicit_core.arra
 Numbers per sample are (N, 1).
 """
 
+import copy
 import functools
 import math
 import operator
@@ -42,9 +43,14 @@ class Space:
         How many first axes of every leaf index independent samples.
     name
         What errors call ``like``.
+    scale
+        The units of the unknown, a number, an array or a pytree like it. A state holds the unknown divided by them, so
+        that all norms and inner products are those of numbers without units.
     """
 
-    def __init__(self, backend: "Backend", like: PyTree, batch_ndim: int, name: str = "h0") -> None:
+    def __init__(
+        self, backend: "Backend", like: PyTree, batch_ndim: int, name: str = "h0", scale: PyTree = None
+    ) -> None:
         self.backend = backend
         self.xp = backend.xp
         self.like = like
@@ -61,6 +67,7 @@ class Space:
         self._is_array = len(leaves) == 1 and leaves[0] is like
         self._is_flat = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
         self._rounds = any(dtype != self.dtype for dtype in self.dtypes)
+        self._units = None if scale is None else self._flat_units(scale, batch_ndim)
 
     @property
     def dimension(self) -> int:
@@ -91,8 +98,27 @@ class Space:
             checks.like(self.backend, name, tree, self.like, "h0")
         return self._flat(leaves)
 
+    @functools.cached_property
+    def dual(self) -> "Space":
+        """The space of cotangents, whose units are one over the unknown's."""
+        if self._units is None:
+            return self
+        dual = copy.copy(self)
+        dual._units = tuple(1 / unit for unit in self._units)
+        return dual
+
+    def in_units(self, units: Numbers) -> "Space":
+        """The same space with states that are divided by ``units``, one number a sample."""
+        space = copy.copy(self)
+        space._units = tuple(
+            units if unit is None else unit * units for unit in self._units or [None] * len(self.shapes)
+        )
+        return space
+
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
+        if self._units is not None:
+            x = State(tuple(a * unit for a, unit in zip(x, self._units, strict=True)))
         if self._is_array and self._is_flat:
             return x[0]
         leaves = [
@@ -105,10 +131,11 @@ class Space:
         """``x`` at the precision of the user's leaves."""
         if not self._rounds:
             return x
+        units: Sequence[Any] = self._units or [1.0] * len(x)
         return State(
             tuple(
-                leaf if dtype == self.dtype else self.xp.astype(self.xp.astype(leaf, dtype), self.dtype)
-                for leaf, dtype in zip(x, self.dtypes, strict=True)
+                leaf if dtype == self.dtype else self.xp.astype(self.xp.astype(leaf * unit, dtype), self.dtype) / unit
+                for leaf, dtype, unit in zip(x, self.dtypes, units, strict=True)
             )
         )
 
@@ -120,6 +147,34 @@ class Space:
         return bool(leaf.shape == shape and leaf.dtype == dtype and self.backend.device(leaf) == self.device)
 
     def _flat(self, leaves: Sequence[Array]) -> State:
+        x = self._reshaped(leaves)
+        return x if self._units is None else State(tuple(a / unit for a, unit in zip(x, self._units, strict=True)))
+
+    def _flat_units(self, scale: PyTree, batch_ndim: int) -> tuple[Any, ...]:
+        """The units of each leaf: a number, or an array that broadcasts to (N, D)."""
+        if isinstance(scale, (int, float)):
+            return tuple(float(scale) for _ in self.shapes)
+        leaves, structure = self.backend.flatten(scale)
+        if structure != self.structure:
+            raise TypeError(
+                f"scale must be a number, or have the structure of the unknown, {self.structure}, got {structure}"
+            )
+        return tuple(self._flat_unit(leaf, shape, batch_ndim) for leaf, shape in zip(leaves, self.shapes, strict=True))
+
+    def _flat_unit(self, unit: Any, shape: tuple[int, ...], batch_ndim: int) -> Any:
+        if isinstance(unit, (int, float)):
+            return float(unit)
+        xp = self.xp
+        unit = self._cast(unit if self.backend.is_array(unit) else xp.asarray(unit, device=self.device), self.dtype)
+        state = shape[batch_ndim:]
+        of_one_sample = unit.ndim <= len(state)
+        whole = state if of_one_sample else shape
+        try:
+            return xp.reshape(xp.broadcast_to(unit, whole), (1 if of_one_sample else self.samples, math.prod(state)))
+        except (ValueError, RuntimeError, TypeError):
+            raise ValueError(f"scale has a leaf of shape {tuple(unit.shape)} for one of shape {shape}") from None
+
+    def _reshaped(self, leaves: Sequence[Array]) -> State:
         if self._is_flat:
             return State(tuple(leaves))
         return State(

@@ -5,7 +5,6 @@ from typing import Any
 from . import checks
 from .arrays import Operator, PyTree, State
 from .problem import Problem
-from .registry import find_backend
 
 
 class System:
@@ -20,7 +19,7 @@ class System:
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
         self.problem, self.z = problem, z
-        self.space = find_backend(h0).space(h0, problem.batch_ndim)
+        self.space = problem.space(h0, "h0")
 
     def evaluate(self, h: PyTree) -> State:
         """F(h, z)."""

@@ -9,7 +9,7 @@ from implicit_core.problem import Map, Problem
 from implicit_core.registry import load_adapter
 
 
-def from_torch(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
+def from_torch(f: Map[H, Z], *, batch_ndim: int = 0, scale: Any = None) -> Problem[Any, Any]:
     """A :class:`Problem` on CuPy arrays, whose F is a PyTorch function or module with derivatives from autograd.
 
     Nothing is copied: the tensors that f gets share the memory of the CuPy arrays, and so do its results. PyTorch works
@@ -21,6 +21,8 @@ def from_torch(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
         ``f(h, z)`` on tensors, a function or a module. Arrays of z arrive as tensors, other leaves as they are.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
+    scale
+        The units of the unknown, as for :class:`implicit_core.Problem`.
 
     Notes
     -----
@@ -45,10 +47,10 @@ def from_torch(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
     >>> pullback(2 * value)["w"].shape
     (8, 8)
     """
-    return borrow_derivatives(_adapter("torch").problem(f, batch_ndim=batch_ndim), "torch")
+    return borrow_derivatives(_adapter("torch").problem(f, batch_ndim=batch_ndim, scale=scale), "torch")
 
 
-def from_jax(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
+def from_jax(f: Map[H, Z], *, batch_ndim: int = 0, scale: Any = None) -> Problem[Any, Any]:
     """A :class:`Problem` on CuPy arrays, whose F is a JAX function, compiled with its derivatives.
 
     Nothing is copied: the JAX arrays that f gets share the memory of the CuPy arrays, and so do its results. CuPy and
@@ -61,6 +63,8 @@ def from_jax(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
         of the compiled program; they must be hashable.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
+    scale
+        The units of the unknown, as for :class:`implicit_core.Problem`.
 
     Notes
     -----
@@ -85,7 +89,7 @@ def from_jax(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[Any, Any]:
     >>> pullback(2 * value)["w"].shape
     (8, 8)
     """
-    return borrow_derivatives(_adapter("jax").problem(f, batch_ndim=batch_ndim, jit=True), "jax")
+    return borrow_derivatives(_adapter("jax").problem(f, batch_ndim=batch_ndim, scale=scale, jit=True), "jax")
 
 
 def _adapter(framework: str) -> ModuleType:

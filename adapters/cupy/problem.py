@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from implicit_core.arrays import H, Z
+from implicit_core.arrays import H, PyTree, Z
 from implicit_core.problem import Linearization, Map, Problem
 
 NO_DERIVATIVE = (
@@ -18,6 +18,7 @@ def problem(
     jvp: Callable[[H, Z, H, Z], H] | None = None,
     linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
     batch_ndim: int = 0,
+    scale: PyTree = None,
 ) -> Problem[H, Z]:
     """A :class:`Problem` on CuPy arrays with derivatives that you write.
 
@@ -27,7 +28,7 @@ def problem(
 
     Parameters
     ----------
-    f, vjp, jvp, linearize, batch_ndim
+    f, vjp, jvp, linearize, batch_ndim, scale
         As for :class:`implicit_core.Problem`. If F and its derivatives share work, use ``linearize``, see
         :class:`Pointwise`.
 
@@ -59,4 +60,4 @@ def problem(
     """
     if vjp is None and jvp is None and linearize is None:
         raise TypeError(NO_DERIVATIVE)
-    return Problem(f, vjp=vjp, jvp=jvp, linearize=linearize, batch_ndim=batch_ndim)
+    return Problem(f, vjp=vjp, jvp=jvp, linearize=linearize, batch_ndim=batch_ndim, scale=scale)

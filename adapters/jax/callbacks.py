@@ -86,7 +86,7 @@ def value_from_callbacks(
         The traced arrays that ``problem.f`` closes over. To differentiate them is an error.
     """
     value, norms = _value(problem, options.gradient, solution.value, z, closed_over)
-    return told(solution._replace(value=value), options, problem.batch_ndim, norms)
+    return told(solution._replace(value=value), options, problem, norms)
 
 
 def _value(

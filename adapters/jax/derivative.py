@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from implicit_core.arrays import H, Operator
+from implicit_core.arrays import H, Operator, PyTree
 from implicit_core.backends.jax import BACKEND, coupled_axes
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
@@ -27,6 +27,7 @@ def with_derivative(
     *,
     batch_ndim: int,
     axes: Sequence[str],
+    scale: PyTree = None,
 ) -> H:
     """``h``, differentiated by ``gradient`` as the fixed point h = F(h, inputs).
 
@@ -47,10 +48,13 @@ def with_derivative(
         How many first axes of every leaf of h index independent samples.
     axes
         Named axes that F communicates over.
+    scale
+        The units of h.
     """
 
-    def inverse(jacobian: Callable[[H], H], v: H) -> H:
-        space = BACKEND.space(v, batch_ndim, "v")
+    def inverse(jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
+        space = BACKEND.space(v, batch_ndim, "v", scale)
+        space = space.dual if dual else space
         with coupled_axes(axes):  # Decision 50.
             product = on_states(jacobian, space, space)
             estimator = gradient
@@ -78,7 +82,7 @@ def with_derivative(
             lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
             depending_on(tangents, b),
             solve=lambda _, b: inverse(push_h, b),
-            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v),
+            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v, dual=True),
         )
         return w
 

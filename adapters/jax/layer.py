@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 
 from implicit_core import checks
-from implicit_core.arrays import H, Z
+from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point
@@ -73,13 +73,14 @@ class TracedMap(Generic[H, Z]):
         The program, ``function(h, arrays of z, closed-over arrays)``.
     static
         z without its arrays.
-    batch_ndim
+    batch_ndim, scale
         As for :class:`Problem`.
     """
 
     hoisted: Hoisted[H]
     static: Static[Z]
     batch_ndim: int
+    scale: PyTree = None
 
     def __call__(self, h: H, inputs: Arrays) -> H:
         """F(h, z)."""
@@ -96,7 +97,9 @@ class TracedMap(Generic[H, Z]):
         A solver of the user's own may call it with another z.
         """
         closed_over = inputs[len(self.static.indices) :]
-        return problem(lambda h, z: f(h, [*self.static.select(z), *closed_over]), batch_ndim=batch_ndim)
+        return problem(
+            lambda h, z: f(h, [*self.static.select(z), *closed_over]), batch_ndim=batch_ndim, scale=self.scale
+        )
 
 
 def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arrays]:
@@ -114,7 +117,7 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
         like_result = jax.tree.map(_like, h0, hoisted.result)
         if jax.tree.map(jax.typeof, like_result) != jax.tree.map(jax.typeof, h0):
             h0, hoisted = like_result, hoist(f, like_result, arrays)
-    traced = TracedMap(hoisted.without_arrays(), static, problem.batch_ndim)
+    traced = TracedMap(hoisted.without_arrays(), static, problem.batch_ndim, problem.scale)
     return h0, traced, [*arrays, *hoisted.closed_over]
 
 
@@ -146,11 +149,11 @@ def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, optio
         return _unrolled(f, solution, inputs, gradient, options)
     has_both_modes = not f.hoisted.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
-        value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes)
+        value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes, scale=f.scale)
         # Under `jit` this is a check for `checkify`. Decision 53.
         return (solution.raise_for_status() if options.throw else solution)._replace(value=value)
     with coupled_axes(f.hoisted.axes):
-        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim), options, solution, inputs, ())
+        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim, scale=f.scale), options, solution, inputs, ())
 
 
 def _unrolled(
@@ -159,7 +162,7 @@ def _unrolled(
     """The k steps from the solver's point, which JAX differentiates."""
     recompute = isinstance(gradient, Unroll) and gradient.recompute
     step = jax.checkpoint(f) if recompute else f
-    steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim)
+    steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim, scale=f.scale)
     watched, h, test = Watched(steps), solution.value, gradient.growth
     if not watches(test, f.hoisted.axes):
         return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)

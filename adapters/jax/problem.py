@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from implicit_core import checks
-from implicit_core.arrays import H, Z
+from implicit_core.arrays import H, PyTree, Z
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import hoist
@@ -18,14 +18,14 @@ class JAXProblem(Problem[H, Z]):
     """A problem whose derivatives JAX makes from F."""
 
 
-def problem(f: Map[H, Z], *, batch_ndim: int = 0, jit: bool = False) -> Problem[H, Z]:
+def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None, jit: bool = False) -> Problem[H, Z]:
     """A :class:`Problem` whose derivatives JAX makes.
 
     Parameters
     ----------
     f
         ``f(h, z)``, the equilibrium map, in functions that JAX can differentiate.
-    batch_ndim
+    batch_ndim, scale
         As for :class:`Problem`.
     jit
         Compile F and its derivatives, each once for all calls that are not within ``jax.jit`` anyway. Leaves of z that
@@ -45,8 +45,8 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, jit: bool = False) -> Problem[
     checks.function("f", f)
     if jit:
         compiled = CompiledMap(f)
-        return JAXProblem(compiled.value, linearize=compiled.linearize, batch_ndim=batch_ndim)
-    return JAXProblem(f, linearize=lambda h, z: linearize(f, h, z), batch_ndim=batch_ndim)
+        return JAXProblem(compiled.value, linearize=compiled.linearize, batch_ndim=batch_ndim, scale=scale)
+    return JAXProblem(f, linearize=lambda h, z: linearize(f, h, z), batch_ndim=batch_ndim, scale=scale)
 
 
 def linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:

@@ -56,7 +56,7 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     value, pull = gradient.vjp(watched.problem, solution.value, z_in)
     # One at the fixed point linearizes F at its value, which is the solver's point.
     norms = () if isinstance(gradient, AtFixedPoint) else watched.norms()
-    solution = told(solution, options, problem.batch_ndim, norms)
+    solution = told(solution, options, problem, norms)
     outputs, h_structure = BACKEND.flatten(value)
 
     def pullback(cotangents: Sequence[Tensor]) -> list[Tensor | None]:

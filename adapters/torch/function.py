@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from implicit_core.arrays import State
+from implicit_core.arrays import PyTree, State
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import AtFixedPoint, Derivative
 from implicit_core.solution import SolveError
@@ -70,6 +70,8 @@ class Rule:
         Whether the externals are known to be all tensors other than h that F depends on.
     forward_calls
         How often the tangent rule was called.
+    scale
+        The units of h.
     """
 
     f: OnLeaves
@@ -80,6 +82,7 @@ class Rule:
     vjp_h: Product | None = None
     complete: bool = True
     forward_calls: int = 0
+    scale: PyTree = None
 
     def split(self, arguments: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
         """The arguments of :func:`attach`: h, outputs and externals."""
@@ -87,10 +90,11 @@ class Rule:
         first_external = n if self.vjp_h is None else 2 * n
         return arguments[:n], arguments[n:first_external], arguments[first_external:]
 
-    def inverse(self, jacobian: Product, v: Sequence[Tensor], batch_ndim: int) -> Tensors:
-        """The estimator's D v, on leaves."""
+    def inverse(self, jacobian: Product, v: Sequence[Tensor], batch_ndim: int, *, dual: bool) -> Tensors:
+        """The estimator's D v, on leaves; ``dual`` if v is a cotangent."""
         tree = BACKEND.unflatten(self.structure, list(v))
-        space = BACKEND.space(tree, batch_ndim, "v")
+        space = BACKEND.space(tree, batch_ndim, "v", self.scale)
+        space = space.dual if dual else space
 
         def on_states(w: State) -> State:
             products = jacobian(*BACKEND.flatten(space.unpack(w))[0])
@@ -155,7 +159,7 @@ class _FixedPoint(torch.autograd.Function):
             if differentiable:
                 externals = _cotangents(rule, saved, v, needed[2])
             else:
-                outputs = list(rule.inverse(rule.vjp_h, v, rule.batch_ndim))
+                outputs = list(rule.inverse(rule.vjp_h, v, rule.batch_ndim, dual=True))
         return None, *h, *outputs, *externals
 
     @staticmethod
@@ -227,7 +231,7 @@ def _solve(
 ) -> Tensors:
     """D v, or Dᵀ v, as a differentiable function of all tensors."""
     if rule.gradient.derivative is not Derivative.OF_SOLUTION:
-        return rule.inverse(product(rule.f, h, externals), v, rule.batch_ndim)
+        return rule.inverse(product(rule.f, h, externals), v, rule.batch_ndim, dual=product is _pullback)
     # The w with w = J w + v is itself a fixed point, of a function of v, h and the externals: the same rule again
     # (Decision 26).
     n = len(h)
@@ -238,7 +242,7 @@ def _solve(
 
     def run(batched: BatchedF, tensors: Sequence[Tensor]) -> Tensors:
         jacobian = product(batched.f, tensors[n : 2 * n], tensors[2 * n :])
-        return rule.inverse(jacobian, tensors[:n], batched.batch_ndim)
+        return rule.inverse(jacobian, tensors[:n], batched.batch_ndim, dual=product is _pullback)
 
     tensors = (*v, *h, *externals)
     w = on_values(run, BatchedF(rule.f, rule.batch_ndim), 2 * n, tensors)

@@ -57,7 +57,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
 
 def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
-    autograd = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim)
+    autograd = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim, scale=given.scale)
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):
@@ -118,7 +118,7 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     def vjp_h(*v: Tensor) -> Sequence[Tensor]:
         return vector_jacobian(edges, h_in, v)
 
-    rule = Rule(f, gradient, structure, len(h_in), problem.batch_ndim, vjp_h, inputs.complete)
+    rule = Rule(f, gradient, structure, len(h_in), problem.batch_ndim, vjp_h, inputs.complete, scale=problem.scale)
     value: H = BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, inputs.tensors)))
     return value
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeVar
 
 from implicit_core import checks
+from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
@@ -53,6 +54,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         and dtype of x, or with float32 where x is half precision under autocast.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
+    scale
+        The units of h, if its parts have different ones, see :class:`~implicit_core.Problem`.
     throw
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
 
@@ -102,6 +105,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
         h0: Callable[[X], H] | None = None,
         batch_ndim: int = 1,
+        scale: PyTree = None,
         throw: bool = False,
     ) -> None:
         super().__init__()
@@ -117,6 +121,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.solver, self.eval_solver, self.gradient = solver, eval_solver, gradient
         self.h0 = h0
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
+        self.scale = checks.scale(scale)
         self.throw = throw
         self.status = self.stats = None
 
@@ -147,6 +152,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,
             gradient=self.gradient,
             batch_ndim=self.batch_ndim,
+            scale=self.scale,
             throw=self.throw,
         )
         # Tensors of a transform of torch.func cannot be read after it.
@@ -198,7 +204,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         x = BACKEND.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
         with _in_eval_mode(cell), torch.no_grad():
             given: Problem[H, dict[str, Tensor]] = problem(
-                lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim
+                lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim, scale=self.scale
             )
             h = self._start(x) if h0 is None else h0
             if not self.gradient.starts_from_h0:

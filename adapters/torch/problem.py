@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit_core import checks
-from implicit_core.arrays import H, Z
+from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
@@ -20,7 +20,7 @@ class AutogradProblem(Problem[H, Z]):
     """A :class:`Problem` whose derivatives autograd computes, also with respect to all tensors that f closes over."""
 
 
-def problem(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[H, Z]:
+def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Problem[H, Z]:
     """A :class:`Problem` whose derivatives autograd computes.
 
     Parameters
@@ -29,6 +29,8 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[H, Z]:
         ``f(h, z)`` on tensors, differentiable. Integer tensors and other leaves of z have no gradient.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
+    scale
+        The units of the unknown, as for :class:`implicit_core.Problem`.
 
     Returns
     -------
@@ -48,7 +50,7 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0) -> Problem[H, Z]:
     >>> pullback(torch.ones(2)).shape
     torch.Size([2])
     """
-    return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim)
+    return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim, scale=scale)
 
 
 def plain_function(f: Map[H, Z]) -> Map[H, Z]:

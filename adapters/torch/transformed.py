@@ -71,13 +71,13 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
 
     axes = (0,) * (n + 5) + (1,) * options.trace
     try:
-        results = on_values(run, BatchedF(f, given.batch_ndim), n, (*leaves, *externals), axes)
+        results = on_values(run, BatchedF(f, given.batch_ndim, given.scale), n, (*leaves, *externals), axes)
     except RuntimeError:
         _check_inputs_known(f, leaves, externals)  # an unknown input is a tensor of the transform, which `run` met
         raise
     h, (status, steps, residual, relative, tolerance, *trace) = results[:n], results[n:]
     if isinstance(gradient, AtFixedPoint):
-        h = attach(Rule(f, gradient, structure, n, given.batch_ndim), h, (), externals)
+        h = attach(Rule(f, gradient, structure, n, given.batch_ndim, scale=given.scale), h, (), externals)
     stats = Stats(steps, evaluations[0], residual, trace[0] if trace else None)
     if tells[0]:
         stats = stats._replace(relative=relative, tolerance=tolerance)
@@ -98,4 +98,5 @@ def _on_trees(batched: BatchedF, structure: Hashable, externals: Sequence[Tensor
     return problem(
         lambda h, _: BACKEND.unflatten(structure, list(batched.f(BACKEND.flatten(h)[0], externals))),
         batch_ndim=batched.batch_ndim,
+        scale=batched.scale,
     )

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_core.arrays import PyTree
+
 from .tensors import OnLeaves, Tensors
 
 
 @dataclass(frozen=True)
 class BatchedF:
-    """F on leaves, and how many first axes of every leaf of h index independent samples."""
+    """F on leaves, and how many first axes of every leaf of h index independent samples; and the units of h."""
 
     f: OnLeaves
     batch_ndim: int
+    scale: PyTree = None
 
 
 Run = Callable[[BatchedF, Sequence[Tensor]], Tensors]

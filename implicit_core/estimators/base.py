@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 from .. import checks
 from ..arrays import H, Operator, State, Z
 from ..problem import Problem
-from ..registry import find_backend
 from ..space import Space
 
 Factor = TypeVar("Factor")
@@ -186,7 +185,7 @@ class AtFixedPoint(Estimator):
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """See :meth:`Estimator.vjp`."""
-        space = bind(problem, h)
+        space = bind(problem, h).dual
         at = problem.linearize(h, z).require("vjp_h", "vjp_z")
         jacobian = on_states(at.vjp_h, space, space)
 
@@ -214,7 +213,7 @@ class AtFixedPoint(Estimator):
 def bind(problem: Problem[H, Z], h: H) -> Space:
     """The space of ``h``, after a check of both arguments."""
     checks.instance("problem", problem, Problem, "Problem(f, vjp=...)")
-    return find_backend(h, "h").space(h, problem.batch_ndim, "h")
+    return problem.space(h)
 
 
 def on_states(function: Callable[[Any], Any], domain: Space, codomain: Space) -> Operator:

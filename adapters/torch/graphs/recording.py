@@ -176,7 +176,7 @@ def record(
         value: H = BACKEND.unflatten(structure, list(on_leaves(BACKEND.flatten(h)[0], inputs.externals)))
         return value
 
-    recorded = Problem(f, batch_ndim=problem.batch_ndim)
+    recorded = Problem(f, batch_ndim=problem.batch_ndim, scale=problem.scale)
     start: H = BACKEND.unflatten(structure, inputs.h0)
     loop = _LoopRecorder(recorder, solver)
     autocast_cache = torch.is_autocast_cache_enabled()
