@@ -33,11 +33,11 @@ class Watch(NamedTuple):
     mask
         The mask for what the loop carries; None where there is none to read.
     held
-        Called when it held in some sample.
+        Called with what the loop carries, when the mask held in some sample.
     """
 
     mask: Callable[[Any], Mask | None]
-    held: Callable[[], None]
+    held: Callable[[Any], None]
 
 
 class Stream(NamedTuple):
@@ -205,7 +205,7 @@ class Backend:
             extra = None if watch is None else watch.mask(carry)
             counts, samples = self.count(found if extra is None else (*found, extra)), found[0].shape[0]
             if watch is not None and extra is not None and counts.pop():
-                watch.held()
+                watch.held(carry)
             if counts[0] == 0:
                 break
             # Decisions 9 and 10.

@@ -49,6 +49,14 @@ class ChangingFunctionWarning(RuntimeWarning):
     """F gave two values at one point, so a solve, its statuses and its gradient mean little."""
 
 
+class _OutOfRangeError(Exception):
+    """The squares of a start leave the range of numbers; ``units`` are a size at which they do not, (N, 1)."""
+
+    def __init__(self, units: Numbers) -> None:
+        super().__init__()
+        self.units = units
+
+
 class Point(NamedTuple):
     """The last evaluation of F.
 
@@ -142,6 +150,7 @@ class Iteration:
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False) -> None:
         self.solver, self.trace = solver, trace
         self.has_moved = False
+        self.units: Numbers | None = None
         self.system = System(problem, h0, z)
         self.space = self.system.space
 
@@ -160,10 +169,24 @@ class Iteration:
             self.rtol = max(solver.rtol, ROUNDING * self.space.coarsest_eps) if solver.rtol else 0.0
             # With both zero the number of steps is the user's.
             self.forced = solver.rtol == 0 == solver.absolute_tolerance
-            watch = Watch(self.moved, self.note_moved)
-            steps = solver.max_steps - 1
-            carry = backend.while_loop(self.masks, self.advance, self.begin(), steps, solver.check_every, watch)
-            return self.finish(carry)
+            try:
+                return self._run()
+            except _OutOfRangeError as error:
+                # Once more in units of its own size, which no square leaves the range of numbers from. Decision 90.
+                self.units = error.units
+                self.space = self.system.space = self.space.in_units(error.units)
+                self.atol = self.atol / error.units
+                return self._run()
+
+    def _run(self) -> Solution[Any]:
+        solver, backend, carry = self.solver, self.space.backend, self.begin()
+        watch = Watch(self._watched, self._note)
+        if solver.max_steps == 1 and backend.readable(carry.point.norm):  # no loop will read
+            found = self._watched(carry)
+            if found is not None and bool(self.space.xp.any(found)):
+                self._note(carry)
+        carry = backend.while_loop(self.masks, self.advance, carry, solver.max_steps - 1, solver.check_every, watch)
+        return self.finish(carry)
 
     def begin(self) -> Carry:
         """The first evaluation, at h0."""
@@ -180,9 +203,13 @@ class Iteration:
         del start, x, h  # memory: a solve holds few states besides the solver's own
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)
+        readable = space.backend.readable(point.norm)
+        # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE.
+        self.unread = None if readable else self._outside(point)
+        if self.unread is not None:
+            point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
-        readable = space.backend.readable(point.norm)
         steps = Count(1 if readable else space.full(1, space.xp.int32))
         best = Best(point.x, infinite, point.f_norm, steps) if solver.keeps_best else None
         made = None
@@ -190,7 +217,7 @@ class Iteration:
             tolerance = self.tolerance(point.f_norm)
             near = point.norm <= progress.NEAR * tolerance
             cap = space.select(near, infinite, progress.fraction(self.rtol) * point.norm)
-            scale = solver.absolute_tolerance / self.rtol if self.rtol else 1.0
+            scale = self.atol / self.rtol if self.rtol else self.atol
             self.start = Start(cap, point.norm, point.f_norm, scale)
             made = Progress(cap, None if best else point.norm, point.norm, point.norm)
             point = point._replace(active=point.active & (point.norm > tolerance))
@@ -233,14 +260,27 @@ class Iteration:
         active = carry.point.active
         return (active,) if carry.best is None else (active, carry.point.norm < carry.best.norm)
 
-    def moved(self, carry: Carry) -> Mask | None:
-        """Where the residual of a finished sample rose, although its point is kept; None while all are active."""
-        norm, settled = carry.point.norm, carry.settled
-        return None if settled is None or settled is norm else norm > settled
+    def _watched(self, carry: Carry) -> Mask | None:
+        """At the start, where squares may leave the range of numbers; later, where a finished sample moved.
 
-    def note_moved(self) -> None:
-        """Remember, for the end, that a finished sample has moved."""
-        self.has_moved = True
+        It moved where its residual rose, although its point is kept. None while all samples are active.
+        """
+        point, settled = carry.point, carry.settled
+        if isinstance(point.index, int) and point.index == 0:
+            return None if self.units is not None else self.space.out_of_range(point.f_norm)
+        return None if settled is None or settled is point.norm else point.norm > settled
+
+    def _outside(self, point: Point) -> Mask:
+        """Where squares leave the range of numbers; not where F(h) is zero, or itself not finite."""
+        return self.space.out_of_range(point.f_norm) & self.space.out_of_range(self.space.magnitude(point.f))
+
+    def _note(self, carry: Carry) -> None:
+        """What the mask that was watched holds in some sample."""
+        if carry.point.index == 0:
+            if bool(self.space.xp.any(self._outside(carry.point))):
+                raise _OutOfRangeError(self.space.magnitude(carry.point.f))
+        else:
+            self.has_moved = True
 
     def advance(self, carry: Carry, masks: tuple[Known, ...]) -> Carry:
         """One step of the active samples."""
@@ -288,6 +328,8 @@ class Iteration:
             best = self._keep(carry.best, point, carry.steps, self.masks(carry)[1])
             carry = carry._replace(best=best)
         valid = finite(point.norm) & finite(point.f_norm)
+        if self.unread is not None:
+            valid = valid & ~self.unread
         x, norm, f_norm, converged = self._returned(carry, valid)
         hidden = None if self.forced else progress.is_hidden(space, self.start.cap, f_norm)
         status = self._status(carry, valid)
@@ -298,12 +340,10 @@ class Iteration:
         stats = Stats(
             steps=space.per_sample(carry.steps.array(space)),
             evaluations=point.index + 1,
-            residual=space.per_sample(norm),
+            residual=space.per_sample(self._in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
-            tolerance=space.per_sample(
-                self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
-            ),
+            tolerance=space.per_sample(self._in_units(self._held_against(f_norm))),
         )
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
@@ -354,6 +394,9 @@ class Iteration:
 
     def _held_against(self, f_norm: Numbers) -> Numbers:
         return self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
+
+    def _in_units(self, norm: Numbers) -> Numbers:
+        return norm if self.units is None else norm * self.units
 
     def _moving(self, active: Known, carry: Carry) -> Known:
         """The samples that take a step: the active ones, or all that can."""
@@ -424,7 +467,7 @@ class Iteration:
         return space.set_row(trace, point.index, State((norm,)))
 
     def _trace(self, trace: History) -> Any:
-        rows = self.space.xp.permute_dims(trace[0][:, :, 0], (1, 0))
+        rows = self.space.xp.permute_dims(self._in_units(trace[0][:, :, 0]), (1, 0))
         return self.space.xp.reshape(rows, (rows.shape[0], *self.space.batch_shape))
 
 

@@ -97,7 +97,9 @@ class Watched(Generic[H, Z]):
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
             space = self.problem.space(h)
             x, fx = space.pack(h), space.pack(f)
-            return space.norm(space.sub(fx, x)), space.norm(fx)
+            units = space.magnitude(fx)  # once, and whatever the size of the state
+            residual, fx = space.divide(space.sub(fx, x), units), space.divide(fx, units)
+            return units * space.norm(residual), units * space.norm(fx)
 
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""

@@ -5,7 +5,7 @@ residual also fell, to a fraction of the first one (Decision 69). A sample that 
 of a few checkpoints (Decision 87).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .arrays import Index, Mask, Numbers
 from .backend import Known
@@ -36,17 +36,18 @@ class Start(NamedTuple):
     norm, f_norm
         The first residual and the first F(h), (N, 1).
     scale
-        A size of states that is never large, whatever the start: atol / rtol.
+        A size of states that is never large, whatever the start: atol / rtol, a number or (N, 1).
     """
 
     cap: Numbers
     norm: Numbers
     f_norm: Numbers
-    scale: float
+    scale: Any
 
     def limit(self) -> Numbers:
         """The residual beyond which a sample has diverged."""
-        return GROWTH * (self.norm + self.f_norm) + GROWTH * self.scale
+        limit: Numbers = GROWTH * (self.norm + self.f_norm + self.scale)
+        return limit
 
 
 class Progress(NamedTuple):

@@ -313,6 +313,13 @@ class Space:
         largest = self.largest(x)
         return self.select(self.xp.isfinite(largest) & (largest > 0), largest, self.xp.ones_like(largest))
 
+    def out_of_range(self, norm: Numbers) -> Mask:
+        """Where squares of numbers of this size, or of their rounding errors, may leave the range of numbers."""
+        limits = self.backend.finfo(self.dtype)
+        low, high = float(limits.smallest_normal) ** 0.5 / self.eps, float(limits.max) ** 0.5 * 1e-4
+        outside: Mask = (norm <= low) | (norm >= high)
+        return outside
+
     def dot(self, x: State, y: State) -> Numbers:
         """Inner product over all leaves."""
         dot: Numbers = total(self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True))
