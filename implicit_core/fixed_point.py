@@ -75,6 +75,11 @@ def fixed_point(
     True
     """
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    checks.instance("throw", throw, bool, "True")
+    checks.instance("trace", trace, bool, "True")
+    checks.instance("has_aux", has_aux, bool, "True")
+    checks.no_masks("h0", h0)  # before an adapter makes it an array of its framework
+    checks.no_masks("z", z)
     if throw and gradient.starts_from_h0:
         raise ValueError(f"throw=True with {gradient!r}: it makes no solve that could fail")
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
