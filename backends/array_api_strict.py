@@ -10,7 +10,10 @@ from .numpy import NumPyBackend
 class StrictBackend(NumPyBackend):
     """Its arrays wrap NumPy's, and warn as they do."""
 
-    count = Backend.count  # NumPy's functions do not take its arrays
+    # NumPy's functions do not take its arrays.
+    count = Backend.count
+    unsupported = Backend.unsupported
+    same_dtype = Backend.same_dtype
 
 
 BACKEND = StrictBackend("array_api_strict", xp, (type(xp.empty(0)),))

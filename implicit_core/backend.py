@@ -120,6 +120,20 @@ class Backend:
         """Whether ``x`` is one of this framework's arrays."""
         return isinstance(x, self.array_types)
 
+    def unsupported(self, x: Array, name: str) -> str | None:
+        """Why a solve cannot compute with an array of this framework, called ``name``, and what to write; else None."""
+        return None
+
+    def same_dtype(self, a: Any, b: Any) -> bool:
+        """Whether two dtypes hold the same numbers."""
+        return bool(a == b)
+
+    def numbers(self, x: Array) -> list[Any]:
+        """The numbers of an array in C order, read from the device at once."""
+        flat = self.xp.reshape(x, (-1,))
+        # The array API standard has no such method. A library without it, as array-api-strict, is not on a device.
+        return list(flat.tolist()) if hasattr(flat, "tolist") else [flat[i].__float__() for i in range(flat.shape[0])]
+
     def finfo(self, dtype: Any) -> Any:
         """Limits of a floating dtype, as in the array API."""
         return self.xp.finfo(dtype)

@@ -3,6 +3,8 @@
 import operator
 from typing import TYPE_CHECKING, Any
 
+import optree
+
 from .arrays import PyTree, State
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
     for leaf in leaves:
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(leaf)}")
+        _supported(backend, name, leaf)
         if not backend.isdtype(leaf.dtype, "real floating"):
             raise TypeError(
                 f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; "
@@ -143,6 +146,7 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
+        _supported(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
@@ -164,16 +168,63 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
             continue
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, or None; got a leaf {_kind(leaf)}")
+        if is_masked(leaf):
+            _supported(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must}s of z: expected {wanted}, got {came}")
+
+
+def no_masks(name: str, tree: PyTree) -> None:
+    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 77).
+
+    Classes that only a framework knows as containers are leaves here, and are left alone, as all other objects are.
+    """
+    if any(map(is_masked, optree.tree_leaves(tree))):
+        raise TypeError(
+            f"{name} must not hold masked arrays, whose mask a solve would lose: "
+            f"write {name}.filled(...) with a number to compute with"
+        )
+
+
+def is_masked(leaf: object) -> bool:
+    """Whether a leaf is a masked array, as NumPy and Dask have them."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "mask") and hasattr(leaf, "filled")
+
+
+def numbers_as_arrays(backend: "Backend", got: PyTree, expected: PyTree) -> PyTree:
+    """``got``, with an array without axes for each Python float where ``expected`` has one (Decision 78)."""
+    leaves, structure = backend.flatten(got)
+    if not any(_is_number(backend, leaf) for leaf in leaves):
+        return got
+    references, expected_structure = backend.flatten(expected)
+    if structure != expected_structure:
+        return got
+    return backend.unflatten(
+        structure,
+        [
+            backend.xp.full((), float(leaf), dtype=reference.dtype, device=backend.device(reference))
+            if _is_number(backend, leaf) and tuple(reference.shape) == ()
+            else leaf
+            for leaf, reference in zip(leaves, references, strict=True)
+        ],
+    )
+
+
+def _is_number(backend: "Backend", leaf: object) -> bool:
+    return isinstance(leaf, float) and not backend.is_array(leaf)
+
+
+def _supported(backend: "Backend", name: str, leaf: Any) -> None:
+    if reason := backend.unsupported(leaf, name if name.isidentifier() else "x"):
+        raise TypeError(f"{name} must not be or hold an array that is {reason}")
 
 
 def _difference(backend: "Backend", leaf: Any, reference: Any) -> tuple[type[Exception], str, Any, Any] | None:
     """In what two arrays differ first: the error that is, what one must do, what was expected and what came."""
     if leaf.shape != reference.shape:
         return ValueError, "have the shape", tuple(reference.shape), tuple(leaf.shape)
-    if leaf.dtype != reference.dtype:
+    if not backend.same_dtype(leaf.dtype, reference.dtype):
         return TypeError, "have the dtype", reference.dtype, leaf.dtype
     if backend.device(leaf) != backend.device(reference):
         return ValueError, "be on the device", backend.device(reference), backend.device(leaf)

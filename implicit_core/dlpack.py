@@ -115,9 +115,29 @@ class _Exchange:
         if not hasattr(x, "__dlpack__"):  # NumPy's scalars
             x = self._ours.xp.asarray(x)
         try:
-            return self._theirs.from_dlpack(x)
+            return self._theirs.from_dlpack(x if _is_contiguous(x) else _compact(self._ours, x))
         except BufferError:  # read-only memory
-            return self._theirs.from_dlpack(self._ours.xp.asarray(x, copy=True))
+            return self._theirs.from_dlpack(_compact(self._ours, x))
 
     def _import(self, x: object) -> Any:
-        return self._ours.from_dlpack(self._theirs.stop_gradient(x)) if self._theirs.is_array(x) else x
+        if not self._theirs.is_array(x):
+            return x
+        x = self._theirs.stop_gradient(x)
+        return self._ours.from_dlpack(x if _is_contiguous(x) else _compact(self._theirs, x))
+
+
+def _is_contiguous(x: Any) -> bool:
+    """Whether an array is known to lie in C order without gaps.
+
+    JAX aborts the process on an array with negative or zero strides, and PyTorch and CuPy do not take all of them.
+    """
+    if hasattr(x, "is_contiguous"):  # PyTorch
+        return bool(x.is_contiguous())
+    flags = getattr(x, "flags", None)  # NumPy, CuPy
+    return bool(getattr(flags, "c_contiguous", True))
+
+
+def _compact(backend: Backend, x: Any) -> Any:
+    """A copy of an array in C order without gaps. ``asarray(copy=True)`` may keep the order of the axes."""
+    xp = backend.xp
+    return xp.reshape(xp.asarray(xp.reshape(x, (-1,)), copy=True), x.shape)

@@ -79,6 +79,11 @@ def fixed_point(
     True
     """
     checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    checks.instance("throw", throw, bool, "True")
+    checks.instance("trace", trace, bool, "True")
+    checks.instance("has_aux", has_aux, bool, "True")
+    checks.no_masks("h0", h0)  # before an adapter makes it an array of its framework
+    checks.no_masks("z", z)
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
     # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.
     adapter = find_adapter(h0) or find_adapter(z)

@@ -58,11 +58,12 @@ def solve_linear(
     """
     checks.function("operator", operator)
     checks.instance("solver", solver, LinearSolver, "GMRES()")
+    checks.instance("throw", throw, bool, "True")
     backend = find_backend(b, "b")
     space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale))
 
     def on_states(x: State) -> State:
-        product = operator(space.unpack(x))
+        product = checks.numbers_as_arrays(backend, operator(space.unpack(x)), b)
         checks.like(backend, "the result of operator", product, b, "b")
         return space.pack(product)
 

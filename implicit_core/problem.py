@@ -1,7 +1,7 @@
 """The equilibrium map F and its derivatives, as the user gives them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from . import checks
@@ -133,6 +133,7 @@ class BoundLinearization(Generic[H, Z]):
         return self
 
     def _h(self, name: str, got: H) -> H:
+        got = checks.numbers_as_arrays(self.backend, got, self.h)
         checks.like(self.backend, name, got, self.h, "h")
         return got
 
@@ -285,9 +286,12 @@ class Problem(Generic[H, Z]):
         """
         backend = find_backend(h, "h")
         checks.state(backend, "h", h, self.batch_ndim)
+        checks.no_masks("z", z)
         with backend.on_device_of(h):
             raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
+        if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 78)
+            raw = replace(raw, value=checks.numbers_as_arrays(backend, raw.value, h))
         checks.like(backend, "the result of f", raw.value, h, "h")
         return BoundLinearization(raw, backend, h, z)
 

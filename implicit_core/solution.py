@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, NamedTuple
 
-from array_api_compat import array_namespace
-
 from .arrays import Array, H, PyTree
 from .registry import find_backend
 
@@ -185,14 +183,15 @@ def check_statuses(what: str, status: Array, residual: Array) -> None:
 
 
 def find_failures(status: Array, residual: Array) -> tuple[Failure, ...]:
-    """The samples that did not converge, grouped by status; reads the statuses from the device."""
-    if bool(array_namespace(status).all(status == Status.CONVERGED.value)):
+    """The samples that did not converge, grouped by status. It reads from the device once, twice if some failed."""
+    backend = find_backend(status, "status")
+    if bool(backend.xp.all(status == Status.CONVERGED.value)):
         return ()
-    by_status: dict[Status, list[tuple[tuple[int, ...], float]]] = {}
-    for index in _indices(tuple(status.shape)):
-        code = Status(int(status[index]))
-        if code is not Status.CONVERGED:
-            by_status.setdefault(code, []).append((index, float(residual[index])))
+    numbers = backend.numbers(backend.xp.stack([backend.xp.astype(status, residual.dtype), residual]))
+    samples, by_status = len(numbers) // 2, dict[Status, list[tuple[tuple[int, ...], float]]]()
+    for index, code, norm in zip(_indices(tuple(status.shape)), numbers[:samples], numbers[samples:], strict=True):
+        if code != Status.CONVERGED.value:
+            by_status.setdefault(Status(int(code)), []).append((index, float(norm)))
     return tuple(
         Failure(code, tuple(index for index, _ in found), max(value for _, value in found))
         for code, found in by_status.items()

@@ -68,6 +68,9 @@ def solve(
     array([ True,  True])
     """
     problem, solver = as_problem(problem, batch_ndim, scale), as_solver(solver)
+    checks.instance("throw", throw, bool, "True")
+    checks.instance("trace", trace, bool, "True")
+    checks.no_masks("z", z)
     with find_backend(h0).on_device_of(h0):
         solution = solver.solve(problem, h0, z, trace=trace)
         if type(solver).solve is not Solver.solve:

@@ -92,6 +92,7 @@ class Space:
             leaves: list[Any] = [tree]
             alike = True
         else:
+            tree = checks.numbers_as_arrays(self.backend, tree, self.like)
             leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
@@ -144,7 +145,12 @@ class Space:
         return self.xp.reshape(numbers, self.batch_shape)
 
     def _alike(self, leaf: Array, shape: tuple[int, ...], dtype: Any) -> bool:
-        return bool(leaf.shape == shape and leaf.dtype == dtype and self.backend.device(leaf) == self.device)
+        return bool(
+            leaf.shape == shape
+            and leaf.dtype == dtype
+            and self.backend.device(leaf) == self.device
+            and not self.backend.unsupported(leaf, "h")
+        )
 
     def _flat(self, leaves: Sequence[Array]) -> State:
         x = self._reshaped(leaves)

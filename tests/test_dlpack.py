@@ -317,3 +317,41 @@ def test_a_compiled_problem_is_one_of_the_layer_too(gradient: ic.Estimator) -> N
     compiled = (jax.jit(derivative(loss), static_argnums=1) for derivative in (jax.grad, jax.hessian))
     for derivative in (jax.grad(loss), *compiled):
         np.testing.assert_allclose(derivative(z["w"], True), derivative(z["w"], False), rtol=1e-8, atol=1e-10)
+
+
+VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "both axes reversed": lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "transposed": lambda x: x.T.copy().T,
+    "read-only and reversed": lambda x: _sealed(x[::-1].copy()[::-1]),
+}
+
+
+def _sealed(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("framework", CONVERTERS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_lent_as_copies(framework: str, view: str) -> None:
+    """JAX ends the process on some of them, which an exception handler cannot prevent."""
+    make = VIEWS[view]
+    x, h, v = (make(np.linspace(a, 1.0, 12).reshape(3, 4)) for a in (-1.0, 0.0, 0.5))
+    problem = CONVERTERS[framework](lambda h, z: 0.5 * h * z + z)
+    z_bar = ic.OneStep().vjp(problem, h, x)[1](v)
+    np.testing.assert_allclose(problem(h, x), 0.5 * h * x + x, rtol=1e-12)
+    np.testing.assert_allclose(z_bar, (0.5 * h + 1.0) * v, rtol=1e-12)
+    root = ic.solve(problem, h, x, solver=ic.Anderson(rtol=1e-12)).value
+    np.testing.assert_allclose(root, x / (1 - 0.5 * x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("framework", CONVERTERS)
+def test_views_that_the_framework_returns(framework: str) -> None:
+    problem = CONVERTERS[framework](lambda h, z: 0.5 * h + LIBRARY[framework].xp.broadcast_to(z, h.shape).T.T)
+    h, z = np.zeros((3, 4)), np.arange(4.0)
+    np.testing.assert_allclose(ic.OneStep().vjp(problem, h, z)[1](np.ones((3, 4))), 3 * np.ones(4))
+    constant = CONVERTERS[framework](lambda h, z: LIBRARY[framework].xp.broadcast_to(z, h.shape))
+    np.testing.assert_allclose(ic.solve(constant, h, z).value, np.broadcast_to(z, (3, 4)))

@@ -197,7 +197,7 @@ def _cotangents(
         pull = torch.func.vjp(_function_of(rule, h, externals, chosen), *(externals[i] for i in chosen))[1]
         by_index = dict(zip(chosen, pull(w), strict=True))
     except (RuntimeError, TypeError) as error:
-        if rule.vjp_h is None or isinstance(error, (NotImplementedError, SolveError)):
+        if rule.vjp_h is None or isinstance(error, (NotImplementedError, SolveError, torch.OutOfMemoryError)):
             raise
         raise NotImplementedError(REEVALUATION_FAILED + str(error)) from error
     return [by_index.get(i) for i in range(len(externals))]

@@ -30,6 +30,7 @@ from .growth import GrowthOfCotangents
 from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
+from .random_state import RandomState
 from .tensors import as_leaf, as_tensors, has_storage, tensors
 from .transformed import transformed
 
@@ -103,6 +104,7 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     """The point h with the graph of one F, whose incoming cotangent the estimator replaces (Decision 44)."""
     h_leaves, structure = BACKEND.flatten(h)
     h_in = tuple(as_leaf(x) for x in h_leaves)
+    random = RandomState(h_leaves)
     with torch.enable_grad():
         evaluation = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z, has_storage)
     checks.like(BACKEND, "the result of f", evaluation.value, h, "h0")
@@ -112,7 +114,7 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     inputs = graph_inputs(evaluation, outputs, h_in, tensors(z))
     if inputs is None:
         return h
-    f = with_explicit_inputs(problem.f, structure, z, evaluation.externals, inputs.tensors)
+    f = random.replay(with_explicit_inputs(problem.f, structure, z, evaluation.externals, inputs.tensors))
     edges = gradient_edges(outputs)
 
     def vjp_h(*v: Tensor) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.problem import Problem
-from implicit_core.solution import Stats
+from implicit_core.solution import SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
@@ -24,12 +24,18 @@ from implicit_core.theory import Certificate, certify
 from .autograd import transforming
 from .precision import state_dtype
 from .problem import problem
+from .tensors import tensors
 from .training.constant import constant_within_solve
 
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
 H = TypeVar("H", default=Tensor)
 """The state: a tensor or a pytree of tensors."""
+
+SHAPE_OF_X = (
+    "No h0 was given, so the shape of h, {}, was taken from x. If the state of the cell has another shape, give "
+    "ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call."
+)
 
 
 class ImplicitLayer(nn.Module, Generic[X, H]):
@@ -145,16 +151,25 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_not_sharded(self.cell)
-        solution = fixed_point(
-            constant_within_solve(self.cell),
-            self._start(x) if h0 is None else h0,
-            x,
-            solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,
-            gradient=self.gradient,
-            batch_ndim=self.batch_ndim,
-            scale=self.scale,
-            throw=self.throw,
-        )
+        cell = constant_within_solve(self.cell)
+        inferred = h0 is None and self.h0 is None
+        start = self._start(x) if h0 is None else h0
+        try:
+            solution = fixed_point(
+                cell,
+                start,
+                x,
+                solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,
+                gradient=self.gradient,
+                batch_ndim=self.batch_ndim,
+                scale=self.scale,
+                throw=self.throw,
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            # An error whose kind has nothing to do with a shape is left as it is.
+            if inferred and not isinstance(error, (NotImplementedError, SolveError, torch.OutOfMemoryError)):
+                error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
+            raise
         # Tensors of a transform of torch.func cannot be read after it.
         self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value

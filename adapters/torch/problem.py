@@ -13,6 +13,7 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, vector_jacobian
+from .random_state import RandomState
 from .tensors import Tensors, as_leaf, is_differentiable
 
 
@@ -65,6 +66,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     """F and its derivatives at (h, z), from the graph of one evaluation."""
     call = _OnLeaves(f, h, z)
     n = len(call.h)
+    random = RandomState(call.h)
     with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
         outputs = call(h_in, z_in)
@@ -83,7 +85,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
         # be running. Forward mode refuses expanded tensors, so all are made contiguous.
         at = tuple(x.contiguous() for x in (*call.h, *call.z))
         tangents = tuple(x.contiguous() for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
-        tangent = torch.func.jvp(lambda *at: call(at[:n], at[n:]), at, tangents)[1]
+        tangent = torch.func.jvp(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)[1]
         # Forward mode promotes the tangent of a tensor without axes.
         return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])
 

@@ -18,6 +18,7 @@ from .closure import hoist, with_explicit_inputs
 from .function import UNKNOWN_INPUTS, Rule, attach
 from .identity import IdentityMap
 from .problem import problem
+from .random_state import RandomState
 from .tensors import OnLeaves, Tensors, is_alive
 from .values import BatchedF, on_values
 
@@ -43,6 +44,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
     with torch.no_grad():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
+        random = RandomState(leaves)
         value, externals, _ = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)
     checks.like(BACKEND, "the result of f", value, h0, "h0")
     f = with_explicit_inputs(given.f, structure, z, externals, externals)
@@ -72,12 +74,16 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
     axes = (0,) * (n + 5) + (1,) * options.trace
     try:
         results = on_values(run, BatchedF(f, given.batch_ndim, given.scale), n, (*leaves, *externals), axes)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         _check_inputs_known(f, leaves, externals)  # an unknown input is a tensor of the transform, which `run` met
         raise
     h, (status, steps, residual, relative, tolerance, *trace) = results[:n], results[n:]
     if isinstance(gradient, AtFixedPoint):
-        h = attach(Rule(f, gradient, structure, n, given.batch_ndim, scale=given.scale), h, (), externals)
+        h = attach(
+            Rule(random.replay(f), gradient, structure, n, given.batch_ndim, scale=given.scale), h, (), externals
+        )
     stats = Stats(steps, evaluations[0], residual, trace[0] if trace else None)
     if tells[0]:
         stats = stats._replace(relative=relative, tolerance=tolerance)

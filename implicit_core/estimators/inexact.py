@@ -1,11 +1,11 @@
 """Samples whose gradient did not reach the requested accuracy, or has an invalid cotangent."""
 
 import math
-import warnings
 
 from ..arrays import Array, Numbers, State
 from ..solution import SolveError, Status, describe, find_failures
 from ..space import Space
+from ..warnings_ import warn
 
 
 class InexactGradientWarning(RuntimeWarning):
@@ -38,7 +38,7 @@ def report(space: Space, what: str, advice: str, status: Numbers, residual: Numb
         message = f"{what}: {describe(failures, math.prod(status.shape))}. {advice}"
         if throw:
             raise SolveError(message, failures)
-        warnings.warn(message, InexactGradientWarning, stacklevel=5)
+        warn(message, InexactGradientWarning)
 
     status = space.select(status == Status.NONFINITE.value, Status.CONVERGED.value, status)
     found = space.per_sample(status), space.per_sample(residual)

@@ -147,6 +147,8 @@ def _checked(space: Space, growth: GrowthTest, first: H, last: H) -> H:
 
 def _blend(space: Space, lam: float, f: H, h: H) -> H:
     """λ f + (1 - λ) h (Eq. 13)."""
+    if isinstance(f, float) and space.backend.has_autodiff:  # cut off from the graph (Decision 78)
+        checks.like(space.backend, "the result of f", f, h, "h")
     return _copy(space, f) if lam == 1.0 else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 
 

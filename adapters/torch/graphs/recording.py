@@ -188,6 +188,9 @@ def record(
         with recording_loops(loop):
             solution = solver.solve(recorded, start, None, trace=trace)
         end = recorder.end()
+    except torch.OutOfMemoryError:
+        recorder.abandon()
+        raise
     except RuntimeError as error:
         recorder.abandon()
         raise NotRecordableError(f"F can't be captured: {(str(error) or repr(error)).splitlines()[0]}") from error

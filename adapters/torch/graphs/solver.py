@@ -1,7 +1,6 @@
 """A solver whose steps are recorded once as CUDA graphs and replayed: one launch for each step instead of dozens."""
 
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers import Anderson, Solver
+from implicit_core.warnings_ import warn
 
 from ..autograd import transforming
 from ..tensors import has_storage, tensors
@@ -127,7 +127,7 @@ class CUDAGraphs:
 
     def _warn(self, reason: str) -> None:
         if reason != self.reason:
-            warnings.warn(f"no CUDA graphs: {reason}", GraphFallbackWarning, stacklevel=5)
+            warn(f"no CUDA graphs: {reason}", GraphFallbackWarning)
         self.reason = reason
 
     def _recorder(self, device: torch.device) -> Callable[[], Recorder]:

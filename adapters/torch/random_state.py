@@ -1,0 +1,46 @@
+"""The state of PyTorch's random number generators, so that F evaluated again draws the same numbers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RandomState:
+    """The generators of the CPU and of the CUDA devices of some tensors, as they are now (Decision 79).
+
+    Parameters
+    ----------
+    tensors
+        Tensors on the devices on which F computes.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._devices = sorted({x.device.index for x in tensors if x.is_cuda})
+        # The state cannot be read while a CUDA graph is captured, whose replays draw numbers of their own.
+        self._known = not (self._devices and torch.cuda.is_current_stream_capturing())
+        if self._known:
+            self._cpu = torch.get_rng_state()
+            self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    def replay(self, function: Callable[P, R]) -> Callable[P, R]:
+        """``function``, which draws from this state at every call, and leaves the generators as they were."""
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._restored():
+                return function(*args, **kwargs)
+
+        return call if self._known else function
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
