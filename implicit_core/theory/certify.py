@@ -8,6 +8,7 @@ from .. import checks
 from ..arrays import H, Numbers, State, Z
 from ..estimators import AtFixedPoint, Derivative, Estimator, Implicit
 from ..estimators.base import bind
+from ..estimators.growth import untested
 from ..linear_solvers import GMRES, LinearSolver
 from ..problem import Problem
 from ..solution import SolveError
@@ -274,7 +275,7 @@ def _measure(
     space = j.parameters
 
     def gradient_of(estimator: Estimator, at: H) -> State:
-        pullback = estimator.vjp(j.problem, at, j.z)[1]
+        pullback = untested(estimator).vjp(j.problem, at, j.z)[1]
         return copied(lambda v: j.cotangent(pullback(v)), j.whole, space)(j.whole.pack(cotangent))
 
     try:

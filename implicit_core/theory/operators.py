@@ -9,6 +9,7 @@ from .. import checks
 from ..arrays import Array, H, Mask, Numbers, Operator, PyTree, State, Z
 from ..estimators import Estimator
 from ..estimators.base import AtFixedPoint, on_states
+from ..estimators.growth import untested
 from ..problem import DERIVATIVES, Linearization, Problem, zero_tangent
 from ..registry import find_backend
 from ..solution import Solution
@@ -200,6 +201,7 @@ def deviation(j: Jacobians[H, Z], gradient: Estimator, start: H) -> Deviation:
     start
         The point it starts from. For an estimator at the fixed point this is its value.
     """
+    gradient = untested(gradient)
     if isinstance(gradient, AtFixedPoint):
         return _at_fixed_point(j, gradient)
     space, whole, in_h, in_z = j.samples, j.whole, j.in_h, j.in_z
