@@ -29,7 +29,18 @@ from .fixed_point import fixed_point
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .problem import Linearization, Problem
-from .solution import CONVERGED, DIVERGED, MAX_STEPS, NONFINITE, STAGNATED, Solution, SolveError, Stats, Status
+from .solution import (
+    CONVERGED,
+    DIVERGED,
+    MAX_STEPS,
+    NONFINITE,
+    STAGNATED,
+    ConvergenceWarning,
+    Solution,
+    SolveError,
+    Stats,
+    Status,
+)
 from .solve import solve
 from .solvers import Anderson, Broyden, CallableSolver, FixedPointIteration, NewtonKrylov, Solver
 
@@ -51,6 +62,7 @@ __all__ = [
     "BiCGSTAB",
     "Broyden",
     "CallableSolver",
+    "ConvergenceWarning",
     "Estimator",
     "FixedPointIteration",
     "GrowingGradientWarning",

@@ -10,7 +10,6 @@ A loop ends when no sample is active. The same four functions serve a Python loo
 active, and a traced or captured one, which cannot.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,7 @@ from .progress import Progress, Start
 from .solution import Solution, Stats, Status
 from .space import Space
 from .system import System
+from .warnings_ import warn
 
 if TYPE_CHECKING:
     from .solvers.base import Solver
@@ -435,7 +435,7 @@ class Iteration:
         f, again = (self.system.evaluate(space.unpack(space.copy(point.x))) for _ in range(2))
         apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * point.f_norm
         if bool(space.xp.any(apart)):
-            warnings.warn(CHANGES, ChangingFunctionWarning, stacklevel=2)
+            warn(CHANGES, ChangingFunctionWarning, once=True)
         else:
             raise ValueError(COUPLED)
 

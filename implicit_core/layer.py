@@ -14,7 +14,7 @@ from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
 from .registry import find_backend
-from .solution import Solution, Status
+from .solution import Solution, Status, warn_of_failures
 from .solve import solve
 from .solvers import FixedPointIteration, FixedPointSolver
 from .space import Space
@@ -119,7 +119,19 @@ def told(
         with backend.on_device_of(solution.value), backend.solving():
             space = problem.space(solution.value)
             solution = _of_value(solution, options, space, *norms)
-    return solution.raise_for_status() if options.throw else solution
+    if options.throw:
+        return solution.raise_for_status()
+    if not (options.gradient.starts_from_h0 or _is_forced(options.solver)):
+        status, residual = solution.status, solution.stats.residual
+        backend = find_backend(status, "status")
+        if backend.readable(status):
+            backend.tell(warn_of_failures, backend.xp.astype(status, residual.dtype), residual)
+    return solution
+
+
+def _is_forced(solver: object) -> bool:
+    """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
+    return getattr(solver, "rtol", None) == 0 == getattr(solver, "absolute_tolerance", None)
 
 
 def _measuring(solver: object) -> FixedPointIteration:

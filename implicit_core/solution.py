@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple
 
 from .arrays import Array, H, PyTree
 from .registry import find_backend
+from .warnings_ import warn
 
 CAPTURED = "throw=True cannot read statuses while a CUDA graph is being captured: read solution.status after a replay"
 
@@ -36,6 +37,13 @@ class Status(IntEnum):
     """The state or the residual grew far beyond the start, or the steps of an estimator moved away from the root."""
 
 
+ADVICE = {
+    Status.MAX_STEPS: "MAX_STEPS: raise max_steps, or loosen rtol.",
+    Status.NONFINITE: "NONFINITE: look for NaN or overflow in F and its inputs.",
+    Status.STAGNATED: "STAGNATED: F has no fixed point there, or its rounding is coarser than rtol.",
+    Status.DIVERGED: "DIVERGED: F is no contraction there; try NewtonKrylov, or regularize the cell.",
+}
+"""What to do about a failure."""
 CONVERGED = Status.CONVERGED
 MAX_STEPS = Status.MAX_STEPS
 NONFINITE = Status.NONFINITE
@@ -109,6 +117,15 @@ class Solution(NamedTuple, Generic[H]):
     stats: Stats
     aux: PyTree = None
 
+    def __repr__(self) -> str:
+        """How many samples ended how, and the shapes of the arrays."""
+        backend = find_backend(self.status, "status")
+        readable = backend.readable(self.status)
+        told = counts(self.status, self.stats.residual, self.stats.relative) if readable else "not known yet"
+        value = backend.map(lambda x: f"{x.dtype} {tuple(x.shape)}", self.value)
+        aux = "" if self.aux is None else ", with aux"
+        return f"<Solution: {told}; {self.stats.evaluations} evaluations; value {value}{aux}>"
+
     @property
     def converged(self) -> Array:
         """Whether each sample converged, booleans of the batch's shape."""
@@ -135,6 +152,25 @@ class Failure:
     status: Status
     samples: tuple[tuple[int, ...], ...]
     residual: float
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """Samples of a layer did not converge, so their values and gradients are those of another point.
+
+    Shown once for each line that calls the layer. ``warnings.simplefilter("ignore", implicit_core.ConvergenceWarning)``
+    switches it off.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     solution = ic.fixed_point(lambda h, z: h + 1.0, np.zeros(2), None, solver=ic.Anderson(max_steps=3))
+    >>> caught[0].category.__name__
+    'ConvergenceWarning'
+    """
 
 
 class SolveError(RuntimeError):
@@ -179,7 +215,47 @@ def check_statuses(what: str, status: Array, residual: Array) -> None:
         return
     failures = find_failures(status, residual)
     if failures:
-        raise SolveError(f"{what} did not converge: {describe(failures, math.prod(status.shape))}", failures)
+        raise SolveError(
+            f"{what} did not converge: {describe(failures, math.prod(status.shape))}. {advice(failures)}", failures
+        )
+
+
+def advice(failures: tuple[Failure, ...]) -> str:
+    """What to do about the failures of a solve."""
+    return " ".join(ADVICE[status] for status in sorted({failure.status for failure in failures}))
+
+
+def counts(status: Array, residual: Array, relative: Array | None) -> str:
+    """How many samples ended how, in words; reads from the device."""
+    backend = find_backend(status, "status")
+    codes = [int(code) for code in backend.numbers(backend.xp.astype(status, residual.dtype))]
+    numbers = backend.numbers(residual if relative is None else relative)
+    found = [f"{codes.count(code)} {code.name}" for code in Status if code in codes]
+    if len(codes) == 1:
+        found = [Status(codes[0]).name]
+    elif len(found) > 1 or codes[0] != Status.CONVERGED:
+        found[0] = found[0].replace(" ", f" of {len(codes)} ", 1)
+    else:
+        found = [f"all {len(codes)} CONVERGED"]
+    what = "residual" if relative is None else "relative residual"
+    largest = math.nan if any(x != x for x in numbers) else max(numbers)
+    return f"{', '.join(found)}, {'' if len(codes) == 1 else 'largest '}{what} {largest:.2g}"
+
+
+def warn_of_failures(status: Array, residual: Array) -> None:
+    """Warn, once at a line, if samples of a layer did not converge. Both arguments may be arrays of NumPy."""
+    backend = find_backend(status, "status")
+    failed = status != Status.CONVERGED.value
+    if not bool(backend.xp.any(failed)):
+        return
+    failures = find_failures(status, residual)
+    warn(
+        f"the solve did not converge: {describe(failures, math.prod(status.shape))}. {advice(failures)} The values and "
+        "gradients of these samples are those of another point; layers keep the statuses, throw=True raises. See the "
+        "page 'When training misbehaves'. Shown once for this line",
+        ConvergenceWarning,
+        once=True,
+    )
 
 
 def find_failures(status: Array, residual: Array) -> tuple[Failure, ...]:

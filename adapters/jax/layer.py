@@ -11,7 +11,7 @@ from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
-from implicit_core.layer import LayerOptions, Watched, solver_point
+from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
@@ -151,7 +151,7 @@ def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, optio
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
         value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes, scale=f.scale)
         # Under `jit` this is a check for `checkify`. Decision 53.
-        return (solution.raise_for_status() if options.throw else solution)._replace(value=value)
+        return told(solution, options, problem(f, batch_ndim=f.batch_ndim, scale=f.scale), ())._replace(value=value)
     with coupled_axes(f.hoisted.axes):
         return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim, scale=f.scale), options, solution, inputs, ())
 

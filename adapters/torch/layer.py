@@ -17,7 +17,7 @@ from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
-from implicit_core.layer import LayerOptions, Watched, solver_point
+from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
@@ -72,8 +72,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
         else:
             solution = solver_point(autograd, h0, z, options)
             if isinstance(gradient, AtFixedPoint):
-                if options.throw:
-                    solution.raise_for_status()
+                solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():
                     solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
                 return solution

@@ -15,11 +15,13 @@ from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
+from implicit_core.iteration import ChangingFunctionWarning
 from implicit_core.problem import Problem
 from implicit_core.solution import SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
+from implicit_core.warnings_ import warn
 
 from .autograd import transforming
 from .precision import state_dtype
@@ -27,6 +29,8 @@ from .problem import problem
 from .tensors import tensors
 from .training.constant import constant_within_solve
 
+DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
 H = TypeVar("H", default=Tensor)
@@ -130,6 +134,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.scale = checks.scale(scale)
         self.throw = throw
         self.status = self.stats = None
+        self._looked = False  # for parts that make F another function at every evaluation
 
     if TYPE_CHECKING:
 
@@ -151,6 +156,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_not_sharded(self.cell)
+        if self.training and not self._looked:
+            self._looked = True
+            _notice_changes(self.cell)
         cell = constant_within_solve(self.cell)
         inferred = h0 is None and self.h0 is None
         start = self._start(x) if h0 is None else h0
@@ -262,6 +270,31 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _notice_changes(cell: object) -> None:
+    """Warn of modules that draw anew, or update statistics, at every evaluation of F."""
+    parts = [part for part in cell.modules() if part.training] if isinstance(cell, nn.Module) else []
+    drawing = [part for part in parts if isinstance(part, DRAWING) and part.p > 0]
+    updating = [part for part in parts if isinstance(part, UPDATING) and part.track_running_stats]
+    if drawing:
+        warn(
+            f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so there "
+            "is no fixed point: use implicit_core.adapters.torch.VariationalDropout, which keeps its mask in a solve",
+            ChangingFunctionWarning,
+            once=True,
+        )
+    if updating:
+        warn(
+            f"the cell has {_named(updating)} in train mode, which couples the samples of a batch and updates its "
+            "statistics at every evaluation of F: use GroupNorm or LayerNorm, or put it outside of the cell",
+            ChangingFunctionWarning,
+            once=True,
+        )
+
+
+def _named(parts: list[nn.Module]) -> str:
+    return ", ".join(sorted({type(part).__name__ for part in parts}))
 
 
 def _check_not_sharded(cell: object) -> None:
