@@ -149,7 +149,7 @@ class Iteration:
 
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False) -> None:
         self.solver, self.trace = solver, trace
-        self.has_moved = False
+        self.checked = False
         self.units: Numbers | None = None
         self.system = System(problem, h0, z)
         self.space = self.system.space
@@ -179,13 +179,12 @@ class Iteration:
                 return self._run()
 
     def _run(self) -> Solution[Any]:
-        solver, backend, carry = self.solver, self.space.backend, self.begin()
+        solver, backend = self.solver, self.space.backend
         watch = Watch(self._watched, self._note)
-        if solver.max_steps == 1 and backend.readable(carry.point.norm):  # no loop will read
-            found = self._watched(carry)
-            if found is not None and bool(self.space.xp.any(found)):
-                self._note(carry)
-        carry = backend.while_loop(self.masks, self.advance, carry, solver.max_steps - 1, solver.check_every, watch)
+        # The start is passed on without a name here, which would keep its states.
+        carry = backend.while_loop(
+            self.masks, self.advance, self.begin(), solver.max_steps - 1, solver.check_every, watch
+        )
         return self.finish(carry)
 
     def begin(self) -> Carry:
@@ -224,7 +223,12 @@ class Iteration:
         settled = point.norm if readable and space.samples > 1 and solver.freeze else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
-        return Carry(point, made, settled, steps, best, trace, memory)
+        carry = Carry(point, made, settled, steps, best, trace, memory)
+        if solver.max_steps == 1 and readable:  # no loop will read
+            outside = self._watched(carry)
+            if outside is not None and bool(space.xp.any(outside)):
+                self._note(carry)
+        return carry
 
     def measure(
         self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
@@ -268,19 +272,20 @@ class Iteration:
         point, settled = carry.point, carry.settled
         if isinstance(point.index, int) and point.index == 0:
             return None if self.units is not None else self.space.out_of_range(point.f_norm)
-        return None if settled is None or settled is point.norm else point.norm > settled
+        return None if settled is None or settled is point.norm or self.checked else point.norm > settled
 
     def _outside(self, point: Point) -> Mask:
         """Where squares leave the range of numbers; not where F(h) is zero, or itself not finite."""
         return self.space.out_of_range(point.f_norm) & self.space.out_of_range(self.space.magnitude(point.f))
 
     def _note(self, carry: Carry) -> None:
-        """What the mask that was watched holds in some sample."""
+        """Look closer, since the mask that was watched holds in some sample."""
         if carry.point.index == 0:
             if bool(self.space.xp.any(self._outside(carry.point))):
                 raise _OutOfRangeError(self.space.magnitude(carry.point.f))
         else:
-            self.has_moved = True
+            self._check_samples(carry)
+            self.checked = True
 
     def advance(self, carry: Carry, masks: tuple[Known, ...]) -> Carry:
         """One step of the active samples."""
@@ -322,8 +327,6 @@ class Iteration:
         if self.unmodified is not True and carry.point.index == 0 and not self.unmodified:
             raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
         space, point = self.space, carry.point
-        if self.has_moved:
-            self._check_samples(carry)
         if carry.best is not None:
             best = self._keep(carry.best, point, carry.steps, self.masks(carry)[1])
             carry = carry._replace(best=best)

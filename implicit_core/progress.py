@@ -19,9 +19,11 @@ GROWTH = 1e8
 """A sample has diverged once its residual is this much larger than the first one and the first F(h) together."""
 RESOLVED = 4
 """The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
-FIRST_CHECK, FIRST_FAR, FIRST_FLAT = 4, 32, 64
+FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
 """The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
-that ran away, and a residual that neither falls nor grows."""
+that ran away, a residual that neither falls nor grows, and any that does not fall."""
+FALL = 0.99
+"""A residual has fallen between two checkpoints if it is below this fraction, or falls steadily."""
 FLAT = 0.9
 """A residual is flat between two checkpoints if neither is below this fraction of the other."""
 
@@ -103,10 +105,13 @@ def without_progress(
     """The samples that end at a checkpoint.
 
     The residual went beyond the limit. Or the second half of all evaluations brought no smaller one, and either the
-    tolerance was met by the growth of the state alone, or the residual is as large as it was half of the way.
+    tolerance was met by the growth of the state alone, or the residual is as large as it was half of the way, or there
+    were many evaluations.
     """
-    stuck = least >= progress.marked_least
+    # Tiny falls of an erratic residual are none; a steady one, at its least now, may be slow.
+    stuck = (least >= progress.marked_least) | ((least > FALL * progress.marked_least) & (FALL * norm > least))
     ran_away = (norm <= tolerance) & (evaluations >= FIRST_FAR)
     flat = (norm > FLAT * progress.marked) & (FLAT * norm < progress.marked) & (evaluations >= FIRST_FLAT)
-    ended: Mask = (norm > start.limit()) | (stuck & (ran_away | flat))
+    late = stuck & (evaluations >= FIRST_ANY)
+    ended: Mask = (norm > start.limit()) | (stuck & (ran_away | flat)) | late
     return ended

@@ -118,7 +118,7 @@ def test_a_problem_with_one_mode_serves_that_mode() -> None:
 def test_operations_a_step(
     solver: type, check_every: int, limit: int, forced: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tolerance that is not reached, and with a forced number of steps."""
+    """With a tolerance that is not reached, and with a forced number of steps; between two checkpoints."""
     reads: list[int] = []
     count = torch_backend.BACKEND.count
     monkeypatch.setattr(torch_backend.BACKEND, "count", lambda masks: reads.append(len(masks)) or count(masks))
@@ -136,14 +136,27 @@ def test_operations_a_step(
 
     own = 4  # of f: transpose, product, sum, tanh
     steps = 24
-    once = run(1 + steps)
-    assert len(reads) == steps / check_every
-    twice = run(1 + 2 * steps)
-    assert len(reads) == 3 * steps / check_every
+    once = run(1 + 36)
+    assert len(reads) == 36 / check_every
+    twice = run(1 + 36 + steps)
+    assert len(reads) == (2 * 36 + steps) / check_every
     assert not any("_local_scalar_dense" in name for name in twice)
     for operations in (once, twice):
         operations.pop("aten.detach.default")  # from `.numpy()`, when a mask is read
     assert (twice.total() - once.total()) / steps - own <= (limit if tolerance else forced)
+
+
+def test_operations_of_a_checkpoint() -> None:
+    """Whether samples make progress is looked at after 32, 64, 128, ... evaluations."""
+    h0, w = torch.zeros(4, 8, dtype=torch.float64), 0.9 * torch.eye(8, dtype=torch.float64)
+
+    def run(steps: int) -> int:
+        settings = ic.FixedPointIteration(rtol=1e-300, atol=0.0, max_steps=steps)
+        with Dispatched() as mode:
+            ic.solve(lambda h, z: torch.tanh(h @ w.T + 1.0), h0, None, solver=settings, batch_ndim=1)
+        return mode.operations.total()
+
+    assert run(33) - run(31) - (run(30) - run(28)) <= 25
 
 
 @pytest.mark.parametrize(
@@ -188,7 +201,7 @@ def test_memory_of_a_history() -> None:
 
 @pytest.mark.parametrize(
     ("solver", "limit"),
-    [(ic.FixedPointIteration, 49), (ic.Anderson, 83), (ic.Broyden, 79)],
+    [(ic.FixedPointIteration, 55), (ic.Anderson, 89), (ic.Broyden, 85)],
     ids=["fp", "anderson", "b"],
 )
 def test_operations_around_the_loop(solver: type, limit: int) -> None:

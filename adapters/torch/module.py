@@ -1,6 +1,6 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -279,8 +279,9 @@ def _notice_changes(cell: object) -> None:
     updating = [part for part in parts if isinstance(part, UPDATING) and part.track_running_stats]
     if drawing:
         warn(
-            f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so there "
-            "is no fixed point: use implicit_core.adapters.torch.VariationalDropout, which keeps its mask in a solve",
+            f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so "
+            "there is no fixed point: use VariationalDropout of implicit_core.adapters.torch, which keeps its mask "
+            "within a solve",
             ChangingFunctionWarning,
             once=True,
         )
@@ -293,7 +294,7 @@ def _notice_changes(cell: object) -> None:
         )
 
 
-def _named(parts: list[nn.Module]) -> str:
+def _named(parts: Iterable[nn.Module]) -> str:
     return ", ".join(sorted({type(part).__name__ for part in parts}))
 
 
