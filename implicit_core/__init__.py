@@ -12,6 +12,7 @@
 """
 
 from .backend import Backend
+from .check import Finding, Report, check
 from .estimators import (
     BPTT,
     NPG,
@@ -50,6 +51,7 @@ __all__ = [
     "Broyden",
     "CallableSolver",
     "Estimator",
+    "Finding",
     "FixedPointIteration",
     "Implicit",
     "InexactGradientWarning",
@@ -60,6 +62,7 @@ __all__ = [
     "NewtonKrylov",
     "OneStep",
     "Problem",
+    "Report",
     "Richardson",
     "Solution",
     "SolveError",
@@ -67,6 +70,7 @@ __all__ = [
     "Stats",
     "Status",
     "Unroll",
+    "check",
     "fixed_point",
     "solve",
     "solve_linear",

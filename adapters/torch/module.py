@@ -1,6 +1,6 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 
 from implicit_core import checks
 from implicit_core.backends.torch import BACKEND
+from implicit_core.coupling import refuse_coupling
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.problem import Problem
@@ -20,10 +21,12 @@ from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
 
-from .autograd import transforming
-from .precision import state_dtype
+from .autograd import in_dual_level, transforming
+from .precision import autocasted, full_precision, state_dtype
 from .problem import problem
+from .tensors import has_storage
 from .training.constant import constant_within_solve
+from .undisturbed import undisturbed
 
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
@@ -55,6 +58,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         How many first axes of every leaf of h index independent samples.
     throw
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
+    check
+        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes one evaluation and
+        one product with the Jacobian at the solution, once for each shape of h and x and each mode of the cell. It is
+        skipped where no gradient is computed, within ``torch.func``, and while a CUDA graph is captured.
 
     Attributes
     ----------
@@ -65,7 +72,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a wrong kind; at the call, if the cell's result is not shaped as h.
+        If an argument is of a wrong kind; at the call, if the cell's result is not shaped as h, or if the cell couples
+        samples, as batch norm in train mode does: pass ``batch_ndim=0``.
     RuntimeError
         At the call, if the cell, instead of the layer, was handed to ``fully_shard`` or ``DistributedDataParallel``.
 
@@ -103,11 +111,13 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         h0: Callable[[X], H] | None = None,
         batch_ndim: int = 1,
         throw: bool = False,
+        check: bool = True,
     ) -> None:
         super().__init__()
         checks.function("cell", cell)
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         checks.instance("throw", throw, bool, "True")
+        checks.instance("check", check, bool, "False")
         as_solver(solver)
         if eval_solver is not None:
             as_solver(eval_solver, "eval_solver")
@@ -118,6 +128,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.h0 = h0
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
         self.throw = throw
+        self.check = check
+        self._checked: set[Hashable] = set()  # shapes whose samples were found to be independent
         self.status = self.stats = None
 
     if TYPE_CHECKING:
@@ -140,8 +152,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_not_sharded(self.cell)
+        f = constant_within_solve(self.cell)
         solution = fixed_point(
-            constant_within_solve(self.cell),
+            f,
             self._start(x) if h0 is None else h0,
             x,
             solver=self.solver if self.training or self.eval_solver is None else self.eval_solver,
@@ -149,6 +162,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             batch_ndim=self.batch_ndim,
             throw=self.throw,
         )
+        if self.check and self.batch_ndim:
+            self._refuse_coupling(f, solution.value, x)
         # Tensors of a transform of torch.func cannot be read after it.
         self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value
@@ -205,6 +220,26 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
                 solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
                 h = solve(given, h, parameters, solver=solver).value
             return certify(given, h, parameters, self.gradient, **options)
+
+    def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
+        """Raise if the cell couples samples; once for each shape and mode (Decision 81)."""
+        leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
+            return
+        if not all(has_storage(leaf) and BACKEND.readable(leaf) for leaf in leaves):
+            return
+        modes = [part.training for part in self.cell.modules()] if isinstance(self.cell, nn.Module) else []
+        case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), tuple(modes))
+        if case in self._checked:
+            return
+        space = BACKEND.space(h, self.batch_ndim, "h")
+        if space.samples > 1 and space.dimension:
+            given = problem(autocasted(f, h), batch_ndim=self.batch_ndim)
+            with undisturbed(self.cell, h), full_precision(h):
+                at = given.linearize(h, x)
+                with torch.no_grad():
+                    refuse_coupling(space, at, given.f, "ImplicitLayer")
+        self._checked.add(case)
 
     def _start(self, x: X) -> H:
         if self.h0 is not None:
