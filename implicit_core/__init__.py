@@ -12,6 +12,7 @@
 """
 
 from .backend import Backend
+from .check import Finding, Report, check
 from .estimators import (
     BPTT,
     NPG,
@@ -64,6 +65,7 @@ __all__ = [
     "CallableSolver",
     "ConvergenceWarning",
     "Estimator",
+    "Finding",
     "FixedPointIteration",
     "GrowingGradientWarning",
     "Implicit",
@@ -75,6 +77,7 @@ __all__ = [
     "NewtonKrylov",
     "OneStep",
     "Problem",
+    "Report",
     "Richardson",
     "Solution",
     "SolveError",
@@ -82,6 +85,7 @@ __all__ = [
     "Stats",
     "Status",
     "Unroll",
+    "check",
     "fixed_point",
     "solve",
     "solve_linear",

@@ -190,8 +190,8 @@ def test_half_precision_is_measured_in_single(monitor: Any) -> None:
 def test_costs_of_the_monitors() -> None:
     case = layer(batch=2, width=3)
     for monitor, counts in (
-        (spectral_radius, {"f": 1, "vjp_h": 7}),
-        (contraction, {"f": 1, "vjp_h": 7, "jvp_h": 6}),
+        (spectral_radius, {"f": 1, "vjp_h": 8}),  # one of them for the independence of samples,
+        (contraction, {"f": 1, "vjp_h": 8, "jvp_h": 6}),
     ):
         problem = case.linearized()
         monitor(problem, case.h0, case.z, steps=7)

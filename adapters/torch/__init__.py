@@ -7,6 +7,7 @@ from .layer import layer as layer  # `fixed_point` calls it for tensors (Decisio
 from .module import ImplicitLayer
 from .problem import problem
 from .training import Trajectory, VariationalDropout, constant_within_solve, fixed_point_correction, jacobian_penalty
+from .undisturbed import undisturbed as undisturbed  # `implicit_core.check` calls it
 
 __all__ = [
     "CUDAGraphs",

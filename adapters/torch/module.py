@@ -1,6 +1,6 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
+from implicit_core.coupling import refuse_coupling
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.iteration import ChangingFunctionWarning
@@ -23,11 +24,12 @@ from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
 from implicit_core.warnings_ import warn
 
-from .autograd import transforming
-from .precision import state_dtype
+from .autograd import in_dual_level, transforming
+from .precision import autocasted, full_precision, state_dtype
 from .problem import problem
-from .tensors import tensors
+from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
+from .undisturbed import undisturbed
 
 DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
@@ -68,6 +70,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         The units of h, if its parts have different ones, see :class:`~implicit_core.Problem`.
     throw
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
+    check
+        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes one evaluation and
+        one product with the Jacobian at the solution, once for each shape of h and x and each mode of the cell. It is
+        skipped where no gradient is computed, within ``torch.func``, and while a CUDA graph is captured.
 
     Attributes
     ----------
@@ -78,7 +84,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a wrong kind; at the call, if the cell's result is not shaped as h.
+        If an argument is of a wrong kind; at the call, if the cell's result is not shaped as h, or if the cell couples
+        samples, as batch norm in train mode does: pass ``batch_ndim=0``.
     RuntimeError
         At the call, if the cell, instead of the layer, was handed to ``fully_shard`` or ``DistributedDataParallel``.
 
@@ -117,11 +124,13 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         batch_ndim: int = 1,
         scale: PyTree = None,
         throw: bool = False,
+        check: bool = True,
     ) -> None:
         super().__init__()
         checks.function("cell", cell)
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         checks.instance("throw", throw, bool, "True")
+        checks.instance("check", check, bool, "False")
         as_solver(solver)
         if eval_solver is not None:
             as_solver(eval_solver, "eval_solver")
@@ -133,6 +142,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
         self.scale = checks.scale(scale)
         self.throw = throw
+        self.check = check
+        self._checked: set[Hashable] = set()  # shapes whose samples were found to be independent
         self.status = self.stats = None
         self._looked = False  # for parts that make F another function at every evaluation
 
@@ -178,6 +189,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             if inferred and not isinstance(error, (NotImplementedError, SolveError, torch.OutOfMemoryError)):
                 error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
             raise
+        if self.check and self.batch_ndim:
+            self._refuse_coupling(cell, solution.value, x)
         # Tensors of a transform of torch.func cannot be read after it.
         self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
         return solution.value
@@ -234,6 +247,26 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
                 solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
                 h = solve(given, h, parameters, solver=solver).value
             return certify(given, h, parameters, self.gradient, **options)
+
+    def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
+        """Raise if the cell couples samples; once for each shape and mode (Decision 81)."""
+        leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
+            return
+        if not all(has_storage(leaf) and BACKEND.readable(leaf) for leaf in leaves):
+            return
+        modes = [part.training for part in self.cell.modules()] if isinstance(self.cell, nn.Module) else []
+        case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), tuple(modes))
+        if case in self._checked:
+            return
+        space = BACKEND.space(h, self.batch_ndim, "h")
+        if space.samples > 1 and space.dimension:
+            given = problem(autocasted(f, h), batch_ndim=self.batch_ndim)
+            with undisturbed(self.cell, h), full_precision(h):
+                at = given.linearize(h, x)
+                with torch.no_grad():
+                    refuse_coupling(space, at, given.f, "ImplicitLayer")
+        self._checked.add(case)
 
     def _start(self, x: X) -> H:
         if self.h0 is not None:

@@ -49,7 +49,7 @@ class _Call(nn.Module, Generic[H, Z]):
     def __init__(self, f: Map[H, Z]) -> None:
         super().__init__()
         self.functions = (f,)  # in a tuple: an attribute that is a module would be registered under a second name
-        found = _modules(f)
+        found = modules_of(f)
         inner = {part for module in found for part in module.modules() if part is not module}
         self.modules_of_f = nn.ModuleList(module for module in found if module not in inner)
 
@@ -58,7 +58,7 @@ class _Call(nn.Module, Generic[H, Z]):
         return value
 
 
-def _modules(f: Map[H, Z]) -> list[nn.Module]:
+def modules_of(f: Map[H, Z]) -> list[nn.Module]:
     """The modules among the variables of a function, and among the variables of the functions it refers to."""
     found: list[nn.Module] = []
     pending: list[Any] = [f]

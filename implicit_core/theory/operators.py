@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple
 
 from .. import checks
 from ..arrays import Array, H, Mask, Numbers, Operator, PyTree, State, Z
+from ..coupling import refuse_coupling
 from ..estimators import Estimator
 from ..estimators.base import AtFixedPoint, on_states
 from ..estimators.growth import untested
@@ -101,6 +102,7 @@ class Jacobians(Generic[H, Z]):
         self.at = problem.linearize(h, z).require("vjp_h", "jvp_h")
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
+        refuse_coupling(self.samples, self.at, problem.f, "the conditions hold sample by sample")
         self.residual = self.samples.norm(self.samples.sub(self.samples.pack(self.at.value), self.samples.pack(h)))
         self.finite: Mask = backend.xp.isfinite(self.residual)
 

@@ -2,6 +2,7 @@
 
 from .. import checks
 from ..arrays import Array, H, Numbers, Operator, State, Z
+from ..coupling import refuse_coupling
 from ..estimators.base import on_states
 from ..linear_solvers.arnoldi import unit
 from ..problem import BoundLinearization, Map, Problem, as_problem
@@ -23,7 +24,8 @@ def spectral_radius(
     the steps. It is not a bound: a gap between the largest moduli narrower than 1/steps is not resolved, and the
     oscillation of a pair fades as 1/steps. :func:`certify` takes several times as long and is more accurate.
 
-    It costs one evaluation of F and ``steps`` h-VJPs, and works within ``jax.jit``.
+    It costs one evaluation of F and ``steps`` h-VJPs, and works within ``jax.jit``. One more h-VJP finds out whether F
+    couples samples, if there are several.
 
     Parameters
     ----------
@@ -51,7 +53,8 @@ def spectral_radius(
     NotImplementedError
         If the problem has no VJP.
     TypeError, ValueError
-        If an argument, or a result of f, has a wrong type, structure, shape, dtype or device.
+        If an argument, or a result of f, has a wrong type, structure, shape, dtype or device; or if F couples samples:
+        pass ``batch_ndim=0``. Within ``jax.jit`` no error can say so, and the result is NaN.
 
     References
     ----------
@@ -69,7 +72,7 @@ def spectral_radius(
     """
     steps = checks.integer("steps", steps, 1)
     seed = checks.integer("seed", seed, 0)
-    space, at = _linearize(f, h, z, batch_ndim, "vjp_h")
+    space, at, coupled = _linearize(f, h, z, batch_ndim, "vjp_h")
     xp, backend = space.xp, space.backend
     pull, measured = on_states(at.vjp_h, space, space), (steps + 1) // 2
 
@@ -83,7 +86,7 @@ def spectral_radius(
     with backend.on_device_of(h), backend.solving():
         v = backend.repeat(step, start(space, seed, shared=True), steps - measured)
         _, growth = backend.repeat(measured_step, (v, space.full(0.0)), measured)
-        return backend.stop_gradient(space.per_sample(xp.exp(growth / measured)))
+        return backend.stop_gradient(space.per_sample(_unless(coupled, space, xp.exp(growth / measured))))
 
 
 def contraction(
@@ -95,7 +98,7 @@ def contraction(
     fall from step to step: the estimate converges from below. :func:`certify` gives an upper bound as well.
 
     It costs one evaluation of F, ``steps`` h-VJPs and ``steps`` - 1 pushforwards, which are evaluations of F in forward
-    mode in PyTorch. It works within ``jax.jit``.
+    mode in PyTorch. It works within ``jax.jit``. One more h-VJP finds out whether F couples samples.
 
     Parameters
     ----------
@@ -115,7 +118,8 @@ def contraction(
     NotImplementedError
         If the problem lacks its VJP or JVP.
     TypeError, ValueError
-        If an argument, or a result of f, has a wrong type, structure, shape, dtype or device.
+        If an argument, or a result of f, has a wrong type, structure, shape, dtype or device; or if F couples samples:
+        pass ``batch_ndim=0``. Within ``jax.jit`` no error can say so, and the result is NaN.
 
     Examples
     --------
@@ -130,7 +134,7 @@ def contraction(
     """
     steps = checks.integer("steps", steps, 1)
     seed = checks.integer("seed", seed, 0)
-    space, at = _linearize(f, h, z, batch_ndim, "vjp_h", "jvp_h")
+    space, at, coupled = _linearize(f, h, z, batch_ndim, "vjp_h", "jvp_h")
     backend = space.backend
     pull, push = on_states(at.vjp_h, space, space), on_states(at.jvp_h, space, space)
 
@@ -141,20 +145,30 @@ def contraction(
     with backend.on_device_of(h), backend.solving():
         carry = _image(space, pull, start(space, seed, shared=True))
         _, norm = backend.repeat(step, carry, steps - 1)
-        return backend.stop_gradient(space.per_sample(norm))
+        return backend.stop_gradient(space.per_sample(_unless(coupled, space, norm)))
 
 
 def _linearize(
     f: Problem[H, Z] | Map[H, Z], h: H, z: Z, batch_ndim: int | None, *names: str
-) -> tuple[Space, BoundLinearization[H, Z]]:
-    """The space of h, and F's derivatives there."""
+) -> tuple[Space, BoundLinearization[H, Z], Array | None]:
+    """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
     problem = as_problem(f, batch_ndim)
     space = find_backend(h, "h").space(h, problem.batch_ndim, "h")
     adapter = None if problem.has_derivatives else find_adapter((h, z))
     if adapter is not None:
         problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim)
-    return space, problem.linearize(h, z).require(*names)
+    at = problem.linearize(h, z).require(*names)
+    with space.backend.on_device_of(h), space.backend.solving():
+        return space, at, refuse_coupling(space, at, problem.f, "the estimate is for each sample")
+
+
+def _unless(coupled: Array | None, space: Space, numbers: Numbers) -> Numbers:
+    """``numbers``; NaN if F couples samples."""
+    if coupled is None:
+        return numbers
+    known: Numbers = space.xp.where(coupled, space.full(float("nan")), numbers)
+    return known
 
 
 def _image(space: Space, operator: Operator, v: State) -> tuple[State, Numbers]:

@@ -1,0 +1,55 @@
+"""An evaluation of F that leaves no trace in the modules it refers to, nor in the random state."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from implicit_core.arrays import PyTree
+from implicit_core.backends.torch import BACKEND
+
+from .referenced_modules import modules_of
+
+
+@contextmanager
+def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
+    """Restore parameters, buffers and the random state at the end, whatever F does to them.
+
+    Parameters
+    ----------
+    f
+        F, a function that refers to modules, or a module.
+    h
+        The state, for its devices.
+
+    Yields
+    ------
+    list of str
+        Empty. At the end it holds the names of the parameters and buffers that were changed.
+    """
+    saved = [
+        (name, tensor, tensor.detach().clone())
+        for module in modules_of(f)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    ]
+    devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
+    changed: list[str] = []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            # The hooks of an activation checkpoint count the tensors that are saved, and this runs only once. A tensor
+            # that is not detached would keep itself alive, as an output that its own graph saves.
+            with saved_tensors_hooks(torch.detach, _itself):
+                yield changed
+        finally:
+            with torch.no_grad():
+                for name, tensor, before in saved:
+                    if not bool(((tensor == before) | (before != before)).all()):
+                        changed.append(name)
+                        tensor.copy_(before)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,424 @@
+"""Is F a function that an implicit layer can be built on? One call that tells it in words."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import checks
+from .arrays import Array, H, PyTree, State, Z
+from .coupling import coupling, random_state, repeated, separating
+from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, zero_tangent
+from .registry import find_adapter, find_backend
+from .solution import Status
+from .solve import as_solver, solve
+from .solvers import Anderson, FixedPointSolver
+from .space import Space
+
+WIDTH = 80
+"""Columns of a report."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with F.
+
+    Attributes
+    ----------
+    kind
+        ``"random"``, ``"writes"``, ``"state"``, ``"structure"``, ``"coupled"``, ``"derivatives"`` or ``"contraction"``.
+    text
+        What was found, with the number that shows it.
+    advice
+        What to do about it.
+    """
+
+    kind: str
+    text: str
+    advice: str
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What :func:`check` found.
+
+    Attributes
+    ----------
+    findings
+        What is wrong, the most basic first. Where F is not a function of its arguments, or returns something that is
+        not like h, nothing else can be measured.
+    notes
+        What was not tested, and why.
+    batch_ndim
+        The number of batch axes that was tested.
+    point
+        Where the derivatives were tested: ``"solution"``, or ``"h0"`` if the solve failed.
+    coupling
+        The largest relative effect of a sample on others; 0.0 if they are independent, None if that was not tested.
+    adjoint_error
+        The relative difference of ⟨u, J v⟩ and ⟨Jᵀ u, v⟩; None without both derivatives.
+    difference_error
+        The largest relative difference of a derivative and central differences; None without a derivative.
+    spectral_radius, contraction
+        The largest estimates over all samples of the spectral radius of ∂F/∂h and of ‖∂F/∂h‖₂; None if not measured.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), batch_ndim=1)
+    >>> ic.check(problem, np.zeros((2, 3)), np.ones((2, 3))).ok
+    True
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    batch_ndim: int
+    point: str
+    coupling: float | None = None
+    adjoint_error: float | None = None
+    difference_error: float | None = None
+    spectral_radius: float | None = None
+    contraction: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def kinds(self) -> set[str]:
+        """The kinds of the findings."""
+        return {finding.kind for finding in self.findings}
+
+    def __repr__(self) -> str:
+        measured = {
+            "coupling": self.coupling,
+            "adjoint error": self.adjoint_error,
+            "difference error": self.difference_error,
+            "spectral radius": self.spectral_radius,
+            "contraction": self.contraction,
+        }
+        lines = [f"check with batch_ndim={self.batch_ndim}, at the {self.point}: {'ok' if self.ok else 'findings'}"]
+        for finding in self.findings:
+            lines += _wrapped(f"{finding.kind}: {finding.text}", "  ") + _wrapped(f"-> {finding.advice}", "    ")
+        lines += [f"  {name:<17}{value:.3g}" for name, value in measured.items() if value is not None]
+        for note in self.notes:
+            lines += _wrapped(f"not tested: {note}", "  ")
+        return "\n".join(lines)
+
+
+def check(
+    f: Problem[H, Z] | Map[H, Z],
+    h0: H,
+    z: Z,
+    *,
+    batch_ndim: int | None = None,
+    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
+    seed: int = 0,
+) -> Report:
+    """Test whether F is what an implicit layer needs, and say in words what is not.
+
+    F must be a function of (h, z) that returns something like h and writes to neither, its samples must be independent,
+    its derivatives right, and its Jacobian a contraction for the cheap estimators. The test evaluates F a few dozen
+    times and solves once, so call it before training and not in a loop. Modules of PyTorch that F refers to keep their
+    parameters, buffers and gradients, and the random state of PyTorch stays as it was.
+
+    Parameters
+    ----------
+    f
+        A :class:`Problem`, or F itself, ``f(h, z)``.
+    h0
+        Where to start the solve: an array or a pytree of arrays, (batch..., state...).
+    z
+        Inputs and parameters.
+    batch_ndim
+        How many first axes of every leaf of h index independent samples; for a plain F only (default 0).
+    solver
+        The solver whose point the derivatives are tested at.
+    seed
+        Seed of the random directions.
+
+    Returns
+    -------
+    Report
+        ``report.ok``, ``report.findings`` and the numbers measured. Print it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong kind. A finding never raises. An error that F raises itself passes through.
+    NotImplementedError
+        Within ``jax.jit``, where no number can be read: call it before.
+
+    Notes
+    -----
+    Samples are independent if cotangents of some samples give products that are exactly zero in all others. Splits of
+    the batch that separate each pair of samples make sure that a single pair is found, at 2 ⌈log₂ N⌉ products. A batch
+    of one sample cannot be tested.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> problem = ic.Problem(lambda h, z: 0.5 * np.mean(h, axis=0) + z, batch_ndim=1,
+    ...     vjp=lambda h, z, v: (0.0 * v + 0.5 * np.mean(v, axis=0), v))
+    >>> ic.check(problem, np.zeros((4, 2)), np.ones((4, 2))).kinds()
+    {'coupled'}
+    """
+    checks.function("f", f)
+    problem = as_problem(f, batch_ndim)
+    seed = checks.integer("seed", seed, 0)
+    solver = as_solver(solver)
+    backend = find_backend(h0, "h0")
+    space = backend.space(h0, problem.batch_ndim, "h0")
+    if not all(map(backend.readable, backend.flatten((h0, z))[0])):
+        raise NotImplementedError("check reads numbers, so it cannot run within jax.jit or a captured graph")
+    adapter = find_adapter((h0, z))
+    undisturbed: Callable[..., AbstractContextManager[list[str]]] = getattr(adapter, "undisturbed", _nothing_to_restore)
+    found: list[Finding] = []
+    with backend.on_device_of(h0), backend.solving():
+        with undisturbed(problem.f, h0) as changed:
+            _is_function(problem, space, h0, z, found)
+        if changed:
+            names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+            text, advice = (
+                f"an evaluation of F changes {names}",
+                "put the module in eval mode, or freeze its statistics",
+            )
+            found.append(Finding("state", text, advice))
+        if {"random", "structure", "writes"} & {finding.kind for finding in found}:
+            return Report(tuple(found), ("derivatives, which an F like this has none of",), problem.batch_ndim, "h0")
+        if adapter is not None and not problem.has_derivatives:
+            problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim)
+            if changed:
+                problem = _pullbacks_alone(problem)
+        with undisturbed(problem.f, h0):
+            return _at_a_point(problem, space, h0, z, solver, seed, found)
+
+
+def _pullbacks_alone(problem: Problem[H, Z]) -> Problem[H, Z]:
+    """The problem without a JVP: forward mode of PyTorch refuses an F that writes to the buffers of a module."""
+
+    def linearize(h: H, z: Z) -> Linearization[H, Z]:
+        return replace(problem.linearize(h, z).raw, jvp_h=None, jvp_z=None, jvp=None)
+
+    return Problem(problem.f, linearize=linearize, batch_ndim=problem.batch_ndim)
+
+
+def _at_a_point(
+    problem: Problem[H, Z],
+    space: Space,
+    h0: H,
+    z: Z,
+    solver: FixedPointSolver,
+    seed: int,
+    found: list[Finding],
+) -> Report:
+    """The tests of derivatives."""
+    backend, xp = space.backend, space.xp
+    solution = solve(problem, h0, z, solver=solver)
+    solved = bool(xp.all(solution.status == Status.CONVERGED.value))
+    h, point = (solution.value, "solution") if solved else (h0, "h0")
+    notes: list[str] = []
+    numbers: dict[str, float] = {}
+    if not problem.has_derivatives:
+        notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
+        return Report(tuple(found), tuple(notes), problem.batch_ndim, point)
+    at = problem.linearize(h, z)
+    has_vjp = at.raw.vjp is not None or at.raw.vjp_h is not None
+    has_jvp = at.raw.jvp is not None or at.raw.jvp_h is not None
+    coupled = False
+    if not space.batch_shape:
+        notes.append("independence of samples, since batch_ndim=0 makes them one system")
+    elif space.samples < 2 or not space.dimension:
+        notes.append("independence of samples, since there is one sample or none")
+    else:
+        size = max(float(coupling(space, at, split).size) for split in separating(space.samples))
+        numbers["coupling"] = size
+        coupled = size > 0
+        difference, bound = repeated(space, at.value, problem.f(h, z))
+        if 0 < difference <= bound and size <= math.sqrt(space.coarsest_eps):
+            coupled = False
+        if coupled:
+            text = f"F couples the samples that batch_ndim={problem.batch_ndim} takes for independent ({size:.1e})"
+            advice = "pass batch_ndim=0, which solves and differentiates them as one system"
+            found.append(Finding("coupled", text, advice))
+    _derivatives(problem, space, at, seed, has_vjp, has_jvp, found, numbers)
+    if has_vjp and not coupled:
+        _contraction(problem, h, z, has_jvp, found, numbers, backend)
+    elif coupled:
+        notes.append("contraction, which is that of a sample and means nothing where samples are coupled")
+    return Report(tuple(found), tuple(notes), problem.batch_ndim, point, **numbers)
+
+
+def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: list[Finding]) -> None:
+    """Whether F returns the same twice, something like h, and leaves its arguments as they were."""
+    backend = space.backend
+    arguments = [leaf for leaf in backend.flatten((h0, z))[0] if backend.is_array(leaf)]
+    before = [backend.xp.asarray(leaf, copy=True) for leaf in arguments]
+    h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
+    value = problem.f(h_copy, z_copy)
+    passed = [leaf for leaf in backend.flatten((h_copy, z_copy))[0] if backend.is_array(leaf)]
+    try:
+        checks.like(backend, "the result of f", value, h0, "h")
+    except (TypeError, ValueError) as error:
+        found.append(Finding("structure", str(error), "return the structure, shapes and dtypes of h from F"))
+        return
+    value = backend.map(lambda leaf: _copied(space, leaf), value)
+    if not all(_same(space, a, b) for a, b in zip(before, passed, strict=True)):
+        found.append(Finding("writes", "F writes to its argument h or z", "compute a new array instead"))
+    h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
+    difference, bound = repeated(space, value, problem.f(h_copy, z_copy))
+    if difference > bound:
+        text = f"two evaluations of F at one point differ by {difference:.2g}"
+        advice = "draw random numbers once per solve (VariationalDropout in PyTorch, a key in z in JAX)"
+        found.append(Finding("random", text, advice))
+
+
+def _derivatives(
+    problem: Problem[H, Z],
+    space: Space,
+    at: BoundLinearization[H, Z],
+    seed: int,
+    has_vjp: bool,
+    has_jvp: bool,
+    found: list[Finding],
+    numbers: dict[str, float],
+) -> None:
+    """Compare the derivatives with each other, and with central differences in h and in z."""
+    backend, whole = space.backend, space.backend.space(at.h, 0, "h")
+    u, v = (whole.unpack(random_state(whole, seed + i)) for i in (1, 2))
+    eps = space.coarsest_eps
+    tolerance = 100 * eps ** (2 / 3)
+    zero = zero_tangent(backend, at.z)
+    leaves, structure = backend.flatten(at.z, none_is_leaf=True)
+    floats = [i for i, x in enumerate(leaves) if backend.is_array(x) and backend.isdtype(x.dtype, "real floating")]
+    directions: dict[str, tuple[Any, Any]] = {"h": (v, zero)}
+    if floats:
+        zeros = backend.flatten(zero, none_is_leaf=True)[0]
+        for i in floats:
+            z_space = backend.space(leaves[i], 0, "z")
+            zeros[i] = z_space.unpack(random_state(z_space, seed + 3 + i))
+        directions["z"] = (zero_tangent(backend, at.h), backend.unflatten(structure, zeros))
+    pulled: Any = None
+    if has_vjp:
+        has_z = at.raw.vjp is not None or at.raw.vjp_z is not None
+        pulled = at.vjp(u) if has_z else (at.vjp_h(u), None)
+    worst_adjoint, worst_difference = 0.0, 0.0
+    for name, (dh, dz) in directions.items():
+        values: dict[str, float] = {}
+        scale = 0.0
+        try:
+            if has_jvp:
+                pushed = whole.pack(at.jvp_h(dh) if name == "h" else at.jvp_z(dz))
+                values["JVP"], scale = _inner(whole, whole.pack(u), pushed)
+            if pulled is not None and pulled["hz".index(name)] is not None:
+                values["VJP"], size = _tree_inner(backend, pulled["hz".index(name)], dh if name == "h" else dz)
+                scale = max(scale, size)
+        except NotImplementedError:
+            continue
+        step = _step(backend, at.h if name == "h" else [leaves[i] for i in floats], eps)
+        ahead, behind = (
+            whole.pack(problem.f(_moved(backend, at.h, s * step, dh), _moved(backend, at.z, s * step, dz)))
+            for s in (1.0, -1.0)
+        )
+        central, size = _inner(whole, whole.pack(u), whole.scale(0.5 / step, whole.sub(ahead, behind)))
+        rounding = _inner(whole, whole.pack(u), whole.pack(at.value))[1] * eps / step
+        scale = max(scale, size)
+        if len(values) == 2:
+            error = abs(values["JVP"] - values["VJP"]) / scale if scale else 0.0
+            worst_adjoint = max(worst_adjoint, error)
+            numbers["adjoint_error"] = worst_adjoint
+            if not error <= max(100 * eps, eps**0.75):
+                text = f"the VJP and the JVP with respect to {name} are not adjoint: relative difference {error:.1e}"
+                found.append(Finding("derivatives", text, "compare both with the formula of F"))
+        for kind, value in values.items():
+            error = abs(value - central) / scale if scale else 0.0
+            worst_difference = max(worst_difference, error)
+            numbers["difference_error"] = worst_difference
+            if not abs(value - central) <= tolerance * scale + 8 * rounding:
+                text = f"the {kind} with respect to {name} differs from central differences by {error:.1e} (relative)"
+                advice = "correct it; where F has kinks or is not smooth at this point, the difference may be the cause"
+                found.append(Finding("derivatives", text, advice))
+
+
+def _contraction(
+    problem: Problem[H, Z],
+    h: H,
+    z: Z,
+    has_jvp: bool,
+    found: list[Finding],
+    numbers: dict[str, float],
+    backend: Any,
+) -> None:
+    from .theory import contraction, spectral_radius  # which import the estimators
+
+    numbers["spectral_radius"] = float(backend.xp.max(spectral_radius(problem, h, z)))
+    if has_jvp:
+        numbers["contraction"] = float(backend.xp.max(contraction(problem, h, z)))
+    radius = numbers["spectral_radius"]
+    if not radius < 1:
+        text = f"the spectral radius of ∂F/∂h is {radius:.3g}, so phantom gradients with many terms diverge"
+        advice = "take Implicit, whose solve needs no contraction, or a smaller lam, or regularize the Jacobian"
+        found.append(Finding("contraction", text, advice))
+
+
+def _step(backend: Any, tree: PyTree, eps: float) -> float:
+    """A step of central differences: ε^(1/3) at the size of the numbers, at least of 1."""
+    sizes = [float(backend.xp.max(backend.xp.abs(x))) for x in backend.flatten(tree)[0] if 0 not in x.shape]
+    # A power of two, which rounds the points that F is evaluated at the least.
+    return float(2.0 ** round(math.log2(eps ** (1 / 3) * max([1.0, *(s for s in sizes if math.isfinite(s))]))))
+
+
+def _moved(backend: Any, tree: PyTree, step: float, direction: PyTree) -> PyTree:
+    """``tree + step · direction``, in the dtypes of the tree; only its real floating arrays move."""
+    leaves, structure = backend.flatten(tree, none_is_leaf=True)
+    along = backend.flatten(direction, none_is_leaf=True)[0]
+    moved = [
+        x + backend.xp.astype(step * d, x.dtype)
+        if backend.is_array(x) and backend.isdtype(x.dtype, "real floating")
+        else x
+        for x, d in zip(leaves, along, strict=True)
+    ]
+    return backend.unflatten(structure, moved)
+
+
+def _inner(space: Space, x: State, y: State) -> tuple[float, float]:
+    """⟨x, y⟩, and ‖x‖ ‖y‖, as numbers."""
+    return float(space.dot(x, y)[0, 0]), float((space.norm(x) * space.norm(y))[0, 0])
+
+
+def _tree_inner(backend: Any, x: PyTree, y: PyTree) -> tuple[float, float]:
+    """The same for pytrees with leaves that may be None or no real floating arrays."""
+    pairs = zip(*(backend.flatten(tree, none_is_leaf=True)[0] for tree in (x, y)), strict=True)
+    kept = [
+        (a, b)
+        for a, b in pairs
+        if backend.is_array(a) and backend.is_array(b) and backend.isdtype(a.dtype, "real floating")
+    ]
+    if not kept:
+        return 0.0, 0.0
+    a, b = ([pair[i] for pair in kept] for i in (0, 1))
+    space = backend.space(a, 0, "z")
+    return _inner(space, space.pack(a), space.pack(b))
+
+
+def _copied(space: Space, leaf: Any) -> Any:
+    return space.xp.asarray(leaf, copy=True) if space.backend.is_array(leaf) else leaf
+
+
+def _same(space: Space, a: Array, b: Array) -> bool:
+    equal = a == b
+    if space.backend.isdtype(a.dtype, ("real floating", "complex floating")):
+        equal = equal | ((a != a) & (b != b))
+    return bool(space.xp.all(equal))
+
+
+def _nothing_to_restore(*_: object) -> AbstractContextManager[list[str]]:
+    return nullcontext([])
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")

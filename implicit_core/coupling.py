@@ -1,0 +1,150 @@
+"""Does F couple what ``batch_ndim`` takes for independent samples? One product tells (Decision 80)."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .arrays import Array, H, State, Z
+from .problem import BoundLinearization, Map
+from .space import Space
+
+SEED = 0
+ROUNDING = 32.0
+"""Units of rounding that two evaluations of one function may differ by, where sums have no fixed order."""
+
+
+class Coupling(NamedTuple):
+    """What one product found.
+
+    Attributes
+    ----------
+    found
+        Whether the product is nonzero in a sample whose cotangent is zero: one boolean, an array.
+    size
+        The largest entry there, relative to the largest of the product: an array without axes.
+    """
+
+    found: Array
+    size: Array
+
+
+def halves(n: int, seed: int = SEED) -> list[bool]:
+    """A random half of n samples."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[: n // 2])
+    return [i in chosen for i in range(n)]
+
+
+def separating(n: int) -> list[list[bool]]:
+    """Splits of n samples so that each sample is chosen at least once without each other one, 2 ⌈log₂ n⌉ of them."""
+    bits = [[bool(i >> b & 1) for i in range(n)] for b in range(max(n - 1, 0).bit_length())]
+    return [split for chosen in bits for split in (chosen, [not each for each in chosen])]
+
+
+def coupling(space: Space, at: BoundLinearization[H, Z], split: Sequence[bool] | None = None) -> Coupling:
+    """One product with the Jacobian, of cotangents that are random in some samples and zero in all others.
+
+    Parameters
+    ----------
+    space
+        The space of h, with at least two samples.
+    at
+        F's derivatives at h: the VJP, or the JVP if there is none.
+    split
+        Which samples get a cotangent; a random half if None.
+    """
+    xp, split = space.xp, halves(space.samples) if split is None else split
+    chosen = xp.reshape(xp.asarray(split, dtype=xp.bool, device=space.device), (space.samples, 1))
+    cotangent = State(tuple(xp.where(chosen, a, xp.zeros_like(a)) for a in random_state(space, SEED)))
+    product = at.vjp_h if at.raw.vjp_h is not None or at.raw.vjp is not None else at.jvp_h
+    image = space.pack(product(space.unpack(cotangent)))
+    # A NaN is not larger than zero, so 0 · ∞ accuses nobody, and neither does -0.0.
+    leaked = xp.max(xp.stack([_largest(space, xp.where(chosen, xp.zeros_like(a), a)) for a in image]))
+    largest = xp.max(xp.stack([_largest(space, a) for a in image]))
+    return Coupling(leaked > 0, leaked / xp.where(largest > 0, largest, xp.ones_like(largest)))
+
+
+def random_state(space: Space, seed: int) -> State:
+    """Standard normal numbers, of another size in each sample; the same in every framework.
+
+    The samples share their directions, since the array API has no random numbers and Python's are slow to draw.
+    """
+    xp, draw = space.xp, random.Random(seed).gauss
+
+    def normal(n: int, d: int) -> Array:
+        numbers = [draw(0.0, 1.0) for _ in range(n * d)]
+        return xp.reshape(xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
+
+    size = normal(space.samples, 1)
+    size = xp.where(size < 0, size - 0.5, size + 0.5)
+    return State(tuple(size * normal(1, d) for _, d in space.flat_shapes))
+
+
+def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], where: str) -> Array | None:
+    """Raise if F couples samples.
+
+    Returns
+    -------
+    Array or None
+        Whether F couples samples, where that cannot be read: in ``jax.jit``, ``jax.vmap`` or a captured graph.
+
+    Raises
+    ------
+    ValueError
+        If F couples samples, or is random.
+    """
+    if not testable(space):
+        return None
+    found, size = coupling(space, at)
+    if not space.backend.readable(found):
+        return found
+    if bool(found) and (message := reason(space, at, f, float(size))):
+        raise ValueError(f"{where}: {message}")
+    return None
+
+
+def testable(space: Space) -> bool:
+    """Whether there are two samples, and numbers in them."""
+    return space.samples > 1 and space.dimension > 0
+
+
+def reason(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], size: float) -> str | None:
+    """Why a product is not zero where its cotangent is; None if rounding explains it."""
+    difference, bound = repeated(space, at.value, f(at.h, at.z))
+    if difference > bound:
+        return (
+            "F gives another value each time it is evaluated at one point, so it is not a function of (h, z), and its "
+            "samples are coupled: draw random numbers, such as the masks of dropout, once per solve"
+        )
+    if difference > 0 and size <= math.sqrt(space.coarsest_eps):
+        return None  # sums without a fixed order, as atomic ones on a GPU
+    batch = math.prod(space.batch_shape)
+    return (
+        f"F couples the {batch} samples that batch_ndim={len(space.batch_shape)} takes for independent: a cotangent of "
+        f"one half of them reaches the other half (relative size {size:.1e}), as with batch norm in train mode, "
+        "attention over the batch, or a graph whose nodes are taken for samples. Pass batch_ndim=0, which solves and "
+        "differentiates them as one system"
+    )
+
+
+def repeated(space: Space, value: H, again: H) -> tuple[float, float]:
+    """The largest difference of two values of F at one point, and what rounding may explain of it."""
+    a, b = space.pack(value), space.pack(again)
+    xp = space.xp
+    alike = bool(space.same(a, b))
+    if alike:
+        return 0.0, 0.0
+    difference = max(float(_largest(space, x - y)) for x, y in zip(a, b, strict=True))
+    scale = max(float(_largest(space, xp.where(xp.isfinite(x), x, xp.zeros_like(x)))) for x in a)
+    return difference, ROUNDING * space.coarsest_eps * math.sqrt(space.dimension) * scale
+
+
+def _largest(space: Space, a: Array) -> Array:
+    """The largest absolute value of an array that is not NaN; 0 if it is empty."""
+    xp = space.xp
+    if 0 in a.shape:
+        return space.scalar(0.0)
+    size = xp.abs(a)
+    return xp.max(xp.where(size > 0, size, xp.zeros_like(size)))
