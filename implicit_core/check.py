@@ -14,7 +14,7 @@ from .problem import BoundLinearization, Linearization, Map, Problem, as_problem
 from .registry import find_adapter, find_backend
 from .solution import Status
 from .solve import as_solver, solve
-from .solvers import Anderson, FixedPointSolver
+from .solvers import Anderson, FixedPointSolver, Solver
 from .space import Space
 
 WIDTH = 80
@@ -204,7 +204,7 @@ def _pullbacks_alone(problem: Problem[H, Z]) -> Problem[H, Z]:
     def linearize(h: H, z: Z) -> Linearization[H, Z]:
         return replace(problem.linearize(h, z).raw, jvp_h=None, jvp_z=None, jvp=None)
 
-    return Problem(problem.f, linearize=linearize, batch_ndim=problem.batch_ndim)
+    return Problem(problem.f, linearize=linearize, batch_ndim=problem.batch_ndim, scale=problem.scale)
 
 
 def _at_a_point(
@@ -218,6 +218,8 @@ def _at_a_point(
 ) -> Report:
     """The tests of derivatives."""
     backend, xp = space.backend, space.xp
+    if isinstance(solver, Solver):  # which would raise at the first coupled sample
+        solver = replace(solver, freeze=False)
     solution = solve(problem, h0, z, solver=solver)
     solved = bool(xp.all(solution.status == Status.CONVERGED.value))
     h, point = (solution.value, "solution") if solved else (h0, "h0")

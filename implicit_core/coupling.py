@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .arrays import Array, H, State, Z
 from .problem import BoundLinearization, Map
+from .solution import CoupledSamplesError
 from .space import Space
 
 SEED = 0
@@ -92,7 +93,7 @@ def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], wh
 
     Raises
     ------
-    ValueError
+    CoupledSamplesError
         If F couples samples, or is random.
     """
     if not testable(space):
@@ -101,7 +102,7 @@ def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], wh
     if not space.backend.readable(found):
         return found
     if bool(found) and (message := reason(space, at, f, float(size))):
-        raise ValueError(f"{where}: {message}")
+        raise CoupledSamplesError(f"{where}: {message}")
     return None
 
 

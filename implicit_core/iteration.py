@@ -18,7 +18,7 @@ from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch
 from .problem import Problem
 from .progress import Progress, Start
-from .solution import Solution, Stats, Status
+from .solution import CoupledSamplesError, Solution, Stats, Status
 from .space import Space
 from .system import System
 from .warnings_ import warn
@@ -440,7 +440,7 @@ class Iteration:
         if bool(space.xp.any(apart)):
             warn(CHANGES, ChangingFunctionWarning, once=True)
         else:
-            raise ValueError(COUPLED)
+            raise CoupledSamplesError(COUPLED)
 
     def _check(self, stepped: Any, x: State) -> None:
         """The first step is a pair of a state and a memory."""

@@ -154,6 +154,10 @@ class Failure:
     residual: float
 
 
+class CoupledSamplesError(ValueError):
+    """F couples what ``batch_ndim`` takes for independent samples."""
+
+
 class ConvergenceWarning(RuntimeWarning):
     """Samples of a layer did not converge, so their values and gradients are those of another point.
 

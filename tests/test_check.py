@@ -207,6 +207,7 @@ def test_a_module_keeps_its_state():
     assert ic.check(cell.eval(), torch.zeros(8, D), x, batch_ndim=1).ok
 
 
+@pytest.mark.filterwarnings("ignore:the cell has BatchNorm1d")
 def test_layer_refuses_coupled_samples():
     layer = ict.ImplicitLayer(Cell(nn.BatchNorm1d(D)))
     x = torch.randn(8, D)

@@ -168,7 +168,8 @@ def test_plain_iteration_says_that_it_did_not_solve_the_others(name: str) -> Non
     """A rotation goes round in circles, .999¹⁰⁰ is .9, and the step of the heat equation blows up."""
     case = BY_NAME[name]
     solution = layer_on(case, PLAIN)(JAX.array(case.z))
-    assert solution.status == (ic.NONFINITE if name == "heat" else ic.MAX_STEPS)
+    expected = {"heat": (ic.NONFINITE, ic.DIVERGED), "rotation": (ic.STAGNATED,), "diagonal": (ic.MAX_STEPS,)}
+    assert solution.status in expected[name]
     h = np.asarray(solution.value)
     assert np.all(np.isfinite(h))
     if name != "heat":

@@ -18,7 +18,7 @@ from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.iteration import ChangingFunctionWarning
 from implicit_core.problem import Problem
-from implicit_core.solution import SolveError, Stats
+from implicit_core.solution import CoupledSamplesError, SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
@@ -31,6 +31,7 @@ from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
 
+NOT_OF_SHAPES = NotImplementedError, SolveError, CoupledSamplesError, torch.OutOfMemoryError
 DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 X = TypeVar("X", default=Tensor)
@@ -186,7 +187,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             )
         except (RuntimeError, TypeError, ValueError) as error:
             # An error whose kind has nothing to do with a shape is left as it is.
-            if inferred and not isinstance(error, (NotImplementedError, SolveError, torch.OutOfMemoryError)):
+            if inferred and not isinstance(error, NOT_OF_SHAPES):
                 error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
             raise
         if self.check and self.batch_ndim:

@@ -1,6 +1,5 @@
 """Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 84 to 86)."""
 
-import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +8,7 @@ from array_api_compat import array_namespace
 from ..arrays import Mask, Numbers, State
 from ..solution import sample_names
 from ..space import Space
+from ..warnings_ import warn
 from .inexact import InexactGradientWarning
 
 E = TypeVar("E")
@@ -124,13 +124,12 @@ class GrowthTest:
             return
         samples = [i for i in range(grew.shape[0]) if bool(grew[i, 0])]
         growth = max(_ratio(float(after[i, 0]), float(before[i, 0])) for i in samples)
-        warnings.warn(
+        warn(
             f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: the last of its {self.k} "
             f"terms is up to {growth:.0e} times as large as the first, because steps with lam={self.lam:g} do not "
             "contract. Use gradient=Implicit(), which is exact and needs no contraction (with NewtonKrylov as the "
             "solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
             GrowingGradientWarning,
-            stacklevel=5,
         )
 
 
