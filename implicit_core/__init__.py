@@ -29,6 +29,7 @@ from .estimators import (
 from .fixed_point import fixed_point
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
+from .magnitudes import magnitudes
 from .problem import Linearization, Problem
 from .solution import (
     CONVERGED,
@@ -87,6 +88,7 @@ __all__ = [
     "Unroll",
     "check",
     "fixed_point",
+    "magnitudes",
     "solve",
     "solve_linear",
 ]

@@ -197,6 +197,8 @@ class Iteration:
         infinite = space.full(float("inf"))
         # An infinite start is no start, and NaN is above nothing.
         point, jacobian = self.measure(x, h, 0, lambda norm, _: norm < infinite)
+        if solver.max_steps == 1:
+            point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
         self.unmodified = space.same(start, space.pack(h)) if can_check else True  # Decisions 7 and 8.
         del start, x, h  # memory: a solve holds few states besides the solver's own
@@ -204,7 +206,7 @@ class Iteration:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE.
-        self.unread = None if readable else self._outside(point)
+        self.unread = None if readable or solver.max_steps == 1 else self._outside(point)
         if self.unread is not None:
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
@@ -223,12 +225,7 @@ class Iteration:
         settled = point.norm if readable and space.samples > 1 and solver.freeze else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
-        carry = Carry(point, made, settled, steps, best, trace, memory)
-        if solver.max_steps == 1 and readable:  # no loop will read
-            outside = self._watched(carry)
-            if outside is not None and bool(space.xp.any(outside)):
-                self._note(carry)
-        return carry
+        return Carry(point, made, settled, steps, best, trace, memory)
 
     def measure(
         self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
@@ -273,6 +270,14 @@ class Iteration:
         if isinstance(point.index, int) and point.index == 0:
             return None if self.units is not None else self.space.out_of_range(point.f_norm)
         return None if settled is None or settled is point.norm or self.checked else point.norm > settled
+
+    def _measured_in_units(self, point: Point) -> Point:
+        """The only point of a solve, with its norms in units of its own size, which needs no read to begin again."""
+        space = self.space
+        units = self.units = space.magnitude(point.f)
+        self.atol = self.atol / units
+        norm, f_norm = (space.norm(space.divide(x, units)) for x in (point.residual, point.f))
+        return point._replace(norm=norm, f_norm=f_norm, active=finite(norm))
 
     def _outside(self, point: Point) -> Mask:
         """Where squares leave the range of numbers; not where F(h) is zero, or itself not finite."""

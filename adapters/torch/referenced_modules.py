@@ -87,7 +87,7 @@ def modules_of(f: Map[H, Z]) -> list[nn.Module]:
 
 def _variables(f: types.FunctionType) -> list[object]:
     """The values of the global names and closure cells of a function; empty for one of PyTorch's own."""
-    if f.__module__.partition(".")[0] == "torch":
+    if (f.__module__ or "").partition(".")[0] == "torch":
         return []
     values = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
     for cell in f.__closure__ or ():
