@@ -23,7 +23,7 @@ class NumPyBackend(Backend):
     """NumPy arrays, and the scalars that NumPy returns instead of arrays without axes."""
 
     def unsupported(self, x: Any, name: str) -> str | None:
-        """Decision 77."""
+        """Decision 79."""
         kind = type(x)
         if isinstance(x, np.ma.MaskedArray):
             return (

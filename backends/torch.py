@@ -145,7 +145,7 @@ class CUDAStreams:
 class Unread:
     """Numbers on their way from a device, whose readers are called once they have arrived.
 
-    To wait for them would stop the host from queueing more work (Decision 85).
+    To wait for them would stop the host from queueing more work (Decision 77).
     """
 
     MOST = 8

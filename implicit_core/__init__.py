@@ -27,6 +27,7 @@ from .estimators import (
     Unroll,
 )
 from .fixed_point import fixed_point
+from .iteration import ChangingFunctionWarning
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
@@ -38,6 +39,7 @@ from .solution import (
     NONFINITE,
     STAGNATED,
     ConvergenceWarning,
+    CoupledSamplesError,
     Solution,
     SolveError,
     Stats,
@@ -64,7 +66,9 @@ __all__ = [
     "BiCGSTAB",
     "Broyden",
     "CallableSolver",
+    "ChangingFunctionWarning",
     "ConvergenceWarning",
+    "CoupledSamplesError",
     "Estimator",
     "Finding",
     "FixedPointIteration",

@@ -261,6 +261,6 @@ class Backend:
 
         A framework may give it the same numbers as arrays of NumPy, and later, to avoid waiting for the device.
         """
-        # Decision 85.
+        # Decision 77.
         if self.readable(numbers[0]):
             function(*numbers)

@@ -33,6 +33,14 @@ class Finding:
         What was found, with the number that shows it.
     advice
         What to do about it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> report = ic.check(lambda h, z: h + np.random.default_rng().normal(size=2), np.zeros(2), None)
+    >>> report.findings[0].kind
+    'random'
     """
 
     kind: str

@@ -176,7 +176,7 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
 
 
 def no_masks(name: str, tree: PyTree) -> None:
-    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 77).
+    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 79).
 
     Classes that only a framework knows as containers are leaves here, and are left alone, as all other objects are.
     """
@@ -193,7 +193,7 @@ def is_masked(leaf: object) -> bool:
 
 
 def numbers_as_arrays(backend: "Backend", got: PyTree, expected: PyTree) -> PyTree:
-    """``got``, with an array without axes for each Python float where ``expected`` has one (Decision 78)."""
+    """``got``, with an array without axes for each Python float where ``expected`` has one (Decision 80)."""
     leaves, structure = backend.flatten(got)
     if not any(_is_number(backend, leaf) for leaf in leaves):
         return got

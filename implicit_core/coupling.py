@@ -1,4 +1,4 @@
-"""Does F couple what ``batch_ndim`` takes for independent samples? One product tells (Decision 80)."""
+"""Does F couple what ``batch_ndim`` takes for independent samples? One product tells (Decision 82)."""
 
 import math
 import random

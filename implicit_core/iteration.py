@@ -46,7 +46,15 @@ CHANGES = (
 
 
 class ChangingFunctionWarning(RuntimeWarning):
-    """F gave two values at one point, so a solve, its statuses and its gradient mean little."""
+    """F gave two values at one point, so a solve, its statuses and its gradient mean little.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import implicit_core as ic
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", ic.ChangingFunctionWarning)  # switches it off
+    """
 
 
 class _OutOfRangeError(Exception):
@@ -165,14 +173,14 @@ class Iteration:
         backend, solver = self.space.backend, self.solver
         with backend.solving():
             self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
-            # A tolerance below rounding would only be met by chance. Decision 88.
+            # A tolerance below rounding would only be met by chance. Decision 71.
             self.rtol = max(solver.rtol, ROUNDING * self.space.coarsest_eps) if solver.rtol else 0.0
             # With both zero the number of steps is the user's.
             self.forced = solver.rtol == 0 == solver.absolute_tolerance
             try:
                 return self._run()
             except _OutOfRangeError as error:
-                # Once more in units of its own size, which no square leaves the range of numbers from. Decision 90.
+                # Once more in units of its own size, which no square leaves the range of numbers from. Decision 73.
                 self.units = error.units
                 self.space = self.system.space = self.space.in_units(error.units)
                 self.atol = self.atol / error.units

@@ -65,7 +65,7 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
 
 
 class Watched(Generic[H, Z]):
-    """A problem that remembers where F was evaluated last: by the last step of an estimator's value (Decision 89).
+    """A problem that remembers where F was evaluated last: by the last step of an estimator's value (Decision 72).
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class Watched(Generic[H, Z]):
         with backend.on_device_of(h), backend.solving():
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
             space = self.problem.space(h)
-            x, fx = space.pack(h), space.pack(f)
+            x, fx = space.pack(h), space.accept("the result of f", f)
             units = space.magnitude(fx)  # once, and whatever the size of the state
             residual, fx = space.divide(space.sub(fx, x), units), space.divide(fx, units)
             return units * space.norm(residual), units * space.norm(fx)

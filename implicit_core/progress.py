@@ -2,7 +2,7 @@
 
 A tolerance that is relative to ‖F(h)‖ is met by any residual once the state is large enough. So a converged sample's
 residual also fell, to a fraction of the first one (Decision 69). A sample that makes no progress is ended early, at one
-of a few checkpoints (Decision 87).
+of a few checkpoints (Decision 70).
 """
 
 from typing import Any, NamedTuple

@@ -155,7 +155,20 @@ class Failure:
 
 
 class CoupledSamplesError(ValueError):
-    """F couples what ``batch_ndim`` takes for independent samples."""
+    """F couples what ``batch_ndim`` takes for independent samples.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> def mean_of_all(h, z):
+    ...     return 0.9 * h.mean() * np.array([[0.1], [1.0]]) + z
+    >>> try:
+    ...     ic.solve(mean_of_all, np.zeros((2, 1)), np.array([[0.0], [1.0]]), batch_ndim=1, solver=ic.Broyden())
+    ... except ic.CoupledSamplesError as error:
+    ...     print("batch_ndim=0" in str(error))
+    True
+    """
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -193,7 +206,7 @@ class SolveError(RuntimeError):
     ...     ic.solve(lambda h, z: h + 1.0, np.zeros(2), None, solver=ic.FixedPointIteration(max_steps=3), throw=True)
     ... except ic.SolveError as error:
     ...     print(error)
-    the solve did not converge: MAX_STEPS, largest residual 1.41
+    the solve did not converge: MAX_STEPS, largest residual 1.41. MAX_STEPS: raise max_steps, or loosen rtol.
     """
 
     def __init__(self, message: str, failures: tuple[Failure, ...] = ()) -> None:

@@ -99,7 +99,7 @@ class Space:
             checks.like(self.backend, name, tree, self.like, "h0")
         return self._flat(leaves)
 
-    @functools.cached_property
+    @property  # cached, it would refer to itself
     def dual(self) -> "Space":
         """The space of cotangents, whose units are one over the unknown's."""
         if self._units is None:

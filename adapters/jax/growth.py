@@ -1,4 +1,4 @@
-"""Whether an estimate grows, in programs that JAX differentiates, transposes and compiles (Decision 86).
+"""Whether an estimate grows, in programs that JAX differentiates, transposes and compiles (Decision 78).
 
 Two primitives, each the transpose of the other, do what no function of JAX's can: a linear operation that looks at its
 argument. ``fork`` is v ↦ (v, v): the second result is a reference. ``compare`` is (w, last, reference) ↦ w: it tests

@@ -1,4 +1,4 @@
-"""Whether the cotangents of an unrolled loop grow, looked at where they pass through the graph (Decision 86)."""
+"""Whether the cotangents of an unrolled loop grow, looked at where they pass through the graph (Decision 78)."""
 
 from typing import Any
 

@@ -250,7 +250,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return certify(given, h, parameters, self.gradient, **options)
 
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
-        """Raise if the cell couples samples; once for each shape and mode (Decision 81)."""
+        """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
             return

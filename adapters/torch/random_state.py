@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class RandomState:
-    """The generators of the CPU and of the CUDA devices of some tensors, as they are now (Decision 79).
+    """The generators of the CPU and of the CUDA devices of some tensors, as they are now (Decision 81).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 84 to 86)."""
+"""Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 76 to 78)."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
@@ -65,7 +65,7 @@ class GrowthTest:
 
     @property
     def limit(self) -> float:
-        """The growth of k terms at which a scalar map is wrong by ten times its exact derivative (Decision 84)."""
+        """The growth of k terms at which a scalar map is wrong by ten times its exact derivative (Decision 76)."""
         return float(10.0 ** ((self.k - 1) / self.k))
 
     def checked(self, space: Space, first: State, last: State, result: State) -> State:

@@ -82,7 +82,7 @@ class Unroll(Estimator):
             return _blend(space, lam, problem.f(h, z), h)
 
         with space.backend.on_device_of(h):
-            return step(space.backend.repeat(step, h, self.k - 1))  # who watches F sees the last step, Decision 89
+            return step(space.backend.repeat(step, h, self.k - 1))  # who watches F sees the last step, Decision 72
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)
@@ -147,7 +147,7 @@ def _checked(space: Space, growth: GrowthTest, first: H, last: H) -> H:
 
 def _blend(space: Space, lam: float, f: H, h: H) -> H:
     """λ f + (1 - λ) h (Eq. 13)."""
-    if isinstance(f, float) and space.backend.has_autodiff:  # cut off from the graph (Decision 78)
+    if isinstance(f, float) and space.backend.has_autodiff:  # cut off from the graph (Decision 80)
         checks.like(space.backend, "the result of f", f, h, "h")
     return _copy(space, f) if lam == 1.0 else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 

@@ -159,7 +159,7 @@ class LinearSolver(ABC):
             r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
             growth = c.growth
-            if self.recomputes:  # Decision 70.
+            if self.recomputes:  # Decision 74.
                 seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
                 larger = (seen > growth) & (seen < float("inf"))
                 growth = space.select(c.active & larger, seen, growth)

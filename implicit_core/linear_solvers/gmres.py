@@ -50,7 +50,7 @@ class GMRES(LinearSolver):
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        # Decision 71.
+        # Decision 75.
         steps = max(min(self.restart, self.max_steps, space.dimension), 1)
         hessenberg = _Hessenberg(space, steps + 1)
 

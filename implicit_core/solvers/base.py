@@ -1,7 +1,7 @@
 """What a solver is: anything with ``solve``; most are a frozen record of settings and one step of their method."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
@@ -61,7 +61,7 @@ class Solver(ABC):
 
     Examples
     --------
-    >>> from dataclasses import dataclass
+    >>> from dataclasses import dataclass, field
     >>> import numpy as np
     >>> import implicit_core as ic
     >>> @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Solver(ABC):
     atol: float | None = None
     max_steps: int = 100
     check_every: int = 1
-    freeze: bool = True
+    freeze: bool = field(default=True, repr=False)
 
     runs_user_code: ClassVar[bool] = False
     """See :class:`FixedPointSolver`."""
