@@ -221,6 +221,7 @@ class Problem(Generic[H, Z]):
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
         self.scale = checks.scale(scale)
         self._vjp, self._jvp, self._linearize = vjp, jvp, linearize
+        self.unwatched: Problem[H, Z] | None = None
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", None) or repr(self.f)
@@ -262,6 +263,7 @@ class Problem(Generic[H, Z]):
             return value
 
         watched = self.replace_f(f)
+        watched.unwatched = self
         linearize = self._linearize
         if linearize is not None:
 

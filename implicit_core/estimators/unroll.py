@@ -78,11 +78,14 @@ class Unroll(Estimator):
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         space, lam = bind(problem, h), self.lam
 
-        def step(h: H) -> H:
+        def step(problem: Problem[H, Z], h: H) -> H:
             return _blend(space, lam, problem.f(h, z), h)
 
+        inner = problem.unwatched or problem  # a loop that is traced lets nothing out
         with space.backend.on_device_of(h):
-            return step(space.backend.repeat(step, h, self.k - 1))  # who watches F sees the last step, Decision 72
+            return step(
+                problem, space.backend.repeat(lambda h: step(inner, h), h, self.k - 1)
+            )  # who watches F sees the last step, Decision 72
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)
