@@ -1,6 +1,7 @@
 """``certify`` and ``suggest`` against dense linear algebra."""
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import implicit_core as ic
 from implicit_core.adapters import jax as icj
 from implicit_core.adapters import torch as ict
 from implicit_core.registry import find_backend
-from implicit_core.theory import Bounds, Certificate, certify, suggest
+from implicit_core.theory import Bounds, Certificate, certify, contraction, spectral_radius, suggest
 from implicit_core.theory.krylov import gap, singular_values
 from implicit_core.theory.suggest import terms
 
@@ -872,3 +873,83 @@ def test_a_torch_layer_without_parameters_says_what_to_do() -> None:
     for cell in (lambda h, x: 0.5 * h + x, torch.nn.Bilinear(2, 2, 2).requires_grad_(False)):
         with pytest.raises(TypeError, match="not a module with parameters that require a gradient: put them in z"):
             ict.ImplicitLayer(cell).certify(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_a_solve_guarantees_holds_in_every_precision(dtype: Any) -> None:
+    """``condition_8`` for estimators that solve to a tolerance, against dense linear algebra in float64."""
+    tried = 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(2, 10))
+        q = np.linalg.qr(rng.normal(size=(n, n)))[0]
+        norm = 1 - 10 ** rng.uniform(-3.5, -0.5)
+        j = (norm * q if seed % 2 else (q * rng.uniform(-norm, norm, n)) @ q.T).astype(dtype)
+        exact = np.eye(n) - j.astype(float)
+        problem = ic.Problem(
+            lambda h, z, j=j: j @ h + z,
+            vjp=lambda h, z, v, j=j: (j.T @ v, v),
+            jvp=lambda h, z, dh, dz, j=j: j @ dh + dz,
+        )
+        z, h = np.ones(n, dtype), np.zeros(n, dtype)
+        bound = min(0.99999, float(np.linalg.norm(j.astype(float), 2)) * (1 + 1e-6))
+        for gradient in (
+            ic.Implicit(ic.GMRES(rtol=1e-9)),
+            ic.Implicit(ic.BiCGSTAB()),
+            ic.NeumannSeries(1.0, 1e-4, 5000, contraction=bound),
+        ):
+            promised = certify(problem, h, z, gradient, steps=20).condition_8
+            assert promised is not None
+            for _ in range(3):
+                v = (exact.T @ rng.normal(size=n)).astype(dtype)
+                u = np.linalg.solve(exact.T, v.astype(float))
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        w = gradient.vjp(problem, h, z)[1](v).astype(float)
+                except ic.SolveError:
+                    continue
+                tried += 1
+                assert np.linalg.norm(w - u) <= promised.left.high * np.linalg.norm(u)
+    assert tried > 100
+
+
+@pytest.mark.parametrize("c", [1.0, 1e4, 1e8])
+def test_a_certificate_in_units(c: float) -> None:
+    """With D J D⁻¹ and its scale D every number is that of J."""
+    d = np.array([c, c, 1 / c, 1 / c])
+    j = np.array([[0.5, 0, 0.3, 0], [0, 0.4, 0, 0.3], [0.1, 0, 0.5, 0], [0, 0.1, 0, 0.2]])
+    m = d[:, None] * j / d[None]
+    problem = ic.Problem(
+        lambda h, z: m @ h + d * z,
+        vjp=lambda h, z, v: (m.T @ v, d * v),
+        jvp=lambda h, z, dh, dz: m @ dh + d * dz,
+        scale=d,
+    )
+    h, z = d * np.linalg.solve(np.eye(4) - j, np.ones(4)), np.ones(4)
+    found = certify(problem, h, z, ic.Neumann(5, 1.0), cotangent=np.ones(4) / d).to_dict()
+    inverse = np.linalg.inv(np.eye(4) - j.T)
+    estimate = sum(np.linalg.matrix_power(j.T, i) for i in range(5)) @ np.ones(4)
+    np.testing.assert_allclose(found["contraction"], np.linalg.norm(j, 2), rtol=1e-8)
+    np.testing.assert_allclose(found["spectral_radius"], np.abs(np.linalg.eigvals(j)).max(), rtol=1e-6)
+    error = np.linalg.norm(estimate - inverse @ np.ones(4)) / np.linalg.norm(inverse @ np.ones(4))
+    np.testing.assert_allclose(found["relative_error"], error, rtol=1e-6)
+    np.testing.assert_allclose(float(contraction(problem, h, z, steps=200)), np.linalg.norm(j, 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        float(spectral_radius(problem, h, z, steps=200)), np.abs(np.linalg.eigvals(j)).max(), rtol=1e-2
+    )
+
+
+def test_a_weight_computed_outside_of_the_cell_is_not_left_out() -> None:
+    class Cell(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = torch.nn.Parameter(torch.eye(4))
+            self.b = torch.nn.Parameter(torch.zeros(4))
+            self.w = 0.5 * self.v
+
+        def forward(self, h: Any, x: Any) -> Any:
+            return torch.tanh(h @ self.w.T + self.b + x)
+
+    with pytest.raises(ValueError, match=r"tensors of shape \(4, 4\) that require a gradient"):
+        ict.ImplicitLayer(Cell()).certify(torch.eye(2, 4))

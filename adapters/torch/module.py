@@ -25,6 +25,7 @@ from implicit_core.theory import Certificate, certify
 from implicit_core.warnings_ import warn
 
 from .autograd import in_dual_level, transforming
+from .closure import hoist
 from .precision import autocasted, full_precision, state_dtype
 from .problem import problem
 from .tensors import has_storage, tensors
@@ -214,6 +215,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         ------
         TypeError
             If the cell is not a module with parameters to train.
+        ValueError
+            If the cell uses tensors that require a gradient and are not its parameters, such as a weight computed
+            outside of ``forward``: the layer differentiates them, but the conditions would leave them out.
 
         Examples
         --------
@@ -247,6 +251,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             if not self.gradient.starts_from_h0:
                 solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
                 h = solve(given, h, parameters, solver=solver).value
+            _refuse_outside(given, h, parameters)
             return certify(given, h, parameters, self.gradient, **options)
 
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
@@ -304,6 +309,19 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _refuse_outside(given: Problem[H, dict[str, Tensor]], h: H, parameters: dict[str, Tensor]) -> None:
+    """Raise if F uses tensors that require a gradient besides the parameters."""
+    found = hoist(given.f, BACKEND.map(torch.clone, h), parameters, has_storage).externals
+    left_out = [x for x in found if x.requires_grad]
+    if left_out:
+        shapes = ", ".join(str(tuple(x.shape)) for x in left_out)
+        raise ValueError(
+            f"the cell uses tensors of shape {shapes} that require a gradient and are not its own parameters, which "
+            "the conditions would leave out: compute them in forward, as torch.nn.utils.parametrizations does, or put "
+            "all that is trained in z, and call implicit_core.theory.certify"
+        )
 
 
 def _notice_changes(cell: object) -> None:

@@ -171,8 +171,11 @@ class AtFixedPoint(Estimator):
         checks.state_like(f"{type(self).__name__}.inverse", w, v)
         return w
 
-    def inverse_error(self, contraction: Factor) -> Factor:
+    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
         """A bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1, for an estimator that solves to a tolerance.
+
+        ``eps`` is the machine precision of the coarsest leaf, and ``rounding`` the relative error of a product with the
+        Jacobian, which the accuracy of a solve cannot exceed.
 
         Its D is not a fixed linear map (it stops on a data-dependent test), so its norm cannot be measured with
         matrix-vector products. NaN if no bound is known.

@@ -8,7 +8,7 @@ from ..arrays import Operator, State
 from ..linear_solvers import GMRES, LinearSolver
 from ..solution import Status
 from ..space import Space
-from .base import AtFixedPoint, Derivative, Factor
+from .base import AtFixedPoint, Derivative, Factor, unknown
 from .inexact import nan_where_invalid, report
 
 
@@ -82,10 +82,15 @@ class Implicit(AtFixedPoint):
             )
         return w
 
-    def inverse_error(self, contraction: Factor) -> Factor:
-        """``rtol`` (1 + L_h) / (1 - L_h), if a sample with a larger residual of its linear solve raises."""
+    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
+        """η (1 + L_h) / (1 - L_h), if a sample with a relative residual of its linear solve above η raises.
+
+        η is what the solver accepts, and the rounding errors of the residual.
+        """
         number: Any = contraction
-        solver = self.linear_solver
-        certain = self.on_failure == "raise" and solver.atol == 0.0
-        bound: Factor = (solver.rtol if certain else float("nan")) * (1 + number) / (1 - number)
+        condition = (1 + number) / (1 - number)
+        accepted: Any = self.linear_solver.accepted(contraction, eps)
+        if self.on_failure != "raise":
+            return unknown(contraction)
+        bound: Factor = (accepted + 2 * rounding) * condition
         return bound

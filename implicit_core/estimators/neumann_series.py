@@ -97,14 +97,15 @@ class NeumannSeries(AtFixedPoint):
             )
         return w
 
-    def inverse_error(self, contraction: Factor) -> Factor:
-        """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before."""
+    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
+        """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before; and rounding."""
         if self.contraction is None:
             return unknown(contraction)
         q = 1 - self.lam * (1 - self.contraction)
         accuracy = self.rtol / (1 - self.rtol) if self.rtol < 1 else float("inf")
         number: Any = contraction
-        bound: Factor = max(accuracy, q**self.max_terms) + 0 * number
+        condition = (1 + number) / (1 - number)
+        bound: Factor = max(accuracy, q**self.max_terms) + 2 * rounding * condition
         return bound
 
 

@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from array_api_compat import array_namespace
 
 from .. import checks
 from ..arrays import Mask, Numbers, Operator, State
@@ -10,6 +12,8 @@ from ..backend import Known
 from ..solution import Status
 from ..space import Space
 
+Factor = TypeVar("Factor")
+"""A number, or an array of numbers."""
 Cycle = tuple[State, int] | tuple[State, int, Numbers]
 """A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂.
 
@@ -138,8 +142,26 @@ class LinearSolver(ABC):
         # Decision 23.
         xp, eps = space.xp, space.coarsest_eps
         rounding = FLOOR * eps * (growth * space.norm(x) + size)
-        goal: Numbers = xp.maximum(target, xp.minimum(rounding, max(1e-3, 8 * eps) * size))
+        goal: Numbers = xp.maximum(target, xp.minimum(rounding, _cap(eps) * size))
         return goal
+
+    def accepted(self, contraction: Factor, eps: float) -> Factor:
+        """The largest residual that is accepted for A = I - J, with a bound of ‖J‖₂ below one.
+
+        It is relative to (1 + ‖J‖) ‖u‖ with u = A⁻¹ b, which is at least ‖b‖. ``eps`` is the machine precision of the
+        coarsest leaf. NaN with an ``atol``, relative to which nothing is known.
+        """
+        number: Any = contraction
+        # As in `goal`, with ‖A‖ ≤ 1 + ‖J‖, and ‖x - u‖ ≤ ‖r‖ / (1 - ‖J‖) where ‖r‖ is at most the cap.
+        rounding = FLOOR * eps * (2 + _cap(eps) * (1 + number) / (1 - number))
+        if hasattr(number, "dtype"):
+            xp = array_namespace(number)
+            rounding = xp.minimum(rounding, xp.full_like(rounding, _cap(eps)))
+            found: Any = xp.maximum(rounding, xp.full_like(rounding, self.rtol))
+        else:
+            found = max(self.rtol, min(rounding, _cap(eps)))
+        accepted: Factor = found if self.atol == 0.0 else found * float("nan")
+        return accepted
 
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
         """Solve A x = b from x = 0."""
@@ -203,6 +225,11 @@ def positive(length: Numbers, space: Space) -> Numbers:
     """A length to divide by: at least the smallest normal number."""
     positive: Numbers = space.xp.maximum(length, float(space.backend.finfo(space.dtype).smallest_normal))
     return positive
+
+
+def _cap(eps: float) -> float:
+    """The largest relative residual that is accepted for its size alone."""
+    return max(1e-3, 8 * eps)
 
 
 def ratio(numerator: Numbers, denominator: Numbers, space: Space) -> Numbers:

@@ -201,6 +201,9 @@ class Certificate:
             found = f"cosine {self.cosine:.6f}, relative error {self.relative_error:.3g}"
             rows.append(("measured", "the exact gradient was not found" if math.isnan(self.cosine) else found))
         rows.append(("descent direction", self._verdict()))
+        high: Any = numbers["contraction_high"]
+        if high >= 1:
+            rows += [("", text) for text in self._without_contraction(numbers["spectral_radius"])]
         name = textwrap.shorten(str(self.gradient), WIDTH, placeholder=" ...")
         return "\n".join([name, *(f"  {name:<22}{text}" for name, text in rows)])
 
@@ -217,6 +220,16 @@ class Certificate:
         if math.isnan(bound):
             return "none known"
         return "none: L_h < 1 is not certain" if math.isinf(bound) else f"{bound:.3g} ‖∂F/∂z‖"
+
+    def _without_contraction(self, radius: Any) -> list[str]:
+        """What still says something where the theorems do not, in lines."""
+        if radius < 1:
+            lines = ["L_h < 1 is not certain, but the spectral radius is < 1:", "terms shrink as k grows"]
+        else:
+            lines = ["the spectral radius is not < 1: terms grow with k; use Implicit"]
+        if self.cosine is None:
+            lines.append("cotangent= measures the cosine to the exact gradient")
+        return lines
 
     def _without_full_rank(self) -> str:
         numbers = self.samples * self.state_size

@@ -215,8 +215,9 @@ def _guaranteed(space: Space, gradient: AtFixedPoint, contraction: Numbers) -> B
     """The left side of (8) for an estimator that solves to a tolerance, from the accuracy that it guarantees."""
     xp = space.xp
     certain = contraction < 1
-    bound = gradient.inverse_error(xp.where(certain, contraction, xp.zeros_like(contraction)))
     rounding = ROUNDING * math.sqrt(space.dimension) * space.coarsest_eps
+    known = xp.where(certain, contraction, xp.zeros_like(contraction))
+    bound = gradient.inverse_error(known, space.coarsest_eps, rounding)
     bound = xp.where(certain & (bound == bound), bound + rounding, xp.full_like(contraction, math.inf))
     return Bounds(0.0, math.nan, largest(bound))
 
@@ -276,7 +277,7 @@ def _measure(
 
     def gradient_of(estimator: Estimator, at: H) -> State:
         pullback = untested(estimator).vjp(j.problem, at, j.z)[1]
-        return copied(lambda v: j.cotangent(pullback(v)), j.whole, space)(j.whole.pack(cotangent))
+        return copied(lambda v: j.cotangent(pullback(v)), j.whole.dual, space)(j.whole.dual.pack(cotangent))
 
     try:
         estimate, exact = gradient_of(gradient, h), gradient_of(Implicit(linear_solver), j.h)

@@ -49,7 +49,7 @@ class CountedProblem(Problem[H, Z]):
     def __init__(self, problem: Problem[H, Z]) -> None:
         self.evaluations = self.products_h = self.products_z = 0
         self._given = problem
-        super().__init__(self._evaluate, linearize=self._linearized, batch_ndim=problem.batch_ndim)
+        super().__init__(self._evaluate, linearize=self._linearized, batch_ndim=problem.batch_ndim, scale=problem.scale)
 
     def _evaluate(self, h: H, z: Z) -> H:
         self.evaluations += 1
@@ -83,7 +83,7 @@ class Jacobians(Generic[H, Z]):
     Attributes
     ----------
     samples
-        The space of h, sample by sample: ∂F/∂h is block-diagonal.
+        The space of h, sample by sample: ∂F/∂h is block-diagonal. Cotangents are in its dual.
     whole
         The space of h with the batch as one vector: all samples share z.
     residual, finite
@@ -95,10 +95,10 @@ class Jacobians(Generic[H, Z]):
     def __init__(self, problem: Problem[H, Z], h: H, z: Z) -> None:
         backend = self.backend = find_backend(h, "h")
         self.problem, self.h, self.z = problem, h, z
-        self.samples = backend.space(h, problem.batch_ndim, "h")
+        self.samples = problem.space(h)
         if not self.samples.dimension:
             raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")
-        self.whole = backend.space(h, 0, "h")
+        self.whole = backend.space(h, 0, "h", problem.scale)
         self.at = problem.linearize(h, z).require("vjp_h", "jvp_h")
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
@@ -154,14 +154,14 @@ class Jacobians(Generic[H, Z]):
         """∂F/∂h, sample by sample; NaN at a point that is not finite."""
         space = self.samples
         known: Numbers = space.xp.where(self.finite, space.full(1.0), space.full(float("nan")))
-        pull, push = on_states(self.at.vjp_h, space, space), on_states(self.at.jvp_h, space, space)
+        pull, push = on_states(self.at.vjp_h, space.dual, space.dual), on_states(self.at.jvp_h, space, space)
         return Pair(lambda v: space.scale(known, pull(v)), lambda v: space.scale(known, push(v)))
 
     @cached_property
     def in_z(self) -> Pair:
         """∂F/∂z, from the whole batch's cotangents to cotangents of z."""
         return Pair(
-            copied(lambda v: self.cotangent(self.at.vjp_z(v)), self.whole, self.parameters),
+            copied(lambda v: self.cotangent(self.at.vjp_z(v)), self.whole.dual, self.parameters),
             copied(lambda dz: self.at.jvp_z(self.tangent(dz)), self.parameters, self.whole),
         )
 
@@ -208,7 +208,7 @@ def deviation(j: Jacobians[H, Z], gradient: Estimator, start: H) -> Deviation:
         return _at_fixed_point(j, gradient)
     space, whole, in_h, in_z = j.samples, j.whole, j.in_h, j.in_z
     _, pullback = gradient.vjp(j.problem, start, j.z)
-    estimate = copied(lambda v: j.cotangent(pullback(v)), whole, j.parameters)
+    estimate = copied(lambda v: j.cotangent(pullback(v)), whole.dual, j.parameters)
     pushed = copied(lambda dz: gradient.jvp(j.problem, start, j.z, j.tangent(dz))[1], j.parameters, space)
 
     def product(v: State) -> State:

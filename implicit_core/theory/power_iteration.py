@@ -6,7 +6,7 @@ from ..coupling import refuse_coupling
 from ..estimators.base import on_states
 from ..linear_solvers.arnoldi import unit
 from ..problem import BoundLinearization, Map, Problem, as_problem
-from ..registry import find_adapter, find_backend
+from ..registry import find_adapter
 from ..space import Space
 from .krylov import start
 
@@ -74,7 +74,7 @@ def spectral_radius(
     seed = checks.integer("seed", seed, 0)
     space, at, coupled = _linearize(f, h, z, batch_ndim, "vjp_h")
     xp, backend = space.xp, space.backend
-    pull, measured = on_states(at.vjp_h, space, space), (steps + 1) // 2
+    pull, measured = on_states(at.vjp_h, space.dual, space.dual), (steps + 1) // 2
 
     def step(v: State) -> State:
         return _image(space, pull, v)[0]
@@ -136,7 +136,7 @@ def contraction(
     seed = checks.integer("seed", seed, 0)
     space, at, coupled = _linearize(f, h, z, batch_ndim, "vjp_h", "jvp_h")
     backend = space.backend
-    pull, push = on_states(at.vjp_h, space, space), on_states(at.jvp_h, space, space)
+    pull, push = on_states(at.vjp_h, space.dual, space.dual), on_states(at.jvp_h, space, space)
 
     def step(carry: tuple[State, Numbers]) -> tuple[State, Numbers]:
         u, _ = _image(space, push, carry[0])
@@ -154,10 +154,10 @@ def _linearize(
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
     problem = as_problem(f, batch_ndim)
-    space = find_backend(h, "h").space(h, problem.batch_ndim, "h")
+    space = problem.space(h)
     adapter = None if problem.has_derivatives else find_adapter((h, z))
     if adapter is not None:
-        problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim)
+        problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim, scale=problem.scale)
     at = problem.linearize(h, z).require(*names)
     with space.backend.on_device_of(h), space.backend.solving():
         return space, at, refuse_coupling(space, at, problem.f, "the estimate is for each sample")
