@@ -202,9 +202,8 @@ class Iteration:
         can_check = not space.backend.immutable and space.backend.readable(start[0])
         x = space.copy(start) if can_check else start
         h = space.unpack(x)
-        infinite = space.full(float("inf"))
-        # An infinite start is no start, and NaN is above nothing.
-        point, jacobian = self.measure(x, h, 0, lambda norm, _: norm < infinite)
+        # An infinite start is no start.
+        point, jacobian = self.measure(x, h, 0, lambda norm, _: finite(norm))
         if solver.max_steps == 1:
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
@@ -220,6 +219,7 @@ class Iteration:
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
         steps = Count(1 if readable else space.full(1, space.xp.int32))
+        infinite = space.full(float("inf"))
         best = Best(point.x, infinite, point.f_norm, steps) if solver.keeps_best else None
         made = None
         if not self.forced:
