@@ -348,7 +348,7 @@ class Iteration:
             valid = valid & ~self.unread
         x, norm, f_norm, converged = self._returned(carry, valid)
         hidden = None if self.forced else progress.is_hidden(space, self.start.cap, f_norm)
-        status = self._status(carry, valid)
+        status = self._status(carry, valid, norm)
         if hidden is not None:
             status = space.select(converged & hidden, Status.DIVERGED.value, status)
             converged = converged & ~hidden
@@ -385,8 +385,8 @@ class Iteration:
         last = last | ~finite(best.norm)
         return x, space.select(last, point.norm, best.norm), space.select(last, point.f_norm, best.f_norm), converged
 
-    def _status(self, carry: Carry, valid: Mask) -> Numbers:
-        """Why a sample did not converge, where it did not."""
+    def _status(self, carry: Carry, valid: Mask, norm: Numbers) -> Numbers:
+        """Why a sample did not converge, where it did not, with the residual at the point that is returned."""
         space, point, best = self.space, carry.point, carry.best
         status = space.select(valid, Status.MAX_STEPS.value, space.full(Status.NONFINITE, space.xp.int32))
         if best is not None:  # Decision 5.
@@ -396,7 +396,7 @@ class Iteration:
             ended = valid & self.ended(carry.progress)
             gone = ended & ((point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm)))
             status = space.select(ended, Status.STAGNATED.value, status)
-            status = space.select(gone, Status.DIVERGED.value, status)
+            status = space.select(gone & (norm > self.start.cap), Status.DIVERGED.value, status)
         return status
 
     def may_have_ended(self, point: Point) -> bool:
