@@ -293,7 +293,8 @@ class Problem(Generic[H, Z]):
             raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
         if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 80)
-            raw = replace(raw, value=checks.numbers_as_arrays(backend, raw.value, h))
+            value = checks.numbers_as_arrays(backend, raw.value, h)
+            raw = raw if value is raw.value else replace(raw, value=value)
         checks.like(backend, "the result of f", raw.value, h, "h")
         return BoundLinearization(raw, backend, h, z)
 
