@@ -60,7 +60,7 @@ class Stats(NamedTuple):
         Evaluations of F until each sample was finished, integers of the batch's shape.
     evaluations
         Evaluations of F, each for the whole batch. The evaluations of a callable solver that JAX traced are not known:
-        then it is 1, the evaluation that measures its result.
+        then it is 2, the evaluations that measure its start and its result.
     residual
         ‖F(h) - h‖₂ at each sample's returned point h, of the batch's shape. :func:`fixed_point` with an estimator that
         takes steps of its own, :class:`Unroll` or :class:`BPTT`, returns h_k, and the residual is that of h_{k-1},

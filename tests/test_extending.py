@@ -259,7 +259,7 @@ class Twice:
 def test_a_callable_with_a_method_of_that_name_is_called() -> None:
     solution = ic.solve(lambda h, z: 0.0 * h + z, np.zeros(2), np.ones(2), solver=Twice())
     assert solution.status == ic.CONVERGED
-    assert solution.stats.evaluations == 3
+    assert solution.stats.evaluations == 4
 
 
 def test_whatever_has_solve_is_a_solver() -> None:

@@ -422,7 +422,7 @@ def test_a_callable_that_falls_short_is_reported() -> None:
     case = layer()
     solution, _ = run(case, NUMPY, lambda problem, h0, z: problem(h0, z))
     assert np.all(solution.status == ic.STAGNATED)
-    assert solution.stats.evaluations == 2
+    assert solution.stats.evaluations == 3
     within, _ = run(case, NUMPY, ic.CallableSolver(lambda problem, h0, z: problem(h0, z), rtol=1.0))
     assert np.all(within.status == ic.CONVERGED)
 

@@ -424,3 +424,18 @@ def test_parts_that_change_are_noticed(part: nn.Module) -> None:
         layer(torch.randn(16, 8))
     layer.eval()
     layer(torch.randn(16, 8))
+
+
+def test_a_callable_that_runs_away_has_not_converged(library: Library) -> None:
+    """Far out the tolerance is met by the size of F(h) alone; farther out rounding hides the residual."""
+    xp, h0 = library.xp, library.array(np.zeros((3, 1)))
+    far = library.array(np.array([[1e9], [1e20], [0.0]]))
+
+    def f(h: Any, z: Any) -> Any:
+        return h + 1 + 0.5 * xp.sin(h)
+
+    solution = ic.solve(f, h0, None, solver=lambda problem, h0, z: h0 + far, batch_ndim=1)
+    assert library.numpy(solution.status).tolist() == [ic.DIVERGED, ic.DIVERGED, ic.STAGNATED]
+    assert int(solution.stats.evaluations) == 2
+    at_the_root = ic.solve(lambda h, z: 0.5 * h + 1, h0 + 2, None, solver=lambda problem, h0, z: h0, batch_ndim=1)
+    assert np.all(library.numpy(at_the_root.converged))

@@ -4,20 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .. import checks
-from ..arrays import H, Z
+from .. import checks, progress
+from ..arrays import H, PyTree, Z
 from ..problem import Problem
 from ..registry import find_backend
-from ..solution import Solution, Status
+from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
+from ..space import Space
 from .fixed_point_iteration import FixedPointIteration
 
 
 @dataclass(frozen=True)
 class CallableSolver:
-    """A callable ``(problem, h0, z) -> h`` as a solver. One evaluation of F measures the residual of its result.
+    """A callable ``(problem, h0, z) -> h`` as a solver. Two evaluations of F measure its start and its result.
 
-    ``solve`` wraps a bare callable in this with the default tolerances. Samples within them are CONVERGED, the others
-    STAGNATED or NONFINITE: only the callable knows why it stopped.
+    ``solve`` wraps a bare callable in this with the default tolerances. Samples within them, whose residual also fell,
+    are CONVERGED. If only the tolerance is met, the state ran away, and they are DIVERGED. The others are STAGNATED or
+    NONFINITE: only the callable knows why it stopped.
 
     Parameters
     ----------
@@ -39,7 +41,7 @@ class CallableSolver:
     ...     return middle
     >>> solution = ic.solve(lambda h, z: np.cos(h) + z, np.array(0.0), np.array(0.0), solver=bisection)
     >>> round(float(solution.value), 6), int(solution.stats.evaluations)
-    (0.739085, 61)
+    (0.739085, 62)
     """
 
     function: Callable[[Problem[Any, Any], Any, Any], Any]
@@ -73,8 +75,20 @@ class CallableSolver:
         with backend.solving():
             h = self.function(problem.replace_f(counted), backend.map(backend.stop_gradient, h0), z)
         checks.like(backend, "the result of the solver", h, h0, "h0")
-        solution = self.measuring().solve(problem, h, z)
+        start, solution = (self.measuring().solve(problem, at, z) for at in (h0, h))
         xp, status, stats = backend.xp, solution.status, solution.stats
-        stagnated = xp.full(status.shape, Status.STAGNATED.value, dtype=status.dtype, device=backend.device(status))
-        status = xp.where(status == Status.MAX_STEPS.value, stagnated, status)
-        return Solution(solution.value, status, stats._replace(steps=stats.steps + calls, evaluations=1 + calls))
+        with backend.solving():
+            ran_away = self._ran_away(problem.space(h), start.stats, stats, h)
+        converged = status == Status.CONVERGED.value
+        for mask, code in ((status == Status.MAX_STEPS.value, STAGNATED), (converged & ran_away, DIVERGED)):
+            status = xp.where(mask, xp.full_like(status, code.value), status)
+        return Solution(solution.value, status, stats._replace(steps=stats.steps + calls + 1, evaluations=2 + calls))
+
+    def _ran_away(self, space: Space, start: Stats, end: Stats, h: PyTree) -> Any:
+        """Where the residual has not fallen, or may not have, as rounding hides it (Decision 69)."""
+        first: Any = start.residual
+        at_start: Any = start.tolerance
+        near = first <= progress.NEAR * at_start
+        cap = progress.fraction(self.rtol) * first
+        hidden = progress.is_hidden(space, space.xp.reshape(cap, (-1, 1)), space.norm(space.pack(h)))
+        return ~near & ((end.residual > cap) | space.per_sample(hidden))
