@@ -72,13 +72,15 @@ class CallableSolver:
             calls += all(map(backend.readable, backend.flatten(h)[0]))
             return problem.f(h, z)
 
+        # A copy: h0, and what the function returns, may be in memory that F writes its results to.
+        kept = backend.map(lambda x: backend.xp.asarray(x, copy=True), backend.map(backend.stop_gradient, h0))
         with backend.solving():
             h = self.function(problem.replace_f(counted), backend.map(backend.stop_gradient, h0), z)
         checks.like(backend, "the result of the solver", h, h0, "h0")
-        start, solution = (self.measuring().solve(problem, at, z) for at in (h0, h))
+        solution, start = (self.measuring().solve(problem, at, z) for at in (h, kept))
         xp, status, stats = backend.xp, solution.status, solution.stats
         with backend.solving():
-            ran_away = self._ran_away(problem.space(h), start.stats, stats, h)
+            ran_away = self._ran_away(problem.space(kept), start.stats, stats, solution.value)
         converged = status == Status.CONVERGED.value
         for mask, code in ((status == Status.MAX_STEPS.value, STAGNATED), (converged & ran_away, DIVERGED)):
             status = xp.where(mask, xp.full_like(status, code.value), status)

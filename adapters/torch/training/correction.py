@@ -13,8 +13,11 @@ from implicit_core.fixed_point import fixed_point
 from implicit_core.iteration import Point
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
-from implicit_core.solvers import Anderson, Solver
+from implicit_core.solvers import Anderson, FixedPointIteration, Solver
 from implicit_core.system import System
+
+HERE = FixedPointIteration(rtol=0.0, atol=0.0, max_steps=1)
+"""The solver that stays at its start, where nothing need have converged."""
 
 
 class Trajectory(NamedTuple, Generic[H]):
@@ -137,7 +140,7 @@ def fixed_point_correction(
         f, h0, z, solver=observed, gradient=gradient, batch_ndim=batch_ndim, throw=throw, trace=trace
     )
     states = {
-        step: fixed_point(f, h, z, solver=_stay, gradient=gradient, batch_ndim=batch_ndim).value
+        step: fixed_point(f, h, z, solver=HERE, gradient=gradient, batch_ndim=batch_ndim).value
         for step, h in points.items()
     }
     return Trajectory(solution, states)
@@ -170,10 +173,6 @@ class _KeepingPoints(Solver):
             # A copy: F may write its next result to the memory of this point.
             self.points[point.index] = system.space.unpack(system.space.copy(point.x))
         return self.solver.step(system, memory, point)
-
-
-def _stay(_problem: Problem[H, Z], h0: H, _z: Z) -> H:
-    return h0
 
 
 def _ascending(at: object) -> list[int]:
