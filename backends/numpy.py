@@ -31,7 +31,7 @@ class NumPyBackend(Backend):
             )
         if isinstance(x, np.ndarray) and not (kind is np.ndarray or issubclass(kind, np.memmap)):
             return (
-                f"a {kind.__module__}.{kind.__qualname__}, whose arithmetic is not that of numpy.ndarray: "
+                f"a {kind.__module__}.{kind.__qualname__}, which computes in another way than numpy.ndarray: "
                 f"write np.asarray({name})"
             )
         if x.dtype.type is np.longdouble:

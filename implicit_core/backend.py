@@ -31,7 +31,7 @@ class Watch(NamedTuple):
     Attributes
     ----------
     mask
-        The mask for what the loop carries; None where there is none to read.
+        Computes the mask from what the loop carries. It returns None while there is nothing to look for.
     held
         Called with what the loop carries, when the mask held in some sample.
     """

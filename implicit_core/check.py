@@ -9,8 +9,8 @@ from typing import Any
 
 from . import checks
 from .arrays import Array, H, PyTree, State, Z
-from .coupling import coupling, random_state, repeated, separating
-from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, zero_tangent
+from .coupling import coupling, is_rounding, random_state, repeated, separating, testable
+from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, with_derivatives, zero_tangent
 from .registry import find_adapter, find_backend
 from .solution import Status
 from .solve import as_solver, solve
@@ -117,6 +117,31 @@ class Report:
         return "\n".join(lines)
 
 
+class _Findings:
+    """What the tests have found so far: the parts of a :class:`Report`."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.notes: list[str] = []
+        self.numbers: dict[str, float] = {}
+
+    def add(self, kind: str, text: str, advice: str) -> None:
+        """One more finding."""
+        self.findings.append(Finding(kind, text, advice))
+
+    def measure(self, name: str, value: float) -> None:
+        """A number, of which the largest is reported."""
+        self.numbers[name] = max(self.numbers.get(name, 0.0), value)
+
+    def kinds(self) -> set[str]:
+        """The kinds of the findings."""
+        return {finding.kind for finding in self.findings}
+
+    def report(self, problem: Problem[H, Z], point: str) -> Report:
+        """The report, of derivatives at the named point."""
+        return Report(tuple(self.findings), tuple(self.notes), problem.batch_ndim, point, **self.numbers)
+
+
 def check(
     f: Problem[H, Z] | Map[H, Z],
     h0: H,
@@ -180,28 +205,24 @@ def check(
     seed = checks.integer("seed", seed, 0)
     solver = as_solver(solver)
     backend = find_backend(h0, "h0")
-    space = backend.space(h0, problem.batch_ndim, "h0")
+    space = problem.space(h0, "h0")
     if not all(map(backend.readable, backend.flatten((h0, z))[0])):
         raise NotImplementedError("check reads numbers, so it cannot run within jax.jit or a captured graph")
     adapter = find_adapter((h0, z))
     undisturbed: Callable[..., AbstractContextManager[list[str]]] = getattr(adapter, "undisturbed", _nothing_to_restore)
-    found: list[Finding] = []
+    found = _Findings()
     with backend.on_device_of(h0), backend.solving():
         with undisturbed(problem.f, h0) as changed:
             _is_function(problem, space, h0, z, found)
         if changed:
             names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-            text, advice = (
-                f"an evaluation of F changes {names}",
-                "put the module in eval mode, or freeze its statistics",
-            )
-            found.append(Finding("state", text, advice))
-        if {"random", "structure", "writes"} & {finding.kind for finding in found}:
-            return Report(tuple(found), ("derivatives, which an F like this has none of",), problem.batch_ndim, "h0")
-        if adapter is not None and not problem.has_derivatives:
-            problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim)
-            if changed:
-                problem = _pullbacks_alone(problem)
+            advice = "put the module in eval mode, or freeze its statistics"
+            found.add("state", f"an evaluation of F changes {names}", advice)
+        if {"random", "structure", "writes"} & found.kinds():
+            found.notes.append("derivatives, which an F like this has none of")
+            return found.report(problem, "h0")
+        made = with_derivatives(problem, h0, z)
+        problem = _pullbacks_alone(made) if changed and made is not problem else made
         with undisturbed(problem.f, h0):
             return _at_a_point(problem, space, h0, z, solver, seed, found)
 
@@ -222,48 +243,44 @@ def _at_a_point(
     z: Z,
     solver: FixedPointSolver,
     seed: int,
-    found: list[Finding],
+    found: _Findings,
 ) -> Report:
     """The tests of derivatives."""
-    backend, xp = space.backend, space.xp
+    xp = space.xp
     if isinstance(solver, Solver):  # which would raise at the first coupled sample
-        solver = replace(solver, freeze=False)
+        solver = replace(solver, check=False)
     solution = solve(problem, h0, z, solver=solver)
     solved = bool(xp.all(solution.status == Status.CONVERGED.value))
     h, point = (solution.value, "solution") if solved else (h0, "h0")
-    notes: list[str] = []
-    numbers: dict[str, float] = {}
     if not problem.has_derivatives:
-        notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
-        return Report(tuple(found), tuple(notes), problem.batch_ndim, point)
+        found.notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
+        return found.report(problem, point)
     at = problem.linearize(h, z)
-    has_vjp = at.raw.vjp is not None or at.raw.vjp_h is not None
-    has_jvp = at.raw.jvp is not None or at.raw.jvp_h is not None
-    coupled = False
+    _independence(problem, space, at, found)
+    _derivatives(problem, space, at, seed, found)
+    if "coupled" in found.kinds():
+        found.notes.append("contraction, which is defined for independent samples only")
+    elif at.has("vjp_h"):
+        _contraction(problem, at, found)
+    return found.report(problem, point)
+
+
+def _independence(problem: Problem[H, Z], space: Space, at: BoundLinearization[H, Z], found: _Findings) -> None:
+    """Whether a sample has an effect on others."""
     if not space.batch_shape:
-        notes.append("independence of samples, since batch_ndim=0 makes them one system")
-    elif space.samples < 2 or not space.dimension:
-        notes.append("independence of samples, since there is one sample or none")
-    else:
-        size = max(float(coupling(space, at, split).size) for split in separating(space.samples))
-        numbers["coupling"] = size
-        coupled = size > 0
-        difference, bound = repeated(space, at.value, problem.f(h, z))
-        if 0 < difference <= bound and size <= math.sqrt(space.coarsest_eps):
-            coupled = False
-        if coupled:
-            text = f"F couples the samples that batch_ndim={problem.batch_ndim} takes for independent ({size:.1e})"
-            advice = "pass batch_ndim=0, which solves and differentiates them as one system"
-            found.append(Finding("coupled", text, advice))
-    _derivatives(problem, space, at, seed, has_vjp, has_jvp, found, numbers)
-    if has_vjp and not coupled:
-        _contraction(problem, h, z, has_jvp, found, numbers, backend)
-    elif coupled:
-        notes.append("contraction, which is that of a sample and means nothing where samples are coupled")
-    return Report(tuple(found), tuple(notes), problem.batch_ndim, point, **numbers)
+        found.notes.append("independence of samples, since batch_ndim=0 makes them one system")
+        return
+    if not testable(space):
+        found.notes.append("independence of samples, since there is one sample or none")
+        return
+    size = max(float(coupling(space, at, split).size) for split in separating(space.samples))
+    found.measure("coupling", size)
+    if size > 0 and not is_rounding(space, *repeated(space, at.value, problem.f(at.h, at.z)), size):
+        text = f"F couples the samples that batch_ndim={problem.batch_ndim} takes for independent ({size:.1e})"
+        found.add("coupled", text, "pass batch_ndim=0, which solves and differentiates them as one system")
 
 
-def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: list[Finding]) -> None:
+def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Findings) -> None:
     """Whether F returns the same twice, something like h, and leaves its arguments as they were."""
     backend = space.backend
     arguments = [leaf for leaf in backend.flatten((h0, z))[0] if backend.is_array(leaf)]
@@ -274,28 +291,21 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: list[
     try:
         checks.like(backend, "the result of f", value, h0, "h")
     except (TypeError, ValueError) as error:
-        found.append(Finding("structure", str(error), "return the structure, shapes and dtypes of h from F"))
+        found.add("structure", str(error), "return the structure, shapes and dtypes of h from F")
         return
     value = backend.map(lambda leaf: _copied(space, leaf), value)
     if not all(_same(space, a, b) for a, b in zip(before, passed, strict=True)):
-        found.append(Finding("writes", "F writes to its argument h or z", "compute a new array instead"))
+        found.add("writes", "F writes to its argument h or z", "compute a new array instead")
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     difference, bound = repeated(space, value, problem.f(h_copy, z_copy))
     if difference > bound:
         text = f"two evaluations of F at one point differ by {difference:.2g}"
         advice = "draw random numbers once per solve (VariationalDropout in PyTorch, a key in z in JAX)"
-        found.append(Finding("random", text, advice))
+        found.add("random", text, advice)
 
 
 def _derivatives(
-    problem: Problem[H, Z],
-    space: Space,
-    at: BoundLinearization[H, Z],
-    seed: int,
-    has_vjp: bool,
-    has_jvp: bool,
-    found: list[Finding],
-    numbers: dict[str, float],
+    problem: Problem[H, Z], space: Space, at: BoundLinearization[H, Z], seed: int, found: _Findings
 ) -> None:
     """Compare the derivatives with each other, and with central differences in h and in z."""
     backend, whole = space.backend, space.backend.space(at.h, 0, "h")
@@ -304,7 +314,7 @@ def _derivatives(
     tolerance = 100 * eps ** (2 / 3)
     zero = zero_tangent(backend, at.z)
     leaves, structure = backend.flatten(at.z, none_is_leaf=True)
-    floats = [i for i, x in enumerate(leaves) if backend.is_array(x) and backend.isdtype(x.dtype, "real floating")]
+    floats = [i for i, x in enumerate(leaves) if _is_float_array(backend, x)]
     directions: dict[str, tuple[Any, Any]] = {"h": (v, zero)}
     if floats:
         zeros = backend.flatten(zero, none_is_leaf=True)[0]
@@ -313,15 +323,13 @@ def _derivatives(
             zeros[i] = z_space.unpack(random_state(z_space, seed + 3 + i))
         directions["z"] = (zero_tangent(backend, at.h), backend.unflatten(structure, zeros))
     pulled: Any = None
-    if has_vjp:
-        has_z = at.raw.vjp is not None or at.raw.vjp_z is not None
-        pulled = at.vjp(u) if has_z else (at.vjp_h(u), None)
-    worst_adjoint, worst_difference = 0.0, 0.0
+    if at.has("vjp_h"):
+        pulled = at.vjp(u) if at.has("vjp_z") else (at.vjp_h(u), None)
     for name, (dh, dz) in directions.items():
         values: dict[str, float] = {}
         scale = 0.0
         try:
-            if has_jvp:
+            if at.has("jvp_h"):
                 pushed = whole.pack(at.jvp_h(dh) if name == "h" else at.jvp_z(dz))
                 values["JVP"], scale = _inner(whole, whole.pack(u), pushed)
             if pulled is not None and pulled["hz".index(name)] is not None:
@@ -339,40 +347,30 @@ def _derivatives(
         scale = max(scale, size)
         if len(values) == 2:
             error = abs(values["JVP"] - values["VJP"]) / scale if scale else 0.0
-            worst_adjoint = max(worst_adjoint, error)
-            numbers["adjoint_error"] = worst_adjoint
+            found.measure("adjoint_error", error)
             if not error <= max(100 * eps, eps**0.75):
                 text = f"the VJP and the JVP with respect to {name} are not adjoint: relative difference {error:.1e}"
-                found.append(Finding("derivatives", text, "compare both with the formula of F"))
+                found.add("derivatives", text, "compare both with the formula of F")
         for kind, value in values.items():
             error = abs(value - central) / scale if scale else 0.0
-            worst_difference = max(worst_difference, error)
-            numbers["difference_error"] = worst_difference
+            found.measure("difference_error", error)
             if not abs(value - central) <= tolerance * scale + 8 * rounding:
                 text = f"the {kind} with respect to {name} differs from central differences by {error:.1e} (relative)"
                 advice = "correct it; where F has kinks or is not smooth at this point, the difference may be the cause"
-                found.append(Finding("derivatives", text, advice))
+                found.add("derivatives", text, advice)
 
 
-def _contraction(
-    problem: Problem[H, Z],
-    h: H,
-    z: Z,
-    has_jvp: bool,
-    found: list[Finding],
-    numbers: dict[str, float],
-    backend: Any,
-) -> None:
+def _contraction(problem: Problem[H, Z], at: BoundLinearization[H, Z], found: _Findings) -> None:
     from .theory import contraction, spectral_radius  # which import the estimators
 
-    numbers["spectral_radius"] = float(backend.xp.max(spectral_radius(problem, h, z)))
-    if has_jvp:
-        numbers["contraction"] = float(backend.xp.max(contraction(problem, h, z)))
-    radius = numbers["spectral_radius"]
+    xp = at.backend.xp
+    radius = found.numbers["spectral_radius"] = float(xp.max(spectral_radius(problem, at.h, at.z)))
+    if at.has("jvp_h"):
+        found.numbers["contraction"] = float(xp.max(contraction(problem, at.h, at.z)))
     if not radius < 1:
         text = f"the spectral radius of ∂F/∂h is {radius:.3g}, so phantom gradients with many terms diverge"
         advice = "take Implicit, whose solve needs no contraction, or a smaller lam, or regularize the Jacobian"
-        found.append(Finding("contraction", text, advice))
+        found.add("contraction", text, advice)
 
 
 def _step(backend: Any, tree: PyTree, eps: float) -> float:
@@ -387,9 +385,7 @@ def _moved(backend: Any, tree: PyTree, step: float, direction: PyTree) -> PyTree
     leaves, structure = backend.flatten(tree, none_is_leaf=True)
     along = backend.flatten(direction, none_is_leaf=True)[0]
     moved = [
-        x + backend.xp.astype(step * d, x.dtype)
-        if backend.is_array(x) and backend.isdtype(x.dtype, "real floating")
-        else x
+        x + backend.xp.astype(step * d, x.dtype) if _is_float_array(backend, x) else x
         for x, d in zip(leaves, along, strict=True)
     ]
     return backend.unflatten(structure, moved)
@@ -403,16 +399,16 @@ def _inner(space: Space, x: State, y: State) -> tuple[float, float]:
 def _tree_inner(backend: Any, x: PyTree, y: PyTree) -> tuple[float, float]:
     """The same for pytrees with leaves that may be None or no real floating arrays."""
     pairs = zip(*(backend.flatten(tree, none_is_leaf=True)[0] for tree in (x, y)), strict=True)
-    kept = [
-        (a, b)
-        for a, b in pairs
-        if backend.is_array(a) and backend.is_array(b) and backend.isdtype(a.dtype, "real floating")
-    ]
+    kept = [(a, b) for a, b in pairs if _is_float_array(backend, a) and backend.is_array(b)]
     if not kept:
         return 0.0, 0.0
     a, b = ([pair[i] for pair in kept] for i in (0, 1))
     space = backend.space(a, 0, "z")
     return _inner(space, space.pack(a), space.pack(b))
+
+
+def _is_float_array(backend: Any, x: Any) -> bool:
+    return bool(backend.is_array(x) and backend.isdtype(x.dtype, "real floating"))
 
 
 def _copied(space: Space, leaf: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .arrays import Array, H, State, Z
 from .problem import BoundLinearization, Map
 from .solution import CoupledSamplesError
-from .space import Space
+from .space import Space, normal
 
 SEED = 0
 ROUNDING = 32.0
@@ -52,14 +52,14 @@ def coupling(space: Space, at: BoundLinearization[H, Z], split: Sequence[bool] |
     space
         The space of h, with at least two samples.
     at
-        F's derivatives at h: the VJP, or the JVP if there is none.
+        F's derivatives at h. The product is a VJP, or a JVP if F has no VJP.
     split
         Which samples get a cotangent; a random half if None.
     """
     xp, split = space.xp, halves(space.samples) if split is None else split
     chosen = xp.reshape(xp.asarray(split, dtype=xp.bool, device=space.device), (space.samples, 1))
     cotangent = State(tuple(xp.where(chosen, a, xp.zeros_like(a)) for a in random_state(space, SEED)))
-    product = at.vjp_h if at.raw.vjp_h is not None or at.raw.vjp is not None else at.jvp_h
+    product = at.vjp_h if at.has("vjp_h") else at.jvp_h
     image = space.pack(product(space.unpack(cotangent)))
     # A NaN is not larger than zero, so 0 · ∞ accuses nobody, and neither does -0.0.
     leaked = xp.max(xp.stack([_largest(space, xp.where(chosen, xp.zeros_like(a), a)) for a in image]))
@@ -72,15 +72,10 @@ def random_state(space: Space, seed: int) -> State:
 
     The samples share their directions, since the array API has no random numbers and Python's are slow to draw.
     """
-    xp, draw = space.xp, random.Random(seed).gauss
-
-    def normal(n: int, d: int) -> Array:
-        numbers = [draw(0.0, 1.0) for _ in range(n * d)]
-        return xp.reshape(xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
-
-    size = normal(space.samples, 1)
-    size = xp.where(size < 0, size - 0.5, size + 0.5)
-    return State(tuple(size * normal(1, d) for _, d in space.flat_shapes))
+    draw = random.Random(seed).gauss
+    size = normal(space, draw, space.samples, 1)
+    size = space.xp.where(size < 0, size - 0.5, size + 0.5)
+    return State(tuple(size * normal(space, draw, 1, d) for _, d in space.flat_shapes))
 
 
 def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], where: str) -> Array | None:
@@ -119,8 +114,8 @@ def reason(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], size: float
             "F gives another value each time it is evaluated at one point, so it is not a function of (h, z), and its "
             "samples are coupled: draw random numbers, such as the masks of dropout, once per solve"
         )
-    if difference > 0 and size <= math.sqrt(space.coarsest_eps):
-        return None  # sums without a fixed order, as atomic ones on a GPU
+    if is_rounding(space, difference, bound, size):
+        return None
     batch = math.prod(space.batch_shape)
     return (
         f"F couples the {batch} samples that batch_ndim={len(space.batch_shape)} takes for independent: a cotangent of "
@@ -128,6 +123,14 @@ def reason(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], size: float
         "attention over the batch, or a graph whose nodes are taken for samples. Pass batch_ndim=0, which solves and "
         "differentiates them as one system"
     )
+
+
+def is_rounding(space: Space, difference: float, bound: float, size: float) -> bool:
+    """Whether a leak comes from sums without a fixed order, as atomic ones on a GPU, and not from coupling.
+
+    ``difference`` and ``bound`` are those of :func:`repeated`, ``size`` is the relative size of the leak.
+    """
+    return 0 < difference <= bound and size <= math.sqrt(space.coarsest_eps)
 
 
 def repeated(space: Space, value: H, again: H) -> tuple[float, float]:

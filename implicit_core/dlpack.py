@@ -9,6 +9,7 @@ from .arrays import H, PyTree, Z
 from .backend import Backend
 from .problem import Linearization, Problem
 from .registry import find_backend, load_backend
+from .space import compact
 
 R = TypeVar("R")
 
@@ -115,15 +116,15 @@ class _Exchange:
         if not hasattr(x, "__dlpack__"):  # NumPy's scalars
             x = self._ours.xp.asarray(x)
         try:
-            return self._theirs.from_dlpack(x if _is_contiguous(x) else _compact(self._ours, x))
+            return self._theirs.from_dlpack(x if _is_contiguous(x) else compact(self._ours.xp, x))
         except BufferError:  # read-only memory
-            return self._theirs.from_dlpack(_compact(self._ours, x))
+            return self._theirs.from_dlpack(compact(self._ours.xp, x))
 
     def _import(self, x: object) -> Any:
         if not self._theirs.is_array(x):
             return x
         x = self._theirs.stop_gradient(x)
-        return self._ours.from_dlpack(x if _is_contiguous(x) else _compact(self._theirs, x))
+        return self._ours.from_dlpack(x if _is_contiguous(x) else compact(self._theirs.xp, x))
 
 
 def _is_contiguous(x: Any) -> bool:
@@ -135,9 +136,3 @@ def _is_contiguous(x: Any) -> bool:
         return bool(x.is_contiguous())
     flags = getattr(x, "flags", None)  # NumPy, CuPy
     return bool(getattr(flags, "c_contiguous", True))
-
-
-def _compact(backend: Backend, x: Any) -> Any:
-    """A copy of an array in C order without gaps. ``asarray(copy=True)`` may keep the order of the axes."""
-    xp = backend.xp
-    return xp.reshape(xp.asarray(xp.reshape(x, (-1,)), copy=True), x.shape)

@@ -36,7 +36,7 @@ MOVED = 64
 """A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
 COUPLED = (
     "F couples what batch_ndim takes for samples: the residual of a finished sample changed while others took steps. "
-    "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver freeze=False"
+    "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver check=False"
 )
 CHANGES = (
     "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
@@ -224,13 +224,13 @@ class Iteration:
         made = None
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
-            near = point.norm <= progress.NEAR * tolerance
-            cap = space.select(near, infinite, progress.fraction(self.rtol) * point.norm)
+            cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol, infinite)
             scale = self.atol / self.rtol if self.rtol else self.atol
             self.start = Start(cap, point.norm, point.f_norm, scale)
             made = Progress(cap, None if best else point.norm, point.norm, point.norm)
             point = point._replace(active=point.active & (point.norm > tolerance))
-        settled = point.norm if readable and space.samples > 1 and solver.freeze else None
+        watched = readable and space.samples > 1 and solver.freeze and solver.check
+        settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
         return Carry(point, made, settled, steps, best, trace, memory)

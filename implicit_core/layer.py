@@ -150,9 +150,7 @@ def _of_value(
     first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm
     if options.gradient.starts_from_h0:  # of the solver's point, h0, this is the first residual
         solver = _measuring(options.solver)
-        at_start: Any = stats.tolerance
-        near = first <= progress.NEAR * at_start
-        cap = xp.where(near, xp.full_like(first, float("inf")), progress.fraction(solver.rtol) * first)
+        cap = progress.largest_converged(xp, first, stats.tolerance, solver.rtol)
         tolerance = xp.minimum(solver.rtol * f_norm + solver.absolute_tolerance, cap - rounding)
         status = xp.where(status == Status.CONVERGED.value, xp.full_like(status, Status.MAX_STEPS.value), status)
     elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point

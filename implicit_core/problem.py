@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from . import checks
 from .arrays import H, Z
 from .backend import Backend
-from .registry import find_backend
+from .registry import find_adapter, find_backend
 from .space import Space
 
 Map = Callable[[H, Z], H]
@@ -117,11 +117,15 @@ class BoundLinearization(Generic[H, Z]):
             return total
         return self._h("the tangent from jvp", self.raw.jvp(dh, dz))
 
+    def has(self, name: str) -> bool:
+        """Whether a derivative, such as ``"vjp_h"``, is given by itself or in a joint one."""
+        return getattr(self.raw, name) is not None or getattr(self.raw, _joint(name)) is not None
+
     def require(self, *names: str) -> "BoundLinearization[H, Z]":
         """Raise NotImplementedError now, rather than in a pullback called later, if a derivative is missing."""
         for name in names:
-            joint = name.split("_", maxsplit=1)[0]
-            if getattr(self.raw, name) is None and getattr(self.raw, joint) is None:
+            joint = _joint(name)
+            if not self.has(name):
                 what = "a pullback" if joint == "vjp" else "a pushforward"
                 has_none = all(getattr(self.raw, each) is None for each in DERIVATIVES)
                 by_autodiff = self.backend.has_autodiff and has_none
@@ -140,6 +144,10 @@ class BoundLinearization(Generic[H, Z]):
     def _z(self, name: str, got: Z) -> Z:
         checks.like_z(self.backend, name, got, self.z)
         return got
+
+
+def _joint(name: str) -> str:
+    return name.partition("_")[0]
 
 
 def zero_tangent(backend: Backend, tree: Z) -> Z:
@@ -305,6 +313,15 @@ class Problem(Generic[H, Z]):
             vjp=None if vjp is None else lambda v: vjp(h, z, v),
             jvp=None if jvp is None else lambda dh, dz: jvp(h, z, dh, dz),
         )
+
+
+def with_derivatives(problem: Problem[H, Z], h: H, z: Z) -> Problem[H, Z]:
+    """The problem, with the derivatives of the arrays' framework if it has none and there is an adapter."""
+    adapter = None if problem.has_derivatives else find_adapter((h, z))
+    if adapter is None:
+        return problem
+    made: Problem[H, Z] = adapter.problem(problem.f, batch_ndim=problem.batch_ndim, scale=problem.scale)
+    return made
 
 
 def as_problem(f: Problem[H, Z] | Map[H, Z], batch_ndim: int | None, scale: Any = None) -> Problem[H, Z]:

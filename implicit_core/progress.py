@@ -71,10 +71,23 @@ class Progress(NamedTuple):
     marked: Numbers
 
 
-def fraction(rtol: float) -> float:
-    """The fraction of the first residual that a converged one may be."""
+def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float, infinite: Any = None) -> Any:
+    """The largest residual that may count as converged; infinite near a fixed point.
+
+    Parameters
+    ----------
+    xp
+        The arrays' namespace.
+    first, tolerance
+        The first residual of each sample, and the tolerance there.
+    rtol
+        The relative tolerance.
+    infinite
+        An array of infinities like ``first``, if there is one.
+    """
     low, high = FALLEN
-    return max(low, min(high, NEAR * rtol))
+    infinite = xp.full_like(first, float("inf")) if infinite is None else infinite
+    return xp.where(first <= NEAR * tolerance, infinite, max(low, min(high, NEAR * rtol)) * first)
 
 
 def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:

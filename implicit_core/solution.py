@@ -261,11 +261,9 @@ def counts(status: Array, residual: Array, relative: Array | None) -> str:
 
 def warn_of_failures(status: Array, residual: Array) -> None:
     """Warn, once at a line, if samples of a layer did not converge. Both arguments may be arrays of NumPy."""
-    backend = find_backend(status, "status")
-    failed = status != Status.CONVERGED.value
-    if not bool(backend.xp.any(failed)):
-        return
     failures = find_failures(status, residual)
+    if not failures:
+        return
     warn(
         f"the solve did not converge: {describe(failures, math.prod(status.shape))}. {advice(failures)} The values and "
         "gradients of these samples are those of another point; layers keep the statuses, throw=True raises. See the "

@@ -56,6 +56,9 @@ def solve(
     ------
     SolveError
         With ``throw``, if a sample did not converge.
+    CoupledSamplesError
+        If F couples what batch_ndim takes for samples, where a solve can see it for nothing; see ``check`` of
+        :class:`Solver`.
     TypeError, ValueError
         If an argument, or what F returns, has a wrong type, structure, shape, dtype or device.
 

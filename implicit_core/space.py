@@ -8,7 +8,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,8 +92,10 @@ class Space:
             leaves: list[Any] = [tree]
             alike = True
         else:
-            tree = checks.numbers_as_arrays(self.backend, tree, self.like)
             leaves, structure = self.backend.flatten(tree)
+            if not all(map(self.backend.is_array, leaves)):
+                tree = checks.numbers_as_arrays(self.backend, tree, self.like)
+                leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
             checks.like(self.backend, name, tree, self.like, "h0")
@@ -132,13 +134,14 @@ class Space:
         """``x`` at the precision of the user's leaves."""
         if not self._rounds:
             return x
-        units: Sequence[Any] = self._units or [1.0] * len(x)
-        return State(
-            tuple(
-                leaf if dtype == self.dtype else self.xp.astype(self.xp.astype(leaf * unit, dtype), self.dtype) / unit
-                for leaf, dtype, unit in zip(x, self.dtypes, units, strict=True)
-            )
-        )
+        return State(tuple(map(self._rounded, x, self.dtypes, self._units or [None] * len(x))))
+
+    def _rounded(self, leaf: Array, dtype: Any, unit: Any) -> Array:
+        if dtype == self.dtype:
+            return leaf
+        measured = leaf if unit is None else leaf * unit
+        rounded = self.xp.astype(self.xp.astype(measured, dtype), self.dtype)
+        return rounded if unit is None else rounded / unit
 
     def per_sample(self, numbers: Numbers | Mask) -> Array:
         """Numbers (N, 1) in the shape of the batch."""
@@ -251,8 +254,7 @@ class Space:
 
     def copy(self, x: State) -> State:
         """``x`` in its own memory, in C order: in another order F's own sums would be rounded differently."""
-        xp = self.xp
-        return State(tuple(xp.reshape(xp.asarray(xp.reshape(a, (-1,)), copy=True), a.shape) for a in x))
+        return State(tuple(compact(self.xp, a) for a in x))
 
     def add(self, x: State, y: State) -> State:
         """``x + y``."""
@@ -387,6 +389,17 @@ class Space:
     def table(self, rows: Array) -> Any:
         """The rows of a constant array (m, ...), to be read with ``table[index]`` at the loop's counter."""
         return tuple(rows[i, ...] for i in range(rows.shape[0]))
+
+
+def compact(xp: Any, a: Array) -> Array:
+    """A copy of an array in C order without gaps. ``asarray(copy=True)`` may keep the order of the axes."""
+    return xp.reshape(xp.asarray(xp.reshape(a, (-1,)), copy=True), a.shape)
+
+
+def normal(space: Space, draw: Callable[[float, float], float], n: int, d: int) -> Array:
+    """Normal numbers (n, d) from Python's generator, since the array API has none: the same in every framework."""
+    numbers = [draw(0.0, 1.0) for _ in range(n * d)]
+    return space.xp.reshape(space.xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
 
 
 def total(terms: Iterable[Any]) -> Any:

@@ -321,6 +321,10 @@ def test_a_finished_sample_that_moves_is_an_error() -> None:
         ic.solve(f, np.zeros((3, 1)), z, solver=solver, batch_ndim=1)
     together = ic.solve(f, np.zeros((3, 1)), z, solver=solver)
     assert together.converged
+    unchecked = ic.FixedPointIteration(rtol=1e-6, max_steps=500, check=False)
+    np.testing.assert_allclose(
+        ic.solve(f, np.zeros((3, 1)), z, solver=unchecked, batch_ndim=1).value, together.value, rtol=1e-4
+    )
     going_on = ic.FixedPointIteration(rtol=1e-6, max_steps=500, freeze=False)
     np.testing.assert_allclose(
         ic.solve(f, np.zeros((3, 1)), z, solver=going_on, batch_ndim=1).value, together.value, rtol=1e-4

@@ -60,9 +60,9 @@ def compare(w: H, last: H, reference: H, test: GrowthTest, batch_ndim: int, *, p
     return result
 
 
-# The primitives. Their operands and results are leaves; `compare` takes those of w, of the last term and of the
-# reference. `primal`: they are values, not tangents or cotangents. `tests`: a comparison that tests; one that does not
-# marks where a fork begins when it is transposed.
+# The primitives. Their operands and results are leaves. The operands of `compare` are the leaves of w, then of the last
+# term, then of the reference. `primal`: they are values, not tangents or cotangents. `tests`: a comparison that tests;
+# one that does not marks where a fork begins when it is transposed.
 
 _fork, _compare = Primitive("fork_for_growth"), Primitive("compare_growth")
 _fork.multiple_results = _compare.multiple_results = True

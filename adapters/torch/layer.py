@@ -89,7 +89,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
-    lam, may_alias = (1.0, True) if isinstance(gradient, BPTT) else (gradient.lam, gradient.lam == 1.0)
+    lam, may_alias = gradient.lam, gradient.lam == 1.0
     if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value

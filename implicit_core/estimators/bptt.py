@@ -1,19 +1,18 @@
 """Backpropagation through plain fixed-point iteration (Eq. 11), the baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .. import checks
 from ..arrays import H, Z
 from ..problem import Problem
 from .base import Estimator
-from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
+from .growth import OnGrowth, Terms
 from .unroll import Unroll
 
 
-@dataclass(frozen=True)
-class BPTT(Estimator):
+@dataclass(frozen=True, repr=False)
+class BPTT(Terms, Estimator):
     """The derivative of k undamped steps (Eq. 10 and 11), the baseline that implicit differentiation replaces.
 
     In :func:`fixed_point` it replaces the solve: the k steps start at ``h0``. All k linearizations are held.
@@ -47,20 +46,10 @@ class BPTT(Estimator):
 
     k: int = 30
     on_growth: OnGrowth = "warn"
+    lam: float = field(default=1.0, init=False, repr=False)
+    """The steps are undamped."""
 
     starts_from_h0: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
-        check_on_growth(self.on_growth)
-
-    def __repr__(self) -> str:
-        return short_repr(self)
-
-    @property
-    def growth(self) -> GrowthTest:
-        """The test whether the cotangents grow."""
-        return GrowthTest(repr(self), self.k, 1.0, self.on_growth)
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         return Unroll(self.k, 1.0).value(problem, h, z)

@@ -5,7 +5,9 @@ from typing import Any, Literal, TypeVar
 
 from array_api_compat import array_namespace
 
+from .. import checks
 from ..arrays import Mask, Numbers, State
+from ..registry import find_backend
 from ..solution import sample_names
 from ..space import Space
 from ..warnings_ import warn
@@ -21,24 +23,11 @@ class GrowingGradientWarning(InexactGradientWarning):
     """The terms of a phantom gradient grow, so that it is no estimate, in the samples that the warning names."""
 
 
-def check_on_growth(value: object) -> None:
-    """Raise :class:`ValueError` unless ``value`` is an :data:`OnGrowth`."""
-    if value not in ("warn", "nan", "ignore"):
-        raise ValueError(f"on_growth must be 'warn', 'nan' or 'ignore', got {value!r}")
-
-
 def untested(estimator: E) -> E:
     """The estimator without the test, for what measures the error itself."""
     record: Any = estimator
     ignoring: E = replace(record, on_growth="ignore") if hasattr(record, "on_growth") else estimator
     return ignoring
-
-
-def short_repr(estimator: Any) -> str:
-    """A record in words, without ``on_growth`` if that is the default: it changes no estimate."""
-    values = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
-    shown = (f"{name}={x!r}" for name, x in values.items() if (name, x) != ("on_growth", "warn"))
-    return f"{type(estimator).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -122,8 +111,12 @@ class GrowthTest:
         grew: Any = self._grew(before, after, floor)
         if not bool(array_namespace(before).any(grew)):
             return
-        samples = [i for i in range(grew.shape[0]) if bool(grew[i, 0])]
-        growth = max(_ratio(float(after[i, 0]), float(before[i, 0])) for i in samples)
+        backend = find_backend(before, "norms")
+        masks = backend.xp.astype(grew, before.dtype)  # read with the norms, at once
+        n, numbers = grew.shape[0], backend.numbers(backend.xp.stack([masks, before, after]))
+        flags, firsts, lasts = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
+        samples = [i for i, flag in enumerate(flags) if flag]
+        growth = max(_ratio(lasts[i], firsts[i]) for i in samples)
         warn(
             f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: the last of its {self.k} "
             f"terms is up to {growth:.0e} times as large as the first, because steps with lam={self.lam:g} do not "
@@ -131,6 +124,35 @@ class GrowthTest:
             "solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
             GrowingGradientWarning,
         )
+
+
+class Terms:
+    """What estimators of k terms share: the settings of a dataclass with ``k``, ``lam`` and ``on_growth``, and a test.
+
+    It is no dataclass itself, so that each estimator keeps its fields in the paper's order.
+    """
+
+    k: int
+    lam: float
+    on_growth: OnGrowth
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
+        object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        if self.on_growth not in ("warn", "nan", "ignore"):
+            raise ValueError(f"on_growth must be 'warn', 'nan' or 'ignore', got {self.on_growth!r}")
+
+    def __repr__(self) -> str:
+        """The record in words, without ``on_growth`` if that is the default: it changes no estimate."""
+        record: Any = self
+        values = {field.name: getattr(self, field.name) for field in fields(record) if field.repr}
+        shown = (f"{name}={x!r}" for name, x in values.items() if (name, x) != ("on_growth", "warn"))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def growth(self) -> GrowthTest:
+        """The test whether the terms, or the cotangents that stand for them, grow."""
+        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
 
 
 def _ratio(after: float, before: float) -> float:

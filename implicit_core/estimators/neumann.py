@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-from .. import checks
 from ..arrays import Operator, State
 from ..space import Space
 from .base import AtFixedPoint, Factor, geometric_bound
-from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
+from .growth import OnGrowth, Terms
 
 
-@dataclass(frozen=True)
-class Neumann(AtFixedPoint):
+@dataclass(frozen=True, repr=False)
+class Neumann(Terms, AtFixedPoint):
     r"""The Neumann-series phantom gradient A^neu_{k,λ}, Eq. (18).
 
     .. math::
@@ -54,19 +53,6 @@ class Neumann(AtFixedPoint):
     k: int = 5
     lam: float = 0.5
     on_growth: OnGrowth = "warn"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
-        object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
-        check_on_growth(self.on_growth)
-
-    def __repr__(self) -> str:
-        return short_repr(self)
-
-    @property
-    def growth(self) -> GrowthTest:
-        """The test whether the terms grow."""
-        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18)."""

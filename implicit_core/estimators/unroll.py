@@ -8,11 +8,11 @@ from ..arrays import Array, H, State, Z
 from ..problem import BoundLinearization, Problem
 from ..space import Space
 from .base import Estimator, Factor, bind, geometric_bound
-from .growth import GrowthTest, OnGrowth, check_on_growth, short_repr
+from .growth import GrowthTest, OnGrowth, Terms
 
 
-@dataclass(frozen=True)
-class Unroll(Estimator):
+@dataclass(frozen=True, repr=False)
+class Unroll(Terms, Estimator):
     r"""The unrolling-based phantom gradient A^unr_{k,λ}, Eq. (17).
 
     .. math::
@@ -62,18 +62,8 @@ class Unroll(Estimator):
     on_growth: OnGrowth = "warn"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
-        object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
+        super().__post_init__()
         checks.instance("recompute", self.recompute, bool, "True")
-        check_on_growth(self.on_growth)
-
-    def __repr__(self) -> str:
-        return short_repr(self)
-
-    @property
-    def growth(self) -> GrowthTest:
-        """The test whether the cotangents grow."""
-        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         space, lam = bind(problem, h), self.lam
@@ -81,11 +71,11 @@ class Unroll(Estimator):
         def step(problem: Problem[H, Z], h: H) -> H:
             return _blend(space, lam, problem.f(h, z), h)
 
-        inner = problem.unwatched or problem  # a loop that is traced lets nothing out
+        # Whoever watches F sees the last step alone (Decision 72): a loop that is traced lets nothing out.
+        inner = problem.unwatched or problem
         with space.backend.on_device_of(h):
-            return step(
-                problem, space.backend.repeat(lambda h: step(inner, h), h, self.k - 1)
-            )  # who watches F sees the last step, Decision 72
+            before_last = space.backend.repeat(lambda h: step(inner, h), h, self.k - 1)
+            return step(problem, before_last)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)

@@ -52,16 +52,18 @@ class Solver(ABC):
     freeze
         Whether a finished sample keeps its point, so that no sample's result depends on another's. False: it takes
         steps as long as others do, for the same evaluations, and is more accurate for it.
+    check
+        Whether a solve raises where the residual of a finished sample changed, although its point is kept. It looks
+        only where samples freeze and numbers can be read, at no evaluation more.
 
     Raises
     ------
     TypeError, ValueError
-        If a setting is of a wrong kind or out of range. ValueError also from a solve in which the residual of a
-        finished sample changed: F couples what batch_ndim takes for samples.
+        If a setting is of a wrong kind or out of range.
 
     Examples
     --------
-    >>> from dataclasses import dataclass, field
+    >>> from dataclasses import dataclass
     >>> import numpy as np
     >>> import implicit_core as ic
     >>> @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Solver(ABC):
     max_steps: int = 100
     check_every: int = 1
     freeze: bool = field(default=True, repr=False)
+    check: bool = field(default=True, repr=False)
 
     runs_user_code: ClassVar[bool] = False
     """See :class:`FixedPointSolver`."""
@@ -103,6 +106,7 @@ class Solver(ABC):
         set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
         checks.instance("freeze", self.freeze, bool, "True")
+        checks.instance("check", self.check, bool, "False")
 
     @property
     def absolute_tolerance(self) -> float:

@@ -40,7 +40,7 @@ class Broyden(Solver):
     ----------
     memory
         m, how many steps (states) are held.
-    rtol, atol, max_steps, check_every, freeze
+    rtol, atol, max_steps, check_every, freeze, check
         As for :class:`Solver`.
 
     Raises

@@ -88,9 +88,6 @@ class CallableSolver:
 
     def _ran_away(self, space: Space, start: Stats, end: Stats, h: PyTree) -> Any:
         """Where the residual has not fallen, or may not have, as rounding hides it (Decision 69)."""
-        first: Any = start.residual
-        at_start: Any = start.tolerance
-        near = first <= progress.NEAR * at_start
-        cap = progress.fraction(self.rtol) * first
+        cap = progress.largest_converged(space.xp, start.residual, start.tolerance, self.rtol)
         hidden = progress.is_hidden(space, space.xp.reshape(cap, (-1, 1)), space.norm(space.pack(h)))
-        return ~near & ((end.residual > cap) | space.per_sample(hidden))
+        return (end.residual > cap) | space.per_sample(hidden)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..arrays import Array, Mask, Matrices, Numbers, Operator, State
 from ..linear_solvers.arnoldi import arnoldi_step, orthogonalize, unit
-from ..space import Space
+from ..space import Space, normal
 
 TINY = 100.0
 """Times ε: a number that small relative to the largest of its sample is a rounding error."""
@@ -249,14 +249,8 @@ def start(space: Space, seed: int, *, shared: bool = False) -> State:
 
     If it is ``shared``, all samples get the same vector, which takes less time to draw.
     """
-    draw = random.Random(seed).gauss  # the array API has no random numbers
-    xp, samples = space.xp, 1 if shared else space.samples
-
-    def normal(n: int, d: int) -> Array:
-        numbers = [draw(0.0, 1.0) for _ in range(n * d)]
-        return xp.reshape(xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
-
-    x = State(tuple(normal(samples, d) for _, d in space.flat_shapes))
+    draw, samples = random.Random(seed).gauss, 1 if shared else space.samples
+    x = State(tuple(normal(space, draw, samples, d) for _, d in space.flat_shapes))
     x = space.divide(x, space.norm(x))
     return space.add(space.zeros(), x) if shared else x
 

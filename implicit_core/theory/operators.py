@@ -58,8 +58,8 @@ class CountedProblem(Problem[H, Z]):
     def _linearized(self, h: H, z: Z) -> Linearization[H, Z]:
         self.evaluations += 1
         at = self._given.linearize(h, z)
-        has = {name: getattr(at.raw, name) or getattr(at.raw, name.partition("_")[0]) for name in DERIVATIVES}
-        return Linearization(at.value, **{name: getattr(at, name) for name in has if has[name]}).wrap(self._counted)
+        given = {name: getattr(at, name) for name in DERIVATIVES if at.has(name)}
+        return Linearization(at.value, **given).wrap(self._counted)
 
     def _counted(self, name: str, derivative: Product) -> Product:
         def product(*vectors: PyTree) -> PyTree:

@@ -5,8 +5,7 @@ from ..arrays import Array, H, Numbers, Operator, State, Z
 from ..coupling import refuse_coupling
 from ..estimators.base import on_states
 from ..linear_solvers.arnoldi import unit
-from ..problem import BoundLinearization, Map, Problem, as_problem
-from ..registry import find_adapter
+from ..problem import BoundLinearization, Map, Problem, as_problem, with_derivatives
 from ..space import Space
 from .krylov import start
 
@@ -153,11 +152,8 @@ def _linearize(
 ) -> tuple[Space, BoundLinearization[H, Z], Array | None]:
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
-    problem = as_problem(f, batch_ndim)
+    problem = with_derivatives(as_problem(f, batch_ndim), h, z)
     space = problem.space(h)
-    adapter = None if problem.has_derivatives else find_adapter((h, z))
-    if adapter is not None:
-        problem = adapter.problem(problem.f, batch_ndim=problem.batch_ndim, scale=problem.scale)
     at = problem.linearize(h, z).require(*names)
     with space.backend.on_device_of(h), space.backend.solving():
         return space, at, refuse_coupling(space, at, problem.f, "the estimate is for each sample")
