@@ -28,7 +28,8 @@ class Finding:
     Attributes
     ----------
     kind
-        ``"random"``, ``"writes"``, ``"state"``, ``"structure"``, ``"coupled"``, ``"derivatives"`` or ``"contraction"``.
+        ``"random"``, ``"writes"``, ``"state"``, ``"structure"``, ``"nonfinite"``, ``"coupled"``, ``"derivatives"`` or
+        ``"contraction"``.
     text
         What was found, with the number that shows it.
     advice
@@ -256,6 +257,10 @@ def _at_a_point(
         found.notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
         return found.report(problem, point)
     at = problem.linearize(h, z)
+    if not bool(xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in space.pack(at.value)]))):
+        text = f"F is not finite at the {point}, so its derivatives cannot be compared with differences"
+        found.add("nonfinite", text, "look for NaN and infinite numbers in h0 and z, and for overflow in F")
+        return found.report(problem, point)
     _independence(problem, space, at, found)
     _derivatives(problem, space, at, seed, found)
     if "coupled" in found.kinds():

@@ -69,6 +69,7 @@ def scale(value: PyTree) -> PyTree:
 
     if value is None:
         return None
+    no_masks("scale", value)
     for leaf in leaves_of(value):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
             backend = find_backend(leaf, "scale")

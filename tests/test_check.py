@@ -277,3 +277,11 @@ def test_arguments_of_a_wrong_kind_raise():
         ic.check(lambda h, z: h, 3.0, 1.0)
     with pytest.raises(NotImplementedError, match="jit"):
         jax.jit(lambda h: ic.check(lambda h, z: h, h, h).ok)(jnp.zeros(2))
+
+
+@pytest.mark.parametrize("where", ["h0", "z"])
+def test_a_value_that_is_not_finite_is_no_wrong_derivative(where):
+    problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), batch_ndim=1)
+    start, z = np.zeros((3, 2)), np.ones((3, 2))
+    (start if where == "h0" else z)[1, 0] = np.nan
+    assert ic.check(problem, start, z).kinds() == {"nonfinite"}

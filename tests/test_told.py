@@ -275,6 +275,8 @@ def test_a_scale_is_checked() -> None:
         ic.solve(f, np.ones(2), None, scale=np.ones(3))
     with pytest.raises(TypeError, match="have the structure"):
         ic.solve(f, np.ones(2), None, scale={"a": 1.0})
+    with pytest.raises(TypeError, match="scale must not hold masked arrays"):
+        ic.solve(f, np.ones(2), None, scale=np.ma.array([1.0, 2.0], mask=[False, True]))
     with pytest.raises(TypeError, match="belongs to the problem"):
         ic.solve(ic.Problem(f), np.ones(2), None, scale=2.0)
     with pytest.raises(TypeError, match="known when the program is traced"):
