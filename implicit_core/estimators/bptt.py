@@ -1,7 +1,7 @@
 """Backpropagation through plain fixed-point iteration (Eq. 11), the baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..arrays import H, Z
@@ -46,8 +46,7 @@ class BPTT(Terms, Estimator):
 
     k: int = 30
     on_growth: OnGrowth = "warn"
-    lam: float = field(default=1.0, init=False, repr=False)
-    """The steps are undamped."""
+    lam = 1.0  # no setting, so no field: the steps are undamped
 
     starts_from_h0: ClassVar[bool] = True
 
