@@ -284,6 +284,15 @@ class Problem(Generic[H, Z]):
             watched._linearize = watched_linearize
         return watched
 
+    def left_out(self, h: H, z: Z) -> tuple[str, ...]:
+        """What F could be differentiated in besides h and z, in words. Of callbacks nothing is known.
+
+        An adapter's ``problem(f)`` may know more: PyTorch's lists closed-over tensors that require a gradient, for one
+        evaluation of F.
+        """
+        del h, z
+        return ()
+
     def linearize(self, h: H, z: Z) -> BoundLinearization[H, Z]:
         """F and its derivatives at (h, z), for one evaluation of F.
 

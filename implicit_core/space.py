@@ -110,11 +110,12 @@ class Space:
         dual._units = tuple(1 / unit for unit in self._units)
         return dual
 
-    def in_units(self, units: Numbers) -> "Space":
-        """The same space with states that are divided by ``units``, one number a sample."""
-        space = copy.copy(self)
+    def in_units(self, units: Numbers | State) -> "Space":
+        """The same space with states that are divided by ``units``: one number a sample, or a state of them."""
+        space, n = copy.copy(self), len(self.shapes)
+        of_leaves = units if isinstance(units, tuple) else (units,) * n
         space._units = tuple(
-            units if unit is None else unit * units for unit in self._units or [None] * len(self.shapes)
+            new if unit is None else unit * new for unit, new in zip(self._units or (None,) * n, of_leaves, strict=True)
         )
         return space
 

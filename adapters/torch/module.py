@@ -26,9 +26,8 @@ from implicit_core.theory import Certificate, certify
 from implicit_core.warnings_ import warn
 
 from .autograd import in_dual_level, transforming
-from .closure import hoist
 from .precision import autocasted, full_precision, state_dtype
-from .problem import problem
+from .problem import closed_over, problem
 from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
@@ -252,7 +251,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             if not self.gradient.starts_from_h0:
                 solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
                 h = solve(given, h, parameters, solver=solver).value
-            _refuse_outside(given, h, parameters)
+            _refuse_outside(cell, closed_over(given.f, h, parameters))
             return certify(given, h, parameters, self.gradient, **options)
 
     def _solver(self) -> FixedPointSolver | Callable[[Problem[H, X], H, X], H]:
@@ -317,17 +316,25 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _refuse_outside(given: Problem[H, dict[str, Tensor]], h: H, parameters: dict[str, Tensor]) -> None:
-    """Raise if F uses tensors that require a gradient besides the parameters."""
-    found = hoist(given.f, BACKEND.map(torch.clone, h), parameters, has_storage).externals
-    left_out = [x for x in found if x.requires_grad]
+def _refuse_outside(cell: nn.Module, left_out: list[Tensor]) -> None:
+    """Raise if F depends on tensors that require a gradient besides the cell's parameters."""
     if left_out:
-        shapes = ", ".join(str(tuple(x.shape)) for x in left_out)
+        found = ", ".join(_described(cell, x) for x in left_out)
         raise ValueError(
-            f"the cell uses tensors of shape {shapes} that require a gradient and are not its own parameters, which "
-            "the conditions would leave out: compute them in forward, as torch.nn.utils.parametrizations does, or put "
-            "all that is trained in z, and call implicit_core.theory.certify"
+            f"the cell uses tensors that require a gradient and are not its own parameters: {found}. The layer "
+            "differentiates them, but the conditions would leave them out: compute them in forward, make other modules "
+            "submodules of the cell, or put all that is trained in z, and call implicit_core.theory.certify"
         )
+
+
+def _described(cell: nn.Module, x: Tensor) -> str:
+    """A tensor by its shape and, if a module of the cell has it as an attribute, its name."""
+    shape, origin = f"shape {tuple(x.shape)}", "" if x.is_leaf else ", computed outside of forward"
+    for path, part in cell.named_modules():
+        for attribute, value in vars(part).items():
+            if value is x:
+                return f"{path + '.' if path else ''}{attribute} ({shape}{origin})"
+    return f"one of {shape}{origin}"
 
 
 def _notice_changes(cell: object) -> None:

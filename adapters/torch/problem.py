@@ -13,12 +13,32 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, vector_jacobian
+from .closure import hoist
+from .graph_inputs import graph_inputs
+from .identity import IdentitySet
 from .random_state import RandomState
-from .tensors import Tensors, as_leaf, is_differentiable
+from .tensors import Tensors, as_leaf, has_storage, is_differentiable, tensors
 
 
 class AutogradProblem(Problem[H, Z]):
     """A :class:`Problem` whose derivatives autograd computes, also with respect to all tensors that f closes over."""
+
+    def left_out(self, h: H, z: Z) -> tuple[str, ...]:
+        """The shapes of closed-over tensors that require a gradient."""
+        return tuple("x".join(map(str, x.shape)) or "a scalar" for x in closed_over(self.f, h, z))
+
+
+def closed_over(f: Map[H, Z], h: H, z: Z) -> list[Tensor]:
+    """The tensors besides h and z that the value of F depends on and that require a gradient."""
+    leaves, structure = BACKEND.flatten(h)
+    h_in = [as_leaf(x) for x in leaves]
+    replayed = RandomState(leaves).replay(f)
+    with torch.inference_mode(False), torch.enable_grad():
+        evaluation = hoist(replayed, BACKEND.unflatten(structure, h_in), z, has_storage)
+    in_z = tensors(z)
+    inputs = graph_inputs(evaluation, BACKEND.flatten(evaluation.value)[0], h_in, in_z)
+    known = IdentitySet(in_z)
+    return [x for x in inputs.tensors if x not in known] if inputs else []
 
 
 def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Problem[H, Z]:

@@ -1,5 +1,6 @@
 """What a gradient estimator is: a frozen record that turns F's derivatives into an approximation of ∂h*/∂z."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,14 @@ class Estimator(ABC):
         """
         return unknown(contraction)
 
+    def accumulated(self, contraction: float) -> float:
+        """How many products' rounding errors add up in A v, at most, with L_h = ``contraction``, a number or infinity.
+
+        With it, :func:`~implicit_core.theory.certify` makes its bounds hold in the precision of h (Decision 85). An
+        estimator that does not say counts as one product.
+        """
+        return 1.0
+
 
 class Derivative(Enum):
     """How w = D v is differentiated: for second derivatives, and in JAX to turn a pushforward into a pullback.
@@ -171,16 +180,27 @@ class AtFixedPoint(Estimator):
         checks.state_like(f"{type(self).__name__}.inverse", w, v)
         return w
 
-    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
+    def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """A bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1, for an estimator that solves to a tolerance.
 
-        ``eps`` is the machine precision of the coarsest leaf, and ``rounding`` the relative error of a product with the
-        Jacobian, which the accuracy of a solve cannot exceed.
-
         Its D is not a fixed linear map (it stops on a data-dependent test), so its norm cannot be measured with
-        matrix-vector products. NaN if no bound is known.
+        matrix-vector products.
+
+        Parameters
+        ----------
+        contraction
+            An upper bound of L_h, below 1, in all samples.
+        eps
+            The machine precision of the coarsest leaf of h.
+        rounding
+            The rounding error of a product with the Jacobian, relative to the norms of the Jacobian and the vector.
+
+        Returns
+        -------
+        bound
+            NaN if none is known.
         """
-        return unknown(contraction)
+        return math.nan
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         """The solver's point, unchanged."""
@@ -229,6 +249,11 @@ def geometric_bound(k: int, lam: float, contraction: Factor) -> Factor:
     number: Any = contraction
     bound: Factor = (1 - lam * (1 - number)) ** k / (1 - number)
     return bound
+
+
+def geometric_count(k: int, lam: float, contraction: float) -> float:
+    """At least Σ ‖B‖ᵗ over t < k, and at most k, for B = λ ∂F/∂h + (1 - λ) I with L_h < 1; otherwise k."""
+    return min(k, 1 / (lam * (1 - contraction))) if contraction < 1 else k
 
 
 def unknown(contraction: Factor) -> Factor:

@@ -11,6 +11,7 @@ from ..registry import find_backend
 from ..solution import sample_names
 from ..space import Space
 from ..warnings_ import warn
+from .base import geometric_count
 from .inexact import InexactGradientWarning
 
 E = TypeVar("E")
@@ -148,6 +149,10 @@ class Terms:
         values = {field.name: getattr(self, field.name) for field in fields(record) if field.repr}
         shown = (f"{name}={x!r}" for name, x in values.items() if (name, x) != ("on_growth", "warn"))
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def accumulated(self, contraction: float) -> float:
+        """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""
+        return geometric_count(self.k, self.lam, contraction)
 
     @property
     def growth(self) -> GrowthTest:

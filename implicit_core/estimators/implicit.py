@@ -1,14 +1,15 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from .. import checks
 from ..arrays import Operator, State
 from ..linear_solvers import GMRES, LinearSolver
 from ..solution import Status
 from ..space import Space
-from .base import AtFixedPoint, Derivative, Factor, unknown
+from .base import AtFixedPoint, Derivative
 from .inexact import nan_where_invalid, report
 
 
@@ -82,15 +83,14 @@ class Implicit(AtFixedPoint):
             )
         return w
 
-    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
+    def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """η (1 + L_h) / (1 - L_h), if a sample with a relative residual of its linear solve above η raises.
 
-        η is what the solver accepts, and the rounding errors of the residual.
+        η is what the solver accepts, and what rounding hides from it. NaN for another ``on_failure``.
         """
-        number: Any = contraction
-        condition = (1 + number) / (1 - number)
-        accepted: Any = self.linear_solver.accepted(contraction, eps)
-        if self.on_failure != "raise":
-            return unknown(contraction)
-        bound: Factor = (accepted + 2 * rounding) * condition
-        return bound
+        # Decision 85. The error is A⁻¹ r, ‖b‖ ≤ (1 + L_h) ‖u‖, and the computed residual is wrong by rounding errors
+        # of ‖A‖ ‖x‖ + ‖b‖, where ‖x‖ ≤ (1 + η condition) ‖u‖.
+        condition = (1 + contraction) / (1 - contraction)
+        accepted = self.linear_solver.accepted(contraction, eps)
+        hidden = rounding * (2 + accepted * condition)
+        return (accepted + hidden) * condition if self.on_failure == "raise" else math.nan

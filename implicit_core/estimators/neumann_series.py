@@ -1,14 +1,15 @@
 """The Neumann series of Eq. (15), with as many terms in every sample as an accuracy requires (Decision 28)."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .. import checks
 from ..arrays import Numbers, Operator, State
 from ..linear_solvers import Richardson
 from ..linear_solvers.base import ratio
 from ..space import Space
-from .base import AtFixedPoint, Derivative, Factor, unknown
+from .base import AtFixedPoint, Derivative, geometric_count
 from .inexact import nan_where_invalid, report
 
 MARGIN = 2.0
@@ -97,16 +98,26 @@ class NeumannSeries(AtFixedPoint):
             )
         return w
 
-    def inverse_error(self, contraction: Factor, eps: float = 0.0, rounding: float = 0.0) -> Factor:
-        """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before; and rounding."""
+    def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
+        """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before; and rounding.
+
+        Where the series' own ``contraction`` is smaller than the one given, it stops too early by q / (1 - q) of the
+        one over that of the other, and the bound says so.
+        """
         if self.contraction is None:
-            return unknown(contraction)
-        q = 1 - self.lam * (1 - self.contraction)
-        accuracy = self.rtol / (1 - self.rtol) if self.rtol < 1 else float("inf")
-        number: Any = contraction
-        condition = (1 + number) / (1 - number)
-        bound: Factor = max(accuracy, q**self.max_terms) + 2 * rounding * condition
-        return bound
+            return math.nan
+        # Decision 85. Rounding errors of a product with the residual r_t are multiplied by the inverse. Their sum is at
+        # most that of ‖r_t‖ over all terms; those of the sum itself are relative to it.
+        condition, terms = (1 + contraction) / (1 - contraction), geometric_count(self.max_terms, self.lam, contraction)
+        rounded = rounding * condition * (condition + 2 * terms)
+        used, true = (self.lam * (1 - c) for c in (self.contraction, max(contraction, self.contraction)))
+        q = 1 - true
+        if used == 1:  # it takes ∂F/∂h for zero, and one term for the sum
+            return q + rounded
+        rest = self.rtol * (q / true) / ((1 - used) / used)
+        accuracy = rest / (1 - rest) if rest < 1 else math.inf
+        # No sum of k terms, however few, is further away than the last of one term.
+        return min(max(accuracy, q**self.max_terms), q) + rounded
 
 
 @dataclass(frozen=True, kw_only=True)

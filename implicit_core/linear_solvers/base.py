@@ -1,10 +1,9 @@
 """What a linear solver is: settings, one cycle of its method, and the loop that measures what each cycle achieved."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
-
-from array_api_compat import array_namespace
+from typing import ClassVar, NamedTuple
 
 from .. import checks
 from ..arrays import Mask, Numbers, Operator, State
@@ -12,8 +11,6 @@ from ..backend import Known
 from ..solution import Status
 from ..space import Space
 
-Factor = TypeVar("Factor")
-"""A number, or an array of numbers."""
 Cycle = tuple[State, int] | tuple[State, int, Numbers]
 """A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂.
 
@@ -145,23 +142,17 @@ class LinearSolver(ABC):
         goal: Numbers = xp.maximum(target, xp.minimum(rounding, _cap(eps) * size))
         return goal
 
-    def accepted(self, contraction: Factor, eps: float) -> Factor:
-        """The largest residual that is accepted for A = I - J, with a bound of ‖J‖₂ below one.
+    def accepted(self, contraction: float, eps: float) -> float:
+        """The largest residual that :meth:`goal` accepts for A = I - J, with a bound of ‖J‖₂ below one.
 
         It is relative to (1 + ‖J‖) ‖u‖ with u = A⁻¹ b, which is at least ‖b‖. ``eps`` is the machine precision of the
         coarsest leaf. NaN with an ``atol``, relative to which nothing is known.
         """
-        number: Any = contraction
+        if self.atol:
+            return math.nan
         # As in `goal`, with ‖A‖ ≤ 1 + ‖J‖, and ‖x - u‖ ≤ ‖r‖ / (1 - ‖J‖) where ‖r‖ is at most the cap.
-        rounding = FLOOR * eps * (2 + _cap(eps) * (1 + number) / (1 - number))
-        if hasattr(number, "dtype"):
-            xp = array_namespace(number)
-            rounding = xp.minimum(rounding, xp.full_like(rounding, _cap(eps)))
-            found: Any = xp.maximum(rounding, xp.full_like(rounding, self.rtol))
-        else:
-            found = max(self.rtol, min(rounding, _cap(eps)))
-        accepted: Factor = found if self.atol == 0.0 else found * float("nan")
-        return accepted
+        rounding = FLOOR * eps * (2 + _cap(eps) * (1 + contraction) / (1 - contraction))
+        return max(self.rtol, min(rounding, _cap(eps)))
 
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
         """Solve A x = b from x = 0."""

@@ -87,6 +87,8 @@ class Certificate:
         Evaluations of F, and products with ∂F/∂h and with ∂F/∂z or their transposes, that the certificate took.
     samples, state_size, parameters
         The number of samples, of numbers in one sample of h, and of numbers in z.
+    left_out
+        What F closes over and could be differentiated in, in words: constants here, as only z is not. PyTorch tells.
 
     Examples
     --------
@@ -120,6 +122,7 @@ class Certificate:
     samples: int
     state_size: int
     parameters: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def descent(self) -> bool | None:
@@ -203,7 +206,11 @@ class Certificate:
         rows.append(("descent direction", self._verdict()))
         high: Any = numbers["contraction_high"]
         if high >= 1:
-            rows += [("", text) for text in self._without_contraction(numbers["spectral_radius"])]
+            rows += _lines("L_h < 1 is not certain", self._without_contraction(numbers["spectral_radius"]))
+        if self.left_out:
+            rows += _lines(
+                "left out", f"F closes over trained tensors, constants here, of shape {', '.join(self.left_out)}"
+            )
         name = textwrap.shorten(str(self.gradient), WIDTH, placeholder=" ...")
         return "\n".join([name, *(f"  {name:<22}{text}" for name, text in rows)])
 
@@ -221,15 +228,17 @@ class Certificate:
             return "none known"
         return "none: L_h < 1 is not certain" if math.isinf(bound) else f"{bound:.3g} ‖∂F/∂z‖"
 
-    def _without_contraction(self, radius: Any) -> list[str]:
-        """What still says something where the theorems do not, in lines."""
+    def _without_contraction(self, radius: Any) -> str:
+        """What still says something where Theorem 2 is silent."""
         if radius < 1:
-            lines = ["L_h < 1 is not certain, but the spectral radius is < 1:", "terms shrink as k grows"]
+            found = (
+                "Theorem 2 is silent. The spectral radius is below 1: more terms still converge to the exact gradient."
+            )
+        elif radius >= 1:
+            found = "Theorem 2 is silent. The spectral radius is not below 1: with lam=1 more terms do not converge."
         else:
-            lines = ["the spectral radius is not < 1: terms grow with k; use Implicit"]
-        if self.cosine is None:
-            lines.append("cotangent= measures the cosine to the exact gradient")
-        return lines
+            found = "Theorem 2 is silent."
+        return found + (" cotangent= measures the cosine." if self.cosine is None else "")
 
     def _without_full_rank(self) -> str:
         numbers = self.samples * self.state_size
@@ -238,6 +247,12 @@ class Certificate:
         if self.sigma_max.high == 0:
             return "∂F/∂z is zero: there is no gradient"
         return "∂F/∂z does not have full rank, up to rounding"
+
+
+def _lines(name: str, text: str) -> list[tuple[str, str]]:
+    """A row of text that is broken where the screen ends."""
+    lines = textwrap.wrap(text, WIDTH - 24)
+    return list(zip([name, *[""] * (len(lines) - 1)], lines, strict=True))
 
 
 def largest(numbers: Array) -> float:

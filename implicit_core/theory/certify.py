@@ -5,17 +5,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import checks
-from ..arrays import H, Numbers, State, Z
+from ..arrays import H, Numbers, Z
 from ..estimators import AtFixedPoint, Derivative, Estimator, Implicit
 from ..estimators.base import bind
 from ..estimators.growth import untested
 from ..linear_solvers import GMRES, LinearSolver
+from ..linear_solvers.arnoldi import unit
 from ..problem import Problem
 from ..solution import SolveError
 from ..space import Space
+from .balancing import balance
 from .certificate import Certificate, Condition, largest
-from .krylov import ROUNDING, Bounds, Spectrum, largest_eigenvalue, singular_values
-from .operators import CountedProblem, Jacobians, Pair, check, copied, deviation
+from .krylov import ROUNDING, Bounds, Spectrum, largest_eigenvalue, length, singular_values
+from .operators import CountedProblem, Jacobians, Pair, check, deviation
 
 UNKNOWN = Bounds(0.0, math.nan, math.inf)
 
@@ -55,12 +57,16 @@ def certify(
 
     All samples of a batch share z, so ∂F/∂z is one operator on the whole batch, and the conditions are about the
     gradient of any loss of the batch. For a single sample, pass that sample alone. Arrays that ``f`` closes over are
-    constants here: pass what is trained in z.
+    constants here: pass what is trained in z. In PyTorch the certificate lists tensors that require a gradient and are
+    left out so, for one more evaluation of F.
 
-    It costs, for n steps and an estimator at the fixed point with k terms, at most (4 k + 5) n products with ∂F/∂h and
-    4 n with ∂F/∂z, and holds n states: with the defaults as much time as 25 to 140 steps of training in PyTorch. For
-    ``Unroll`` k times as many with ∂F/∂z, and k evaluations of F for each product. Call it now and then, on a few
-    samples; :func:`spectral_radius` and :func:`contraction` are cheaper.
+    Norms are those of h / scale, where the problem has a scale. The spectral radius and the exact gradient of
+    ``cotangent`` do not depend on units: they are computed in units that balance ∂F/∂h.
+
+    It costs, for n steps and an estimator at the fixed point with k terms, at most (4 k + 5) n + 1 products with ∂F/∂h
+    and 4 n + 1 with ∂F/∂z, and holds n states: with the defaults as much time as 25 to 140 steps of training in
+    PyTorch. For ``Unroll`` k times as many with ∂F/∂z, and k evaluations of F for each product. Call it now and then,
+    on a few samples; :func:`spectral_radius` and :func:`contraction` are cheaper.
 
     Parameters
     ----------
@@ -145,11 +151,12 @@ def certify(
             return singular_values(*pair, domain, codomain, steps=steps, confidence=of_each, seed=seed)
 
         contraction = spectrum(j.in_h, space, space).largest
-        radius = largest_eigenvalue(j.in_h.product, space, steps=steps, seed=seed)
+        balanced = space.in_units(balance(j.in_h, space, rounds=steps, seed=seed))
+        radius = largest_eigenvalue(j.in_h_of(balanced).product, balanced, steps=steps, seed=seed)
         radius = space.xp.minimum(radius, contraction.high)
         sides = _sides(j, spectrum(j.in_z, j.whole, j.parameters))
         left_6, left_8 = _left_sides(j, gradient, h, spectrum, contraction.high, sides.largest.high)
-        measured = _measure(j, gradient, h, cotangent, linear_solver)
+        measured = _measure(j, gradient, h, cotangent, Implicit(linear_solver), balanced)
     return Certificate(
         gradient=gradient,
         residual=space.per_sample(j.residual),
@@ -169,6 +176,7 @@ def certify(
         samples=space.samples,
         state_size=space.dimension,
         parameters=j.parameters.dimension,
+        left_out=problem.left_out(h, z),
     )
 
 
@@ -204,30 +212,47 @@ def _left_sides(
         left_6 = Bounds(0.0, math.nan, sigma_max * left_8.high)
     else:
         away = deviation(j, gradient, h)
+        norm = largest(contraction)
         left_6 = _numbers(spectrum(away.in_z, j.whole, j.parameters).largest)
+        left_6 = _widened(left_6, sigma_max, _relative_rounding(j.whole, j.parameters), gradient, norm)
         if away.in_h is not None:
             left_8 = Bounds(*map(largest, spectrum(away.in_h, j.samples, j.samples).largest))
+            left_8 = _widened(left_8, 1.0, _relative_rounding(j.samples), gradient, norm)
     finite = bool(j.backend.xp.all(j.finite))
     return (left_6, left_8) if finite else (UNKNOWN, left_8 and UNKNOWN)
 
 
 def _guaranteed(space: Space, gradient: AtFixedPoint, contraction: Numbers) -> Bounds:
     """The left side of (8) for an estimator that solves to a tolerance, from the accuracy that it guarantees."""
-    xp = space.xp
-    certain = contraction < 1
-    rounding = ROUNDING * math.sqrt(space.dimension) * space.coarsest_eps
-    known = xp.where(certain, contraction, xp.zeros_like(contraction))
-    bound = gradient.inverse_error(known, space.coarsest_eps, rounding)
-    bound = xp.where(certain & (bound == bound), bound + rounding, xp.full_like(contraction, math.inf))
-    return Bounds(0.0, math.nan, largest(bound))
+    norm, rounding = largest(contraction), _relative_rounding(space)
+    bound = gradient.inverse_error(norm, space.coarsest_eps, rounding) if norm < 1 else math.nan
+    return Bounds(0.0, math.nan, math.inf if math.isnan(bound) else bound + rounding)
+
+
+def _widened(left: Bounds, sigma_max: float, rounding: float, gradient: Estimator, contraction: float) -> Bounds:
+    """Bounds of ‖E‖, for the difference E of an estimate and the exact one, that allow for the errors of either."""
+    # Decision 85. The terms of E are as long as D (I - J) = I + E, however short their difference is. An error of a
+    # product within D reaches E by way of (I - J)⁻¹ and the later products.
+    if math.isnan(left.value):
+        return UNKNOWN
+    largest_term = left.high / sigma_max if sigma_max else 0.0
+    inverse = 1 / (1 - contraction) if contraction < 1 else 1.0
+    error = rounding * (1 + gradient.accumulated(contraction)) * (1 + contraction) * inverse * (1 + largest_term)
+    error = error * sigma_max if sigma_max else 0.0
+    return Bounds(max(left.low - error, 0.0), left.value, left.high + error)
+
+
+def _relative_rounding(*spaces: Space) -> float:
+    """The error of a product, relative to the norms of the operator and the vector."""
+    return ROUNDING * math.sqrt(spaces[0].dimension) * max(space.coarsest_eps for space in spaces)
 
 
 def _threshold(smallest: Bounds, largest: Bounds) -> Bounds:
     """σ_min² / σ_max, the right side of (6)."""
     return Bounds(
-        _over(smallest.low**2, largest.high),
-        _over(smallest.value**2, largest.value),
-        _over(smallest.high**2, largest.low),
+        smallest.low * _over(smallest.low, largest.high),
+        smallest.value * _over(smallest.value, largest.value),
+        smallest.high * _over(smallest.high, largest.low),
     )
 
 
@@ -256,7 +281,10 @@ def _over(a: float, b: float) -> float:
 def _error_bound(space: Space, gradient: Estimator, contraction: Numbers) -> Numbers:
     xp = space.xp
     certain = contraction < 1
-    bound = gradient.error_bound(xp.where(certain, contraction, xp.zeros_like(contraction)))
+    below_one = xp.where(certain, contraction, xp.zeros_like(contraction))
+    bound = gradient.error_bound(below_one)
+    # Decision 85.
+    bound = bound + _relative_rounding(space) * (1 + gradient.accumulated(largest(below_one))) / (1 - below_one)
     known = bound == bound
     limited: Numbers = xp.where(certain | ~known, bound, xp.full_like(contraction, math.inf))
     return limited
@@ -267,25 +295,31 @@ def _numbers(b: Bounds) -> Bounds:
 
 
 def _measure(
-    j: Jacobians[H, Z], gradient: Estimator, h: H, cotangent: H | None, linear_solver: LinearSolver
+    j: Jacobians[H, Z], gradient: Estimator, h: H, cotangent: H | None, implicit: Implicit, balanced: Space
 ) -> dict[str, float | None]:
-    """(7) for one cotangent, and the distance of the two gradients; NaN if the exact one was not found."""
+    """(7) for one cotangent, and the distance of the two gradients; NaN if the exact one was not found.
+
+    The exact one is solved for in the units of ``balanced``, so that its tolerance holds for small numbers beside large
+    ones.
+    """
     names = ("inner_product", "cosine", "relative_error")
     if cotangent is None:
         return dict.fromkeys(names)
     space = j.parameters
-
-    def gradient_of(estimator: Estimator, at: H) -> State:
-        pullback = untested(estimator).vjp(j.problem, at, j.z)[1]
-        return copied(lambda v: j.cotangent(pullback(v)), j.whole.dual, space)(j.whole.dual.pack(cotangent))
-
+    pullback = untested(gradient).vjp(j.problem, h, j.z)[1]
     try:
-        estimate, exact = gradient_of(gradient, h), gradient_of(Implicit(linear_solver), j.h)
+        estimate = space.copy(space.pack(j.cotangent(pullback(cotangent))))
+        adjoint = balanced.dual
+        w = implicit.apply(adjoint, j.in_h_of(balanced).product, adjoint.pack(cotangent))
+        exact = space.copy(space.pack(j.cotangent(j.at.vjp_z(adjoint.unpack(w)))))
     except SolveError:
         return dict.fromkeys(names, math.nan)
-    inner = float(space.dot(estimate, exact)[0, 0])
-    size, exact_size = (float(space.norm(x)[0, 0]) for x in (estimate, exact))
-    difference = float(space.norm(space.sub(estimate, exact))[0, 0])
-    lengths = size * exact_size
+    size, exact_size = (float(length(space, x)[0, 0]) for x in (estimate, exact))
+    difference = float(length(space, space.sub(estimate, exact))[0, 0])
+    cosine = math.nan
+    if size and exact_size:
+        of_each = (unit(space, x, length(space, x)) for x in (estimate, exact))
+        cosine = float(space.dot(*of_each)[0, 0])
     error = difference / exact_size if exact_size else (math.nan if size else 0.0)
-    return dict(zip(names, (inner, inner / lengths if lengths else math.nan, error), strict=True))
+    inner = cosine * size * exact_size if size and exact_size else 0.0 * size * exact_size
+    return dict(zip(names, (inner, cosine, error), strict=True))

@@ -15,10 +15,11 @@ from ..problem import DERIVATIVES, Linearization, Problem, zero_tangent
 from ..registry import find_backend
 from ..solution import Solution
 from ..space import Space
+from .krylov import length
 
 TRACED = (
-    "certify and suggest stop on data-dependent tests, so they cannot run within jax.jit, jax.vmap or a captured "
-    "graph: call them outside, on a Problem whose derivatives may be compiled"
+    "certify and suggest stop on data-dependent tests, so they cannot run within jax.jit, jax.grad, jax.vmap or a "
+    "captured graph: call them outside, on a Problem whose derivatives may be compiled"
 )
 NO_PARAMETERS = (
     "z holds no real floating array that F has a derivative in: pass what is trained in z, and not in what f closes "
@@ -103,7 +104,8 @@ class Jacobians(Generic[H, Z]):
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
         refuse_coupling(self.samples, self.at, problem.f, "the conditions hold sample by sample")
-        self.residual = self.samples.norm(self.samples.sub(self.samples.pack(self.at.value), self.samples.pack(h)))
+        at, value = self.samples.pack(h), self.samples.pack(self.at.value)
+        self.residual = length(self.samples, self.samples.sub(value, at))
         self.finite: Mask = backend.xp.isfinite(self.residual)
 
     @cached_property
@@ -152,7 +154,10 @@ class Jacobians(Generic[H, Z]):
     @cached_property
     def in_h(self) -> Pair:
         """∂F/∂h, sample by sample; NaN at a point that is not finite."""
-        space = self.samples
+        return self.in_h_of(self.samples)
+
+    def in_h_of(self, space: Space) -> Pair:
+        """The same in the units of another space of h, sample by sample."""
         known: Numbers = space.xp.where(self.finite, space.full(1.0), space.full(float("nan")))
         pull, push = on_states(self.at.vjp_h, space.dual, space.dual), on_states(self.at.jvp_h, space, space)
         return Pair(lambda v: space.scale(known, pull(v)), lambda v: space.scale(known, push(v)))

@@ -7,7 +7,7 @@ from ..estimators.base import on_states
 from ..linear_solvers.arnoldi import unit
 from ..problem import BoundLinearization, Map, Problem, as_problem, with_derivatives
 from ..space import Space
-from .krylov import start
+from .krylov import length, start
 
 
 def spectral_radius(
@@ -170,5 +170,5 @@ def _unless(coupled: Array | None, space: Space, numbers: Numbers) -> Numbers:
 def _image(space: Space, operator: Operator, v: State) -> tuple[State, Numbers]:
     """``operator(v)`` at unit length, zero if it is zero, and its length."""
     image = operator(v)
-    norm = space.norm(image)
+    norm = length(space, image)
     return unit(space, image, norm), norm
