@@ -46,7 +46,7 @@ from .solution import (
     Status,
 )
 from .solve import solve
-from .solvers import Anderson, Broyden, CallableSolver, FixedPointIteration, NewtonKrylov, Solver
+from .solvers import Anderson, Broyden, CallableSolver, Compacting, FixedPointIteration, NewtonKrylov, Solver
 
 __version__ = "0.1.0"
 
@@ -67,6 +67,7 @@ __all__ = [
     "Broyden",
     "CallableSolver",
     "ChangingFunctionWarning",
+    "Compacting",
     "ConvergenceWarning",
     "CoupledSamplesError",
     "Estimator",

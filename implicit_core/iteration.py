@@ -187,13 +187,13 @@ class Iteration:
                 return self._run()
 
     def _run(self) -> Solution[Any]:
-        solver, backend = self.solver, self.space.backend
-        watch = Watch(self._watched, self._note)
         # The start is passed on without a name here, which would keep its states.
-        carry = backend.while_loop(
-            self.masks, self.advance, self.begin(), solver.max_steps - 1, solver.check_every, watch
-        )
-        return self.finish(carry)
+        return self.finish(self.loop(self.begin(), self.solver.max_steps - 1))
+
+    def loop(self, carry: Carry, steps: int) -> Carry:
+        """At most so many steps."""
+        watch = Watch(self._watched, self._note)
+        return self.space.backend.while_loop(self.masks, self.advance, carry, steps, self.solver.check_every, watch)
 
     def begin(self) -> Carry:
         """The first evaluation, at h0."""

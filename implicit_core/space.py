@@ -119,6 +119,19 @@ class Space:
         )
         return space
 
+    def part(self, like: PyTree, samples: Array) -> "Space":
+        """The space of some of the samples, whose numbers are ``samples``, with states shaped as ``like``."""
+        space, n = copy.copy(self), self.samples
+        space.like, space.shapes = like, [tuple(leaf.shape) for leaf in self.backend.flatten(like)[0]]
+        space.samples = samples.shape[0]
+        space.batch_shape = space.shapes[0][: len(self.batch_shape)]
+        space.flat_shapes = [(space.samples, d) for _, d in self.flat_shapes]
+        space._units = self._units and tuple(
+            self.xp.take(unit, samples, axis=0) if getattr(unit, "shape", ())[:1] == (n,) else unit
+            for unit in self._units
+        )
+        return space
+
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
         if self._units is not None:

@@ -4,6 +4,7 @@ from ..iteration import Point
 from .anderson import Anderson
 from .base import FixedPointSolver, Solver
 from .broyden import Broyden
+from .compacting import Compacting
 from .custom import CallableSolver
 from .fixed_point_iteration import FixedPointIteration
 from .newton_krylov import NewtonKrylov
@@ -12,6 +13,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "CallableSolver",
+    "Compacting",
     "FixedPointIteration",
     "FixedPointSolver",
     "NewtonKrylov",

@@ -1,0 +1,266 @@
+"""A solver that goes on with the unfinished samples alone."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import optree
+
+from .. import checks
+from ..arrays import Array, H, Mask, PyTree, Z
+from ..iteration import Carry, Iteration
+from ..problem import Problem
+from ..progress import Start
+from ..solution import Solution
+from .base import Solver
+
+OTHER_VALUES = (
+    "F of {part} of {rows} rows gives other values than F of all of them. Either batched= is wrong (True is for arrays "
+    "of z with a row for each row of h), or F couples samples, or it is random: use the solver without Compacting"
+)
+PART = "F was called with {part} of {rows} rows of h, and of the arrays of z that batched= names, by Compacting"
+
+
+@dataclass(frozen=True)
+class Compacting:
+    """Another solver, which evaluates F for the unfinished samples alone once half of the batch is finished.
+
+    Where few samples take many steps, most of the work of F is for samples that are finished. Each time that at most
+    half of the rows hold an unfinished sample, the others leave the batch. The steps are those of the solver alone, up
+    to rounding, which depends on the size of a product.
+
+    What the solver holds is copied then, at most log₂ N times. The first time F is evaluated once more, to see that a
+    part of the batch gives the same values. Shapes depend on numbers here: traced or captured, as in ``jax.jit``, the
+    solve is that of the solver alone.
+
+    Parameters
+    ----------
+    solver
+        A :class:`Solver` with ``freeze=True``.
+    batched
+        Which arrays of z have a row for each row of h, as their first axis: True for all, or a pytree of booleans that
+        is a prefix of z, as ``in_axes`` of ``jax.vmap``: ``(True, False)`` for z = (inputs, parameters). What F closes
+        over is shared.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting has a wrong type. In a solve, if ``batched`` does not fit z, h has no batch axis, or a part of the
+        batch has other values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> rows = []
+    >>> def f(h, z):
+    ...     slope, shift = z
+    ...     rows.append(len(h))
+    ...     return slope * np.sin(h) + shift
+    >>> slopes = np.array([[0.1], [0.1], [0.1], [0.5]])
+    >>> solver = ic.Compacting(ic.FixedPointIteration(), batched=(True, False))
+    >>> solution = ic.solve(f, np.zeros((4, 1)), (slopes, 1.0), solver=solver, batch_ndim=1)
+    >>> solution.stats.steps, rows
+    (array([5, 5, 5, 6], dtype=int32), [4, 4, 4, 4, 4, 1, 1])
+    """
+
+    solver: Solver
+    batched: PyTree = field(default=True, hash=False)
+
+    runs_user_code: ClassVar[bool] = True
+    """It divides z, which has to be as the user made it."""
+
+    def __post_init__(self) -> None:
+        checks.instance("solver", self.solver, Solver, "Compacting(Anderson())")
+        if not self.solver.freeze:
+            raise ValueError("with freeze=False finished samples go on, so none may leave the batch: use freeze=True")
+        for flag in optree.tree_leaves(self.batched, none_is_leaf=True):
+            checks.instance("batched", flag, bool, "True, or a pytree of booleans such as (True, False)")
+
+    # A layer asks which tolerances its value is held against.
+
+    @property
+    def rtol(self) -> float:
+        """The solver's."""
+        return self.solver.rtol
+
+    @property
+    def atol(self) -> float | None:
+        """The solver's."""
+        return self.solver.atol
+
+    @property
+    def absolute_tolerance(self) -> float:
+        """The solver's."""
+        return self.solver.absolute_tolerance
+
+    def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
+        """See :class:`FixedPointSolver`."""
+        iteration = _Compacting(problem, h0, z, self.solver, self.batched, trace=trace)
+        space = iteration.space
+        if not space.backend.readable(space.backend.flatten(h0)[0][0]):
+            return self.solver.solve(problem, h0, z, trace=trace)
+        return iteration.run()
+
+
+class _FewRowsError(Exception):
+    """At most half of the rows are unfinished."""
+
+    def __init__(self, carry: Carry) -> None:
+        super().__init__()
+        self.carry = carry
+
+
+class _Compacting(Iteration):
+    """One solve, which ends when few rows are left, and is carried on by another one of these rows."""
+
+    def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: Solver, batched: PyTree, *, trace: bool) -> None:
+        super().__init__(problem, h0, z, solver, trace=trace)
+        self.tested = False
+        self.batched = batched
+        if not problem.batch_ndim:
+            raise ValueError(
+                "Compacting is for a batch of samples: pass batch_ndim=1, or the solver without Compacting"
+            )
+        self._of_rows(lambda a: a)
+
+    @property
+    def rows(self) -> int:
+        """The length of the first axis of the batch."""
+        return self.space.batch_shape[0]
+
+    def _run(self) -> Solution[Any]:
+        return self.carried_on(self.begin(), self.solver.max_steps - 1)
+
+    def carried_on(self, carry: Carry, steps: int) -> Solution[Any]:
+        """The solution of all rows, those that are left by another iteration."""
+        try:
+            return self.finish(self.loop(carry, steps))
+        except _FewRowsError as few:
+            carry = few.carry
+        left = self._unfinished(carry)
+        rows = self.space.xp.nonzero(left)[0]
+        part, of_part = self._part(carry, rows)
+        extra = 0 if self.tested else part._test(of_part, self.rows)
+        solution = self.finish(carry)
+        del carry  # memory
+        index = of_part.point.index
+        return self._merged(solution, left, part.carried_on(of_part, self.solver.max_steps - 1 - index), extra)
+
+    def _unfinished(self, carry: Carry) -> Array:
+        """The rows that hold a sample that is active, (rows,)."""
+        return self.space.xp.any(self.space.xp.reshape(carry.point.active, (self.rows, -1)), axis=1)
+
+    # Looked at beside each read of the loop.
+
+    def _watched(self, carry: Carry) -> Mask | None:
+        moved = super()._watched(carry)
+        if carry.point.index == 0:
+            return moved
+        few = carry.point.active & self._are_few(carry)
+        watched: Mask = few if moved is None else few | moved
+        return watched
+
+    def _are_few(self, carry: Carry) -> Any:
+        return 2 * self.space.xp.sum(self.space.xp.astype(self._unfinished(carry), self.space.xp.int32)) <= self.rows
+
+    def _note(self, carry: Carry) -> None:
+        moved = super()._watched(carry)
+        if moved is not None and bool(self.space.xp.any(moved)):
+            super()._note(carry)
+        if carry.point.index > 0 and bool(self._are_few(carry)):
+            raise _FewRowsError(carry)
+
+    # From all rows to a part of them.
+
+    def _part(self, carry: Carry, rows: Array) -> tuple["_Compacting", Carry]:
+        xp, backend, n = self.space.xp, self.space.backend, self.space.samples
+        samples = xp.reshape(
+            rows[:, None] * (n // self.rows) + xp.arange(n // self.rows, device=self.space.device), (-1,)
+        )
+
+        def take(x: Any) -> Any:
+            of_samples = backend.is_array(x) and x.shape[:1] == (n,)
+            return xp.take(x, samples, axis=0) if of_samples else x
+
+        part = copy.copy(self)
+        like = backend.map(lambda a: xp.take(a, rows, axis=0), self.space.like)
+        part.space = self.space.part(like, samples)
+        part.system = copy.copy(self.system)
+        part.system.space, part.system.z = part.space, self._of_rows(lambda a: xp.take(a, rows, axis=0))
+        part.atol, part.units, part.unread, part.tested = take(self.atol), take(self.units), None, True
+        if not self.forced:
+            part.start = Start(*map(take, self.start))
+        memory = carry.memory
+        nested: Any = carry._replace(memory=None)
+        of_part: Any = optree.tree_map(take, nested)
+        part.space.shard_as(of_part.point.f)
+
+        # A solver's memory also holds constants, some of them as long as the batch. An axis of samples is one that is
+        # shorter for fewer samples.
+        def take_memory(x: Any, new: Any) -> Any:
+            if not backend.is_array(x):
+                return new
+            axes = [i for i, (a, b) in enumerate(zip(x.shape, new.shape, strict=True)) if a != b]
+            return xp.take(x, samples, axis=axes[0]) if axes else x
+
+        new = self.solver.init(part.system, of_part.point.x)
+        return part, of_part._replace(memory=backend.map(take_memory, memory, new))
+
+    def _of_rows(self, take: Callable[[Array], Array]) -> PyTree:
+        """Apply ``take`` to the batched arrays of z."""
+        backend = self.space.backend
+
+        def taken(a: Any) -> Any:
+            if not backend.is_array(a):
+                return a
+            if a.shape[:1] != (self.rows,):
+                raise ValueError(
+                    f"an array of shape {tuple(a.shape)} in z is taken for one with the {self.rows} rows of h: tell "
+                    "Compacting which arrays are, as in batched=(True, False)"
+                )
+            return take(a)
+
+        try:
+            parts = optree.tree_structure(self.batched).flatten_up_to(self.system.z)
+        except ValueError as error:
+            raise ValueError(f"batched={self.batched!r} does not fit z: {str(error).partition(';')[0]}") from None
+        flags, structure = optree.tree_flatten(self.batched)
+        of_rows = [backend.map(taken, part) if batched else part for batched, part in zip(flags, parts, strict=True)]
+        return optree.tree_unflatten(structure, of_rows)
+
+    def _test(self, carry: Carry, rows: int) -> int:
+        """Evaluate F of a part where it was evaluated for all rows, and compare."""
+        space, point = self.space, carry.point
+        try:
+            f = self.system.evaluate(space.unpack(space.copy(point.x)))
+        except Exception as error:
+            error.add_note(PART.format(part=self.rows, rows=rows))
+            raise
+        apart = space.norm(space.sub(f, point.f)) > space.coarsest_eps**0.5 * point.f_norm
+        if bool(space.xp.any(apart)):
+            raise ValueError(OTHER_VALUES.format(part=self.rows, rows=rows))
+        return 1
+
+    def _merged(self, whole: Solution[Any], left: Array, part: Solution[Any], extra: int) -> Solution[Any]:
+        """The solution of all rows, with that of the rows that were left in their place."""
+        xp, backend = self.space.xp, self.space.backend
+        ones = xp.astype(left, xp.int32)
+        place = ones * (xp.cumulative_sum(ones) - 1)
+
+        def merge(a: Any, b: Any, axis: int = 0) -> Any:
+            if a is None:
+                return None
+            mask = xp.reshape(left, (1,) * axis + (self.rows,) + (1,) * (a.ndim - axis - 1))
+            return xp.where(mask, xp.take(b, place, axis=axis), a)
+
+        stats = whole.stats._replace(
+            **{
+                name: merge(getattr(whole.stats, name), getattr(part.stats, name))
+                for name in ("steps", "residual", "relative", "tolerance")
+            },
+            trace=merge(whole.stats.trace, part.stats.trace, axis=1),
+            evaluations=part.stats.evaluations + extra,
+        )
+        return Solution(backend.map(merge, whole.value, part.value), merge(whole.status, part.status), stats)
