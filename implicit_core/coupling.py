@@ -3,13 +3,16 @@
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from .arrays import Array, H, State, Z
 from .problem import BoundLinearization, Map
 from .solution import CoupledSamplesError
 from .space import Space, normal
 
+R = TypeVar("R")
+"""A record of settings."""
 SEED = 0
 ROUNDING = 32.0
 """Units of rounding that two evaluations of one function may differ by, where sums have no fixed order."""
@@ -99,6 +102,21 @@ def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], wh
     if bool(found) and (message := reason(space, at, f, float(size))):
         raise CoupledSamplesError(f"{where}: {message}")
     return None
+
+
+def unchecked(record: R) -> R:
+    """A solver or estimator that does not look for coupled samples, nor does a solver among its settings."""
+    settings: Any = record
+    if not is_dataclass(settings) or isinstance(settings, type):
+        return record
+    changes = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        new = False if field.name == "check" and value is True else unchecked(value)
+        if new is not value:
+            changes[field.name] = new
+    made: Any = replace(settings, **changes) if changes else record
+    return made  # type: ignore[no-any-return]  # of the same class
 
 
 def testable(space: Space) -> bool:

@@ -187,13 +187,12 @@ class Iteration:
                 return self._run()
 
     def _run(self) -> Solution[Any]:
-        # The start is passed on without a name here, which would keep its states.
-        return self.finish(self.loop(self.begin(), self.solver.max_steps - 1))
+        return self.finish(self.loop(self.begin, self.solver.max_steps - 1))
 
-    def loop(self, carry: Carry, steps: int) -> Carry:
-        """At most so many steps."""
+    def loop(self, begin: Callable[[], Carry], steps: int) -> Carry:
+        """At most so many steps from a start, which has no name here, since that would keep its states."""
         watch = Watch(self._watched, self._note)
-        return self.space.backend.while_loop(self.masks, self.advance, carry, steps, self.solver.check_every, watch)
+        return self.space.backend.while_loop(self.masks, self.advance, begin(), steps, self.solver.check_every, watch)
 
     def begin(self) -> Carry:
         """The first evaluation, at h0."""

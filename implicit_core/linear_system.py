@@ -45,6 +45,9 @@ def solve_linear(
     ------
     SolveError
         With ``throw``, if a sample did not converge.
+    CoupledSamplesError
+        If A couples what batch_ndim takes for samples, where that can be seen for nothing; see ``check`` of
+        :class:`LinearSolver`.
     TypeError, ValueError
         If an argument, or a result of ``operator``, has a wrong type, structure, shape, dtype or device.
 

@@ -46,6 +46,11 @@ class Space:
     scale
         The units of the unknown, a number, an array or a pytree like it. A state holds the unknown divided by them, so
         that all norms and inner products are those of numbers without units.
+
+    Attributes
+    ----------
+    rounds
+        Whether a leaf of the user's has a coarser precision than states have.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Space:
         self.coarsest_eps = max(float(backend.finfo(dtype).eps) for dtype in self.dtypes)
         self._is_array = len(leaves) == 1 and leaves[0] is like
         self._is_flat = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
-        self._rounds = any(dtype != self.dtype for dtype in self.dtypes)
+        self.rounds = any(dtype != self.dtype for dtype in self.dtypes)
         self._units = None if scale is None else self._flat_units(scale, batch_ndim)
 
     @property
@@ -146,7 +151,7 @@ class Space:
 
     def round(self, x: State) -> State:
         """``x`` at the precision of the user's leaves."""
-        if not self._rounds:
+        if not self.rounds:
             return x
         return State(tuple(map(self._rounded, x, self.dtypes, self._units or [None] * len(x))))
 

@@ -146,6 +146,30 @@ def test_operations_a_step(
     assert (twice.total() - once.total()) / steps - own <= (limit if tolerance else forced)
 
 
+@pytest.mark.parametrize(
+    ("solver", "limit"),
+    [(ic.GMRES, 87), (ic.CG, 34), (ic.BiCGSTAB, 63), (ic.Richardson, 30)],
+)
+def test_operations_of_a_step_of_a_linear_solver(solver: type, limit: int) -> None:
+    """Of a tolerance that is not reached, with the product itself."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    a = q @ torch.diag(torch.linspace(0.01, 1.5, 40, dtype=torch.float64)) @ q.T
+    b = torch.randn(8, 40, generator=generator, dtype=torch.float64)
+    products = 2 if solver is ic.BiCGSTAB else 1
+
+    def run(steps: int) -> tuple[int, int]:
+        cycle = {"restart": steps} if solver is ic.GMRES else {}
+        settings = solver(rtol=1e-14, max_steps=products * steps, **cycle)
+        with Dispatched() as mode:
+            solution = ic.solve_linear(lambda x: x @ a, b, solver=settings, batch_ndim=1)
+        return mode.operations.total(), solution.stats.evaluations
+
+    (once, few), (twice, many) = run(9), run(25)
+    assert many - few == 16 * products
+    assert (twice - once) / 16 <= limit
+
+
 def test_operations_of_a_checkpoint() -> None:
     """Whether samples make progress is looked at after 32, 64, 128, ... evaluations."""
     h0, w = torch.zeros(4, 8, dtype=torch.float64), 0.9 * torch.eye(8, dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
@@ -14,14 +13,14 @@ from typing_extensions import TypeVar
 from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
-from implicit_core.coupling import refuse_coupling, testable
+from implicit_core.coupling import refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.iteration import ChangingFunctionWarning
 from implicit_core.problem import Problem
 from implicit_core.solution import CoupledSamplesError, SolveError, Stats
 from implicit_core.solve import as_solver, solve
-from implicit_core.solvers import Anderson, FixedPointSolver, Solver
+from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
 from implicit_core.warnings_ import warn
 
@@ -181,7 +180,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
                 start,
                 x,
                 solver=self._solver(),
-                gradient=self.gradient,
+                gradient=self.gradient if self.check else unchecked(self.gradient),
                 batch_ndim=self.batch_ndim,
                 scale=self.scale,
                 throw=self.throw,
@@ -257,7 +256,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     def _solver(self) -> FixedPointSolver | Callable[[Problem[H, X], H, X], H]:
         """The solver of this mode, which looks for coupled samples only if the layer does."""
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
-        return solver if self.check or not isinstance(solver, Solver) else replace(solver, check=False)
+        return solver if self.check else unchecked(solver)
 
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
         """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""

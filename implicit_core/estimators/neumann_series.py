@@ -1,7 +1,7 @@
 """The Neumann series of Eq. (15), with as many terms in every sample as an accuracy requires (Decision 28)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .. import checks
@@ -40,6 +40,8 @@ class NeumannSeries(AtFixedPoint):
     contraction
         A bound of L_h, below 1, such as ``certify(...).to_dict()["contraction_high"]``. The remainder is then bounded
         instead of estimated.
+    check
+        As for :class:`LinearSolver`: whether a pullback raises where F couples samples.
 
     Raises
     ------
@@ -64,6 +66,7 @@ class NeumannSeries(AtFixedPoint):
     rtol: float = 1e-3
     max_terms: int = 200
     contraction: float | None = None
+    check: bool = field(default=True, repr=False)
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
 
@@ -74,6 +77,7 @@ class NeumannSeries(AtFixedPoint):
         set_field(self, "max_terms", checks.integer("max_terms", self.max_terms, 1))
         if self.contraction is not None:
             set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0, 1.0, high_open=True))
+        checks.instance("check", self.check, bool, "False")
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """λ (v + B v + B² v + ...) with B = λ J + (1 - λ) I (Eq. 15), until the remainder is small.
@@ -82,7 +86,9 @@ class NeumannSeries(AtFixedPoint):
         is Bᵏ v. So the next term λ r needs no product: k terms take k - 1.
         """
         # Decision 28.
-        solver = _UntilRemainder(series=self, relaxation=self.lam, rtol=0.0, max_steps=self.max_terms - 1)
+        solver = _UntilRemainder(
+            series=self, relaxation=self.lam, rtol=0.0, max_steps=self.max_terms - 1, check=self.check
+        )
         with space.backend.solving():
             result = solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
             w = space.axpy(self.lam, result.r, result.x)

@@ -2,13 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from .. import checks
-from ..arrays import Mask, Numbers, Operator, State
+from ..arrays import Index, Mask, Numbers, Operator, State
 from ..backend import Known
-from ..solution import Status
+from ..coupling import halves, random_state
+from ..solution import CoupledSamplesError, Status
 from ..space import Space
 
 Cycle = tuple[State, int] | tuple[State, int, Numbers]
@@ -18,6 +19,14 @@ The bound, (N, 1), is how much longer A v is than v, at most, among the v that w
 
 FLOOR = 16.0
 """Times ε (‖A‖ ‖x‖ + ‖b‖): the residual of an answer that is as good as rounding allows."""
+
+LARGE = 4.0
+"""A growth ‖A v‖ / ‖v‖ that is unusual for A = I - J."""
+
+COUPLED = (
+    "A couples what batch_ndim takes for samples: a product is not zero in a sample in which the vector is. For one "
+    "coupled system pass batch_ndim=0; check=False of the linear solver switches this off"
+)
 
 RECORDED = (
     "Linear solvers cannot run while a CUDA graph is being captured, because they stop on a data-dependent test. Use "
@@ -57,6 +66,7 @@ class _Carry(NamedTuple):
     active: Mask
     steps: Numbers
     products: int
+    moved: Numbers | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,9 @@ class LinearSolver(ABC):
         No cycle starts after this many products with A.
     check_every
         Steps of a method between two checks whether all samples are finished. Each check waits for the device.
+    check
+        Whether a solve raises if A couples samples. It looks where numbers can be read, at one product more only if
+        something is odd: the residual of a finished sample changed, say.
 
     Raises
     ------
@@ -95,6 +108,7 @@ class LinearSolver(ABC):
     atol: float = 0.0
     max_steps: int = 200
     check_every: int = 1
+    check: bool = field(default=True, repr=False)
 
     monotone: ClassVar[bool] = True
     """Whether a cycle that does not reduce a sample's residual is undone and ends that sample."""
@@ -112,6 +126,7 @@ class LinearSolver(ABC):
         set_field(self, "atol", checks.real("atol", self.atol, 0.0))
         set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
+        checks.instance("check", self.check, bool, "False")
 
     @abstractmethod
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
@@ -155,29 +170,47 @@ class LinearSolver(ABC):
         return max(self.rtol, min(rounding, _cap(eps)))
 
     def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
-        """Solve A x = b from x = 0."""
+        """Solve A x = b from x = 0.
+
+        Raises
+        ------
+        CoupledSamplesError
+            If A couples samples, where that can be seen for nothing.
+        """
         xp, backend = space.xp, space.backend
         if backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
         space.shard_as(b)
-        scale = space.magnitude(b)  # a cotangent of 1e-25 is not zero in float32
+        # A cotangent of 1e-25 is not zero in float32, nor is one of 1e-7 in float16. With a unit for each sample a
+        # system of coupled samples is another one, whose residuals show nothing: only samples that need one get it.
+        scale = space.magnitude(b)
+        if not space.rounds:
+            scale = space.select(space.out_of_range(scale), scale, xp.ones_like(scale))
         b = space.divide(b, scale)
         size = space.norm(b)
         target = self.rtol * size + space.scalar(self.atol) / scale
+        nothing, zeros = space.full(0.0), space.zeros()
+        watched = self.check and space.samples > 1 and backend.readable(b[0])
 
-        def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
+        def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
             d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            some_finished = masks[0] is not True
+            if watched and some_finished:
+                d = space.where(c.active, d, zeros)
             x = space.add(c.x, d)
             # Decision 22.
             r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
             growth = c.growth
-            if self.recomputes:  # Decision 74.
+            if self.recomputes and self._measures(c.products):  # Decision 74.
                 seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
                 larger = (seen > growth) & (seen < float("inf"))
                 growth = space.select(c.active & larger, seen, growth)
             # Comparisons with NaN are false, so a cycle that failed is undone.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
+            moved = c.moved
+            if watched and (some_finished or self.monotone):
+                moved = space.select(accept if self.monotone else c.active, nothing, norm - c.norm)
             kept = accept if self.undoes else c.active
             x, r = space.where(kept, x, c.x), space.where(kept, r, c.r)
             norm = space.select(kept, norm, c.norm)
@@ -185,14 +218,16 @@ class LinearSolver(ABC):
             error = space.select(c.active, self.error(space, x, r, norm, c.norm, products), c.error)
             steps = space.select(c.active, space.full(products, xp.int32), c.steps)
             active = accept & (error > self.goal(space, x, growth, size, target)) & (products < self.max_steps)
-            return _Carry(x, r, norm, growth, error, active, steps, products)
+            return _Carry(x, r, norm, growth, error, active, steps, products, moved)
 
-        x = space.zeros()
         # Without a step this is the error to report. Otherwise the first step replaces it.
-        error = size if self.max_steps else self.error(space, x, b, size, space.full(float("inf")), 0)
-        carry = _Carry(x, b, size, space.full(0.0), error, size > target, space.full(0, xp.int32), 0)
+        error = size if self.max_steps else self.error(space, zeros, b, size, space.full(float("inf")), 0)
+        carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, None)
         check_every = 1 if self.loops else self.check_every
         carry = backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, check_every)
+        products = carry.products
+        if watched:
+            products += _refuse_coupling(space, operator, carry, target)
         ran_out = carry.steps >= self.max_steps
         converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)
         status = space.select(ran_out, Status.MAX_STEPS.value, space.full(Status.STAGNATED, xp.int32))
@@ -202,7 +237,34 @@ class LinearSolver(ABC):
         if self.undoes:  # an answer that leaves the range of the user's dtype is none
             overflow = ~xp.isfinite(space.largest(space.round(x)))
             status = space.select(converged & overflow, Status.NONFINITE.value, status)
-        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products)
+        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, products)
+
+    def _measures(self, products: Index) -> bool:
+        """Whether a cycle after so many products measures ‖A‖: of single steps the first, second, fourth and so on."""
+        # Later ones move along the slow directions, where A is small.
+        return self.loops or not isinstance(products, int) or products & (products + 1) == 0
+
+
+def _refuse_coupling(space: Space, operator: Operator, carry: _Carry, target: Numbers) -> int:
+    """Raise if A couples samples, as far as the end of a solve makes one suspect it; the number of products it took.
+
+    A residual of its own does not change while x is kept. One that did, or whose last cycle was undone, is suspect. So
+    is an answer that is accepted for rounding errors of a large A: the growth of a sample may be that of another.
+    """
+    # Decision 89.
+    xp = space.xp
+    suspect = (carry.growth > LARGE) & (carry.error > target)
+    if carry.moved is not None:
+        suspect = suspect | (carry.moved > 0)
+    if not bool(xp.any(suspect)):
+        return 0
+    # The suspects get zero, and give it back. All of them at once would not show anything.
+    half = xp.reshape(xp.asarray(halves(space.samples), dtype=xp.bool, device=space.device), (-1, 1))
+    others = xp.where(xp.all(suspect), half, ~suspect)
+    image = operator(space.where(others, random_state(space, 0), space.zeros()))  # x may be zero
+    if bool(xp.any(~others & (space.largest(image) > 0))):
+        raise CoupledSamplesError(COUPLED)
+    return 1
 
 
 def _growth(space: Space, d: State, product: State, x: State) -> Numbers:

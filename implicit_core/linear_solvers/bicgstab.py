@@ -27,7 +27,7 @@ class BiCGSTAB(LinearSolver):
 
     Parameters
     ----------
-    rtol, atol, max_steps, check_every
+    rtol, atol, max_steps, check_every, check
         As for :class:`LinearSolver`.
 
     Raises
@@ -65,14 +65,14 @@ class BiCGSTAB(LinearSolver):
             beta = ratio(rho, c.rho, space) * ratio(alpha, omega, space)
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
-            growth = xp.maximum(c.growth, space.norm(t) / positive(space.norm(s), space))
+            seen = space.norm(t) / positive(space.norm(s), space)
             ok = c.active & (along != 0) & xp.isfinite(norm)
             return _Carry(
                 space.where(ok, x, c.x),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 space.select(ok, rho, c.rho),
-                growth,
+                space.select(ok, xp.maximum(c.growth, seen), c.growth),
                 ok & (norm > target),
                 c.products + 2,
             )

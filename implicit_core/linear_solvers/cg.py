@@ -27,7 +27,7 @@ class CG(LinearSolver):
 
     Parameters
     ----------
-    rtol, atol, max_steps, check_every
+    rtol, atol, max_steps, check_every, check
         As for :class:`LinearSolver`.
 
     Raises
@@ -60,7 +60,8 @@ class CG(LinearSolver):
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
             squared = space.dot(r, r)
             p = space.where(ok, space.axpy(squared / positive(c.squared, space), c.p, r), c.p)
-            growth = xp.maximum(c.growth, space.norm(q) / positive(space.norm(c.p), space))
+            seen = space.norm(q) / positive(space.norm(c.p), space)
+            growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
             return _Carry(x, r, p, squared, growth, ok & (xp.sqrt(squared) > target), c.products + 1)
 
         carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)

@@ -21,7 +21,7 @@ class GMRES(LinearSolver):
     ----------
     restart
         Dimension of the Krylov space, at most that of a sample's state; restart + 1 states are held.
-    rtol, atol, max_steps, check_every
+    rtol, atol, max_steps, check_every, check
         As for :class:`LinearSolver`.
 
     Raises

@@ -20,7 +20,7 @@ class Richardson(LinearSolver):
     ----------
     relaxation
         ω in (0, 2).
-    rtol, atol, max_steps, check_every
+    rtol, atol, max_steps, check_every, check
         As for :class:`LinearSolver`.
 
     Raises

@@ -131,22 +131,21 @@ class _Compacting(Iteration):
         return self.space.batch_shape[0]
 
     def _run(self) -> Solution[Any]:
-        return self.carried_on(self.begin(), self.solver.max_steps - 1)
+        return self.carried_on(self.begin, self.solver.max_steps - 1)
 
-    def carried_on(self, carry: Carry, steps: int) -> Solution[Any]:
+    def carried_on(self, begin: Callable[[], Carry], steps: int) -> Solution[Any]:
         """The solution of all rows, those that are left by another iteration."""
         try:
-            return self.finish(self.loop(carry, steps))
+            return self.finish(self.loop(begin, steps))
         except _FewRowsError as few:
             carry = few.carry
         left = self._unfinished(carry)
-        rows = self.space.xp.nonzero(left)[0]
-        part, of_part = self._part(carry, rows)
+        part, of_part = self._part(carry, self.space.xp.nonzero(left)[0])
         extra = 0 if self.tested else part._test(of_part, self.rows)
         solution = self.finish(carry)
-        del carry  # memory
-        index = of_part.point.index
-        return self._merged(solution, left, part.carried_on(of_part, self.solver.max_steps - 1 - index), extra)
+        steps, begin = self.solver.max_steps - 1 - carry.point.index, [of_part].pop
+        del carry, of_part  # memory
+        return self._merged(solution, left, part.carried_on(begin, steps), extra)
 
     def _unfinished(self, carry: Carry) -> Array:
         """The rows that hold a sample that is active, (rows,)."""

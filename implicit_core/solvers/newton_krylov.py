@@ -1,6 +1,6 @@
 """Newton's method with a Krylov solver for its linear systems."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 from .. import checks
@@ -80,7 +80,9 @@ class NewtonKrylov(Solver):
         accept = another & (enough | (memory.fraction < SHORTEST))
 
         rhs = space.where(accept, point.residual, space.zeros())
-        newton = self.linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
+        check = self.check and self.freeze and self.linear_solver.check
+        linear_solver = replace(self.linear_solver, check=check)
+        newton = linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
         fraction = where(accept, space.full(1.0), memory.fraction / 2)
         x = space.where(accept, point.x, memory.x)
         direction = space.where(accept, newton, memory.direction)
