@@ -445,3 +445,33 @@ def test_a_callable_that_runs_away_has_not_converged(library: Library) -> None:
     assert int(solution.stats.evaluations) == 2
     at_the_root = ic.solve(lambda h, z: 0.5 * h + 1, h0 + 2, None, solver=lambda problem, h0, z: h0, batch_ndim=1)
     assert np.all(library.numpy(at_the_root.converged))
+
+
+@pytest.mark.parametrize("k", [10.0, 1e2, 1e3, 1e4])
+def test_newton_knows_what_rounding_hides_of_a_stiff_map(k: float, library: Library) -> None:
+    """In float32 ‖F(h) - h‖ cannot fall below some ε ‖∂F/∂h‖ ‖h‖, however good the answer (Decision 90)."""
+    n = 16
+    heat = k * (np.diag(-2 * np.ones(n)) + np.diag(np.ones(n - 1), 1) + np.diag(np.ones(n - 1), -1))
+    z = np.random.default_rng(0).normal(size=(4, n))
+    a, shift = (library.array(x.astype(np.float32)) for x in (heat, z))
+    problem = ic.Problem(lambda h, z: h @ a + z, jvp=lambda h, z, dh, dz: dh @ a + dz, batch_ndim=1)
+    solver = ic.NewtonKrylov(linear_solver=ic.GMRES(restart=n), max_steps=20)
+    solution = ic.solve(problem, library.array(np.zeros((4, n), np.float32)), shift, solver=solver)
+    assert np.all(library.numpy(solution.converged))
+    exact = np.linalg.solve(np.eye(n) - heat, z.T).T
+    value = library.numpy(solution.value)
+    assert np.all(np.linalg.norm(value - exact, axis=1) <= 1e-5 * np.linalg.norm(exact, axis=1))
+    residual = np.linalg.norm(value.astype(np.float64) @ heat + z - value, axis=1)
+    assert np.all(residual <= library.numpy(solution.stats.tolerance))
+    assert np.all(library.numpy(solution.stats.relative) <= 1e-3)
+
+
+def test_a_large_jacobian_does_not_make_a_map_without_a_root_converge() -> None:
+    for k in 10.0 ** np.arange(0, 12, 2):
+        with np.errstate(all="ignore"):
+            problem = ic.Problem(
+                lambda h, z, k=np.float32(k): h + k * (1 + h * h),
+                jvp=lambda h, z, dh, dz, k=np.float32(k): dh + 2 * k * h * dh,
+            )
+            h0 = np.full(3, 0.5, np.float32)
+            assert not ic.solve(problem, h0, None, solver=ic.NewtonKrylov()).converged

@@ -46,6 +46,8 @@ class LinearResult(NamedTuple):
         until it was finished.
     products
         Products with A, each for the whole batch.
+    growth
+        The largest ‖A v‖₂ / ‖v‖₂ that was measured, (N, 1): a lower bound of ‖A‖₂.
     """
 
     x: State
@@ -55,6 +57,7 @@ class LinearResult(NamedTuple):
     error: Numbers
     steps: Numbers
     products: int
+    growth: Numbers
 
 
 class _Carry(NamedTuple):
@@ -237,7 +240,7 @@ class LinearSolver(ABC):
         if self.undoes:  # an answer that leaves the range of the user's dtype is none
             overflow = ~xp.isfinite(space.largest(space.round(x)))
             status = space.select(converged & overflow, Status.NONFINITE.value, status)
-        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, products)
+        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, products, carry.growth)
 
     def _measures(self, products: Index) -> bool:
         """Whether a cycle after so many products measures ‖A‖: of single steps the first, second, fourth and so on."""
