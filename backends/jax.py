@@ -1,7 +1,7 @@
 """JAX: Python loops on arrays whose numbers are known, ``lax.while_loop`` and ``lax.scan`` where JAX is tracing."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -231,6 +231,9 @@ class JAXBackend(Backend):
 
     def stop_gradient(self, x: Any) -> Any:
         return jax.lax.stop_gradient(x)
+
+    def known(self) -> AbstractContextManager[Any]:
+        return jax.ensure_compile_time_eval()
 
     def readable(self, x: jax.Array) -> bool:
         return not isinstance(x, jax.core.Tracer)

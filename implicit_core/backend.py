@@ -134,6 +134,10 @@ class Backend:
         # The array API standard has no such method. A library without it, as array-api-strict, is not on a device.
         return list(flat.tolist()) if hasattr(flat, "tolist") else [flat[i].__float__() for i in range(flat.shape[0])]
 
+    def known(self) -> AbstractContextManager[Any]:
+        """The context of operations on arrays whose numbers are known, also while a program is traced around them."""
+        return nullcontext()
+
     def finfo(self, dtype: Any) -> Any:
         """Limits of a floating dtype, as in the array API."""
         return self.xp.finfo(dtype)

@@ -79,7 +79,9 @@ def scale(value: PyTree) -> PyTree:
                     "and grad"
                 )
             xp = backend.xp
-            if not bool(xp.all((leaf > 0) & (leaf < float("inf")))):
+            with backend.known():
+                positive = bool(xp.all((leaf > 0) & (leaf < float("inf"))))
+            if not positive:
                 raise ValueError("scale must be positive and finite, but an array in it is not")
         else:
             real("scale", leaf, 0.0, low_open=True)

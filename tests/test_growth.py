@@ -76,7 +76,7 @@ def estimators(k: int, lam: float, on_growth: Any) -> list[ic.Estimator]:
     return found + [ic.BPTT(k, on_growth=on_growth)] * (lam == 1.0)
 
 
-def problem(m: Any, xp: Any = np) -> ic.Problem:
+def problem(m: Any, xp: Any = np, scale: Any = None) -> ic.Problem:
     def times(m: Any, h: Any) -> Any:
         return xp.matmul(m, h[:, :, None])[:, :, 0]
 
@@ -85,6 +85,7 @@ def problem(m: Any, xp: Any = np) -> ic.Problem:
         vjp=lambda h, z, v: (times(xp.permute_dims(m, (0, 2, 1)), v), v),
         jvp=lambda h, z, dh, dz: times(m, dh) + dz,
         batch_ndim=1,
+        scale=scale,
     )
 
 
@@ -203,6 +204,63 @@ def test_samples_of_vmap_are_told_apart() -> None:
 
 
 ONE_OF_THREE = np.asarray([0.5, -400.0, 0.9])[:, None, None] * np.eye(2)
+
+
+UNITS = 10.0 ** np.linspace(-6, 6, WIDTH)
+
+
+def in_units(name: str, estimator: ic.Estimator, m: np.ndarray, v: np.ndarray, scale: Any) -> np.ndarray:
+    """The gradient of the unknown in other units, S h, with ``scale=``: its Jacobian is S M S⁻¹."""
+    m, v = UNITS[:, None] * m / UNITS, v / UNITS
+    if name == "core":
+        return estimator.vjp(problem(m, scale=scale), np.zeros_like(v), np.zeros_like(v))[1](v)
+    if name == "torch":
+        matrices, z = torch.tensor(m), torch.zeros(v.shape, dtype=torch.float64, requires_grad=True)
+        f = lambda h, z: torch.einsum("nij,nj->ni", matrices, h) + z  # noqa: E731
+        scale = torch.tensor(scale)
+        h = ic.fixed_point(f, torch.zeros_like(z), z, gradient=estimator, batch_ndim=1, scale=scale).value
+        return torch.autograd.grad(h, z, torch.tensor(v))[0].numpy()
+    f = lambda h, z: jnp.einsum("nij,nj->ni", m, h) + z  # noqa: E731
+    scale = jnp.asarray(scale)
+
+    def layer(z: Any) -> Any:
+        return ic.fixed_point(f, jnp.zeros_like(z), z, gradient=estimator, batch_ndim=1, scale=scale).value
+
+    def pull(z: Any, v: Any) -> Any:
+        return jax.vjp(layer, z)[1](v)[0]
+
+    pull = jax.jit(pull) if name == "jitted" else pull
+    return np.asarray(pull(jnp.zeros(v.shape), jnp.asarray(v)))
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "a scale for each sample"])
+@pytest.mark.parametrize("name", ["core", "torch", "jax", "jitted"])
+@pytest.mark.parametrize("make", [ic.Neumann, ic.Unroll])
+def test_growth_is_that_of_the_unknown_without_units(make: Any, name: str, each: bool) -> None:
+    m, v, _ = maps()
+    grew = terms(5, 0.5)[0]
+    scale = np.tile(UNITS, (len(v), 1)) if each else UNITS
+    gradient = in_units(name, make(5, 0.5, on_growth="nan"), m, v, scale)
+    np.testing.assert_array_equal(np.isnan(gradient).all(axis=1), grew)
+    assert 50 < grew.sum() < len(grew) - 50
+    np.testing.assert_allclose((gradient * UNITS)[~grew], terms(5, 0.5)[1][~grew], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [ic.Neumann, ic.Unroll, ic.BPTT])
+def test_transforms_of_torch_say_nothing_untrue_of_growth(make: Any) -> None:
+    """Within torch.func the terms are not tested, but values and derivatives are those of the estimator."""
+    m, v, _ = (x[:3] if isinstance(x, np.ndarray) else x for x in maps())
+    matrices = torch.tensor(m)
+    f = lambda h, z: torch.einsum("nij,nj->ni", matrices, h) + z  # noqa: E731
+    settings = {"k": 4} if make is ic.BPTT else {"k": 4, "lam": 0.5}
+
+    def layer(z: torch.Tensor) -> torch.Tensor:
+        return ic.fixed_point(f, torch.zeros_like(z), z, gradient=make(**settings), batch_ndim=1).value
+
+    z, w = torch.zeros(v.shape, dtype=torch.float64), torch.tensor(v)
+    (pulled,) = torch.func.vjp(layer, z)[1](w)
+    expected = terms(4, 0.5 if make is not ic.BPTT else 1.0)[1][:3]
+    np.testing.assert_allclose(pulled.numpy(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("pull", [by_core(library) for library in (JAX,)] + [by_torch, by_jax], ids=["core", "t", "j"])

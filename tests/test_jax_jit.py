@@ -271,3 +271,22 @@ def test_an_eager_call_with_a_new_function_compiles_nothing(
     np.testing.assert_array_equal(first.value, second.value)
     jax.jit(lambda x: x + 1.0)(jnp.ones(2))
     assert len(compilations) > 0, "compilations are to be seen here"
+
+
+def test_constants_of_a_compiled_program_are_not_read() -> None:
+    """The start, a right-hand side and the units are arrays from outside; what is computed from them is traced."""
+    h0, b, scale = jnp.zeros((6, 3)), jnp.ones((6, 3)), jnp.asarray([1.0, 10.0, 100.0])
+    slopes = jnp.linspace(0.1, 0.8, 6)[:, None]
+
+    def f(h: Any, z: Any) -> Any:
+        return slopes * jnp.sin(h) + z
+
+    for solver in (ic.Anderson(), ic.Compacting(ic.Anderson(), batched=False), ic.NewtonKrylov()):
+        eager = ic.fixed_point(
+            f, h0, b, solver=solver if solver.runs_user_code is False else ic.Anderson(), batch_ndim=1
+        )
+        jitted = jax.jit(lambda z, solver=solver: ic.fixed_point(f, h0, z, solver=solver, batch_ndim=1, scale=scale))(b)
+        np.testing.assert_allclose(jitted.value, eager.value, rtol=1e-4)
+    for linear in (ic.GMRES(restart=2), ic.CG(), ic.BiCGSTAB(), ic.Richardson(relaxation=0.5)):
+        solve = jax.jit(lambda a, linear=linear: ic.solve_linear(lambda v: a * v, b, solver=linear, batch_ndim=1).value)
+        np.testing.assert_allclose(solve(1.0 + slopes), b / (1.0 + slopes), rtol=1e-4)

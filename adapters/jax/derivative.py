@@ -13,7 +13,7 @@ from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
 
 from .closure import depending_on
-from .growth import compare, fork, watches
+from .growth import Growth, compare, fork
 from .leaves import Arrays, replaced
 from .problem import partial_pushforwards
 from .rule_primitive import with_rule
@@ -59,8 +59,9 @@ def with_derivative(
             product = on_states(jacobian, space, space)
             estimator = gradient
             if isinstance(gradient, Neumann):
-                if watches(gradient.growth, axes) and type(gradient).inverse is Neumann.inverse:
-                    return _watched_series(gradient, space, product, v, batch_ndim)
+                growth = Growth(gradient.growth, batch_ndim, scale, dual=dual)
+                if growth.watches(axes) and type(gradient).inverse is Neumann.inverse:
+                    return _watched_series(gradient, space, product, v, growth)
                 # The core's own test depends on the tangents in a way that JAX cannot transpose.
                 estimator = replace(gradient, on_growth="ignore")
             w: H = space.unpack(estimator.apply(space, product, space.pack(v)))
@@ -89,13 +90,13 @@ def with_derivative(
     return with_rule(h, inputs, rule)
 
 
-def _watched_series(gradient: Neumann, space: Space, product: Operator, v: H, batch_ndim: int) -> H:
+def _watched_series(gradient: Neumann, space: Space, product: Operator, v: H, growth: Growth) -> H:
     """``Neumann.inverse``, whose test JAX can transpose."""
-    test, b = gradient.growth, space.pack(v)
-    start, reference = fork(v, test, batch_ndim)
-    before = gradient.sum_of_terms(space, product, space.pack(start), b, test.k - 2)
+    b = space.pack(v)
+    start, reference = fork(v, growth)
+    before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
     total = gradient.sum_of_terms(space, product, before, b, 1)
     last: H = space.unpack(space.sub(total, before))
-    checked: H = compare(space.unpack(total), last, reference, test, batch_ndim)
-    w: H = space.unpack(space.scale(test.lam, space.pack(checked)))
+    checked: H = compare(space.unpack(total), last, reference, growth)
+    w: H = space.unpack(space.scale(gradient.lam, space.pack(checked)))
     return w

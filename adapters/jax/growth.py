@@ -14,48 +14,93 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from implicit_core.arrays import H, State
+from implicit_core.arrays import H, PyTree, State
 from implicit_core.backends.jax import BACKEND, staging
 from implicit_core.estimators.growth import GrowthTest
+from implicit_core.space import Space
 
 from .leaves import Arrays
 
 Tangents = Sequence[jax.Array | ad.Zero]
 
 
-def watches(test: GrowthTest, axes: Sequence[str]) -> bool:
-    """Whether the test can do something: a compiled program cannot warn.
+class Growth:
+    """A test, and what the terms are measured in that it compares.
 
-    A sample that extends over named ``axes`` is not tested: each device has only a part of its norms.
+    Parameters
+    ----------
+    test
+        The test.
+    batch_ndim
+        How many first axes of every leaf index independent samples.
+    scale
+        The units of h.
+    dual
+        Whether the terms are cotangents, whose units are one over those of h.
     """
-    return test.active and not axes and not (test.on_growth == "warn" and staging())
+
+    def __init__(self, test: GrowthTest, batch_ndim: int, scale: PyTree, *, dual: bool = False) -> None:
+        self.test, self.batch_ndim, self.scale, self.dual = test, batch_ndim, scale, dual
+        # A parameter of a primitive: arrays have no hash, but those of one layer are the same ones.
+        units = (x if isinstance(x, (int, float)) else id(x) for x in jax.tree.leaves(scale))
+        self._key = (test, batch_ndim, dual, *units)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Growth) and self._key == other._key
+
+    def watches(self, axes: Sequence[str]) -> bool:
+        """Whether the test can do something: a compiled program cannot warn.
+
+        A sample that extends over named ``axes`` is not tested: each device has only a part of its norms.
+        """
+        return self.test.active and not axes and not self.is_mute()
+
+    def is_mute(self) -> bool:
+        """Whether a warning is asked for, and the program is compiled."""
+        return self.test.on_growth == "warn" and staging()
+
+    def transposed(self) -> "Growth":
+        """The same of the transposed terms."""
+        return Growth(self.test, self.batch_ndim, self.scale, dual=not self.dual)
+
+    def batched(self) -> "Growth":
+        """The same with one more axis of samples, the first."""
+        return Growth(self.test, self.batch_ndim + 1, self.scale, dual=self.dual)
+
+    def space(self, leaves: Arrays) -> Space:
+        """The space of a term, a list of arrays."""
+        number = self.scale is None or isinstance(self.scale, (int, float))
+        scale = self.scale if number else jax.tree.leaves(self.scale)
+        space = BACKEND.space(list(leaves), self.batch_ndim, "the term", scale)
+        return space.dual if self.dual else space
 
 
-def fork(h: H, test: GrowthTest, batch_ndim: int, *, primal: bool = False) -> tuple[H, H]:
+def fork(h: H, growth: Growth, *, primal: bool = False) -> tuple[H, H]:
     """``h``, and a reference of it for :func:`compare`.
 
     Parameters
     ----------
     h
         A pytree.
-    test
+    growth
         The test.
-    batch_ndim
-        How many first axes of every leaf index independent samples.
     primal
         h is a value, and its cotangents are to be tested, not h itself.
     """
     leaves, structure = jax.tree.flatten(h)
-    results = _fork.bind(*leaves, test=test, batch_ndim=batch_ndim, primal=primal)
+    results = _fork.bind(*leaves, growth=growth, primal=primal)
     n = len(leaves)
     return jax.tree.unflatten(structure, results[:n]), jax.tree.unflatten(structure, results[n:])
 
 
-def compare(w: H, last: H, reference: H, test: GrowthTest, batch_ndim: int, *, primal: bool = False) -> H:
+def compare(w: H, last: H, reference: H, growth: Growth, *, primal: bool = False) -> H:
     """``w``, after a test whether ``last`` outgrew the reference, which is a result of :func:`fork`."""
     leaves, structure = jax.tree.flatten(w)
     operands = (*leaves, *jax.tree.leaves(last), *jax.tree.leaves(reference))
-    params = {"test": test, "batch_ndim": batch_ndim, "primal": primal, "tests": not primal}
+    params = {"growth": growth, "primal": primal, "tests": not primal}
     result: H = jax.tree.unflatten(structure, _compare.bind(*operands, **params))
     return result
 
@@ -76,17 +121,15 @@ def _first_third(*operands: Any, **params: Any) -> list[Any]:
     return list(operands[: len(operands) // 3])
 
 
-def _compared(
-    *operands: jax.Array, test: GrowthTest, batch_ndim: int, primal: bool, tests: bool
-) -> Sequence[jax.Array]:
+def _compared(*operands: jax.Array, growth: Growth, primal: bool, tests: bool) -> Sequence[jax.Array]:
     """The comparison, on arrays whose numbers are known or in a program that is compiled."""
     n = len(operands) // 3
     w, last, reference = (list(operands[i : i + n]) for i in (0, n, 2 * n))
-    if not tests or (test.on_growth == "warn" and staging()):
+    if not tests or growth.is_mute():
         return w
-    space = BACKEND.space(w, batch_ndim, "the cotangent")
+    space = growth.space(w)
     packed: list[State] = [space.pack(x) for x in (reference, last, w)]
-    checked = test.checked(space, *packed)
+    checked = growth.test.checked(space, *packed)
     leaves: Sequence[jax.Array] = w if checked is packed[2] else space.unpack(checked)
     return leaves
 
@@ -113,23 +156,24 @@ def _jvp_of_compare(primals: Arrays, tangents: Tangents, *, primal: bool, **para
     return values, tangents[:n]
 
 
-def _transpose_of_fork(cotangents: Tangents, *_: Any, primal: bool, **params: Any) -> Tangents:
+def _transpose_of_fork(cotangents: Tangents, *_: Any, growth: Growth, primal: bool) -> Tangents:
     n = len(cotangents) // 2
     v, reference = cotangents[:n], cotangents[n:]
     if _all_zero(v) or _all_zero(reference):
         return v
     v = _instantiated(v)
-    compared: Tangents = _compare.bind(*v, *v, *_instantiated(reference), primal=False, tests=True, **params)
+    operands = [*v, *v, *_instantiated(reference)]
+    compared: Tangents = _compare.bind(*operands, growth=growth.transposed(), primal=False, tests=True)
     return compared
 
 
 def _transpose_of_compare(
-    cotangents: Tangents, *operands: Any, primal: bool, tests: bool, **params: Any
+    cotangents: Tangents, *operands: Any, growth: Growth, primal: bool, tests: bool
 ) -> list[jax.Array | ad.Zero | None]:
     n = len(cotangents)
     v: Tangents = [*cotangents, *cotangents]
     if not _all_zero(cotangents):
-        v = _fork.bind(*_instantiated(cotangents), primal=False, **params)
+        v = _fork.bind(*_instantiated(cotangents), growth=growth.transposed(), primal=False)
     last = [ad.Zero(v.aval) if isinstance(v, ad.Zero) else ad.Zero(jax.typeof(v)) for v in cotangents]
     pairs = zip([*v[:n], *last, *v[n:]], operands, strict=True)
     return [v if ad.is_undefined_primal(operand) else None for v, operand in pairs]
@@ -151,7 +195,7 @@ def _batched(primitive: Primitive) -> Callable[..., tuple[Arrays, Sequence[int |
             results = primitive.bind(*operands, **params)
             return results, [None] * len(results)
         operands = [batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)]
-        results = primitive.bind(*operands, **params | {"batch_ndim": params["batch_ndim"] + 1})
+        results = primitive.bind(*operands, **params | {"growth": params["growth"].batched()})
         return results, [0] * len(results)
 
     return batch

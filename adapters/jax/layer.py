@@ -19,7 +19,7 @@ from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
 from .closure import Hoisted, hoist, is_traced
 from .derivative import with_derivative
-from .growth import compare, fork, watches
+from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
 
@@ -163,13 +163,14 @@ def _unrolled(
     recompute = isinstance(gradient, Unroll) and gradient.recompute
     step = jax.checkpoint(f) if recompute else f
     steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim, scale=f.scale)
-    watched, h, test = Watched(steps), solution.value, gradient.growth
-    if not watches(test, f.hoisted.axes):
+    watched, h, lam = Watched(steps), solution.value, gradient.lam
+    growth = Growth(gradient.growth, f.batch_ndim, f.scale)
+    if not growth.watches(f.hoisted.axes):
         return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-    h_1, reference = fork(Unroll(1, test.lam).value(watched.problem, h, None), test, f.batch_ndim, primal=True)
-    h_k: H = Unroll(test.k - 1, test.lam).value(watched.problem, h_1, None)
-    value = compare(h_k, h_k, reference, test, f.batch_ndim, primal=True)
+    h_1, reference = fork(Unroll(1, lam).value(watched.problem, h, None), growth, primal=True)
+    h_k: H = Unroll(gradient.k - 1, lam).value(watched.problem, h_1, None)
+    value = compare(h_k, h_k, reference, growth, primal=True)
     return watched.told(solution._replace(value=value), options)
 
 

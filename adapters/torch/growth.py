@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_core.arrays import H, Numbers
+from implicit_core.arrays import H, Numbers, PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators.growth import GrowthTest
 from implicit_core.space import Space
@@ -23,13 +23,15 @@ class GrowthOfCotangents:
     ----------
     test
         What is compared, and what is done about it.
-    batch_ndim
-        How many first axes of every leaf index independent samples.
+    batch_ndim, scale
+        As in the problem.
     """
 
-    def __init__(self, test: GrowthTest, batch_ndim: int) -> None:
+    def __init__(self, test: GrowthTest, batch_ndim: int, scale: PyTree = None) -> None:
         self.test = test
         self.batch_ndim = batch_ndim
+        number = scale is None or isinstance(scale, (int, float))
+        self.scale = scale if number else BACKEND.flatten(scale)[0]
         self._at_end: Numbers | None = None
         self._differentiated = False
 
@@ -67,7 +69,7 @@ class GrowthOfCotangents:
         return cotangents if checked is last else tuple(space.unpack(checked))
 
     def _space(self, cotangents: Tensors) -> Space:
-        return BACKEND.space(list(cotangents), self.batch_ndim, "the cotangent")
+        return BACKEND.space(list(cotangents), self.batch_ndim, "the cotangent", self.scale).dual
 
 
 class _Watched(torch.autograd.Function):

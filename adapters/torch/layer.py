@@ -94,7 +94,7 @@ def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-    ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim)
+    ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim, problem.scale)
     h_1 = ends.start(Unroll(1, lam).value(problem, h, z))
     return ends.end(Unroll(gradient.k - 1, lam).value(problem, h_1, z))
 

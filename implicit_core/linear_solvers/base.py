@@ -193,7 +193,7 @@ class LinearSolver(ABC):
         size = space.norm(b)
         target = self.rtol * size + space.scalar(self.atol) / scale
         nothing, zeros = space.full(0.0), space.zeros()
-        watched = self.check and space.samples > 1 and backend.readable(b[0])
+        watched = self.check and space.samples > 1 and backend.readable(nothing)  # not b, which may be a constant
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
             d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)

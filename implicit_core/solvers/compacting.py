@@ -99,7 +99,7 @@ class Compacting:
         """See :class:`FixedPointSolver`."""
         iteration = _Compacting(problem, h0, z, self.solver, self.batched, trace=trace)
         space = iteration.space
-        if not space.backend.readable(space.backend.flatten(h0)[0][0]):
+        if not space.backend.readable(space.full(0.0)):  # h0 may be a constant of a traced program
             return self.solver.solve(problem, h0, z, trace=trace)
         return iteration.run()
 
