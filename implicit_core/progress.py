@@ -29,7 +29,11 @@ that ran away, a residual that neither falls nor grows, and any that does not fa
 FALL = 0.99
 """A residual has fallen between two checkpoints if it is below this fraction, or falls steadily."""
 FLAT = 0.9
-"""A residual is flat between two checkpoints if neither is below this fraction of the other."""
+"""A residual falls between two checkpoints if it ends below this fraction, and is flat if it neither falls nor rises so
+much."""
+FAST = 0.1
+"""A sample whose residual is below this fraction of the one at the last checkpoint goes on, however many evaluations
+there were."""
 
 
 class Start(NamedTuple):
@@ -128,14 +132,16 @@ def without_progress(
 ) -> Mask:
     """The samples that end at a checkpoint.
 
-    The residual went beyond the limit. Or the second half of all evaluations brought no smaller one, and either the
-    tolerance was met by the growth of the state alone, or the residual is as large as it was half of the way, or there
-    were many evaluations.
+    The residual went beyond the limit. Or the second half of all evaluations brought no smaller one, and either there
+    were many evaluations and it is not falling fast, or it is not falling, and the tolerance was met by the growth of
+    the state alone or the residual is as large as it was half of the way.
     """
     # Tiny falls of an erratic residual are none; a steady one, at its least now, may be slow.
     stuck = (least >= progress.marked_least) | ((least > FALL * progress.marked_least) & (FALL * norm > least))
     ran_away = (norm <= tolerance) & (evaluations >= FIRST_FAR)
-    flat = (norm > FLAT * progress.marked) & (FLAT * norm < progress.marked) & (evaluations >= FIRST_FLAT)
-    late = stuck & (evaluations >= FIRST_ANY)
-    ended: Mask = (norm > start.limit()) | (stuck & (ran_away | flat)) | late
+    flat = (FLAT * norm < progress.marked) & (evaluations >= FIRST_FLAT)
+    # What rose by a transient and falls again may be above its least for long.
+    still = (ran_away | flat) & (norm > FLAT * progress.marked)
+    late = (norm > FAST * progress.marked) & (evaluations >= FIRST_ANY)
+    ended: Mask = (norm > start.limit()) | (stuck & (still | late))
     return ended

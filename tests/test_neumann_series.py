@@ -108,6 +108,17 @@ def test_a_divergent_series_is_reported_and_changes_no_other_sample() -> None:
     np.testing.assert_allclose(damped[:, 0], [2.0, 0.4, 4 / 3], rtol=1e-3)
 
 
+@pytest.mark.parametrize("contraction", [None, 0.95])
+def test_a_sum_that_overflows_has_not_reached_its_accuracy(contraction: float | None) -> None:
+    """Its norm is infinite before that of the next term is: beside it any remainder is small."""
+    estimator = ic.NeumannSeries(lam=1.0, rtol=1e-2, contraction=contraction)
+    two = np.float32(2.0)
+    problem = ic.Problem(lambda h, z: two * h + z, vjp=lambda h, z, v: (two * v, v))
+    zero = np.zeros(2, np.float32)
+    with pytest.warns(ic.InexactGradientWarning, match="did not reach"):
+        estimator.vjp(problem, zero, zero)[1](np.ones(2, np.float32))
+
+
 def test_cotangents_that_are_zero_tiny_or_not_finite() -> None:
     problem, z, estimator = slopes(0.5, 0.5, 0.5, 0.0), np.zeros((4, 2)), ic.NeumannSeries(lam=1.0, rtol=1e-6)
     v = np.asarray([[0.0, 0.0], [1e-300, 0.0], [np.nan, 1.0], [1.0, 1.0]])

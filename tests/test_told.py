@@ -60,6 +60,22 @@ def test_a_drift_without_a_fixed_point_ends_early(solver: type, dtype: Any, libr
     assert int(solution.stats.evaluations) <= 256
 
 
+@pytest.mark.parametrize("coupling", [8.0, 20.0])
+def test_a_transient_that_falls_again_has_not_diverged(coupling: float, library: Library) -> None:
+    """At 32 evaluations the residual is above the first one, within the tolerance of a large state, and falling."""
+    m, ones = library.array(np.array([[0.85, coupling], [0.0, 0.85]])), library.array(np.ones(2))
+    h0, solver = library.array(np.zeros(2)), ic.FixedPointIteration(rtol=1e-2)
+    solution = ic.solve(lambda h, z: m @ h + z, h0, ones, solver=solver)
+    assert int(library.numpy(solution.status)) == ic.CONVERGED
+
+
+def test_a_transient_may_take_more_than_256_evaluations() -> None:
+    m = 0.955 * np.eye(4) + np.eye(4, k=1)
+    solution = ic.solve(lambda h, z: m @ h + z, np.zeros(4), np.ones(4), solver=ic.FixedPointIteration(max_steps=1000))
+    assert solution.status == ic.CONVERGED
+    assert solution.stats.evaluations > 256
+
+
 def test_statuses_are_those_of_a_traced_solve() -> None:
     for seed in range(6):
         w1, w2 = np.random.default_rng(seed).normal(size=(2, 16, 16)) / 4

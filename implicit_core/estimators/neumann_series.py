@@ -155,7 +155,9 @@ class _UntilRemainder(Richardson):
             known = (growth < 1) & ((norm == 0) | (products > 1))
             growth = space.select(known, growth, space.xp.ones_like(growth))  # an infinite remainder
             rest = MARGIN * lam * norm * growth / (1 - growth)
-        return ratio(rest, space.norm(space.axpy(lam, r, x)), space)
+        size = space.norm(space.axpy(lam, r, x))
+        # Beside a sum that overflows any remainder would be small: infinity times zero is NaN, which reaches no goal.
+        return ratio(rest, size + 0 * size, space)
 
     def goal(self, space: Space, x: State, growth: Numbers, size: Numbers, target: Numbers) -> float:
         return self.series.rtol
