@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
-ROUNDING = 8
-"""The least relative tolerance, in units of the machine precision of the coarsest leaf."""
-
-
 MOVED = 64
 """A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
 COUPLED = (
@@ -173,8 +169,7 @@ class Iteration:
         backend, solver = self.space.backend, self.solver
         with backend.solving():
             self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
-            # A tolerance below rounding would only be met by chance. Decision 71.
-            self.rtol = max(solver.rtol, ROUNDING * self.space.coarsest_eps) if solver.rtol else 0.0
+            self.rtol = progress.reachable(self.space, solver.rtol)
             # With both zero the number of steps is the user's.
             self.forced = solver.rtol == 0 == solver.absolute_tolerance
             try:

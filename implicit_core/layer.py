@@ -150,8 +150,9 @@ def _of_value(
     first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm
     if options.gradient.starts_from_h0:  # of the solver's point, h0, this is the first residual
         solver = _measuring(options.solver)
-        cap = progress.largest_converged(xp, first, stats.tolerance, solver.rtol)
-        tolerance = xp.minimum(solver.rtol * f_norm + solver.absolute_tolerance, cap - rounding)
+        rtol = progress.reachable(space, solver.rtol)
+        cap = progress.largest_converged(xp, first, stats.tolerance, rtol)
+        tolerance = xp.minimum(rtol * f_norm + solver.absolute_tolerance, cap - rounding)
         status = xp.where(status == Status.CONVERGED.value, xp.full_like(status, Status.MAX_STEPS.value), status)
     elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point
         tolerance = xp.where(status == Status.CONVERGED.value, xp.maximum(first, rounding), xp.zeros_like(first))

@@ -17,6 +17,8 @@ FALLEN = 0.1, 0.5
 """The least and the largest fraction of the first residual that a converged one may be; between, ten times rtol."""
 GROWTH = 1e8
 """A sample has diverged once its residual is this much larger than the first one and the first F(h) together."""
+ROUNDING = 8
+"""The least relative tolerance, in units of the machine precision of the coarsest leaf."""
 RESOLVED = 4
 """The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
 FLOOR = 2.0
@@ -77,6 +79,11 @@ class Progress(NamedTuple):
     least: Numbers | None
     marked_least: Numbers
     marked: Numbers
+
+
+def reachable(space: Space, rtol: float) -> float:
+    """A relative tolerance, not below rounding, where it would only be met by chance; zero stays zero (Decision 71)."""
+    return max(rtol, ROUNDING * space.coarsest_eps) if rtol else 0.0
 
 
 def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float, infinite: Any = None) -> Any:

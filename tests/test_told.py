@@ -491,3 +491,13 @@ def test_a_large_jacobian_does_not_make_a_map_without_a_root_converge() -> None:
             )
             h0 = np.full(3, 0.5, np.float32)
             assert not ic.solve(problem, h0, None, solver=ic.NewtonKrylov()).converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_backpropagation_through_time_is_held_against_a_tolerance_that_can_be_reached(dtype: torch.dtype) -> None:
+    """As a solve is: in half precision the default rtol is below rounding."""
+    h0, z = torch.zeros(3, 8, dtype=dtype), torch.linspace(0.1, 1.0, 8, dtype=dtype).repeat(3, 1)
+    f = lambda h, z: 0.3 * torch.tanh(h) + z  # noqa: E731
+    for gradient in (ic.BPTT(20), ic.Unroll()):
+        solution = ic.fixed_point(f, h0, z, gradient=gradient, batch_ndim=1, throw=True)
+        assert torch.all(solution.stats.tolerance >= 8 * torch.finfo(dtype).eps * 0.9)

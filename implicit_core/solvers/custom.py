@@ -88,6 +88,7 @@ class CallableSolver:
 
     def _ran_away(self, space: Space, start: Stats, end: Stats, h: PyTree) -> Any:
         """Where the residual has not fallen, or may not have, as rounding hides it (Decision 69)."""
-        cap = progress.largest_converged(space.xp, start.residual, start.tolerance, self.rtol)
+        rtol = progress.reachable(space, self.rtol)
+        cap = progress.largest_converged(space.xp, start.residual, start.tolerance, rtol)
         hidden = progress.is_hidden(space, space.xp.reshape(cap, (-1, 1)), space.norm(space.pack(h)))
         return (end.residual > cap) | space.per_sample(hidden)
