@@ -121,6 +121,14 @@ def test_one_sample_that_depends_on_one_other_is_found() -> None:
         ic.solve_linear(lambda v: a @ v, np.ones((BATCH, 1)), solver=ic.Richardson(rtol=1e-3), batch_ndim=1)
 
 
+def test_the_last_step_is_looked_at() -> None:
+    """After it there is no other, and the first sample is no longer the answer that its status says."""
+    a = np.array([[1.0, 0.5], [0.0, 0.1]])
+    b = np.array([[1.0], [1.0]])
+    with pytest.raises(ic.CoupledSamplesError):
+        ic.solve_linear(lambda v: a @ v, b * [[1.0], [1e-7]], solver=ic.Richardson(max_steps=2), batch_ndim=1)
+
+
 def coupled_system(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A matrix of samples that couple, by 1 to 1e-8, also in units of their own, and a right-hand side (N, D)."""
     rng = np.random.default_rng(seed)

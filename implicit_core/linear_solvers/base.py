@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from .. import checks
 from ..arrays import Index, Mask, Numbers, Operator, State
-from ..backend import Known
+from ..backend import Known, Watch
 from ..coupling import halves, random_state
 from ..solution import CoupledSamplesError, Status
 from ..space import Space
@@ -22,6 +22,9 @@ FLOOR = 16.0
 
 LARGE = 4.0
 """A growth ‖A v‖ / ‖v‖ that is unusual for A = I - J."""
+
+MOST_LOOKS = 8
+"""Where sums have no fixed order, as on a GPU, residuals move by rounding, too."""
 
 COUPLED = (
     "A couples what batch_ndim takes for samples: a product is not zero in a sample in which the vector is. For one "
@@ -92,7 +95,7 @@ class LinearSolver(ABC):
     check_every
         Steps of a method between two checks whether all samples are finished. Each check waits for the device.
     check
-        Whether a solve raises if A couples samples. It looks where numbers can be read, at one product more only if
+        Whether a solve raises if A couples samples. It looks where numbers are read anyway, at one product more only if
         something is odd: the residual of a finished sample changed, say.
 
     Raises
@@ -205,7 +208,7 @@ class LinearSolver(ABC):
             r = space.sub(b, operator(x)) if self.recomputes else space.sub(c.r, operator(d))
             norm = space.norm(r)
             growth = c.growth
-            if self.recomputes and self._measures(c.products):  # Decision 74.
+            if self.recomputes and self.measures(c.products):  # Decision 74.
                 seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
                 larger = (seen > growth) & (seen < float("inf"))
                 growth = space.select(c.active & larger, seen, growth)
@@ -227,10 +230,11 @@ class LinearSolver(ABC):
         error = size if self.max_steps else self.error(space, zeros, b, size, space.full(float("inf")), 0)
         carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, None)
         check_every = 1 if self.loops else self.check_every
-        carry = backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, check_every)
-        products = carry.products
-        if watched:
-            products += _refuse_coupling(space, operator, carry, target)
+        watcher = _Watcher(self, space, operator, target)
+        watch = Watch(watcher.suspects, watcher.look) if watched else None
+        # One more step is none, since no sample is active then, but a look at the last one.
+        steps = self.max_steps and self.max_steps + (check_every == 1)
+        carry = backend.while_loop(lambda c: (c.active,), body, carry, steps, check_every, watch)
         ran_out = carry.steps >= self.max_steps
         converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)
         status = space.select(ran_out, Status.MAX_STEPS.value, space.full(Status.STAGNATED, xp.int32))
@@ -240,34 +244,60 @@ class LinearSolver(ABC):
         if self.undoes:  # an answer that leaves the range of the user's dtype is none
             overflow = ~xp.isfinite(space.largest(space.round(x)))
             status = space.select(converged & overflow, Status.NONFINITE.value, status)
-        return LinearResult(x, r, status, scale * carry.norm, carry.error, carry.steps, products, carry.growth)
+        return LinearResult(
+            x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products + watcher.products, carry.growth
+        )
 
-    def _measures(self, products: Index) -> bool:
+    def measures(self, products: Index) -> bool:
         """Whether a cycle after so many products measures ‖A‖: of single steps the first, second, fourth and so on."""
         # Later ones move along the slow directions, where A is small.
         return self.loops or not isinstance(products, int) or products & (products + 1) == 0
 
 
-def _refuse_coupling(space: Space, operator: Operator, carry: _Carry, target: Numbers) -> int:
-    """Raise if A couples samples, as far as the end of a solve makes one suspect it; the number of products it took.
+class _Watcher:
+    """Looks whether A couples samples, where something makes one suspect it.
 
     A residual of its own does not change while x is kept. One that did, or whose last cycle was undone, is suspect. So
     is an answer that is accepted for rounding errors of a large A: the growth of a sample may be that of another.
+
+    Attributes
+    ----------
+    products
+        Products with A that were made.
     """
+
     # Decision 89.
-    xp = space.xp
-    suspect = (carry.growth > LARGE) & (carry.error > target)
-    if carry.moved is not None:
-        suspect = suspect | (carry.moved > 0)
-    if not bool(xp.any(suspect)):
-        return 0
-    # The suspects get zero, and give it back. All of them at once would not show anything.
-    half = xp.reshape(xp.asarray(halves(space.samples), dtype=xp.bool, device=space.device), (-1, 1))
-    others = xp.where(xp.all(suspect), half, ~suspect)
-    image = operator(space.where(others, random_state(space, 0), space.zeros()))  # x may be zero
-    if bool(xp.any(~others & (space.largest(image) > 0))):
-        raise CoupledSamplesError(COUPLED)
-    return 1
+
+    def __init__(self, solver: LinearSolver, space: Space, operator: Operator, target: Numbers) -> None:
+        self.solver, self.space, self.operator, self.target = solver, space, operator, target
+        self.products = 0
+
+    def suspects(self, carry: _Carry) -> Mask | None:
+        """The samples to look at, (N, 1), if any may be."""
+        moved = None if carry.moved is None else carry.moved > 0
+        if not self.solver.recomputes or not carry.products:
+            return moved
+        if self.solver.loops:
+            large = (carry.growth > LARGE) & (carry.error > self.target)
+        elif self.solver.measures(carry.products - 1):
+            large = carry.growth > LARGE
+        else:
+            return moved
+        return large if moved is None else large | moved
+
+    def look(self, carry: _Carry) -> None:
+        """Raise if the product of a vector that is zero in the suspects is not, there."""
+        suspects = self.suspects(carry)
+        if suspects is None or self.products == MOST_LOOKS:
+            return
+        space, xp = self.space, self.space.xp
+        # All samples at once would not show anything.
+        half = xp.reshape(xp.asarray(halves(space.samples), dtype=xp.bool, device=space.device), (-1, 1))
+        others = xp.where(xp.all(suspects), half, ~suspects)
+        image = self.operator(space.where(others, random_state(space, 0), space.zeros()))
+        self.products += 1
+        if bool(xp.any(~others & (space.largest(image) > 0))):
+            raise CoupledSamplesError(COUPLED)
 
 
 def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
