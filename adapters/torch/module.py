@@ -1,13 +1,11 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeVar
 
 from implicit_core import checks
@@ -16,15 +14,14 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
-from implicit_core.iteration import ChangingFunctionWarning
 from implicit_core.problem import Problem
 from implicit_core.solution import CoupledSamplesError, SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.theory import Certificate, certify
-from implicit_core.warnings_ import warn
 
 from .autograd import in_dual_level, transforming
+from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_outside, trained
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
 from .tensors import has_storage, tensors
@@ -32,8 +29,6 @@ from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
 
 NOT_OF_SHAPES = NotImplementedError, SolveError, CoupledSamplesError, torch.OutOfMemoryError
-DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
 H = TypeVar("H", default=Tensor)
@@ -167,10 +162,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             value: H = torch.compiler.disable(self.forward)(x, h0)
             return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _check_not_sharded(self.cell)
+            check_not_sharded(self.cell)
         if self.training and not self._looked:
             self._looked = True
-            _notice_changes(self.cell)
+            notice_changes(self.cell)
         cell = constant_within_solve(self.cell)
         inferred = h0 is None and self.h0 is None
         start = self._start(x) if h0 is None else h0
@@ -235,14 +230,14 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         >>> layer.certify(torch.eye(2, 4)).descent
         True
         """
-        cell, parameters = self.cell, _trained(self.cell)
+        cell, parameters = self.cell, trained(self.cell)
         if not isinstance(cell, nn.Module) or not parameters:
             raise TypeError(
                 "the conditions are about trained parameters, but the cell is not a module with parameters that "
                 "require a gradient: put them in z, and call implicit_core.theory.certify"
             )
         x = BACKEND.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
-        with _in_eval_mode(cell), torch.no_grad():
+        with in_eval_mode(cell), torch.no_grad():
             given: Problem[H, dict[str, Tensor]] = problem(
                 lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim, scale=self.scale
             )
@@ -250,7 +245,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             if not self.gradient.starts_from_h0:
                 solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
                 h = solve(given, h, parameters, solver=solver).value
-            _refuse_outside(cell, closed_over(given.f, h, parameters))
+            refuse_outside(cell, closed_over(given.f, h, parameters))
             return certify(given, h, parameters, self.gradient, **options)
 
     def _solver(self) -> FixedPointSolver | Callable[[Problem[H, X], H, X], H]:
@@ -295,82 +290,3 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         if self.eval_solver is not None:
             settings.append(f"eval_solver={self.eval_solver!r}")
         return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
-
-
-def _trained(cell: object) -> dict[str, Tensor]:
-    """The values of a cell's parameters that require a gradient."""
-    named = cell.named_parameters() if isinstance(cell, nn.Module) else ()
-    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """A module in eval mode. At the end each of its submodules returns to its own mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def _refuse_outside(cell: nn.Module, left_out: list[Tensor]) -> None:
-    """Raise if F depends on tensors that require a gradient besides the cell's parameters."""
-    if left_out:
-        found = ", ".join(_described(cell, x) for x in left_out)
-        raise ValueError(
-            f"the cell uses tensors that require a gradient and are not its own parameters: {found}. The layer "
-            "differentiates them, but the conditions would leave them out: compute them in forward, make other modules "
-            "submodules of the cell, or put all that is trained in z, and call implicit_core.theory.certify"
-        )
-
-
-def _described(cell: nn.Module, x: Tensor) -> str:
-    """A tensor by its shape and, if a module of the cell has it as an attribute, its name."""
-    shape, origin = f"shape {tuple(x.shape)}", "" if x.is_leaf else ", computed outside of forward"
-    for path, part in cell.named_modules():
-        for attribute, value in vars(part).items():
-            if value is x:
-                return f"{path + '.' if path else ''}{attribute} ({shape}{origin})"
-    return f"one of {shape}{origin}"
-
-
-def _notice_changes(cell: object) -> None:
-    """Warn of modules that draw anew, or update statistics, at every evaluation of F."""
-    parts = [part for part in cell.modules() if part.training] if isinstance(cell, nn.Module) else []
-    drawing = [part for part in parts if isinstance(part, DRAWING) and part.p > 0]
-    updating = [part for part in parts if isinstance(part, UPDATING) and part.track_running_stats]
-    if drawing:
-        warn(
-            f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so "
-            "there is no fixed point: use VariationalDropout of implicit_core.adapters.torch, which keeps its mask "
-            "within a solve",
-            ChangingFunctionWarning,
-            once=True,
-        )
-    if updating:
-        warn(
-            f"the cell has {_named(updating)} in train mode, which couples the samples of a batch and updates its "
-            "statistics at every evaluation of F: use GroupNorm or LayerNorm, or put it outside of the cell",
-            ChangingFunctionWarning,
-            once=True,
-        )
-
-
-def _named(parts: Iterable[nn.Module]) -> str:
-    return ", ".join(sorted({type(part).__name__ for part in parts}))
-
-
-def _check_not_sharded(cell: object) -> None:
-    """Raise if the cell is sharded, which would end in a deadlock (Decision 41)."""
-    from torch.distributed.fsdp import FSDPModule  # a slow import, needed only in a group of processes
-
-    if isinstance(cell, nn.Module) and any(
-        isinstance(m, (FSDPModule, DistributedDataParallel)) for m in cell.modules()
-    ):
-        raise RuntimeError(
-            "the cell is distributed over processes, so they would communicate at every evaluation, but each process "
-            "stops after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
-            "DistributedDataParallel, not the cell or a part of it"
-        )

@@ -1,6 +1,6 @@
 """Fixed-point solvers, one a file; :func:`implicit_core.solve` runs them."""
 
-from ..iteration import Point
+from ..carry import Point
 from .anderson import Anderson
 from .base import FixedPointSolver, Solver
 from .broyden import Broyden

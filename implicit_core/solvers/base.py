@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
 from ..arrays import H, Numbers, Operator, State, Z
-from ..iteration import Iteration, Point
+from ..carry import Point
+from ..iteration import Iteration
 from ..problem import Problem
 from ..solution import Solution
 from ..system import System

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from .. import checks
 from ..arrays import Array, History, Matrices, Row, State
-from ..iteration import Point
+from ..carry import Point
 from ..space import Space, head
 from ..system import System
 from .base import Solver

@@ -9,7 +9,8 @@ import optree
 
 from .. import checks
 from ..arrays import Array, H, Mask, PyTree, Z
-from ..iteration import Carry, Iteration
+from ..carry import Carry
+from ..iteration import Iteration
 from ..problem import Problem
 from ..progress import Start
 from ..solution import Solution

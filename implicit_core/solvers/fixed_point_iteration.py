@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from .. import checks
 from ..arrays import State
-from ..iteration import Point
+from ..carry import Point
 from ..system import System
 from .base import Solver
 

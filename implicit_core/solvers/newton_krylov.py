@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 
 from .. import checks
 from ..arrays import Numbers, Operator, State
-from ..iteration import Point
+from ..carry import Point
 from ..linear_solvers import GMRES, LinearSolver
 from ..system import System
 from .base import Solver

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from implicit_core import checks
 from implicit_core.arrays import H, Operator, State, Z
+from implicit_core.carry import Point
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
-from implicit_core.iteration import Point
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers import Anderson, FixedPointIteration, Solver

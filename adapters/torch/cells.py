@@ -1,0 +1,92 @@
+"""What a layer looks at in its cell."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from implicit_core.iteration import ChangingFunctionWarning
+from implicit_core.warnings_ import warn
+
+DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+
+
+def trained(cell: object) -> dict[str, Tensor]:
+    """The values of a cell's parameters that require a gradient."""
+    named = cell.named_parameters() if isinstance(cell, nn.Module) else ()
+    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode. At the end each of its submodules returns to its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def refuse_outside(cell: nn.Module, left_out: list[Tensor]) -> None:
+    """Raise if F depends on tensors that require a gradient besides the cell's parameters."""
+    if left_out:
+        found = ", ".join(_described(cell, x) for x in left_out)
+        raise ValueError(
+            f"the cell uses tensors that require a gradient and are not its own parameters: {found}. The layer "
+            "differentiates them, but the conditions would leave them out: compute them in forward, make other modules "
+            "submodules of the cell, or put all that is trained in z, and call implicit_core.theory.certify"
+        )
+
+
+def _described(cell: nn.Module, x: Tensor) -> str:
+    """A tensor by its shape and, if a module of the cell has it as an attribute, its name."""
+    shape, origin = f"shape {tuple(x.shape)}", "" if x.is_leaf else ", computed outside of forward"
+    for path, part in cell.named_modules():
+        for attribute, value in vars(part).items():
+            if value is x:
+                return f"{path + '.' if path else ''}{attribute} ({shape}{origin})"
+    return f"one of {shape}{origin}"
+
+
+def notice_changes(cell: object) -> None:
+    """Warn of modules that draw anew, or update statistics, at every evaluation of F."""
+    parts = [part for part in cell.modules() if part.training] if isinstance(cell, nn.Module) else []
+    drawing = [part for part in parts if isinstance(part, DRAWING) and part.p > 0]
+    updating = [part for part in parts if isinstance(part, UPDATING) and part.track_running_stats]
+    if drawing:
+        warn(
+            f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so "
+            "there is no fixed point: use VariationalDropout of implicit_core.adapters.torch, which keeps its mask "
+            "within a solve",
+            ChangingFunctionWarning,
+            once=True,
+        )
+    if updating:
+        warn(
+            f"the cell has {_named(updating)} in train mode, which couples the samples of a batch and updates its "
+            "statistics at every evaluation of F: use GroupNorm or LayerNorm, or put it outside of the cell",
+            ChangingFunctionWarning,
+            once=True,
+        )
+
+
+def _named(parts: Iterable[nn.Module]) -> str:
+    return ", ".join(sorted({type(part).__name__ for part in parts}))
+
+
+def check_not_sharded(cell: object) -> None:
+    """Raise if the cell is sharded, which would end in a deadlock (Decision 41)."""
+    from torch.distributed.fsdp import FSDPModule  # a slow import, needed only in a group of processes
+
+    if isinstance(cell, nn.Module) and any(
+        isinstance(m, (FSDPModule, DistributedDataParallel)) for m in cell.modules()
+    ):
+        raise RuntimeError(
+            "the cell is distributed over processes, so they would communicate at every evaluation, but each process "
+            "stops after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
+            "DistributedDataParallel, not the cell or a part of it"
+        )
