@@ -190,6 +190,17 @@ def no_masks(name: str, tree: PyTree) -> None:
         )
 
 
+def supported(name: str, tree: PyTree) -> None:
+    """No leaf of a pytree is an array that a solve would misread, such as one of longdouble (Decision 79)."""
+    from .registry import find_backend  # which imports this module
+
+    no_masks(name, tree)
+    for leaf in optree.tree_leaves(tree):
+        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        if is_array and (reason := find_backend(leaf, name).unsupported(leaf, name)):
+            raise TypeError(f"{name} must hold plain arrays, got one {reason}")
+
+
 def is_masked(leaf: object) -> bool:
     """Whether a leaf is a masked array, as NumPy and Dask have them."""
     return hasattr(leaf, "dtype") and hasattr(leaf, "mask") and hasattr(leaf, "filled")

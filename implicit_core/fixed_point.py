@@ -82,7 +82,7 @@ def fixed_point(
     checks.instance("throw", throw, bool, "True")
     checks.instance("trace", trace, bool, "True")
     checks.instance("has_aux", has_aux, bool, "True")
-    checks.no_masks("h0", h0)  # before an adapter makes it an array of its framework
+    checks.supported("h0", h0)  # before an adapter makes it an array of its framework
     checks.no_masks("z", z)
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
     # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.

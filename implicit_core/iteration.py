@@ -129,19 +129,20 @@ class Iteration:
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
-        # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE.
+        # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         self.unread = None if readable or solver.max_steps == 1 else self._outside(point)
         if self.unread is not None:
+            if not self.forced and solver.absolute_tolerance > space.smallest:
+                self.unread = self.unread & ~(point.norm <= self.atol)
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
         steps = Count(1 if readable else space.full(1, space.xp.int32))
-        infinite = space.full(float("inf"))
-        best = Best(point.x, infinite, point.f_norm, steps) if solver.keeps_best else None
+        best = Best(point.x, space.full(float("inf")), point.f_norm, steps) if solver.keeps_best else None
         made = None
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
-            cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol, infinite)
+            cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol)
             scale = self.atol / self.rtol if self.rtol else self.atol
             self.start = Start(cap, point.norm, point.f_norm, scale)
             made = Progress(cap, None if best else point.norm, point.norm, point.norm)
@@ -172,19 +173,13 @@ class Iteration:
         # Decisions 2 and 3.
         return Point(x, f, residual, norm, f_norm, is_active(norm, f_norm), index), jacobian
 
-    def tolerance(self, f_norm: Numbers, memory: Any = None) -> Numbers:
-        """The tolerance, atol + rtol ‖F(x)‖, or what rounding hides of a residual, if the solver knows it."""
-        tolerance = self.space.multiply_add(self.rtol, f_norm, self.atol)
-        growth = None if memory is None else self.solver.growth(memory)
-        if growth is None:
-            return tolerance
-        hidden = progress.hidden_residual(self.space, growth, f_norm)  # Decision 90.
-        larger: Numbers = self.space.xp.maximum(tolerance, hidden)
-        return larger
+    def tolerance(self, f_norm: Numbers) -> Numbers:
+        """The tolerance, atol + rtol ‖F(x)‖."""
+        return self.space.multiply_add(self.rtol, f_norm, self.atol)
 
-    def threshold(self, f_norm: Numbers, cap: Numbers, memory: Any) -> Numbers:
+    def threshold(self, f_norm: Numbers, cap: Numbers) -> Numbers:
         """The residual that a sample has to reach; NaN where it was ended."""
-        smaller: Numbers = self.space.xp.minimum(self.tolerance(f_norm, memory), cap)
+        smaller: Numbers = self.space.xp.minimum(self.tolerance(f_norm), cap)
         return smaller
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:
@@ -241,12 +236,12 @@ class Iteration:
             if made is None:
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
-            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap), memory)
+            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap))
 
         point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
-            made, point = self._judge(made, best, point, memory)
+            made, point = self._judge(made, best, point)
         settled = carry.settled
         if settled is not None:
             settled = space.select(active, point.norm, settled)
@@ -282,7 +277,7 @@ class Iteration:
             residual=space.per_sample(self._in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
-            tolerance=space.per_sample(self._in_units(self._held_against(f_norm, carry.memory))),
+            tolerance=space.per_sample(self._in_units(self._held_against(f_norm))),
         )
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
@@ -300,7 +295,7 @@ class Iteration:
             if self.may_have_ended(point):
                 last = converged = converged & ~self.ended(carry.progress)
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
-                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap, carry.memory))
+                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap))
                 last = last & (point.norm <= best.norm)
         if best is None:
             return point.x, point.norm, point.f_norm, converged
@@ -317,9 +312,7 @@ class Iteration:
             status = space.select(valid & late, Status.STAGNATED.value, status)
         if carry.progress is not None and self.may_have_ended(point):
             ended = valid & self.ended(carry.progress)
-            gone = ended & (
-                (point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm, carry.memory))
-            )
+            gone = ended & ((point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm)))
             status = space.select(ended, Status.STAGNATED.value, status)
             status = space.select(gone & (norm > self.start.cap), Status.DIVERGED.value, status)
         return status
@@ -333,8 +326,8 @@ class Iteration:
         mask: Mask = self.space.xp.isnan(made.cap)
         return mask
 
-    def _held_against(self, f_norm: Numbers, memory: Any) -> Numbers:
-        return self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap, memory)
+    def _held_against(self, f_norm: Numbers) -> Numbers:
+        return self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
 
     def _in_units(self, norm: Numbers) -> Numbers:
         return norm if self.units is None else norm * self.units
@@ -346,7 +339,7 @@ class Iteration:
         moving = finite(carry.point.norm)
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
-    def _judge(self, made: Progress, best: Best | None, point: Point, memory: Any) -> tuple[Progress, Point]:
+    def _judge(self, made: Progress, best: Best | None, point: Point) -> tuple[Progress, Point]:
         """The point, where samples without progress are no longer active."""
         space, evaluations = self.space, point.index + 1
         least = made.least
@@ -358,7 +351,7 @@ class Iteration:
         if least is None:
             assert best is not None
             least = space.xp.minimum(best.norm, point.norm)
-        tolerance = self.tolerance(point.f_norm, memory)
+        tolerance = self.tolerance(point.f_norm)
         ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
         ended = ended & point.active & now
         cap = space.select(ended, space.full(float("nan")), made.cap)

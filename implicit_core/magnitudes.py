@@ -2,6 +2,7 @@
 
 import math
 
+from . import checks
 from .arrays import PyTree
 from .registry import find_backend
 
@@ -34,6 +35,7 @@ def magnitudes(tree: PyTree) -> PyTree:
     >>> print({name: f"{unit:.3g}" for name, unit in units.items()})
     {'T': '300', 'c': '1e-06'}
     """
+    checks.supported("tree", tree)
     backend = find_backend(tree, "tree")
     xp = backend.xp
     leaves, structure = backend.flatten(tree)

@@ -13,6 +13,8 @@ from .space import Space
 
 NEAR = 10.0
 """A start within this many tolerances is near its fixed point, and needs the tolerance alone."""
+NEAR_LIMIT = 2.0
+"""In units of the tolerance at the start: the largest residual that may count as converged then."""
 FALLEN = 0.1, 0.5
 """The least and the largest fraction of the first residual that a converged one may be; between, ten times rtol."""
 GROWTH = 1e8
@@ -21,10 +23,6 @@ ROUNDING = 8
 """The least relative tolerance, in units of the machine precision of the coarsest leaf."""
 RESOLVED = 4
 """The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
-FLOOR = 2.0
-"""The rounding of F(h) - h, in units of ε ‖I - ∂F/∂h‖ ‖F(h)‖: of stiff maps in float32 up to 0.2 was seen."""
-LARGEST_FLOOR = 1e-3
-"""The largest residual, as a fraction of ‖F(h)‖, that is accepted for rounding."""
 FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
 """The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
 that ran away, a residual that neither falls nor grows, and any that does not fall."""
@@ -44,7 +42,7 @@ class Start(NamedTuple):
     Attributes
     ----------
     cap
-        The largest residual that may count as converged; infinite near a fixed point. (N, 1).
+        The largest residual that may count as converged, (N, 1).
     norm, f_norm
         The first residual and the first F(h), (N, 1).
     scale
@@ -86,8 +84,8 @@ def reachable(space: Space, rtol: float) -> float:
     return max(rtol, ROUNDING * space.coarsest_eps) if rtol else 0.0
 
 
-def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float, infinite: Any = None) -> Any:
-    """The largest residual that may count as converged; infinite near a fixed point.
+def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float) -> Any:
+    """The largest residual that may count as converged.
 
     Parameters
     ----------
@@ -97,12 +95,10 @@ def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float, infinite
         The first residual of each sample, and the tolerance there.
     rtol
         The relative tolerance.
-    infinite
-        An array of infinities like ``first``, if there is one.
     """
     low, high = FALLEN
-    infinite = xp.full_like(first, float("inf")) if infinite is None else infinite
-    return xp.where(first <= NEAR * tolerance, infinite, max(low, min(high, NEAR * rtol)) * first)
+    # Near a fixed point the tolerance is all that is asked for, but as it was there: a state that runs away raises it.
+    return xp.maximum(max(low, min(high, NEAR * rtol)) * first, NEAR_LIMIT * tolerance)
 
 
 def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
@@ -111,13 +107,6 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     Where a state of 1e16 moves by 1, F(h) - h is zero: the residual has not fallen.
     """
     hidden: Mask = RESOLVED * space.coarsest_eps * f_norm > cap
-    return hidden
-
-
-def hidden_residual(space: Space, growth: Numbers, f_norm: Numbers) -> Numbers:
-    """The residual that rounding errors of F(h) - h hide, for ``growth`` ≤ ‖I - ∂F/∂h‖; at most ‖F(h)‖ / 1000."""
-    fraction = FLOOR * space.coarsest_eps * growth
-    hidden: Numbers = f_norm * space.xp.minimum(fraction, space.xp.full_like(fraction, LARGEST_FLOOR))
     return hidden
 
 

@@ -39,8 +39,8 @@ class Status(IntEnum):
 
 ADVICE = {
     Status.MAX_STEPS: "MAX_STEPS: raise max_steps, or loosen rtol.",
-    Status.NONFINITE: "NONFINITE: look for NaN or overflow in F and its inputs.",
-    Status.STAGNATED: "STAGNATED: F has no fixed point there, or its rounding is coarser than rtol.",
+    Status.NONFINITE: "NONFINITE: look for NaN or overflow in F and its inputs, or take another solver.",
+    Status.STAGNATED: "STAGNATED: F has no fixed point there, is random, or its rounding is coarser than rtol.",
     Status.DIVERGED: "DIVERGED: F is no contraction there; try NewtonKrylov, or regularize the cell.",
 }
 """What to do about a failure."""

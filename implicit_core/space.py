@@ -340,11 +340,16 @@ class Space:
         largest = self.largest(x)
         return self.select(self.xp.isfinite(largest) & (largest > 0), largest, self.xp.ones_like(largest))
 
+    @property
+    def smallest(self) -> float:
+        """Squares of smaller numbers, or of their rounding errors, may leave the range of numbers."""
+        smallest: float = float(self.backend.finfo(self.dtype).smallest_normal) ** 0.5 / self.eps
+        return smallest
+
     def out_of_range(self, norm: Numbers) -> Mask:
         """Where squares of numbers of this size, or of their rounding errors, may leave the range of numbers."""
-        limits = self.backend.finfo(self.dtype)
-        low, high = float(limits.smallest_normal) ** 0.5 / self.eps, float(limits.max) ** 0.5 * 1e-4
-        outside: Mask = (norm <= low) | (norm >= high)
+        high = float(self.backend.finfo(self.dtype).max) ** 0.5 * 1e-4
+        outside: Mask = (norm <= self.smallest) | (norm >= high)
         return outside
 
     def dot(self, x: State, y: State) -> Numbers:

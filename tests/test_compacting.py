@@ -82,7 +82,8 @@ def test_the_steps_are_the_solvers_own_and_most_rows_are_saved(library: Library,
     part, rows = layer.solve(ic.Compacting(solver, batched=(True, False)), trace=True)
     assert_same(library, whole, part)
     assert set(all_rows) == {BATCH}
-    assert len(rows) == len(all_rows) + 1 == part.stats.evaluations  # the test
+    assert len(rows) == len(all_rows) + 1 == part.stats.evaluations
+    assert rows.pop() == BATCH  # the test
     assert rows == sorted(rows, reverse=True)
     assert min(rows) <= len(SLOW)
     # No more than the work of each sample until the batch is halved, and of the slow ones afterwards.
@@ -261,7 +262,7 @@ def test_a_part_with_other_values_is_refused() -> None:
 
     solver = ic.FixedPointIteration(check=False)
     for f, batched in ((coupled, True), (not_batched, False)):
-        with pytest.raises(ValueError, match="F of 1 of 4 rows gives other values"):
+        with pytest.raises(ValueError, match="F of all rows has other residuals"):
             ic.solve(f, np.zeros((4, 1)), rates, solver=ic.Compacting(solver, batched=batched), batch_ndim=1)
 
     def closed_over(h: Any, z: Any) -> Any:
@@ -269,6 +270,94 @@ def test_a_part_with_other_values_is_refused() -> None:
 
     with pytest.raises(ValueError, match="the result of f must have"):
         ic.solve(closed_over, np.zeros((4, 2)), None, solver=ic.Compacting(solver), batch_ndim=1)
+
+
+def test_what_only_a_later_part_shows_is_refused() -> None:
+    """The first part is the first rows, so that a slice of closed-over rows is right there; the second is not."""
+    rates = np.array([[0.6], [0.9], [0.6], [0.6], [0.1], [0.1], [0.1], [0.1]])
+    rows = np.arange(1.0, 9.0)[:, None]
+    late = np.array([[0.1]] * 6 + [[0.85], [0.95]])
+
+    def sliced(h: Any, z: Any) -> Any:
+        return z * h + rows[: len(h)]
+
+    def coupled_where_large(h: Any, z: Any) -> Any:
+        return z * h + 1 + np.where(np.abs(h).max() > 9.0, 0.3, 0.0)
+
+    solver = ic.Compacting(ic.FixedPointIteration(max_steps=400))
+    for f, z in ((sliced, rates), (coupled_where_large, late)):
+        with pytest.raises(ValueError, match="F of all rows has other residuals"):
+            ic.solve(f, np.zeros((8, 1)), z, solver=solver, batch_ndim=1)
+
+
+def test_weak_coupling_is_refused_in_single_precision() -> None:
+    rng = np.random.default_rng(0)
+    rates = np.linspace(0.0, 0.9, BATCH, dtype=np.float32)[:, None]
+    x = rng.normal(size=(BATCH, WIDTH)).astype(np.float32) + 2
+
+    def f(h: Any, z: Any) -> Any:
+        return z[0] * np.tanh(h) + z[1] + np.float32(1e-3) * h.mean(0)
+
+    with pytest.raises(ValueError, match=r"other residuals|couples"):
+        ic.solve(f, np.zeros_like(x), (rates, x), solver=ic.Compacting(ic.Anderson(check=False)), batch_ndim=1)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "vmap"])
+def test_transforms_of_torch_take_the_solver_alone(transform: str) -> None:
+    x = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64)[:, None]
+
+    def value(x: torch.Tensor, solver: Any) -> torch.Tensor:
+        f = lambda h, z: 0.5 * torch.sin(h) + z  # noqa: E731
+        return ic.fixed_point(f, torch.zeros_like(x), x, solver=solver, gradient=ic.Implicit(), batch_ndim=1).value
+
+    def run(solver: Any) -> torch.Tensor:
+        if transform == "vmap":
+            return torch.func.vmap(lambda x: value(x, solver))(torch.stack([x, 2 * x]))
+        function = (lambda x: value(x, solver).sum()) if transform == "grad" else (lambda x: value(x, solver))
+        return getattr(torch.func, transform)(function)(x)
+
+    torch.testing.assert_close(run(ic.Compacting(ic.Anderson(rtol=1e-9))), run(ic.Anderson(rtol=1e-9)))
+
+
+def test_a_layer_of_jax_takes_the_solver_alone() -> None:
+    """F is traced for one number of rows, which an operation that is compiled for itself depends on."""
+    x = jnp.full((8, 1), 0.2).at[0].set(0.9)
+
+    def loss(z: Any, solver: Any) -> Any:
+        f = lambda h, z: z[0] * jax.nn.relu(h * z[1]) + 1.0  # noqa: E731
+        solution = ic.fixed_point(f, jnp.zeros((8, 1)), z, solver=solver, gradient=ic.Implicit(), batch_ndim=1)
+        return solution.value.sum()
+
+    inner = ic.FixedPointIteration()
+    got, expected = (jax.grad(loss)((x, 0.5), s)[0] for s in (ic.Compacting(inner, batched=(True, False)), inner))
+    np.testing.assert_allclose(got, expected)
+
+
+def test_a_certificate_of_a_layer_takes_the_solver_alone() -> None:
+    layer = ict.ImplicitLayer(_Cell(), solver=ic.Compacting(ic.Anderson()), gradient=ic.Neumann())
+    assert layer.certify(torch.rand(2, WIDTH + 1), torch.zeros(2, WIDTH)).gradient == ic.Neumann()
+
+
+def test_a_solver_with_a_loop_of_its_own_is_refused() -> None:
+    class Own(ic.FixedPointIteration):
+        def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> Any:
+            return super().solve(problem, h0, z, trace=trace)
+
+    with pytest.raises(TypeError, match="which Own replaces"):
+        ic.Compacting(Own())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat(Momentum):
+    """A memory whose samples have no axis of their own."""
+
+    def init(self, system: Any, x: Any) -> Any:
+        return super().init(system, x) | {"flat": system.space.xp.reshape(x[0], (-1,))}
+
+
+def test_memory_that_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(TypeError, match="the memory of Flat among 40 samples"):
+        Layer(NUMPY).solve(ic.Compacting(Flat(rtol=1e-9), batched=(True, False)))
 
 
 def test_an_error_of_f_says_how_many_rows_it_got() -> None:

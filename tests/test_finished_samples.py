@@ -3,6 +3,8 @@
 import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -256,6 +258,30 @@ def test_a_layer_that_is_told_not_to_look_does_not(gradient: ic.Estimator) -> No
         warnings.simplefilter("ignore", ic.InexactGradientWarning)
         layer(x, cell.case.h0).sum().backward()
     assert torch.all(torch.isfinite(cell.weight.grad))
+
+
+@pytest.mark.parametrize("gradient", [ic.Implicit(), ic.Implicit(ic.BiCGSTAB())], ids=repr)
+def test_a_compiled_gradient_of_coupled_samples_is_nan(gradient: ic.Estimator) -> None:
+    """Nothing can be raised there. Independent samples keep theirs."""
+    rng = np.random.default_rng(0)
+    weight, x = jnp.asarray(rng.normal(size=(WIDTH, WIDTH)) / WIDTH), jnp.asarray(rng.normal(size=(BATCH, WIDTH)))
+
+    def loss(weight: Any, ring: Any, batch_ndim: int) -> Any:
+        solution = ic.fixed_point(
+            lambda h, x: jnp.tanh(0.9 * ring @ h @ weight + x),
+            jnp.zeros_like(x),
+            x,
+            solver=ic.FixedPointIteration(rtol=1e-12, max_steps=500),
+            gradient=gradient,
+            batch_ndim=batch_ndim,
+        )
+        return (solution.value**2).sum()
+
+    compiled = jax.jit(jax.grad(loss), static_argnums=2)
+    ring, alone = jnp.roll(jnp.eye(BATCH), 1, axis=0), jnp.eye(BATCH)
+    assert jnp.all(jnp.isnan(compiled(weight, ring, 1)))
+    assert jnp.all(jnp.isfinite(compiled(weight, ring, 0)))
+    np.testing.assert_allclose(compiled(weight, alone, 1), compiled(weight, alone, 0), rtol=1e-4, atol=1e-6)
 
 
 def test_nested_settings_are_switched_off() -> None:

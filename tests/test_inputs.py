@@ -4,6 +4,7 @@ import math
 import warnings
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -184,3 +185,22 @@ def test_failed_samples_are_found_with_two_reads(library: Library, monkeypatch: 
         ("NONFINITE", ((0, 2),), 2.5),
         ("STAGNATED", ((1, 0),), 3.5),
     }
+
+
+@pytest.mark.parametrize("z", [torch.ones(3), jnp.ones(3)], ids=["torch", "jax"])
+@pytest.mark.parametrize(
+    ("h0", "advice"),
+    [
+        (np.ones(3, np.longdouble), r"write h0.astype\(float\)"),
+        (np.ones(3, ">f8"), "byte order"),
+        (np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]), r"write h0.filled"),
+    ],
+)
+def test_a_start_of_numpy_beside_arrays_of_a_framework_is_refused_in_words(h0: Any, advice: str, z: Any) -> None:
+    with pytest.raises(TypeError, match=advice):
+        ic.fixed_point(lambda h, z: 0.5 * h + z, h0, z)
+
+
+def test_magnitudes_of_masked_arrays_are_refused() -> None:
+    with pytest.raises(TypeError, match="masked"):
+        ic.magnitudes({"a": np.ma.array([3.0, 4.0], mask=[0, 1])})

@@ -290,3 +290,16 @@ def test_constants_of_a_compiled_program_are_not_read() -> None:
     for linear in (ic.GMRES(restart=2), ic.CG(), ic.BiCGSTAB(), ic.Richardson(relaxation=0.5)):
         solve = jax.jit(lambda a, linear=linear: ic.solve_linear(lambda v: a * v, b, solver=linear, batch_ndim=1).value)
         np.testing.assert_allclose(solve(1.0 + slopes), b / (1.0 + slopes), rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [ic.Anderson(), ic.FixedPointIteration(), ic.Broyden()], ids=repr)
+def test_a_sample_for_which_atol_is_enough_needs_no_units(solver: ic.Solver) -> None:
+    """Squares of 1e-14 leave the range of float32, but a residual of that size is far below atol."""
+    z = jnp.asarray([[1.0, 1.0], [1e-14, 1e-14], [0.0, 0.0]], jnp.float32)
+
+    def status(z: Any, solver: Any = solver) -> Any:
+        return ic.solve(lambda h, z: 0.5 * jnp.tanh(h) + z, jnp.zeros_like(z), z, solver=solver, batch_ndim=1).status
+
+    assert status(z).tolist() == jax.jit(status)(z).tolist() == [ic.CONVERGED] * 3
+    exact = jax.jit(lambda z: status(z, dataclasses.replace(solver, atol=0.0)))
+    assert exact(z).tolist() == [ic.CONVERGED, ic.NONFINITE, ic.CONVERGED]

@@ -322,14 +322,14 @@ def rightly(p: Maps, h: np.ndarray) -> np.ndarray:
 
 
 def plain_loop(p: Maps, solver: ic.Solver) -> tuple[np.ndarray, np.ndarray]:
-    """The point to which h ← F(h) brings each sample, within the tolerance and a tenth of the first residual, and the
-    evaluations that it takes, 0 where that is not reached."""
+    """The point to which h ← F(h) brings each sample, within the tolerance and a tenth of the first residual, or two
+    tolerances of the start, and the evaluations that it takes, 0 where that is not reached."""
     h, result, found = p.start, p.start, np.zeros(len(p.z), int)
     for evaluations in range(1, solver.max_steps + 1):
         f = flat_map(np, p, h, p.z)
         residual, allowed = norm((f - h) / p.scale), solver.absolute_tolerance + solver.rtol * norm(f / p.scale)
         if evaluations == 1:
-            cap = np.where(residual <= 10 * allowed, np.inf, residual / 10)
+            cap = np.maximum(residual / 10, 2 * allowed)
         now = (found == 0) & (residual <= np.minimum(allowed, cap))
         found, result, h = np.where(now, evaluations, found), np.where(now[:, None], h, result), f
     return result, found

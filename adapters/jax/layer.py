@@ -1,6 +1,6 @@
 """The differentiable layer on JAX arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import jax
@@ -14,6 +14,7 @@ from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
+from implicit_core.solvers.compacting import without_compacting
 
 from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
@@ -44,6 +45,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     NotImplementedError
         For a derivative that is not available. It is never silently zero.
     """
+    options = replace(options, solver=without_compacting(options.solver))  # F is traced for one number of rows
     h0 = jax.tree.map(_as_array, h0)
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     if problem.has_derivatives and not isinstance(problem, JAXProblem):

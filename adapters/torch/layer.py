@@ -20,6 +20,7 @@ from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
 from implicit_core.solution import Solution
+from implicit_core.solvers.compacting import without_compacting
 
 from .autograd import gradient_edges, has_tangents, in_dual_level, transforming, vector_jacobian
 from .callbacks import CLOSED_OVER, through_callbacks
@@ -49,6 +50,8 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     if torch.compiler.is_compiling():  # Leave the graph here, once (Decision 42).
         compiled: Solution[H] = torch.compiler.disable(layer)(problem, h0, z, options)
         return compiled
+    if transforming():
+        options = replace(options, solver=without_compacting(options.solver))
     h0 = as_tensors(h0, z)
     with full_precision(h0):
         if problem.has_derivatives and not isinstance(problem, AutogradProblem):

@@ -18,6 +18,7 @@ from implicit_core.problem import Problem
 from implicit_core.solution import CoupledSamplesError, SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
+from implicit_core.solvers.compacting import without_compacting
 from implicit_core.theory import Certificate, certify
 
 from .autograd import in_dual_level, transforming
@@ -243,7 +244,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             )
             h = self._start(x) if h0 is None else h0
             if not self.gradient.starts_from_h0:
-                solver: Any = self.eval_solver or self.solver  # whose problem has other parameters here
+                solver: Any = without_compacting(self.eval_solver or self.solver)  # z holds the parameters here
                 h = solve(given, h, parameters, solver=solver).value
             refuse_outside(cell, closed_over(given.f, h, parameters))
             return certify(given, h, parameters, self.gradient, **options)

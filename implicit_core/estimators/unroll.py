@@ -103,7 +103,7 @@ class Unroll(Terms, Estimator):
                     g_h, g_z = linearization(t).vjp(_scale(space, lam, g))
                     z_bar = _add(space, z_bar, g_z)
                     g = _axpy(space, 1 - lam, g, g_h)
-                g = _checked(space, growth, h_bar, g)
+                g = _checked(space.dual, growth, h_bar, g)
                 return _add(space, z_bar, linearization(0).vjp_z(_scale(space, lam, g)))
 
         return h, pullback

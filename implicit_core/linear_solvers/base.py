@@ -23,6 +23,8 @@ FLOOR = 16.0
 LARGE = 4.0
 """A growth ‖A v‖ / ‖v‖ that is unusual for A = I - J."""
 
+MOVED = 64.0
+"""A change of a finished sample's residual that rounding may cause, in units of ε (‖A‖ ‖x‖ + ‖b‖)."""
 MOST_LOOKS = 8
 """Where sums have no fixed order, as on a GPU, residuals move by rounding, too."""
 
@@ -49,8 +51,6 @@ class LinearResult(NamedTuple):
         until it was finished.
     products
         Products with A, each for the whole batch.
-    growth
-        The largest ‖A v‖₂ / ‖v‖₂ that was measured, (N, 1): a lower bound of ‖A‖₂.
     """
 
     x: State
@@ -60,7 +60,6 @@ class LinearResult(NamedTuple):
     error: Numbers
     steps: Numbers
     products: int
-    growth: Numbers
 
 
 class _Carry(NamedTuple):
@@ -96,7 +95,8 @@ class LinearSolver(ABC):
         Steps of a method between two checks whether all samples are finished. Each check waits for the device.
     check
         Whether a solve raises if A couples samples. It looks where numbers are read anyway, at one product more only if
-        something is odd: the residual of a finished sample changed, say.
+        something is odd: the residual of a finished sample changed, say. In a traced program such a sample ends as
+        STAGNATED instead.
 
     Raises
     ------
@@ -196,12 +196,13 @@ class LinearSolver(ABC):
         size = space.norm(b)
         target = self.rtol * size + space.scalar(self.atol) / scale
         nothing, zeros = space.full(0.0), space.zeros()
-        watched = self.check and space.samples > 1 and backend.readable(nothing)  # not b, which may be a constant
+        checked = self.check and space.samples > 1
+        watched = checked and backend.readable(nothing)  # not b, which may be a constant
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
             d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
             some_finished = masks[0] is not True
-            if watched and some_finished:
+            if checked and some_finished:
                 d = space.where(c.active, d, zeros)
             x = space.add(c.x, d)
             # Decision 22.
@@ -215,8 +216,10 @@ class LinearSolver(ABC):
             # Comparisons with NaN are false, so a cycle that failed is undone.
             accept = c.active & ((norm < c.norm) if self.monotone else xp.isfinite(norm))
             moved = c.moved
-            if watched and (some_finished or self.monotone):
-                moved = space.select(accept if self.monotone else c.active, nothing, norm - c.norm)
+            if watched and self.monotone:
+                moved = space.select(accept, nothing, norm - c.norm)
+            elif checked and some_finished:
+                moved = space.select(c.active, nothing, norm - c.norm)
             kept = accept if self.undoes else c.active
             x, r = space.where(kept, x, c.x), space.where(kept, r, c.r)
             norm = space.select(kept, norm, c.norm)
@@ -228,7 +231,8 @@ class LinearSolver(ABC):
 
         # Without a step this is the error to report. Otherwise the first step replaces it.
         error = size if self.max_steps else self.error(space, zeros, b, size, space.full(float("inf")), 0)
-        carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, None)
+        moved = nothing if checked and not watched else None
+        carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, moved)
         check_every = 1 if self.loops else self.check_every
         watcher = _Watcher(self, space, operator, target)
         watch = Watch(watcher.suspects, watcher.look) if watched else None
@@ -237,6 +241,9 @@ class LinearSolver(ABC):
         carry = backend.while_loop(lambda c: (c.active,), body, carry, steps, check_every, watch)
         ran_out = carry.steps >= self.max_steps
         converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)
+        if carry.moved is not None and not watched:  # nothing can be raised: no answer, if it is not a rounding error
+            rounding = MOVED * space.coarsest_eps * (carry.growth * space.norm(carry.x) + size)
+            converged = converged & ~(carry.moved > rounding)
         status = space.select(ran_out, Status.MAX_STEPS.value, space.full(Status.STAGNATED, xp.int32))
         status = space.select(converged, Status.CONVERGED.value, status)
         status = space.select(~xp.isfinite(size), Status.NONFINITE.value, status)
@@ -245,7 +252,7 @@ class LinearSolver(ABC):
             overflow = ~xp.isfinite(space.largest(space.round(x)))
             status = space.select(converged & overflow, Status.NONFINITE.value, status)
         return LinearResult(
-            x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products + watcher.products, carry.growth
+            x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products + watcher.products
         )
 
     def measures(self, products: Index) -> bool:

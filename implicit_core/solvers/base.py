@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
-from ..arrays import H, Numbers, Operator, State, Z
+from ..arrays import H, Operator, State, Z
 from ..carry import Point
 from ..iteration import Iteration
 from ..problem import Problem
@@ -42,11 +42,10 @@ class Solver(ABC):
     rtol, atol
         A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂, and its residual is at most a tenth of the first
         one (for an rtol above 0.01, ten times rtol, at most half). A start within ten tolerances needs the tolerance
-        alone. Where a method knows ‖I - ∂F/∂h‖, as :class:`NewtonKrylov` does, a residual of 2 ε ‖I - ∂F/∂h‖ ‖F(h)‖,
-        but at most ‖F(h)‖ / 1000, is enough: it is hidden by rounding. atol is rtol / 1000 unless given, so that a
-        fixed point at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε, with ε the
-        machine precision of the coarsest leaf, counts as 8 ε. With both zero the number of steps is forced: only a
-        value that is not finite ends a sample.
+        alone, but twice the tolerance at the start is the most. atol is rtol / 1000 unless given, so that a fixed point
+        at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε, with ε the machine precision
+        of the coarsest leaf, counts as 8 ε. With both zero the number of steps is forced: only a value that is not
+        finite ends a sample.
     max_steps
         Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
         start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual.
@@ -130,13 +129,6 @@ class Solver(ABC):
         ``jacobian`` is ``v -> (∂F/∂h) v`` at ``point.x`` if ``uses_jacobian`` is set. It can be used here alone.
         """
         return memory
-
-    def growth(self, memory: Any) -> Numbers | None:
-        """A lower bound of ‖I - ∂F/∂h‖₂ that the method has seen, (N, 1), if it sees one.
-
-        F(h) - h has rounding errors of this size times ε ‖F(h)‖, which the stop test then allows for.
-        """
-        return None
 
     @abstractmethod
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:

@@ -10,17 +10,23 @@ import optree
 from .. import checks
 from ..arrays import Array, H, Mask, PyTree, Z
 from ..carry import Carry
-from ..iteration import Iteration
+from ..iteration import MOVED, Iteration
 from ..problem import Problem
 from ..progress import Start
 from ..solution import Solution
 from .base import Solver
 
 OTHER_VALUES = (
-    "F of {part} of {rows} rows gives other values than F of all of them. Either batched= is wrong (True is for arrays "
-    "of z with a row for each row of h), or F couples samples, or it is random: use the solver without Compacting"
+    "F of all rows has other residuals than F of parts of them had. Either batched= is wrong (True is for arrays of z "
+    "with a row for each row of h), or F couples samples or takes the first rows of what it closes over, or it is "
+    "random, as with dropout: use the solver without Compacting"
 )
 PART = "F was called with {part} of {rows} rows of h, and of the arrays of z that batched= names, by Compacting"
+
+
+def without_compacting(solver: Any) -> Any:
+    """The solver that a :class:`Compacting` contains; any other as it is. For programs whose shapes are fixed."""
+    return solver.solver if isinstance(solver, Compacting) else solver
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,10 @@ class Compacting:
     half of the rows hold an unfinished sample, the others leave the batch. The steps are those of the solver alone, up
     to rounding, which depends on the size of a product.
 
-    What the solver holds is copied then, at most log₂ N times. The first time F is evaluated once more, to see that a
-    part of the batch gives the same values. Shapes depend on numbers here: traced or captured, as in ``jax.jit``, the
-    solve is that of the solver alone.
+    What the solver holds is copied then, at most log₂ N times. At the end F is evaluated once more, for all rows, to
+    see that their residuals are those that the parts had. Masks of a dropout that have a row for each sample are no
+    part of z, so such an F is refused. Shapes depend on numbers here, so where they are fixed the solve is that of the
+    solver alone: in a traced or captured program, in layers of JAX, and within ``torch.func``.
 
     Parameters
     ----------
@@ -47,8 +54,8 @@ class Compacting:
     Raises
     ------
     TypeError, ValueError
-        If a setting has a wrong type. In a solve, if ``batched`` does not fit z, h has no batch axis, or a part of the
-        batch has other values.
+        If a setting has a wrong type. In a solve, if ``batched`` does not fit z, h has no batch axis, or the batch has
+        other residuals than its parts.
 
     Examples
     --------
@@ -63,7 +70,7 @@ class Compacting:
     >>> solver = ic.Compacting(ic.FixedPointIteration(), batched=(True, False))
     >>> solution = ic.solve(f, np.zeros((4, 1)), (slopes, 1.0), solver=solver, batch_ndim=1)
     >>> solution.stats.steps, rows
-    (array([5, 5, 5, 6], dtype=int32), [4, 4, 4, 4, 4, 1, 1])
+    (array([5, 5, 5, 6], dtype=int32), [4, 4, 4, 4, 4, 1, 4])
     """
 
     solver: Solver
@@ -74,6 +81,8 @@ class Compacting:
 
     def __post_init__(self) -> None:
         checks.instance("solver", self.solver, Solver, "Compacting(Anderson())")
+        if type(self.solver).solve is not Solver.solve:
+            raise TypeError(f"Compacting needs the loop of Solver.solve, which {type(self.solver).__name__} replaces")
         if not self.solver.freeze:
             raise ValueError("with freeze=False finished samples go on, so none may leave the batch: use freeze=True")
         for flag in optree.tree_leaves(self.batched, none_is_leaf=True):
@@ -118,7 +127,7 @@ class _Compacting(Iteration):
 
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: Solver, batched: PyTree, *, trace: bool) -> None:
         super().__init__(problem, h0, z, solver, trace=trace)
-        self.tested = False
+        self.parted = False
         self.batched = batched
         if not problem.batch_ndim:
             raise ValueError(
@@ -132,7 +141,8 @@ class _Compacting(Iteration):
         return self.space.batch_shape[0]
 
     def _run(self) -> Solution[Any]:
-        return self.carried_on(self.begin, self.solver.max_steps - 1)
+        solution = self.carried_on(self.begin, self.solver.max_steps - 1)
+        return self._tested(solution) if self.parted else solution
 
     def carried_on(self, begin: Callable[[], Carry], steps: int) -> Solution[Any]:
         """The solution of all rows, those that are left by another iteration."""
@@ -140,13 +150,36 @@ class _Compacting(Iteration):
             return self.finish(self.loop(begin, steps))
         except _FewRowsError as few:
             carry = few.carry
+        self.parted = True
         left = self._unfinished(carry)
         part, of_part = self._part(carry, self.space.xp.nonzero(left)[0])
-        extra = 0 if self.tested else part._test(of_part, self.rows)
         solution = self.finish(carry)
         steps, begin = self.solver.max_steps - 1 - carry.point.index, [of_part].pop
         del carry, of_part  # memory
-        return self._merged(solution, left, part.carried_on(begin, steps), extra)
+        try:
+            rest = part.carried_on(begin, steps)
+        except Exception as error:
+            error.add_note(PART.format(part=part.rows, rows=self.rows))
+            raise
+        return self._merged(solution, left, rest)
+
+    def _tested(self, solution: Solution[Any]) -> Solution[Any]:
+        """The solution, if F of all rows has the residuals that are told."""
+        space, stats = self.space, solution.stats
+        x = space.pack(solution.value)
+        f = self.system.evaluate(space.unpack(space.copy(x)))
+        norm, f_norm = space.norm(space.sub(f, x)), space.norm(f)
+        told, tolerance = (
+            space.xp.reshape(numbers, (-1, 1))
+            if self.units is None
+            else space.xp.reshape(numbers, (-1, 1)) / self.units
+            for numbers in (stats.residual, stats.tolerance)
+        )
+        # What rounding of products of another size may do, beside a tolerance that is met.
+        apart = norm - told > MOVED * space.coarsest_eps * f_norm + tolerance
+        if bool(space.xp.any(apart)):
+            raise ValueError(OTHER_VALUES)
+        return solution._replace(stats=stats._replace(evaluations=stats.evaluations + 1))
 
     def _unfinished(self, carry: Carry) -> Array:
         """The rows that hold a sample that is active, (rows,)."""
@@ -189,7 +222,7 @@ class _Compacting(Iteration):
         part.space = self.space.part(like, samples)
         part.system = copy.copy(self.system)
         part.system.space, part.system.z = part.space, self._of_rows(lambda a: xp.take(a, rows, axis=0))
-        part.atol, part.units, part.unread, part.tested = take(self.atol), take(self.units), None, True
+        part.atol, part.units, part.unread = take(self.atol), take(self.units), None
         if not self.forced:
             part.start = Start(*map(take, self.start))
         memory = carry.memory
@@ -201,9 +234,15 @@ class _Compacting(Iteration):
         # shorter for fewer samples.
         def take_memory(x: Any, new: Any) -> Any:
             if not backend.is_array(x):
-                return new
+                return x if isinstance(x, (bool, int, float)) else new
             axes = [i for i, (a, b) in enumerate(zip(x.shape, new.shape, strict=True)) if a != b]
-            return xp.take(x, samples, axis=axes[0]) if axes else x
+            taken = xp.take(x, samples, axis=axes[0]) if axes else x
+            if taken.shape != new.shape:
+                raise TypeError(
+                    f"Compacting cannot divide an array of shape {tuple(x.shape)} in the memory of "
+                    f"{type(self.solver).__name__} among {n} samples: give it an axis of samples"
+                )
+            return taken
 
         new = self.solver.init(part.system, of_part.point.x)
         return part, of_part._replace(memory=backend.map(take_memory, memory, new))
@@ -213,7 +252,7 @@ class _Compacting(Iteration):
         backend = self.space.backend
 
         def taken(a: Any) -> Any:
-            if not backend.is_array(a):
+            if not backend.is_array(a) or a.shape == ():
                 return a
             if a.shape[:1] != (self.rows,):
                 raise ValueError(
@@ -225,25 +264,13 @@ class _Compacting(Iteration):
         try:
             parts = optree.tree_structure(self.batched).flatten_up_to(self.system.z)
         except ValueError as error:
-            raise ValueError(f"batched={self.batched!r} does not fit z: {str(error).partition(';')[0]}") from None
+            reason = "it has to be a prefix of z, with the same tuples, lists and keys"
+            raise ValueError(f"batched={self.batched!r} does not fit z: {reason}") from error
         flags, structure = optree.tree_flatten(self.batched)
         of_rows = [backend.map(taken, part) if batched else part for batched, part in zip(flags, parts, strict=True)]
         return optree.tree_unflatten(structure, of_rows)
 
-    def _test(self, carry: Carry, rows: int) -> int:
-        """Evaluate F of a part where it was evaluated for all rows, and compare."""
-        space, point = self.space, carry.point
-        try:
-            f = self.system.evaluate(space.unpack(space.copy(point.x)))
-        except Exception as error:
-            error.add_note(PART.format(part=self.rows, rows=rows))
-            raise
-        apart = space.norm(space.sub(f, point.f)) > space.coarsest_eps**0.5 * point.f_norm
-        if bool(space.xp.any(apart)):
-            raise ValueError(OTHER_VALUES.format(part=self.rows, rows=rows))
-        return 1
-
-    def _merged(self, whole: Solution[Any], left: Array, part: Solution[Any], extra: int) -> Solution[Any]:
+    def _merged(self, whole: Solution[Any], left: Array, part: Solution[Any]) -> Solution[Any]:
         """The solution of all rows, with that of the rows that were left in their place."""
         xp, backend = self.space.xp, self.space.backend
         ones = xp.astype(left, xp.int32)
@@ -261,6 +288,6 @@ class _Compacting(Iteration):
                 for name in ("steps", "residual", "relative", "tolerance")
             },
             trace=merge(whole.stats.trace, part.stats.trace, axis=1),
-            evaluations=part.stats.evaluations + extra,
+            evaluations=part.stats.evaluations,
         )
         return Solution(backend.map(merge, whole.value, part.value), merge(whole.status, part.status), stats)

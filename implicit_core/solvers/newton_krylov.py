@@ -17,16 +17,12 @@ SHORTEST = 1e-3
 
 
 class Memory(NamedTuple):
-    """Where the current line search starts, its residual norm and direction, and the fraction of it to be tried.
-
-    And the largest growth of a vector by I - ∂F/∂h that was seen.
-    """
+    """Where the current line search starts, its residual norm and direction, and the fraction of it to be tried."""
 
     x: State
     norm: Numbers
     direction: State
     fraction: Numbers
-    growth: Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ class NewtonKrylov(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space = system.space
-        return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0), space.full(0.0))
+        return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0))
 
     def observe(self, system: System, memory: Memory, point: Point, jacobian: Operator | None) -> Memory:
         assert jacobian is not None  # uses_jacobian
@@ -86,16 +82,12 @@ class NewtonKrylov(Solver):
         rhs = space.where(accept, point.residual, space.zeros())
         check = self.check and self.freeze and self.linear_solver.check
         linear_solver = replace(self.linear_solver, check=check)
-        result = linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs)
+        newton = linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
         fraction = where(accept, space.full(1.0), memory.fraction / 2)
         x = space.where(accept, point.x, memory.x)
-        direction = space.where(accept, result.x, memory.direction)
+        direction = space.where(accept, newton, memory.direction)
         norm = where(accept, point.norm, memory.norm)
-        return Memory(x, norm, direction, fraction, where(accept, result.growth, memory.growth))
-
-    def growth(self, memory: Memory) -> Numbers:
-        """As the last linear solve saw it."""
-        return memory.growth
+        return Memory(x, norm, direction, fraction)
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         return system.space.axpy(memory.fraction, memory.direction, memory.x), memory

@@ -206,7 +206,7 @@ class Certificate:
         rows.append(("descent direction", self._verdict()))
         high: Any = numbers["contraction_high"]
         if high >= 1:
-            rows += _lines("L_h < 1 is not certain", self._without_contraction(numbers["spectral_radius"]))
+            rows += _lines("L_h may be 1 or more", self._without_contraction(numbers["spectral_radius"]))
         if self.left_out:
             rows += _lines(
                 "left out", f"F closes over trained tensors, constants here, of shape {', '.join(self.left_out)}"
