@@ -216,3 +216,12 @@ def test_the_monitors_refuse_wrong_arguments() -> None:
             monitor(lambda h, z: h[:, :2], torch.zeros(2, 3), None)
     with pytest.raises(NotImplementedError, match="needs the JVP of F"):
         contraction(ic.Problem(lambda h, z: h, vjp=lambda h, z, v: (v, v)), h, h)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 20, 21, 50, 51])
+@pytest.mark.parametrize("unit", [1.0, 1e2, 1e8])
+def test_a_pair_of_opposite_eigenvalues_in_any_units(unit: float, steps: int) -> None:
+    """It grows by turns, by 1.5 times and over ``unit``."""
+    j = np.array([[0.0, 1.5 * unit], [1.5 / unit, 0.0]])
+    problem = ic.Problem(lambda h, z: j @ h + z, vjp=lambda h, z, v: (j.T @ v, v))
+    np.testing.assert_allclose(spectral_radius(problem, np.zeros(2), np.zeros(2), steps=steps), 1.5, rtol=1e-9)

@@ -19,9 +19,10 @@ def spectral_radius(
         \rho(J) = \max_i |\lambda_i(J)| = \lim_{t \to \infty} \|J^t v\|^{1/t}
 
     Power iteration on the transpose, which has the same eigenvalues. A single step's growth oscillates where the
-    largest eigenvalues are a complex pair, so the estimate is the geometric mean of the growth over the last half of
-    the steps. It is not a bound: a gap between the largest moduli narrower than 1/steps is not resolved, and the
-    oscillation of a pair fades as 1/steps. :func:`certify` takes several times as long and is more accurate.
+    largest eigenvalues are a pair, so the estimate is the geometric mean of the growth over the last half of the steps,
+    an even number of them. It is not a bound: a gap between the largest moduli narrower than 1/steps is not resolved,
+    and the oscillation of a complex pair fades as 1/steps, more slowly in units that differ much. :func:`certify` takes
+    several times as long and is more accurate.
 
     It costs one evaluation of F and ``steps`` h-VJPs, and works within ``jax.jit``. One more h-VJP finds out whether F
     couples samples, if there are several.
@@ -73,7 +74,9 @@ def spectral_radius(
     seed = checks.integer("seed", seed, 0)
     space, at, coupled = _linearize(f, h, z, batch_ndim, "vjp_h")
     xp, backend = space.xp, space.backend
-    pull, measured = on_states(at.vjp_h, space.dual, space.dual), (steps + 1) // 2
+    pull = on_states(at.vjp_h, space.dual, space.dual)
+    # An even number: a pair of eigenvalues ±λ grows by turns, by factors that depend on the units.
+    measured = min((steps + 3) // 4 * 2, steps)
 
     def step(v: State) -> State:
         return _image(space, pull, v)[0]
