@@ -290,6 +290,29 @@ def test_dtypes_are_kept(dtype: Any) -> None:
         assert {a.dtype for a in (value, gradient["w"], gradient["x"], tangent)} == {np.dtype(dtype)}
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (ic.Anderson(), "Anderson(rtol=1e-05, atol=None, max_steps=100"),
+        (ic.Anderson(freeze=False), "freeze=False"),
+        (ic.NewtonKrylov(linear_solver=ic.GMRES(check=False)), "check=False"),
+        (ic.NeumannSeries(check=False), "check=False"),
+        (ic.Unroll(2, 0.5, on_growth="nan"), "on_growth='nan'"),
+        (ic.Compacting(ic.Broyden(check=False), (True, False)), "check=False"),
+        (ic.Implicit(ic.CG(check=False)), "check=False"),
+        (ic.BPTT(4), "BPTT(k=4)"),
+    ],
+    ids=repr,
+)
+def test_words_of_a_record_give_the_record(record: object, words: str) -> None:
+    """What is seldom set is shown where it is."""
+    assert words in repr(record)
+    assert eval(repr(record), vars(ic)) == record
+    assert "check=" not in repr(ic.Anderson())
+    assert "freeze=" not in repr(ic.Anderson())
+    assert "on_growth=" not in repr(ic.Unroll())
+
+
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.Implicit(ic.CG())], ids=repr)
 def test_estimators_are_frozen_hashable_comparable_records(estimator: ic.Estimator) -> None:
     names = [field.name for field in dataclasses.fields(estimator)]

@@ -1,7 +1,7 @@
 """Backpropagation through plain fixed-point iteration (Eq. 11), the baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..arrays import H, Z
@@ -45,7 +45,7 @@ class BPTT(Terms, Estimator):
     """
 
     k: int = 30
-    on_growth: OnGrowth = "warn"
+    on_growth: OnGrowth = field(default="warn", repr=False)
     lam = 1.0  # no setting, so no field: the steps are undamped
 
     starts_from_h0: ClassVar[bool] = True

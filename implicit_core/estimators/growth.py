@@ -1,12 +1,13 @@
 """Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 76 to 78)."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from array_api_compat import array_namespace
 
 from .. import checks
 from ..arrays import Mask, Numbers, State
+from ..records import Record
 from ..registry import find_backend
 from ..solution import sample_names
 from ..space import Space
@@ -127,7 +128,7 @@ class GrowthTest:
         )
 
 
-class Terms:
+class Terms(Record):
     """What estimators of k terms share: the settings of a dataclass with ``k``, ``lam`` and ``on_growth``, and a test.
 
     It is no dataclass itself, so that each estimator keeps its fields in the paper's order.
@@ -142,13 +143,6 @@ class Terms:
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
         if self.on_growth not in ("warn", "nan", "ignore"):
             raise ValueError(f"on_growth must be 'warn', 'nan' or 'ignore', got {self.on_growth!r}")
-
-    def __repr__(self) -> str:
-        """The record in words, without ``on_growth`` if that is the default: it changes no estimate."""
-        record: Any = self
-        values = {field.name: getattr(self, field.name) for field in fields(record) if field.repr}
-        shown = (f"{name}={x!r}" for name, x in values.items() if (name, x) != ("on_growth", "warn"))
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     def accumulated(self, contraction: float) -> float:
         """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""

@@ -1,6 +1,6 @@
 """The Neumann phantom gradient (Eq. 18)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..arrays import Operator, State
 from ..space import Space
@@ -52,7 +52,7 @@ class Neumann(Terms, AtFixedPoint):
 
     k: int = 5
     lam: float = 0.5
-    on_growth: OnGrowth = "warn"
+    on_growth: OnGrowth = field(default="warn", repr=False)
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18)."""

@@ -8,6 +8,7 @@ from .. import checks
 from ..arrays import Numbers, Operator, State
 from ..linear_solvers import Richardson
 from ..linear_solvers.base import ratio
+from ..records import Record
 from ..space import Space
 from .base import AtFixedPoint, Derivative, geometric_count
 from .inexact import nan_where_invalid, report
@@ -16,8 +17,8 @@ MARGIN = 2.0
 """Safety factor on the estimated remainder: slowly decaying components appear late."""
 
 
-@dataclass(frozen=True)
-class NeumannSeries(AtFixedPoint):
+@dataclass(frozen=True, repr=False)
+class NeumannSeries(Record, AtFixedPoint):
     r"""The Neumann series to an accuracy: each sample takes the terms of Eq. (18) that it needs.
 
     .. math::

@@ -1,7 +1,7 @@
 """The unrolled phantom gradient (Eq. 17)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import checks
 from ..arrays import Array, H, State, Z
@@ -59,7 +59,7 @@ class Unroll(Terms, Estimator):
     k: int = 5
     lam: float = 0.5
     recompute: bool = False
-    on_growth: OnGrowth = "warn"
+    on_growth: OnGrowth = field(default="warn", repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

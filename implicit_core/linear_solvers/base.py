@@ -9,6 +9,7 @@ from .. import checks
 from ..arrays import Index, Mask, Numbers, Operator, State
 from ..backend import Known, Watch
 from ..coupling import halves, random_state
+from ..records import Record
 from ..solution import CoupledSamplesError, Status
 from ..space import Space
 
@@ -74,8 +75,8 @@ class _Carry(NamedTuple):
     moved: Numbers | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearSolver(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LinearSolver(Record, ABC):
     """Base of the matrix-free linear solvers: A x = b for every sample, with A given by its products.
 
     A method writes one ``cycle``: from a residual r, a correction d with A d ≈ r. The loop does not rely on the

@@ -19,7 +19,7 @@ class _Carry(NamedTuple):
     products: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BiCGSTAB(LinearSolver):
     """BiCGSTAB, for any A, in the memory of a few states; two products with A in each step.
 

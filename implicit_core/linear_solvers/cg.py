@@ -19,7 +19,7 @@ class _Carry(NamedTuple):
     products: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CG(LinearSolver):
     """Conjugate gradients, for a symmetric positive definite A: a symmetric ∂F/∂h with eigenvalues below one.
 

@@ -11,7 +11,7 @@ from .arnoldi import arnoldi_step, unit
 from .base import Cycle, LinearSolver, ratio
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GMRES(LinearSolver):
     """GMRES, for any regular A: the least residual over the Krylov space, restarted.
 

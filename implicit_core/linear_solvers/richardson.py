@@ -9,7 +9,7 @@ from ..space import Space
 from .base import Cycle, LinearSolver
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Richardson(LinearSolver):
     """x ← x + ω (b - A x).
 

@@ -22,7 +22,7 @@ class Memory(NamedTuple):
     floor: Array
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Anderson(Solver):
     """Anderson acceleration: the affine combination of the last points whose residuals best cancel.
 

@@ -9,6 +9,7 @@ from ..arrays import H, Operator, State, Z
 from ..carry import Point
 from ..iteration import Iteration
 from ..problem import Problem
+from ..records import Record
 from ..solution import Solution
 from ..system import System
 
@@ -29,8 +30,8 @@ class FixedPointSolver(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solver(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Solver(Record, ABC):
     """Base of the solvers that are given by a step. The loop, the stop test and the statuses are shared.
 
     To write one, derive a frozen dataclass with two methods: ``init(system, x) -> memory``, a pytree of arrays of fixed

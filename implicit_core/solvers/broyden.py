@@ -22,7 +22,7 @@ class Memory(NamedTuple):
     one: Array
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Broyden(Solver):
     r"""Broyden's method on F(h) - h, the inverse Jacobian built from the steps alone.
 

@@ -10,7 +10,7 @@ from ..system import System
 from .base import Solver
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FixedPointIteration(Solver):
     """h ← λ F(h, z) + (1 - λ) h, Eq. (13) of the paper; Eq. (10) for λ = 1.
 

@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     fraction: Numbers
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class NewtonKrylov(Solver):
     """Inexact Newton: (I - ∂F/∂h) d = F(h) - h by a matrix-free Krylov solve, h ← h + t d.
 
