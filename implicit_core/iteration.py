@@ -145,7 +145,8 @@ class Iteration:
             cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol)
             scale = self.atol / self.rtol if self.rtol else self.atol
             self.start = Start(cap, point.norm, point.f_norm, scale)
-            made = Progress(cap, None if best else point.norm, point.norm, point.norm)
+            floor = space.full(0.0) if jacobian is not None else None
+            made = Progress(cap, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
         watched = readable and space.samples > 1 and solver.freeze and solver.check
         settled = point.norm if watched else None
@@ -177,9 +178,11 @@ class Iteration:
         """The tolerance, atol + rtol ‖F(x)‖."""
         return self.space.multiply_add(self.rtol, f_norm, self.atol)
 
-    def threshold(self, f_norm: Numbers, cap: Numbers) -> Numbers:
+    def threshold(self, f_norm: Numbers, cap: Numbers, made: Progress) -> Numbers:
         """The residual that a sample has to reach; NaN where it was ended."""
-        smaller: Numbers = self.space.xp.minimum(self.tolerance(f_norm), cap)
+        xp, tolerance = self.space.xp, self.tolerance(f_norm)
+        tolerance = tolerance if made.floor is None else xp.maximum(tolerance, made.floor)
+        smaller: Numbers = xp.minimum(tolerance, cap)
         return smaller
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:
@@ -236,12 +239,12 @@ class Iteration:
             if made is None:
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
-            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap))
+            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap), made)
 
         point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
-            made, point = self._judge(made, best, point)
+            made, point = self._judge(made, best, point, jacobian)
         settled = carry.settled
         if settled is not None:
             settled = space.select(active, point.norm, settled)
@@ -277,7 +280,7 @@ class Iteration:
             residual=space.per_sample(self._in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
-            tolerance=space.per_sample(self._in_units(self._held_against(f_norm))),
+            tolerance=space.per_sample(self._in_units(self._held_against(f_norm, carry.progress))),
         )
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
@@ -295,7 +298,7 @@ class Iteration:
             if self.may_have_ended(point):
                 last = converged = converged & ~self.ended(carry.progress)
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
-                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap))
+                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap, carry.progress))
                 last = last & (point.norm <= best.norm)
         if best is None:
             return point.x, point.norm, point.f_norm, converged
@@ -326,8 +329,8 @@ class Iteration:
         mask: Mask = self.space.xp.isnan(made.cap)
         return mask
 
-    def _held_against(self, f_norm: Numbers) -> Numbers:
-        return self.tolerance(f_norm) if self.forced else self.threshold(f_norm, self.start.cap)
+    def _held_against(self, f_norm: Numbers, made: Progress | None) -> Numbers:
+        return self.tolerance(f_norm) if made is None else self.threshold(f_norm, self.start.cap, made)
 
     def _in_units(self, norm: Numbers) -> Numbers:
         return norm if self.units is None else norm * self.units
@@ -339,7 +342,9 @@ class Iteration:
         moving = finite(carry.point.norm)
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
-    def _judge(self, made: Progress, best: Best | None, point: Point) -> tuple[Progress, Point]:
+    def _judge(
+        self, made: Progress, best: Best | None, point: Point, jacobian: Operator | None
+    ) -> tuple[Progress, Point]:
         """The point, where samples without progress are no longer active."""
         space, evaluations = self.space, point.index + 1
         least = made.least
@@ -356,8 +361,14 @@ class Iteration:
         ended = ended & point.active & now
         cap = space.select(ended, space.full(float("nan")), made.cap)
         marked_least = space.select(now, least, made.marked_least)
-        made = Progress(cap, made.least, marked_least, space.select(now, point.norm, made.marked))
-        return made, point._replace(active=point.active & ~ended)
+        active, floor = point.active & ~ended, made.floor
+        if floor is not None and jacobian is not None:
+            rounding = progress.is_rounding(space, point.x, point.f, point.residual, jacobian)
+            stalled = (least > progress.HALF * made.marked_least) & (evaluations >= progress.FIRST_ROUNDING)
+            rounding = rounding & stalled & active & (point.norm <= cap) & now
+            floor, active = space.select(rounding, point.norm, floor), active & ~rounding
+        made = Progress(cap, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
+        return made, point._replace(active=active)
 
     def _check_samples(self, carry: Carry) -> None:
         """The residual of a sample that is finished, at a point that is kept, is the same whatever the others do."""

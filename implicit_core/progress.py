@@ -5,11 +5,12 @@ residual also fell, to a fraction of the first one (Decision 69). A sample that 
 of a few checkpoints (Decision 70).
 """
 
+import random
 from typing import Any, NamedTuple
 
-from .arrays import Index, Mask, Numbers
+from .arrays import Index, Mask, Numbers, Operator, State
 from .backend import Known
-from .space import Space
+from .space import Space, signs
 
 NEAR = 10.0
 """A start within this many tolerances is near its fixed point, and needs the tolerance alone."""
@@ -23,9 +24,15 @@ ROUNDING = 8
 """The least relative tolerance, in units of the machine precision of the coarsest leaf."""
 RESOLVED = 4
 """The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
-FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
-"""The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
-that ran away, a residual that neither falls nor grows, and any that does not fall."""
+SIGNS, EXPLAINED, LARGEST_ROUNDING = 6, 4.0, 1e-3
+"""How many products estimate the rounding errors of F, in which units they explain a residual, and the largest one, as
+a fraction of ‖F(h)‖."""
+HALF = 0.5
+"""A residual that did not fall to this fraction since the last checkpoint may be a rounding error."""
+FIRST_CHECK, FIRST_ROUNDING, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 16, 32, 64, 256
+"""The evaluations of the first checkpoint, where a sample that diverged is ended; of the first where a residual may be
+a rounding error; and of the first that end a state that ran away, a residual that neither falls nor grows, and any that
+does not fall."""
 FALL = 0.99
 """A residual has fallen between two checkpoints if it is below this fraction, or falls steadily."""
 FLAT = 0.9
@@ -71,12 +78,15 @@ class Progress(NamedTuple):
         The least residual so far; None where the loop keeps it beside the best point.
     marked_least, marked
         The least and the last residual at the last checkpoint.
+    floor
+        A residual that rounding errors of F explain; None where the solver has no Jacobian.
     """
 
     cap: Numbers
     least: Numbers | None
     marked_least: Numbers
     marked: Numbers
+    floor: Numbers | None = None
 
 
 def reachable(space: Space, rtol: float) -> float:
@@ -108,6 +118,25 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     """
     hidden: Mask = RESOLVED * space.coarsest_eps * f_norm > cap
     return hidden
+
+
+def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Operator) -> Mask:
+    """Where rounding errors of F explain F(x) - x, in every component (Decision 90).
+
+    They are some ε |J| |x|, which products of J with x under random signs estimate, from below.
+    """
+    xp, draw = space.xp, random.Random(0)
+    sizes = [xp.abs(a) + xp.abs(b) for a, b in zip(x, f, strict=True)]
+    largest = [xp.zeros_like(a) for a in x]
+    for _ in range(SIGNS):
+        flipped = State(tuple(s * a for s, a in zip(signs(space, draw), x, strict=True)))
+        largest = [xp.maximum(a, xp.abs(b)) for a, b in zip(largest, jacobian(flipped), strict=True)]
+    explained = space.all_samples()
+    for r, a, b, dtype in zip(residual, largest, sizes, space.dtypes, strict=True):
+        unit = EXPLAINED * float(space.backend.finfo(dtype).eps)
+        explained = explained & xp.all(xp.abs(r) <= unit * (a + b), axis=1, keepdims=True)
+    within: Mask = space.norm(residual) <= LARGEST_ROUNDING * space.norm(f)
+    return explained & within
 
 
 def relative(space: Space, norm: Numbers, f_norm: Numbers) -> Numbers:

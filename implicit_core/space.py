@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 import operator
+import random
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -424,6 +425,18 @@ def normal(space: Space, draw: Callable[[float, float], float], n: int, d: int) 
     """Normal numbers (n, d) from Python's generator, since the array API has none: the same in every framework."""
     numbers = [draw(0.0, 1.0) for _ in range(n * d)]
     return space.xp.reshape(space.xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
+
+
+def signs(space: Space, draw: random.Random) -> State:
+    """A state (1, D) of random signs."""
+    return State(
+        tuple(
+            space.xp.asarray(
+                [[1.0 if draw.random() < 0.5 else -1.0 for _ in range(d)]], dtype=space.dtype, device=space.device
+            )
+            for _, d in space.flat_shapes
+        )
+    )
 
 
 def total(terms: Iterable[Any]) -> Any:

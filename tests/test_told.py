@@ -506,3 +506,47 @@ def test_a_warm_start_needs_the_tolerance_alone() -> None:
         )
         assert np.all(solution.converged)
         assert np.all(solution.stats.steps == steps)
+
+
+@pytest.mark.parametrize("k", [10.0, 1e2, 1e3, 1e4])
+def test_newton_knows_what_rounding_explains_of_a_stiff_map(k: float, library: Library) -> None:
+    """In float32 ‖F(h) - h‖ cannot fall below some ε ‖∂F/∂h‖ ‖h‖, however good the answer (Decision 90)."""
+    n = 16
+    heat = k * (np.diag(-2 * np.ones(n)) + np.diag(np.ones(n - 1), 1) + np.diag(np.ones(n - 1), -1))
+    z = np.random.default_rng(0).normal(size=(4, n))
+    a, shift = (library.array(x.astype(np.float32)) for x in (heat, z))
+    problem = ic.Problem(lambda h, z: h @ a + z, jvp=lambda h, z, dh, dz: dh @ a + dz, batch_ndim=1)
+    solver = ic.NewtonKrylov(linear_solver=ic.GMRES(restart=n), max_steps=40)
+    solution = ic.solve(problem, library.array(np.zeros((4, n), np.float32)), shift, solver=solver)
+    assert np.all(library.numpy(solution.converged))
+    exact = np.linalg.solve(np.eye(n) - heat, z.T).T
+    value = library.numpy(solution.value)
+    assert np.all(np.linalg.norm(value - exact, axis=1) <= 1e-5 * np.linalg.norm(exact, axis=1))
+    assert np.all(library.numpy(solution.stats.residual) <= library.numpy(solution.stats.tolerance))
+    assert np.all(library.numpy(solution.stats.relative) <= 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("root", [False, True])
+def test_a_stiff_component_does_not_hide_a_soft_one(root: bool, dtype: Any) -> None:
+    """The residual of the soft one is small beside what rounding does to the stiff one, but it is no rounding."""
+    for stiff in (3e3, 1e6, 1e9):
+        for soft in (1e-3, 1e-4, 1e-6):
+            # Written so that the soft component can be resolved at all.
+            slopes = np.asarray([-stiff, -soft if root else 0.0])
+
+            def g(h: Any, soft: float = soft, stiff: float = stiff) -> Any:
+                second = soft * (5 - h[1]) if root else soft * (1 + h[1] * h[1])
+                return np.stack([-stiff * (h[0] - 1), second])
+
+            def jvp(h: Any, z: Any, dh: Any, dz: Any, slopes: Any = slopes, soft: float = soft) -> Any:
+                second = slopes[1] * dh[1] if root else 2 * soft * h[1] * dh[1]
+                return (dh + np.stack([slopes[0] * dh[0], second])).astype(dtype)
+
+            problem = ic.Problem(lambda h, z, g=g: (h + g(h)).astype(dtype), jvp=jvp)
+            with np.errstate(all="ignore"):
+                solution = ic.solve(problem, np.asarray([0.0, 0.3], dtype), None, solver=ic.NewtonKrylov())
+            relative = float(solution.stats.relative)
+            if solution.converged and relative > 1e-5:  # by rounding: then in both components
+                assert root
+                np.testing.assert_allclose(solution.value, [1.0, 5.0], rtol=1e-2)

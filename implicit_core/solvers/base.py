@@ -43,10 +43,11 @@ class Solver(Record, ABC):
     rtol, atol
         A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂, and its residual is at most a tenth of the first
         one (for an rtol above 0.01, ten times rtol, at most half). A start within ten tolerances needs the tolerance
-        alone, but twice the tolerance at the start is the most. atol is rtol / 1000 unless given, so that a fixed point
-        at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε, with ε the machine precision
-        of the coarsest leaf, counts as 8 ε. With both zero the number of steps is forced: only a value that is not
-        finite ends a sample.
+        alone, but twice the tolerance at the start is the most. For :class:`NewtonKrylov` a residual that rounding
+        errors of F explain in every component is enough, if it is at most ‖F(h)‖ / 1000. atol is rtol / 1000 unless
+        given, so that a fixed point at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε,
+        with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero the number of steps is forced:
+        only a value that is not finite ends a sample.
     max_steps
         Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
         start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual.

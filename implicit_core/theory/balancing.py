@@ -4,7 +4,7 @@ import math
 import random
 
 from ..arrays import Array, State
-from ..space import Space
+from ..space import Space, signs
 from .operators import Pair
 
 ROUNDS = 8
@@ -43,10 +43,10 @@ def balance(pair: Pair, space: Space, *, rounds: int, seed: int) -> State:
     limit = min(math.log2(float(space.backend.finfo(dtype).max)) for dtype in space.dtypes) / 4
     exponents = space.zeros()
     for _ in range(min(rounds, ROUNDS)):
-        signs = State(tuple(_signs(space, draw, d) for _, d in space.flat_shapes))
+        z = signs(space, draw)
         d = State(tuple(2.0**e for e in exponents))
-        rows = [a / unit for a, unit in zip(pair.transposed(_times(signs, d)), d, strict=True)]
-        columns = [a * unit for a, unit in zip(pair.product(_over(signs, d)), d, strict=True)]
+        rows = [a / unit for a, unit in zip(pair.transposed(_times(z, d)), d, strict=True)]
+        columns = [a * unit for a, unit in zip(pair.product(_over(z, d)), d, strict=True)]
         exponents = State(
             tuple(
                 _limited(space, e + _quarter(space, r, c), limit)
@@ -59,11 +59,6 @@ def balance(pair: Pair, space: Space, *, rounds: int, seed: int) -> State:
     )
     needed = high + low > SPREAD
     return State(tuple(2.0 ** xp.where(needed, xp.round(e), xp.zeros_like(e)) for e in exponents))
-
-
-def _signs(space: Space, draw: random.Random, d: int) -> Array:
-    signs = [1.0 if draw.random() < 0.5 else -1.0 for _ in range(d)]  # the array API has no random numbers
-    return space.xp.asarray([signs], dtype=space.dtype, device=space.device)
 
 
 def _quarter(space: Space, row: Array, column: Array) -> Array:
