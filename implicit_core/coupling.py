@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from .arrays import Array, H, State, Z
+from .arrays import Array, H, Mask, State, Z
 from .problem import BoundLinearization, Map
 from .solution import CoupledSamplesError
 from .space import Space, normal
@@ -41,6 +41,12 @@ def halves(n: int, seed: int = SEED) -> list[bool]:
     return [i in chosen for i in range(n)]
 
 
+def as_mask(space: Space, split: Sequence[bool]) -> Mask:
+    """The chosen samples of a split, (N, 1)."""
+    mask: Mask = space.xp.reshape(space.xp.asarray(split, dtype=space.xp.bool, device=space.device), (space.samples, 1))
+    return mask
+
+
 def separating(n: int) -> list[list[bool]]:
     """Splits of n samples so that each sample is chosen at least once without each other one, 2 ⌈log₂ n⌉ of them."""
     bits = [[bool(i >> b & 1) for i in range(n)] for b in range(max(n - 1, 0).bit_length())]
@@ -60,7 +66,7 @@ def coupling(space: Space, at: BoundLinearization[H, Z], split: Sequence[bool] |
         Which samples get a cotangent; a random half if None.
     """
     xp, split = space.xp, halves(space.samples) if split is None else split
-    chosen = xp.reshape(xp.asarray(split, dtype=xp.bool, device=space.device), (space.samples, 1))
+    chosen = as_mask(space, split)
     cotangent = State(tuple(xp.where(chosen, a, xp.zeros_like(a)) for a in random_state(space, SEED)))
     product = at.vjp_h if at.has("vjp_h") else at.jvp_h
     image = space.pack(product(space.unpack(cotangent)))

@@ -362,10 +362,12 @@ class Iteration:
         cap = space.select(ended, space.full(float("nan")), made.cap)
         marked_least = space.select(now, least, made.marked_least)
         active, floor = point.active & ~ended, made.floor
-        if floor is not None and jacobian is not None:
+        late = evaluations >= progress.FIRST_ROUNDING
+        if floor is not None and jacobian is not None and late is not False:
+            small = (point.norm <= cap) & (point.norm <= progress.LARGEST_ROUNDING * point.f_norm)
+            stalled = (least > progress.HALF * made.marked_least) & late
             rounding = progress.is_rounding(space, point.x, point.f, point.residual, jacobian)
-            stalled = (least > progress.HALF * made.marked_least) & (evaluations >= progress.FIRST_ROUNDING)
-            rounding = rounding & stalled & active & (point.norm <= cap) & now
+            rounding = rounding & stalled & active & small & now
             floor, active = space.select(rounding, point.norm, floor), active & ~rounding
         made = Progress(cap, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
         return made, point._replace(active=active)

@@ -36,12 +36,12 @@ class Growth:
     scale
         The units of h.
     dual
-        Whether the terms are cotangents, whose units are one over those of h.
+        Whether the terms are cotangents. The unit of a cotangent is 1 / scale.
     """
 
     def __init__(self, test: GrowthTest, batch_ndim: int, scale: PyTree, *, dual: bool = False) -> None:
         self.test, self.batch_ndim, self.scale, self.dual = test, batch_ndim, scale, dual
-        # A parameter of a primitive: arrays have no hash, but those of one layer are the same ones.
+        # JAX hashes the parameters of a primitive. Arrays have no hash, so their identity stands for them.
         units = (x if isinstance(x, (int, float)) else id(x) for x in jax.tree.leaves(scale))
         self._key = (test, batch_ndim, dual, *units)
 

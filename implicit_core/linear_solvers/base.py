@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 from .. import checks
 from ..arrays import Index, Mask, Numbers, Operator, State
 from ..backend import Known, Watch
-from ..coupling import halves, random_state
+from ..coupling import as_mask, halves, random_state
 from ..records import Record
 from ..solution import CoupledSamplesError, Status
 from ..space import Space
@@ -300,8 +300,7 @@ class _Watcher:
             return
         space, xp = self.space, self.space.xp
         # All samples at once would not show anything.
-        half = xp.reshape(xp.asarray(halves(space.samples), dtype=xp.bool, device=space.device), (-1, 1))
-        others = xp.where(xp.all(suspects), half, ~suspects)
+        others = xp.where(xp.all(suspects), as_mask(space, halves(space.samples)), ~suspects)
         image = self.operator(space.where(others, random_state(space, 0), space.zeros()))
         self.products += 1
         if bool(xp.any(~others & (space.largest(image) > 0))):
