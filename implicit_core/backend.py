@@ -114,6 +114,11 @@ class Backend:
         """The vector space of states shaped as ``like``, which errors call ``name``, in units of ``scale``."""
         return self._space(self, like, batch_ndim, name, scale)
 
+    def space_of_leaves(self, leaves: Sequence[Array], batch_ndim: int, name: str, scale: PyTree) -> Space:
+        """The same of the leaves of a state in a list, where ``scale`` is a number or has the state's structure."""
+        number = scale is None or isinstance(scale, (int, float))
+        return self.space(list(leaves), batch_ndim, name, scale if number else self.flatten(scale)[0])
+
     # Arrays.
 
     def is_array(self, x: object) -> bool:

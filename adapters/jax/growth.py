@@ -72,9 +72,7 @@ class Growth:
 
     def space(self, leaves: Arrays) -> Space:
         """The space of a term, a list of arrays."""
-        number = self.scale is None or isinstance(self.scale, (int, float))
-        scale = self.scale if number else jax.tree.leaves(self.scale)
-        space = BACKEND.space(list(leaves), self.batch_ndim, "the term", scale)
+        space = BACKEND.space_of_leaves(leaves, self.batch_ndim, "the term", self.scale)
         return space.dual if self.dual else space
 
 

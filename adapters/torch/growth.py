@@ -30,8 +30,7 @@ class GrowthOfCotangents:
     def __init__(self, test: GrowthTest, batch_ndim: int, scale: PyTree = None) -> None:
         self.test = test
         self.batch_ndim = batch_ndim
-        number = scale is None or isinstance(scale, (int, float))
-        self.scale = scale if number else BACKEND.flatten(scale)[0]
+        self.scale = scale
         self._at_end: Numbers | None = None
         self._differentiated = False
 
@@ -69,7 +68,7 @@ class GrowthOfCotangents:
         return cotangents if checked is last else tuple(space.unpack(checked))
 
     def _space(self, cotangents: Tensors) -> Space:
-        return BACKEND.space(list(cotangents), self.batch_ndim, "the cotangent", self.scale).dual
+        return BACKEND.space_of_leaves(cotangents, self.batch_ndim, "the cotangent", self.scale).dual
 
 
 class _Watched(torch.autograd.Function):

@@ -80,7 +80,7 @@ class Compacting:
     """It divides z, which has to be as the user made it."""
 
     def __post_init__(self) -> None:
-        checks.instance("solver", self.solver, Solver, "Compacting(Anderson())")
+        checks.instance("solver", self.solver, Solver, "Anderson()")
         if type(self.solver).solve is not Solver.solve:
             raise TypeError(f"Compacting needs the loop of Solver.solve, which {type(self.solver).__name__} replaces")
         if not self.solver.freeze:
