@@ -96,6 +96,8 @@ class Backend:
     """Whether arrays cannot be written to."""
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
+    sees_writes: bool = False
+    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluation is checked."""
     streams: Streams | None = None
     tracing: Tracing | None = None
     recorder: Loop | None = None
@@ -252,6 +254,10 @@ class Backend:
         digits = [xp.sum(xp.astype(mask, xp.int64)) * base**i for i, mask in enumerate(masks)]
         number = int(sum(digits[1:], digits[0]))
         return [number // base**i % base for i in range(len(masks))]
+
+    def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
+        return f
 
     def solving(self) -> AbstractContextManager[Any]:
         """The context of a solve: no autodiff graph, and no warnings for what a status reports."""

@@ -116,7 +116,8 @@ class Iteration:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
-        can_check = not space.backend.immutable and space.backend.readable(start[0])
+        backend = space.backend
+        can_check = not (backend.immutable or backend.sees_writes) and backend.readable(start[0])
         x = space.copy(start) if can_check else start
         h = space.unpack(x)
         # An infinite start is no start.
@@ -358,7 +359,7 @@ class Iteration:
             least = space.xp.minimum(best.norm, point.norm)
         tolerance = self.tolerance(point.f_norm)
         ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
-        ended = ended & point.active & now
+        ended = progress.both(ended & point.active, now)
         cap = space.select(ended, space.full(float("nan")), made.cap)
         marked_least = space.select(now, least, made.marked_least)
         active, floor = point.active & ~ended, made.floor

@@ -10,7 +10,10 @@ from .arrays import Array, H, PyTree
 from .registry import find_backend
 from .warnings_ import warn
 
-CAPTURED = "throw=True cannot read statuses while a CUDA graph is being captured: read solution.status after a replay"
+CAPTURED = (
+    "throw=True cannot read statuses while a program is recorded (a CUDA graph, torch.export, torch.jit.trace): use "
+    "throw=False there, and read solution.status after a replay"
+)
 
 
 class Status(IntEnum):

@@ -13,7 +13,7 @@ from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Map
 
-from .function_modes import ObserveInputs, ReplaceInputs
+from .function_modes import ObserveInputs, Quiet, ReplaceInputs
 from .identity import IdentityMap, IdentitySet
 from .referenced_modules import with_current_parameters
 from .tensors import OnLeaves, Tensors, tensors
@@ -42,13 +42,14 @@ class Evaluation(NamedTuple, Generic[H]):
     produced_leaves: Callable[[], list[Tensor]]
 
 
-def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool]) -> Evaluation[H]:
+def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Quiet | None = None) -> Evaluation[H]:
     """Evaluate F, and find the tensors that it depends on.
 
     Closed-over tensors are found when they enter PyTorch's functions (Decision 37). Tensors that compiled or scripted
-    code holds are not found. Tensors that are not ``usable`` are left out: a vmap within f makes such.
+    code holds are not found. Tensors that are not ``usable`` are left out: a vmap within f makes such. ``quiet``
+    gates the hooks that f registers on tensors.
     """
-    with ObserveInputs(tensors(h)) as observed:
+    with ObserveInputs(tensors(h), quiet) as observed:
         value = f(h, z)
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])

@@ -11,7 +11,7 @@ from typing_extensions import TypeVar
 from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
-from implicit_core.coupling import refuse_coupling, testable, unchecked
+from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.problem import Problem
@@ -23,6 +23,8 @@ from implicit_core.theory import Certificate, certify
 
 from .autograd import in_dual_level, transforming
 from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_outside, trained
+from .compilation import never_compiled, not_compiled
+from .exported import recording
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
 from .tensors import has_storage, tensors
@@ -41,6 +43,7 @@ SHAPE_OF_X = (
 )
 
 
+@never_compiled
 class ImplicitLayer(nn.Module, Generic[X, H]):
     """A layer whose output h is the fixed point of its cell, ``h = cell(h, x)`` (Eq. 1 of the paper).
 
@@ -68,9 +71,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     throw
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
     check
-        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes one evaluation and
-        one product with the Jacobian at the solution, once for each shape of h and x and each mode of the cell. It is
-        skipped where no gradient is computed, within ``torch.func``, and while a CUDA graph is captured.
+        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes two evaluations
+        without a graph, once for each shape of h and x and each mode of the cell. It is skipped where no gradient is
+        computed, within ``torch.func``, and while a program is recorded.
 
     Attributes
     ----------
@@ -149,6 +152,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         def __call__(self, x: X, h0: H | None = None) -> H:
             """See :meth:`forward`."""
 
+    @not_compiled
     def forward(self, x: X, h0: H | None = None) -> H:
         """The fixed point h, shaped as h0.
 
@@ -159,9 +163,6 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         h0
             Where to start; the layer's own start if None.
         """
-        if torch.compiler.is_compiling():  # Leave the graph here, once (Decision 42).
-            value: H = torch.compiler.disable(self.forward)(x, h0)
-            return value
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_not_sharded(self.cell)
         if self.training and not self._looked:
@@ -189,7 +190,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         if self.check and self.batch_ndim:
             self._refuse_coupling(cell, solution.value, x)
         # Tensors of a transform of torch.func cannot be read after it.
-        self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
+        self.status, self.stats = (None, None) if transforming() or recording() else (solution.status, solution.stats)
         return solution.value
 
     def certify(self, x: X, h0: H | None = None, **options: Any) -> Certificate:
@@ -259,7 +260,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
             return
-        if not all(has_storage(leaf) and BACKEND.readable(leaf) for leaf in leaves):
+        if not all(has_storage(leaf) and BACKEND.readable(leaf) and not leaf.is_meta for leaf in leaves):
             return
         modes = [part.training for part in self.cell.modules()] if isinstance(self.cell, nn.Module) else []
         case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), tuple(modes))
@@ -267,11 +268,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
-            given = problem(autocasted(f, h), batch_ndim=self.batch_ndim)
-            with undisturbed(self.cell, h), full_precision(h):
-                at = given.linearize(h, x)
-                with torch.no_grad():
-                    refuse_coupling(space, at, given.f, "ImplicitLayer")
+            given = differences(BACKEND.protected(autocasted(f, h)), self.batch_ndim)
+            with undisturbed(self.cell, h), full_precision(h), torch.no_grad():
+                refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
         self._checked.add(case)
 
     def _start(self, x: X) -> H:
@@ -281,6 +280,11 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             raise TypeError(
                 f"the shape of h cannot be inferred from an x of type {type(x).__name__}: "
                 "give ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"the state cannot start from an x of dtype {x.dtype}: give ImplicitLayer an h0, a function of x that "
+                "returns the start, as torch.zeros(*x.shape, 64), or pass h0 to the call"
             )
         start: Any = torch.zeros_like(x, dtype=state_dtype(x))
         return start  # type: ignore[no-any-return]  # a tensor, as x is

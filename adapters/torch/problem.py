@@ -17,7 +17,7 @@ from .closure import hoist
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
 from .random_state import RandomState
-from .tensors import Tensors, as_leaf, has_storage, is_differentiable, tensors
+from .tensors import Tensors, as_leaf, has_storage, is_differentiable, tensors, views
 
 
 class AutogradProblem(Problem[H, Z]):
@@ -34,7 +34,7 @@ def closed_over(f: Map[H, Z], h: H, z: Z) -> list[Tensor]:
     h_in = [as_leaf(x) for x in leaves]
     replayed = RandomState(leaves).replay(f)
     with torch.inference_mode(False), torch.enable_grad():
-        evaluation = hoist(replayed, BACKEND.unflatten(structure, h_in), z, has_storage)
+        evaluation = hoist(replayed, BACKEND.unflatten(structure, views(h_in)), z, has_storage)
     in_z = tensors(z)
     inputs = graph_inputs(evaluation, BACKEND.flatten(evaluation.value)[0], h_in, in_z)
     known = IdentitySet(in_z)
@@ -71,6 +71,7 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Probl
     >>> pullback(torch.ones(2)).shape
     torch.Size([2])
     """
+    f = BACKEND.protected(f)
     return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim, scale=scale)
 
 
@@ -89,7 +90,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     random = RandomState(call.h)
     with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
-        outputs = call(h_in, z_in)
+        outputs = call(views(h_in), z_in)
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
 
