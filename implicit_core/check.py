@@ -207,6 +207,7 @@ def check(
     solver = as_solver(solver)
     backend = find_backend(h0, "h0")
     space = problem.space(h0, "h0")
+    checks.samples("h0", space.batch_shape)
     if not all(map(backend.readable, backend.flatten((h0, z))[0])):
         raise NotImplementedError("check reads numbers, so it cannot run within jax.jit or a captured graph")
     adapter = find_adapter((h0, z))

@@ -157,6 +157,7 @@ def _linearize(
     checks.function("f", f)
     problem = with_derivatives(as_problem(f, batch_ndim), h, z)
     space = problem.space(h)
+    checks.samples("h", space.batch_shape)
     at = problem.linearize(h, z).require(*names)
     with space.backend.on_device_of(h), space.backend.solving():
         return space, at, refuse_coupling(space, at, problem.f, "the estimate is for each sample")
