@@ -223,7 +223,7 @@ def check(
         if {"random", "structure", "writes"} & found.kinds():
             found.notes.append("derivatives, which an F like this has none of")
             return found.report(problem, "h0")
-        made = with_derivatives(problem, h0, z)
+        made = with_derivatives(problem, (h0, z))
         problem = _pullbacks_alone(made) if changed and made is not problem else made
         with undisturbed(problem.f, h0):
             return _at_a_point(problem, space, h0, z, solver, seed, found)
