@@ -250,6 +250,25 @@ class TorchBackend(Backend):
         found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
         return found + ["mps"] * torch.backends.mps.is_available()
 
+    def axis_order(self, x: Tensor, batch_ndim: int) -> tuple[int, ...] | None:
+        """``channels_last`` and ``channels_last_3d``: the axis of channels has the least stride (Decision 94)."""
+        channels = max(batch_ndim, 1)
+        if x.ndim - channels not in (3, 4) or x.is_contiguous():
+            return None
+        order = (*range(channels), *range(channels + 1, x.ndim), channels)
+        # `is_contiguous(memory_format=...)` cannot be asked within vmap, and a batch may have several axes.
+        return order if x.permute(order).is_contiguous() else None
+
+    def in_axis_order(self, x: Tensor, order: tuple[int, ...] | None, batch_ndim: int) -> Tensor:
+        if self.axis_order(x, batch_ndim) == order:
+            return x
+        if order is None:
+            return x.contiguous()
+        return x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
+
+    def rows(self, x: Tensor, indices: Tensor) -> Tensor:
+        return x[indices]  # index_select, which is xp.take, returns C order
+
     def finfo(self, dtype: torch.dtype) -> torch.finfo:
         return torch.finfo(dtype)
 

@@ -145,6 +145,21 @@ class Backend:
         """The context of operations on arrays whose numbers are known, also while a program is traced around them."""
         return nullcontext()
 
+    def axis_order(self, x: Array, batch_ndim: int) -> tuple[int, ...] | None:
+        """The axes of ``x``, the one with the largest stride first, where the user's function must see this order.
+
+        The first ``batch_ndim`` axes come first. None for C order, which states of all other layouts are brought into.
+        """
+        return None
+
+    def in_axis_order(self, x: Array, order: tuple[int, ...] | None, batch_ndim: int) -> Array:
+        """``x``, copied if its :meth:`axis_order` is another one."""
+        return x
+
+    def rows(self, x: Array, indices: Array) -> Array:
+        """The entries of ``x`` along its first axis, in an order of its axes in memory as ``x`` has."""
+        return self.xp.take(x, indices, axis=0)
+
     def finfo(self, dtype: Any) -> Any:
         """Limits of a floating dtype, as in the array API."""
         return self.xp.finfo(dtype)

@@ -115,9 +115,13 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
     devices = {str(backend.device(leaf)) for leaf in leaves}
     if len(devices) != 1:
         raise ValueError(f"all leaves of {name} must be on one device, got {sorted(devices)}")
-    if 0 in batch:
-        raise ValueError(f"{name} holds an empty batch: batch shape {batch}")
     return batch
+
+
+def samples(name: str, batch_shape: tuple[int, ...]) -> None:
+    """A batch has samples, for what measures numbers of samples. A layer of an empty batch is empty."""
+    if 0 in batch_shape:
+        raise ValueError(f"{name} holds an empty batch, of batch shape {batch_shape}: there is no sample to measure")
 
 
 def state_like(name: str, got: Any, expected: State) -> None:

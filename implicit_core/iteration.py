@@ -17,7 +17,7 @@ from . import checks, progress
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch
 from .carry import Best, Carry, Count, Point
-from .problem import Problem
+from .problem import Problem, with_derivatives
 from .progress import Progress, Start
 from .solution import CoupledSamplesError, Solution, Stats, Status
 from .system import System
@@ -78,6 +78,8 @@ class Iteration:
         self.solver, self.trace = solver, trace
         self.checked = False
         self.units: Numbers | None = None
+        if solver.uses_jacobian and isinstance(problem, Problem):
+            problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
 

@@ -219,6 +219,8 @@ class SolveError(RuntimeError):
 
 def check_statuses(what: str, status: Array, residual: Array) -> None:
     """Raise :class:`SolveError` unless every status is CONVERGED."""
+    if 0 in status.shape:
+        return
     backend = find_backend(status, "status")
     if not backend.readable(status):
         failed = status != Status.CONVERGED.value
@@ -248,6 +250,8 @@ def advice(failures: tuple[Failure, ...]) -> str:
 def counts(status: Array, residual: Array, relative: Array | None) -> str:
     """How many samples ended how, in words; reads from the device."""
     backend = find_backend(status, "status")
+    if 0 in status.shape:
+        return "an empty batch"
     codes = [int(code) for code in backend.numbers(backend.xp.astype(status, residual.dtype))]
     numbers = backend.numbers(residual if relative is None else relative)
     found = [f"{codes.count(code)} {code.name}" for code in Status if code in codes]

@@ -151,6 +151,7 @@ class _FixedPoint(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.rule = inputs[0]
         ctx.set_materialize_grads(False)  # zeros for a buffer would ask for derivatives that it does not have
+        ctx.orders = [BACKEND.axis_order(x, ctx.rule.batch_ndim) for x in output]
         saved = (*output, *ctx.rule.split(inputs[1:])[2])
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -169,6 +170,8 @@ class _FixedPoint(torch.autograd.Function):
         differentiable = rule.vjp_h is None or torch.is_grad_enabled() or transforming()
         saved = ctx.saved_tensors if differentiable or any(v is None for v in cotangents) else ()
         v = tuple(torch.zeros_like(saved[i]) if v is None else v for i, v in enumerate(cotangents))
+        # F's own operations see cotangents in the memory format of h, whatever the loss sends.
+        v = tuple(BACKEND.in_axis_order(x, order, rule.batch_ndim) for x, order in zip(v, ctx.orders, strict=True))
         with full_precision(first):
             if differentiable:
                 externals = _cotangents(rule, saved, v, needed[2])

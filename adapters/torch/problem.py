@@ -17,7 +17,7 @@ from .closure import hoist
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
 from .random_state import RandomState
-from .tensors import Tensors, as_leaf, has_storage, is_differentiable, tensors, views
+from .tensors import Tensors, as_leaf, dense, has_storage, is_differentiable, tensors, views
 
 
 class AutogradProblem(Problem[H, Z]):
@@ -103,9 +103,9 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
 
     def jvp(dh: H, dz: Z) -> H:
         # torch.func and not forward_ad: an autograd.Function disables forward_ad within its forward, where a solve may
-        # be running. Forward mode refuses expanded tensors, so all are made contiguous.
-        at = tuple(x.contiguous() for x in (*call.h, *call.z))
-        tangents = tuple(x.contiguous() for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
+        # be running. Forward mode refuses expanded tensors, so all are made dense.
+        at = tuple(dense(x) for x in (*call.h, *call.z))
+        tangents = tuple(dense(x) for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
         tangent = torch.func.jvp(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)[1]
         # Forward mode promotes the tangent of a tensor without axes.
         return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])

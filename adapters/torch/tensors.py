@@ -71,6 +71,11 @@ def is_alive(x: Tensor) -> bool:
     return True
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x``, made contiguous unless it is so in one of PyTorch's memory formats."""
+    return x if BACKEND.axis_order(x, 0) else x.contiguous()
+
+
 def as_leaf(x: Tensor) -> Tensor:
     """``x`` as a leaf of autograd's graph. A tensor of inference mode has to be copied."""
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
