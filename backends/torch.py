@@ -21,6 +21,12 @@ SPECIAL_STREAMS = (1, 2)
 LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
 
+CASTS_HAVE_GRAPHS = torch.__version__ >= (2, 11)  # type: ignore[operator]  # a TorchVersion, which compares so
+"""Whether autocast casts a weight with a graph even where autograd is disabled, before it keeps the cast in its cache.
+
+Otherwise a weight gets no gradient, silently, if F was evaluated without a graph before.
+"""
+
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 
 
@@ -196,7 +202,7 @@ class TorchBackend(Backend):
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""
-        return torch.no_grad()
+        return torch.no_grad() if CASTS_HAVE_GRAPHS else _without_graph()
 
     def capturing(self, x: Tensor) -> bool:
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -225,6 +231,21 @@ class TorchBackend(Backend):
                 return [int(mask.sum()) for mask in masks]
         counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
         return counts
+
+
+def drop_casts_without_graph() -> None:
+    """Empty autocast's cache if an evaluation with a graph may follow one without (Decision 97)."""
+    if not CASTS_HAVE_GRAPHS and torch.is_grad_enabled() and torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        drop_casts_without_graph()
 
 
 def _gram(gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:
