@@ -36,6 +36,13 @@ DERIVATIVE_IN_F = (
     "A solve evaluates f without a graph. For a derivative within f, as in a step down an energy, use torch.func.grad: "
     "h - 0.5 * torch.func.grad(energy)(h, x)"
 )
+
+CASTS_HAVE_GRAPHS = torch.__version__ >= (2, 11)  # type: ignore[operator]  # a TorchVersion, which compares so
+"""Whether autocast casts a weight with a graph even where autograd is disabled, before it keeps the cast in its cache.
+
+Otherwise a weight gets no gradient, silently, if F was evaluated without a graph before.
+"""
+
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 
 
@@ -280,8 +287,9 @@ class TorchBackend(Backend):
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""
-        # In an exported program such a context would be a part of the program.
-        return nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
+        if torch.compiler.is_compiling():  # in an exported program such a context would be a part of the program
+            return nullcontext()
+        return torch.no_grad() if CASTS_HAVE_GRAPHS else _without_graph()
 
     def capturing(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or is_tracing():  # torch.export and torch.jit.trace record operations, too
@@ -328,6 +336,21 @@ class TorchBackend(Backend):
 def _is_large(history: Tensor) -> bool:
     numbers: Any = history.numel()
     return isinstance(numbers, int) and numbers >= LARGE  # in an exported program a size may be a symbol
+
+
+def drop_casts_without_graph() -> None:
+    """Empty autocast's cache if an evaluation with a graph may follow one without (Decision 97)."""
+    if not CASTS_HAVE_GRAPHS and torch.is_grad_enabled() and torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        drop_casts_without_graph()
 
 
 def _gram(gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:

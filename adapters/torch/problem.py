@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
-from implicit_core.backends.torch import BACKEND
+from implicit_core.backends.torch import BACKEND, drop_casts_without_graph
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, vector_jacobian
@@ -34,6 +34,7 @@ def closed_over(f: Map[H, Z], h: H, z: Z) -> list[Tensor]:
     h_in = [as_leaf(x) for x in leaves]
     replayed = RandomState(leaves).replay(f)
     with torch.inference_mode(False), torch.enable_grad():
+        drop_casts_without_graph()
         evaluation = hoist(replayed, BACKEND.unflatten(structure, views(h_in)), z, has_storage)
     in_z = tensors(z)
     inputs = graph_inputs(evaluation, BACKEND.flatten(evaluation.value)[0], h_in, in_z)
