@@ -72,7 +72,11 @@ def zeros(library: Library, shape: tuple[int, ...]) -> Any:
     return library.array(np.zeros(shape))
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def named(solver: Any) -> str:
+    return "step" if solver is step else repr(solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 @pytest.mark.parametrize(("shape", "batch_ndim"), ALL)
 def test_an_empty_batch_has_an_empty_solution(
     library: Library, shape: tuple[int, ...], batch_ndim: int, solver: Any
@@ -142,7 +146,7 @@ def test_a_pytree(library: Library) -> None:
 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 def test_a_layer_of_torch(solver: Any, gradient: ic.Estimator) -> None:
     linear = nn.Linear(3, 3)
     x = torch.ones(0, 3, requires_grad=True)
@@ -232,7 +236,7 @@ def test_a_layer_of_jax(compiled: bool, gradient: ic.Estimator) -> None:
     assert gradients["x"].shape == (0, 3)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 def test_solvers_of_jax_compiled(solver: Any) -> None:
     def solved(x: Any, throw: bool = False) -> ic.Solution:
         f: Any = lambda h, x: jnp.tanh(0.3 * h + x)  # noqa: E731

@@ -35,6 +35,7 @@ from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
 from .random_state import RandomState
+from .referenced_modules import with_present_parameters
 from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 
@@ -98,7 +99,9 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
         if isinstance(gradient, (Unroll, BPTT)):
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:
-                steps = autograd.replace_f(lambda h, z: checkpoint(autograd.f, h, z, use_reentrant=False))
+                # A backward pass evaluates F again, perhaps when a module has other parameters.
+                f = with_present_parameters(autograd.f) if torch.is_grad_enabled() else autograd.f
+                steps = autograd.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False))
             watched = Watched(steps)
             value = _unrolled(watched.problem, solution.value, z, gradient)
             return watched.told(solution._replace(value=value), options)
