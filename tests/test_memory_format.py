@@ -118,7 +118,7 @@ def alike(a: Run, b: Run) -> None:
 
 @pytest.mark.parametrize("batch_ndim", [0, 1])
 @pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: "iterated" if solver is iterated else repr(solver))
 def test_every_solver_keeps_it(solver: Any, dimensions: int, batch_ndim: int) -> None:
     if isinstance(solver, ic.Compacting) and not batch_ndim:
         solver = solver.solver
