@@ -12,6 +12,7 @@ from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 
 from .referenced_modules import modules_of
+from .tensors import is_expanded
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
         (name, tensor, tensor.detach().clone())
         for module in modules_of(f)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if not is_expanded(tensor)  # which cannot be copied, and is only read
     ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
