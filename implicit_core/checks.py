@@ -143,10 +143,13 @@ def _shapes_and_dtypes(arrays: list[tuple[tuple[int, ...], Any]]) -> str:
     return "(" + ", ".join(f"{dtype} {shape}" for shape, dtype in arrays) + ("," if len(arrays) == 1 else "") + ")"
 
 
-def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:
-    """``got`` has the structure, shapes, dtypes and devices of ``expected``."""
+def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> PyTree:
+    """``got``, which has the shapes, dtypes and devices of ``expected``, in its structure, see :func:`structured`."""
     leaves, structure = backend.flatten(got)
     expected_leaves, expected_structure = backend.flatten(expected)
+    if structure != expected_structure:
+        got = structured(backend, got, expected)
+        leaves, structure = backend.flatten(got)
     if structure != expected_structure:
         raise TypeError(f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}")
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
@@ -156,6 +159,34 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
+    return got
+
+
+def structured(backend: "Backend", got: PyTree, expected: PyTree) -> PyTree:
+    """``got`` in the structure of ``expected``, if it differs in lists, tuples and named tuples alone; else unchanged.
+
+    Their leaves are in the same order. Two different named tuples are a difference.
+    """
+    if backend.is_array(got) or backend.flatten(got)[1] == backend.flatten(expected)[1]:
+        return got
+    made = _with_sequences_of(expected, got)
+    return made if backend.flatten(made)[1] == backend.flatten(expected)[1] else got
+
+
+def _with_sequences_of(expected: Any, got: Any) -> Any:
+    if type(expected) is dict and type(got) is dict and expected.keys() == got.keys():
+        return {key: _with_sequences_of(expected[key], part) for key, part in got.items()}
+    kinds = type(expected), type(got)
+    if not all(map(_is_sequence, kinds)) or len(expected) != len(got):
+        return got
+    if kinds[0] is not kinds[1] and not {list, tuple} & set(kinds):
+        return got
+    parts = list(map(_with_sequences_of, expected, got))
+    return parts if kinds[0] is list else tuple(parts) if kinds[0] is tuple else kinds[0](*parts)
+
+
+def _is_sequence(kind: type) -> bool:
+    return kind in (list, tuple) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
 def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
@@ -214,6 +245,8 @@ def numbers_as_arrays(backend: "Backend", got: PyTree, expected: PyTree) -> PyTr
     leaves, structure = backend.flatten(got)
     if not any(_is_number(backend, leaf) for leaf in leaves):
         return got
+    got = structured(backend, got, expected)
+    structure = backend.flatten(got)[1]
     references, expected_structure = backend.flatten(expected)
     if structure != expected_structure:
         return got

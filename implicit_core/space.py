@@ -91,7 +91,7 @@ class Space:
         return self._flat([tree] if self._is_array else self.backend.flatten(tree)[0])
 
     def accept(self, name: str, tree: PyTree) -> State:
-        """A pytree that must be like the space's, as a state.
+        """A pytree that must be like the space's, as a state. A list may stand for a tuple, and a tuple for a list.
 
         Raises
         ------
@@ -105,6 +105,9 @@ class Space:
             leaves, structure = self.backend.flatten(tree)
             if not all(map(self.backend.is_array, leaves)):
                 tree = checks.numbers_as_arrays(self.backend, tree, self.like)
+                leaves, structure = self.backend.flatten(tree)
+            if structure != self.structure:
+                tree = checks.structured(self.backend, tree, self.like)
                 leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
