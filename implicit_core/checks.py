@@ -1,9 +1,9 @@
 """Argument checks: each error names the argument, what came, and what was expected."""
 
 import operator
+from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
-
-import optree
 
 from .arrays import PyTree, State
 
@@ -151,7 +151,10 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         got = structured(backend, got, expected)
         leaves, structure = backend.flatten(got)
     if structure != expected_structure:
-        raise TypeError(f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}")
+        raise TypeError(
+            f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}"
+            + unregistered(leaves)
+        )
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
@@ -213,11 +216,10 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
 
 
 def no_masks(name: str, tree: PyTree) -> None:
-    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 79).
+    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 79)."""
+    from .registry import leaves_of  # which imports this module
 
-    Classes that only a framework knows as containers are leaves here, and are left alone, as all other objects are.
-    """
-    if any(map(is_masked, optree.tree_leaves(tree))):
+    if any(map(is_masked, leaves_of(tree))):
         raise TypeError(
             f"{name} must not hold masked arrays, whose mask a solve would lose: "
             f"write {name}.filled(...) with a number to compute with"
@@ -226,10 +228,10 @@ def no_masks(name: str, tree: PyTree) -> None:
 
 def supported(name: str, tree: PyTree) -> None:
     """No leaf of a pytree is an array that a solve would misread, such as one of longdouble (Decision 79)."""
-    from .registry import find_backend  # which imports this module
+    from .registry import find_backend, leaves_of  # which import this module
 
     no_masks(name, tree)
-    for leaf in optree.tree_leaves(tree):
+    for leaf in leaves_of(tree):
         is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
         if is_array and (reason := find_backend(leaf, name).unsupported(leaf, name)):
             raise TypeError(f"{name} must hold plain arrays, got one {reason}")
@@ -282,4 +284,16 @@ def _difference(backend: "Backend", leaf: Any, reference: Any) -> tuple[type[Exc
 
 
 def _kind(leaf: Any) -> str:
-    return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
+    kind = f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
+    return kind + unregistered([leaf])
+
+
+def unregistered(leaves: Iterable[object]) -> str:
+    """What to do about a leaf that is a dataclass, as the end of a sentence; nothing if there is none."""
+    name = next((type(leaf).__name__ for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)), None)
+    if name is None:
+        return ""
+    return (
+        f"; register the dataclass {name} as a pytree: torch.export.register_dataclass({name}), or for JAX "
+        f"jax.tree_util.register_dataclass({name})"
+    )

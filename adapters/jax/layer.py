@@ -113,6 +113,8 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
 
     def f(h: H, arrays: Arrays) -> H:
         value: H = checks.structured(BACKEND, problem.f(h, static.combine(arrays)), h)
+        if remedy := checks.unregistered(jax.tree.leaves(value)):  # JAX would say that it is no type of its own
+            raise TypeError(f"the result of f must hold arrays of jax{remedy}")
         return value
 
     hoisted = hoist(f, h0, arrays)
