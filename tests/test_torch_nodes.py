@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,9 +55,15 @@ class Box:
         self.parts, self.name = parts, name
 
 
-torch.export.register_dataclass(Carry)
-torch.export.register_dataclass(Inputs)
-torch_pytree.register_dataclass(Private, field_names=["high", "low"], drop_field_names=["note"])
+def register(kind: type) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.6 warns of a function that it calls itself
+        torch.export.register_dataclass(kind)
+
+
+register(Carry)
+register(Inputs)
+torch_pytree.register_pytree_node(Private, lambda h: ([h.high, h.low], None), lambda parts, _: Private(*parts))
 torch_pytree.register_pytree_node(Box, lambda box: (box.parts, box.name), lambda parts, name: Box(list(parts), name))
 
 KINDS: dict[str, Any] = {
@@ -181,7 +188,7 @@ def test_registered_after_its_first_use() -> None:
     h0 = Late(torch.zeros_like(X), torch.zeros_like(X))
     with pytest.raises(TypeError, match=r"register the dataclass Late as a pytree: torch.export.register_dataclass"):
         ict.fixed_point(lambda h, x: Late(*pair(h, x)), h0, X)
-    torch.export.register_dataclass(Late)
+    register(Late)
     assert isinstance(ict.fixed_point(lambda h, x: Late(*pair(h, x)), h0, X).value, Late)
 
 
