@@ -145,6 +145,18 @@ class Space:
         )
         return space
 
+    def as_one(self) -> "Space":
+        """The space of all samples as a single one, whose states are those of this space, reshaped to (1, N D)."""
+        space, n, xp = copy.copy(self), self.samples, self.xp
+        space.samples, space.batch_shape = 1, ()
+        space.flat_shapes = [(1, n * d) for _, d in self.flat_shapes]
+        space._is_flat = space.shapes == space.flat_shapes and not self.rounds
+        space._units = self._units and tuple(
+            unit if isinstance(unit, float) else xp.reshape(xp.broadcast_to(unit, shape), (1, math.prod(shape)))
+            for unit, shape in zip(self._units, self.flat_shapes, strict=True)
+        )
+        return space
+
     def unpack(self, x: State) -> PyTree:
         """The inverse of :meth:`pack`."""
         if self._units is not None:
