@@ -97,7 +97,9 @@ def test_what_has_no_status_is_not_counted(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("inputs", [2, WIDTH])
-@pytest.mark.parametrize("h0", [(WIDTH,), [WIDTH], torch.Size([WIDTH]), start], ids=str)
+@pytest.mark.parametrize(
+    "h0", [(WIDTH,), [WIDTH], torch.Size([WIDTH]), start], ids=["tuple", "list", "size", "function"]
+)
 def test_starts_are_shapes_or_functions(h0: Any, inputs: int) -> None:
     x = torch.randn(4, inputs, dtype=torch.float64)
     layer = pickle.loads(pickle.dumps(ict.ImplicitLayer(Cell(inputs), h0=h0, solver=ic.Anderson(rtol=1e-12))))

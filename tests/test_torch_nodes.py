@@ -117,7 +117,9 @@ def both(make: Any, solve: Any) -> None:
 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize(
+    "solver", SOLVERS, ids=lambda solver: repr(solver) if isinstance(solver, ic.Solver) else "callable"
+)
 @pytest.mark.parametrize("name", list(KINDS))
 @pytest.mark.filterwarnings("ignore::implicit_core.ConvergenceWarning")
 def test_states(name: str, solver: Any, gradient: ic.Estimator) -> None:
