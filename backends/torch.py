@@ -217,6 +217,7 @@ class Protected(Generic[H, Z]):
     def __init__(self, f: Callable[[H, Z], H]) -> None:
         self._f = f
         self._writes: bool | None = None
+        self.__qualname__ = getattr(f, "__qualname__", None) or repr(f)
 
     def __call__(self, h: H, z: Z) -> H:
         try:

@@ -101,5 +101,6 @@ def fixed_point(
 
     solution = layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
     # Decision 15.
-    with find_backend(solution.value).on_device_of(solution.value):
-        return solution._replace(aux=both(solution.value, z)[1])
+    backend = find_backend(solution.value)
+    with backend.on_device_of(solution.value):
+        return solution._replace(aux=backend.protected(both)(solution.value, z)[1])
