@@ -19,6 +19,11 @@ UNROLLED = [ic.Unroll(3, 0.5), ic.Unroll(3, 0.5, recompute=True), ic.BPTT(6)]
 ESTIMATORS = [*UNROLLED, *PHANTOM, EXACT]
 
 
+def name(gradient: ic.Estimator) -> str:
+    """A short name for a test."""
+    return type(gradient).__name__
+
+
 class Model(nn.Module):
     """A linear encoder, an implicit layer and a linear head, in float64."""
 
@@ -83,12 +88,12 @@ def inverse(gradient: ic.Estimator, cell: nn.Module, h: Tensor, z: Tensor) -> Te
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """The gradient of each parameter that requires one."""
-    chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = {key: p for key, p in model.named_parameters() if p.requires_grad}
     return dict(zip(chosen, torch.autograd.grad(loss, chosen.values()), strict=True))
 
 
 def close(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-9) -> None:
     """Fail where one of the tensors differs."""
     assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, atol=atol, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, atol=atol, rtol=1e-9, msg=lambda m, key=key: f"{key}: {m}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cells import Dense
-from packages.models import ESTIMATORS, EXACT, STEPS, Model, inputs, inverse, plain
+from packages.models import ESTIMATORS, EXACT, STEPS, Model, inputs, inverse, name, plain
 from torch import Tensor, nn
 
 import implicit_core as ic
@@ -21,7 +21,7 @@ def gradient_of_inputs(model: Model, x: Tensor) -> Tensor:
     return torch.autograd.grad(plain(model, x)[:, TARGET].sum(), x)[0]
 
 
-@pytest.mark.parametrize("gradient", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("gradient", ESTIMATORS, ids=name)
 def test_attributions_by_gradients_are_those_of_the_estimator(gradient: ic.Estimator) -> None:
     model, (x, _) = Model(gradient), inputs()
     expected = gradient_of_inputs(model, x)
@@ -46,7 +46,7 @@ def test_integrated_gradients_sum_to_the_difference_only_with_the_exact_gradient
     assert excess(Model(ic.OneStep())) > 1e-2
 
 
-@pytest.mark.parametrize("gradient", [EXACT, ic.Neumann(4, 0.5)], ids=str)
+@pytest.mark.parametrize("gradient", [EXACT, ic.Neumann(4, 0.5)], ids=name)
 def test_a_layer_is_seen_at_its_fixed_point_and_its_cell_with_the_solved_cotangent(gradient: ic.Estimator) -> None:
     model, (x, _) = Model(gradient), inputs()
     with torch.no_grad():

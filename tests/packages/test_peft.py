@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from packages.models import ESTIMATORS, Model, close, gradients, inputs, plain, squares
+from packages.models import ESTIMATORS, Model, close, gradients, inputs, name, plain, squares
 
 import implicit_core as ic
 
@@ -19,7 +19,7 @@ def adapted(model: Model, **options: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["hidden", "input"], **settings))
 
 
-@pytest.mark.parametrize("gradient", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("gradient", ESTIMATORS, ids=name)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_the_adapters_alone_get_gradients_and_the_right_ones(gradient: ic.Estimator, dora: bool) -> None:
     x, y = inputs()
