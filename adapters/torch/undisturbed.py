@@ -34,6 +34,7 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
         (name, tensor, tensor.detach().clone())
         for module in modules_of(f)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if not tensor.is_meta  # offloaded: hooks give the module its numbers for each call
     ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
