@@ -118,7 +118,8 @@ REPLACED = pytest.mark.xfail(
     reason="F is evaluated again after the optimizer replaced the parameters of the cell", raises=AssertionError
 )
 IMPLICIT = [pytest.param(EXACT, run, id=f"Implicit-{run}", marks=REPLACED if "Meta" in run else ()) for run in RUNS]
-CASES = [*IMPLICIT, *(pytest.param(g, run, id=f"{name(g)}-{run}") for g in (ic.BPTT(6), LONG) for run in RUNS)]
+OTHERS = [pytest.param(g, run, id=f"{name(g)}-{run}") for g in (ic.BPTT(6), LONG, ic.Neumann(300, 1.0)) for run in RUNS]
+CASES = [*IMPLICIT, *OTHERS]
 
 
 @pytest.mark.parametrize(("gradient", "run"), CASES)
