@@ -4,14 +4,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic
 
 import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 
-from implicit_core.arrays import History, Matrices, Numbers, PyTree, Row, State
+from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
 from implicit_core.backend import Backend, Loop, Stream
 from implicit_core.space import Space, total
 
@@ -20,6 +21,27 @@ SPECIAL_STREAMS = (1, 2)
 
 LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
+
+WRITES_LATER = (
+    "f wrote to its argument h, which it did not in its first evaluation: let it always return a new tensor, "
+    "`torch.relu(h)` instead of `torch.relu_(h)`, or always work on a copy, `h = h.clone()`"
+)
+
+TRACED = (
+    "a solve stops on a test of its numbers, which make_fx cannot trace, nor torch.func.linearize, which uses it: take "
+    "torch.func.jvp or torch.func.vjp, and torch.export for a program"
+)
+NO_GRAPH = "does not require grad and does not have a grad_fn"
+DERIVATIVE_IN_F = (
+    "A solve evaluates f without a graph. For a derivative within f, as in a step down an energy, use torch.func.grad: "
+    "h - 0.5 * torch.func.grad(energy)(h, x)"
+)
+
+CASTS_HAVE_GRAPHS = torch.__version__ >= (2, 11)  # type: ignore[operator]  # a TorchVersion, which compares so
+"""Whether autocast casts a weight with a graph even where autograd is disabled, before it keeps the cast in its cache.
+
+Otherwise a weight gets no gradient, silently, if F was evaluated without a graph before.
+"""
 
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 
@@ -91,7 +113,7 @@ class TorchSpace(Space):
 
     def rows_in_use(self, history: History, index: int | Tensor) -> History:
         n = history[0].shape[1]
-        if isinstance(index, Tensor) or index >= n or all(a.numel() < LARGE for a in history):
+        if isinstance(index, Tensor) or index >= n or not any(map(_is_large, history)):
             return history
         return History(tuple(a.narrow(1, 0, index) for a in history))
 
@@ -118,6 +140,10 @@ class TorchSpace(Space):
 
     def take(self, x: Tensor, index: int | Tensor, axis: int) -> Tensor:
         return x.index_select(axis, index) if isinstance(index, Tensor) else x.narrow(axis, index, 1)
+
+    def eye(self, m: int) -> Tensor:
+        # Not torch.eye, which ONNX has no translation of within a solve.
+        return torch.diag_embed(torch.ones(m, dtype=self.dtype, device=self.device))
 
     def table(self, rows: Tensor) -> Rows:
         return Rows(rows)
@@ -174,10 +200,53 @@ class Unread:
 UNREAD = Unread()
 
 
+class Protected(Generic[H, Z]):
+    """F, which is handed copies if it writes to its argument, as ``torch.nn.ReLU(inplace=True)`` does (Decision 91).
+
+    Tensors count the writes to them. The first evaluation has a copy, and shows whether F writes.
+    """
+
+    def __init__(self, f: Callable[[H, Z], H]) -> None:
+        self._f = f
+        self._writes: bool | None = None
+
+    def __call__(self, h: H, z: Z) -> H:
+        try:
+            return self._call(h, z)
+        except RuntimeError as error:
+            if NO_GRAPH in str(error) and not torch.is_grad_enabled():
+                error.add_note(DERIVATIVE_IN_F)
+            raise
+
+    def _call(self, h: H, z: Z) -> H:
+        before = _writes(h)
+        if before is not None and self._writes is False:
+            value = self._f(h, z)
+            if _writes(h) != before:
+                raise ValueError(WRITES_LATER)
+            return value
+        own: H = BACKEND.map(torch.clone, h)
+        before = _writes(own)
+        value = self._f(own, z)
+        if before is not None:
+            self._writes = bool(self._writes) or _writes(own) != before
+        return value
+
+
+def _writes(h: PyTree) -> list[int] | None:
+    """How often each tensor of a pytree was written to; None if a tensor does not count, as those of inference mode."""
+    leaves = [h] if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
+    try:
+        return [x._version for x in leaves]
+    except RuntimeError:
+        return None
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
     has_autodiff = True
+    sees_writes = True
     streams = CUDAStreams()
 
     def device(self, x: Tensor) -> torch.device:
@@ -188,18 +257,55 @@ class TorchBackend(Backend):
         found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
         return found + ["mps"] * torch.backends.mps.is_available()
 
+    def axis_order(self, x: Tensor, batch_ndim: int) -> tuple[int, ...] | None:
+        """``channels_last`` and ``channels_last_3d``: the axis of channels has the least stride (Decision 94)."""
+        channels = max(batch_ndim, 1)
+        if x.ndim - channels not in (3, 4) or x.is_contiguous():
+            return None
+        order = (*range(channels), *range(channels + 1, x.ndim), channels)
+        # `is_contiguous(memory_format=...)` cannot be asked within vmap, and a batch may have several axes.
+        return order if x.permute(order).is_contiguous() else None
+
+    def in_axis_order(self, x: Tensor, order: tuple[int, ...] | None, batch_ndim: int) -> Tensor:
+        if self.axis_order(x, batch_ndim) == order:
+            return x
+        if order is None:
+            return x.contiguous()
+        return x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
+
+    def rows(self, x: Tensor, indices: Tensor) -> Tensor:
+        return x[indices]  # index_select, which is xp.take, returns C order
+
     def finfo(self, dtype: torch.dtype) -> torch.finfo:
         return torch.finfo(dtype)
 
     def stop_gradient(self, x: Tensor) -> Tensor:
         return x.detach()
 
+    def protected(self, f: Callable[[H, Z], H]) -> Callable[[H, Z], H]:
+        return f if isinstance(f, Protected) else Protected(f)
+
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""
-        return torch.no_grad()
+        if torch.compiler.is_compiling():  # in an exported program such a context would be a part of the program
+            return nullcontext()
+        return torch.no_grad() if CASTS_HAVE_GRAPHS else _without_graph()
 
     def capturing(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or is_tracing():  # torch.export and torch.jit.trace record operations, too
+            return True
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def readable(self, x: Tensor) -> bool:
+        if self.capturing(x):
+            return False
+        if x.is_cpu:  # numbers are read without PyTorch's dispatcher, from which a tracer would learn of it
+            try:
+                torch.equal(x, x)
+            except RuntimeError as error:
+                if "tracing tensor" in str(error):
+                    raise NotImplementedError(TRACED) from error
+        return True
 
     @property
     def recorder(self) -> Loop | None:  # type: ignore[override]  # it depends on the context
@@ -227,8 +333,28 @@ class TorchBackend(Backend):
         return counts
 
 
+def _is_large(history: Tensor) -> bool:
+    numbers: Any = history.numel()
+    return isinstance(numbers, int) and numbers >= LARGE  # in an exported program a size may be a symbol
+
+
+def drop_casts_without_graph() -> None:
+    """Empty autocast's cache if an evaluation with a graph may follow one without (Decision 97)."""
+    if not CASTS_HAVE_GRAPHS and torch.is_grad_enabled() and torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        drop_casts_without_graph()
+
+
 def _gram(gram: Tensor, history: Tensor, index: int | Tensor) -> Tensor:
-    if isinstance(index, Tensor) or history.numel() < LARGE:  # Decision 18.
+    if isinstance(index, Tensor) or not _is_large(history):  # Decision 18.
         return torch.bmm(history, history.mT)  # recomputed: one product, while the update of a row takes six operations
     products = torch.bmm(history.narrow(1, index, 1), history.mT)
     gram.narrow(1, index, 1).copy_(products)

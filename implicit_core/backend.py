@@ -96,6 +96,8 @@ class Backend:
     """Whether arrays cannot be written to."""
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
+    sees_writes: bool = False
+    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluation is checked."""
     streams: Streams | None = None
     tracing: Tracing | None = None
     recorder: Loop | None = None
@@ -142,6 +144,21 @@ class Backend:
     def known(self) -> AbstractContextManager[Any]:
         """The context of operations on arrays whose numbers are known, also while a program is traced around them."""
         return nullcontext()
+
+    def axis_order(self, x: Array, batch_ndim: int) -> tuple[int, ...] | None:
+        """The axes of ``x``, the one with the largest stride first, where the user's function must see this order.
+
+        The first ``batch_ndim`` axes come first. None for C order, which states of all other layouts are brought into.
+        """
+        return None
+
+    def in_axis_order(self, x: Array, order: tuple[int, ...] | None, batch_ndim: int) -> Array:
+        """``x``, copied if its :meth:`axis_order` is another one."""
+        return x
+
+    def rows(self, x: Array, indices: Array) -> Array:
+        """The entries of ``x`` along its first axis, in an order of its axes in memory as ``x`` has."""
+        return self.xp.take(x, indices, axis=0)
 
     def finfo(self, dtype: Any) -> Any:
         """Limits of a floating dtype, as in the array API."""
@@ -252,6 +269,10 @@ class Backend:
         digits = [xp.sum(xp.astype(mask, xp.int64)) * base**i for i, mask in enumerate(masks)]
         number = int(sum(digits[1:], digits[0]))
         return [number // base**i % base for i in range(len(masks))]
+
+    def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
+        return f
 
     def solving(self) -> AbstractContextManager[Any]:
         """The context of a solve: no autodiff graph, and no warnings for what a status reports."""

@@ -207,6 +207,7 @@ def check(
     solver = as_solver(solver)
     backend = find_backend(h0, "h0")
     space = problem.space(h0, "h0")
+    checks.samples("h0", space.batch_shape)
     if not all(map(backend.readable, backend.flatten((h0, z))[0])):
         raise NotImplementedError("check reads numbers, so it cannot run within jax.jit or a captured graph")
     adapter = find_adapter((h0, z))
@@ -222,7 +223,7 @@ def check(
         if {"random", "structure", "writes"} & found.kinds():
             found.notes.append("derivatives, which an F like this has none of")
             return found.report(problem, "h0")
-        made = with_derivatives(problem, h0, z)
+        made = with_derivatives(problem, (h0, z))
         problem = _pullbacks_alone(made) if changed and made is not problem else made
         with undisturbed(problem.f, h0):
             return _at_a_point(problem, space, h0, z, solver, seed, found)

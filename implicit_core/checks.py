@@ -106,18 +106,22 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
             raise ValueError(
                 f"{name} has a leaf of shape {tuple(leaf.shape)}, too few axes for batch_ndim={batch_ndim}"
             )
-    batches = {tuple(leaf.shape[:batch_ndim]) for leaf in leaves}
-    if len(batches) != 1:
+    batches = [tuple(leaf.shape[:batch_ndim]) for leaf in leaves]  # no set: a size that is exported has no hash
+    batch = batches[0]
+    if any(other != batch for other in batches):
         raise ValueError(
-            f"the first batch_ndim={batch_ndim} axes of all leaves of {name} must agree, got {sorted(batches)}"
+            f"the first batch_ndim={batch_ndim} axes of all leaves of {name} must agree, got {sorted(set(batches))}"
         )
     devices = {str(backend.device(leaf)) for leaf in leaves}
     if len(devices) != 1:
         raise ValueError(f"all leaves of {name} must be on one device, got {sorted(devices)}")
-    batch = batches.pop()
-    if 0 in batch:
-        raise ValueError(f"{name} holds an empty batch: batch shape {batch}")
     return batch
+
+
+def samples(name: str, batch_shape: tuple[int, ...]) -> None:
+    """A batch has samples, for what measures numbers of samples. A layer of an empty batch is empty."""
+    if 0 in batch_shape:
+        raise ValueError(f"{name} holds an empty batch, of batch shape {batch_shape}: there is no sample to measure")
 
 
 def state_like(name: str, got: Any, expected: State) -> None:

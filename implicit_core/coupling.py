@@ -1,13 +1,15 @@
 """Does F couple what ``batch_ndim`` takes for independent samples? One product tells (Decision 82)."""
 
 import math
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from .arrays import Array, H, Mask, State, Z
-from .problem import BoundLinearization, Map
+from .problem import BoundLinearization, Linearization, Map, Problem
+from .registry import find_backend
 from .solution import CoupledSamplesError
 from .space import Space, normal
 
@@ -108,6 +110,27 @@ def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], wh
     if bool(found) and (message := reason(space, at, f, float(size))):
         raise CoupledSamplesError(f"{where}: {message}")
     return None
+
+
+def differences(f: Map[H, Z], batch_ndim: int) -> Problem[H, Z]:
+    """The problem of F, whose products with the Jacobian are differences F(h + u) - F(h), u as large as h.
+
+    They are no derivatives, but zero in the samples that a tangent does not reach, and computed without a graph.
+    """
+
+    def linearize(h: H, z: Z) -> Linearization[H, Z]:
+        backend, value = find_backend(h), f(h, z)
+        space = backend.space(h, batch_ndim)
+        size = space.magnitude(space.pack(h))
+
+        def jvp_h(v: H) -> H:
+            moved = space.unpack(space.axpy(size, space.pack(v), space.pack(h)))
+            difference: H = backend.map(operator.sub, f(moved, z), value)
+            return difference
+
+        return Linearization(value, jvp_h=jvp_h)
+
+    return Problem(f, linearize=linearize, batch_ndim=batch_ndim)
 
 
 def unchecked(record: R) -> R:

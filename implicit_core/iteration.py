@@ -17,7 +17,7 @@ from . import checks, progress
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch
 from .carry import Best, Carry, Count, Point
-from .problem import Problem
+from .problem import Problem, with_derivatives
 from .progress import Progress, Start
 from .solution import CoupledSamplesError, Solution, Stats, Status
 from .system import System
@@ -78,6 +78,8 @@ class Iteration:
         self.solver, self.trace = solver, trace
         self.checked = False
         self.units: Numbers | None = None
+        if solver.uses_jacobian and isinstance(problem, Problem):
+            problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
 
@@ -116,7 +118,8 @@ class Iteration:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
-        can_check = not space.backend.immutable and space.backend.readable(start[0])
+        backend = space.backend
+        can_check = not (backend.immutable or backend.sees_writes) and backend.readable(start[0])
         x = space.copy(start) if can_check else start
         h = space.unpack(x)
         # An infinite start is no start.
@@ -358,7 +361,7 @@ class Iteration:
             least = space.xp.minimum(best.norm, point.norm)
         tolerance = self.tolerance(point.f_norm)
         ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
-        ended = ended & point.active & now
+        ended = progress.both(ended & point.active, now)
         cap = space.select(ended, space.full(float("nan")), made.cap)
         marked_least = space.select(now, least, made.marked_least)
         active, floor = point.active & ~ended, made.floor

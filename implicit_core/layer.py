@@ -121,7 +121,7 @@ def told(
             solution = _of_value(solution, options, space, *norms)
     if options.throw:
         return solution.raise_for_status()
-    if not (options.gradient.starts_from_h0 or _is_forced(options.solver)):
+    if not (options.gradient.starts_from_h0 or is_forced(options.solver)):
         status, residual = solution.status, solution.stats.residual
         backend = find_backend(status, "status")
         if backend.readable(status):
@@ -129,7 +129,7 @@ def told(
     return solution
 
 
-def _is_forced(solver: object) -> bool:
+def is_forced(solver: object) -> bool:
     """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
     return getattr(solver, "rtol", None) == 0 == getattr(solver, "absolute_tolerance", None)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from . import checks
-from .arrays import H, Z
+from .arrays import H, PyTree, Z
 from .backend import Backend
 from .registry import find_adapter, find_backend
 from .space import Space
@@ -324,9 +324,9 @@ class Problem(Generic[H, Z]):
         )
 
 
-def with_derivatives(problem: Problem[H, Z], h: H, z: Z) -> Problem[H, Z]:
+def with_derivatives(problem: Problem[H, Z], arrays: PyTree) -> Problem[H, Z]:
     """The problem, with the derivatives of the arrays' framework if it has none and there is an adapter."""
-    adapter = None if problem.has_derivatives else find_adapter((h, z))
+    adapter = None if problem.has_derivatives else find_adapter(arrays)
     if adapter is None:
         return problem
     made: Problem[H, Z] = adapter.problem(problem.f, batch_ndim=problem.batch_ndim, scale=problem.scale)

@@ -155,6 +155,14 @@ def is_checkpoint(evaluations: Index) -> Known:
     return at
 
 
+def both(mask: Mask, known: Known) -> Mask:
+    """``mask & known``, which not every program can record if ``known`` is True or False."""
+    if known is True:
+        return mask
+    result: Any = mask & known if known is not False else mask != mask
+    return result  # type: ignore[no-any-return]  # booleans are a mask
+
+
 def without_progress(
     progress: Progress, start: Start, evaluations: Index, norm: Numbers, least: Numbers, tolerance: Numbers
 ) -> Mask:
@@ -166,10 +174,10 @@ def without_progress(
     """
     # Tiny falls of an erratic residual are none; a steady one, at its least now, may be slow.
     stuck = (least >= progress.marked_least) | ((least > FALL * progress.marked_least) & (FALL * norm > least))
-    ran_away = (norm <= tolerance) & (evaluations >= FIRST_FAR)
-    flat = (FLAT * norm < progress.marked) & (evaluations >= FIRST_FLAT)
+    ran_away = both(norm <= tolerance, evaluations >= FIRST_FAR)
+    flat = both(FLAT * norm < progress.marked, evaluations >= FIRST_FLAT)
     # What rose by a transient and falls again may be above its least for long.
     still = (ran_away | flat) & (norm > FLAT * progress.marked)
-    late = (norm > FAST * progress.marked) & (evaluations >= FIRST_ANY)
+    late = both(norm > FAST * progress.marked, evaluations >= FIRST_ANY)
     ended: Mask = (norm > start.limit()) | (stuck & (still | late))
     return ended

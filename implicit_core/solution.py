@@ -10,7 +10,10 @@ from .arrays import Array, H, PyTree
 from .registry import find_backend
 from .warnings_ import warn
 
-CAPTURED = "throw=True cannot read statuses while a CUDA graph is being captured: read solution.status after a replay"
+CAPTURED = (
+    "throw=True cannot read statuses while a program is recorded (a CUDA graph, torch.export, torch.jit.trace): use "
+    "throw=False there, and read solution.status after a replay"
+)
 
 
 class Status(IntEnum):
@@ -216,6 +219,8 @@ class SolveError(RuntimeError):
 
 def check_statuses(what: str, status: Array, residual: Array) -> None:
     """Raise :class:`SolveError` unless every status is CONVERGED."""
+    if 0 in status.shape:
+        return
     backend = find_backend(status, "status")
     if not backend.readable(status):
         failed = status != Status.CONVERGED.value
@@ -245,6 +250,8 @@ def advice(failures: tuple[Failure, ...]) -> str:
 def counts(status: Array, residual: Array, relative: Array | None) -> str:
     """How many samples ended how, in words; reads from the device."""
     backend = find_backend(status, "status")
+    if 0 in status.shape:
+        return "an empty batch"
     codes = [int(code) for code in backend.numbers(backend.xp.astype(status, residual.dtype))]
     numbers = backend.numbers(residual if relative is None else relative)
     found = [f"{codes.count(code)} {code.name}" for code in Status if code in codes]

@@ -74,7 +74,8 @@ def solve(
     checks.instance("throw", throw, bool, "True")
     checks.instance("trace", trace, bool, "True")
     checks.no_masks("z", z)
-    with find_backend(h0).on_device_of(h0):
+    backend = find_backend(h0)
+    with backend.on_device_of(h0), backend.solving():
         solution = solver.solve(problem, h0, z, trace=trace)
         if type(solver).solve is not Solver.solve:
             _check(solver, solution, h0)

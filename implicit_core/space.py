@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 """An array."""
+Axes = tuple[int, ...]
+"""The axes of an array, the one with the largest stride first."""
 
 
 class Space:
@@ -65,6 +67,8 @@ class Space:
         self.samples = math.prod(self.batch_shape)
         self.shapes = [tuple(leaf.shape) for leaf in leaves]
         self.flat_shapes = [(self.samples, math.prod(shape[batch_ndim:])) for shape in self.shapes]
+        # Numbers stay in the order that a leaf has them in memory, so that packing it copies nothing. Decision 94.
+        self._orders = [backend.axis_order(leaf, batch_ndim) for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.dtype = _widest(backend, self.dtypes)
         self.device = backend.device(leaves[0])
@@ -145,8 +149,10 @@ class Space:
         if self._is_array and self._is_flat:
             return x[0]
         leaves = [
-            self._cast(leaf if shape == flat else self.xp.reshape(leaf, shape), dtype)
-            for leaf, shape, flat, dtype in zip(x, self.shapes, self.flat_shapes, self.dtypes, strict=True)
+            self._cast(leaf if shape == flat else self._shaped(leaf, shape, order), dtype)
+            for leaf, shape, flat, order, dtype in zip(
+                x, self.shapes, self.flat_shapes, self._orders, self.dtypes, strict=True
+            )
         ]
         return self.backend.unflatten(self.structure, leaves)
 
@@ -188,9 +194,12 @@ class Space:
             raise TypeError(
                 f"scale must be a number, or have the structure of the unknown, {self.structure}, got {structure}"
             )
-        return tuple(self._flat_unit(leaf, shape, batch_ndim) for leaf, shape in zip(leaves, self.shapes, strict=True))
+        return tuple(
+            self._flat_unit(leaf, shape, order, batch_ndim)
+            for leaf, shape, order in zip(leaves, self.shapes, self._orders, strict=True)
+        )
 
-    def _flat_unit(self, unit: Any, shape: tuple[int, ...], batch_ndim: int) -> Any:
+    def _flat_unit(self, unit: Any, shape: tuple[int, ...], order: Axes | None, batch_ndim: int) -> Any:
         if isinstance(unit, (int, float)):
             return float(unit)
         xp = self.xp
@@ -198,8 +207,11 @@ class Space:
         state = shape[batch_ndim:]
         of_one_sample = unit.ndim <= len(state)
         whole = state if of_one_sample else shape
+        if order is not None and of_one_sample:
+            order = tuple(axis - batch_ndim for axis in order[batch_ndim:])
         try:
-            return xp.reshape(xp.broadcast_to(unit, whole), (1 if of_one_sample else self.samples, math.prod(state)))
+            unit = _ordered(xp, xp.broadcast_to(unit, whole), order)
+            return xp.reshape(unit, (1 if of_one_sample else self.samples, math.prod(state)))
         except (ValueError, RuntimeError, TypeError):
             raise ValueError(f"scale has a leaf of shape {tuple(unit.shape)} for one of shape {shape}") from None
 
@@ -208,10 +220,20 @@ class Space:
             return State(tuple(leaves))
         return State(
             tuple(
-                self._cast(leaf if tuple(leaf.shape) == flat else self.xp.reshape(leaf, flat), self.dtype)
-                for leaf, flat in zip(leaves, self.flat_shapes, strict=True)
+                self._cast(
+                    leaf if tuple(leaf.shape) == flat else self.xp.reshape(_ordered(self.xp, leaf, order), flat),
+                    self.dtype,
+                )
+                for leaf, flat, order in zip(leaves, self.flat_shapes, self._orders, strict=True)
             )
         )
+
+    def _shaped(self, leaf: Array, shape: tuple[int, ...], order: Axes | None) -> Array:
+        """A leaf (N, D) of a state in its own shape, its axes in memory in the given order."""
+        if order is None:
+            return self.xp.reshape(leaf, shape)
+        in_memory = self.xp.reshape(leaf, tuple(shape[axis] for axis in order))
+        return self.xp.permute_dims(in_memory, tuple(order.index(axis) for axis in range(len(order))))
 
     def _cast(self, leaf: Array, dtype: Any) -> Array:
         return leaf if leaf.dtype == dtype else self.xp.astype(leaf, dtype)
@@ -414,6 +436,11 @@ class Space:
     def table(self, rows: Array) -> Any:
         """The rows of a constant array (m, ...), to be read with ``table[index]`` at the loop's counter."""
         return tuple(rows[i, ...] for i in range(rows.shape[0]))
+
+
+def _ordered(xp: Any, a: Array, order: Axes | None) -> Array:
+    """``a``, its axes in the given order."""
+    return a if order is None else xp.permute_dims(a, order)
 
 
 def compact(xp: Any, a: Array) -> Array:

@@ -20,10 +20,11 @@ class System:
         checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
         self.problem, self.z = problem, z
         self.space = problem.space(h0, "h0")
+        self.f = self.space.backend.protected(problem.f)
 
     def evaluate(self, h: PyTree) -> State:
         """F(h, z)."""
-        return self._accept(self.problem.f(h, self.z))
+        return self._accept(self.f(h, self.z))
 
     def linearize(self, h: PyTree) -> tuple[State, Operator]:
         """F(h, z) and ``v -> (∂F/∂h) v`` there, for one evaluation of F."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from libraries import NUMPY, TORCH, Library, flat, unflat
+from libraries import JAX, NUMPY, TORCH, Library, flat, unflat
 from problems import CASES, Case, affine, layer, pytree, rotation, scalar, symmetric_layer
 
 import implicit_core as ic
@@ -50,6 +50,45 @@ def test_plain_iteration_finds_a_root_or_says_that_it_did_not(case: Case, librar
         assert np.max(np.abs(flat(value) - flat(root))) > 1e-9
     else:
         np.testing.assert_allclose(flat(value), flat(root), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("framework", [TORCH, JAX], ids=lambda library: library.name)
+@pytest.mark.parametrize("called", ["solve", "solver", "compacting", "callable"])
+@pytest.mark.parametrize("case", [layer(), pytree()], ids=lambda case: case.name)
+def test_frameworks_with_autodiff_differentiate_a_plain_f(case: Case, called: str, framework: Library) -> None:
+    """Newton's steps are those with the Jacobian of the user's callbacks."""
+    given = case.problem(framework)
+    plain = ic.Problem(given.f, batch_ndim=given.batch_ndim)
+    h0, z, newton = framework.array(case.h0), framework.array(case.z), ic.NewtonKrylov(**TIGHT)
+    expected = ic.solve(given, h0, z, solver=newton)
+    if called == "solve":
+        solution = ic.solve(given.f, h0, z, solver=newton, batch_ndim=given.batch_ndim)
+    elif called == "solver":
+        solution = newton.solve(plain, h0, z)
+    elif called == "compacting":
+        batched: Any = {"w": False, "x": True} if case.name == "layer" else False
+        solution = ic.solve(plain, h0, z, solver=ic.Compacting(newton, batched=batched))
+    else:
+        products = []
+
+        def function(problem: Any, h: Any, z: Any) -> Any:
+            products.append(problem.linearize(h, z).jvp_h(h))
+            return expected.value
+
+        ic.solve(plain, h0, z, solver=function)
+        reference = given.linearize(h0, z).jvp_h(h0)
+        np.testing.assert_allclose(flat(framework.numpy(products[0])), flat(framework.numpy(reference)), atol=1e-12)
+        return
+    assert np.all(framework.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(flat(framework.numpy(solution.value)), flat(case.oracle()), atol=1e-9, rtol=0)
+    np.testing.assert_array_equal(*(framework.numpy(s.stats.steps) for s in (solution, expected)))
+
+
+@pytest.mark.parametrize("z", [NUMPY, TORCH], ids=lambda library: library.name)
+def test_numpy_has_no_derivative_of_a_plain_f(z: Library) -> None:
+    """Whatever z holds: f computes with arrays of NumPy, which nothing differentiates."""
+    with pytest.raises(NotImplementedError, match="needs the JVP of F, which this problem doesn't have: pass jvp="):
+        ic.solve(lambda h, z: np.tanh(h) + 1, np.zeros(2), z.array(np.ones(2)), solver=ic.NewtonKrylov())
 
 
 @pytest.mark.parametrize("solver", [ITERATION, dataclasses.replace(ITERATION, damping=0.9)])

@@ -107,6 +107,188 @@ def test_autocast(estimator: ic.Estimator, dtype: torch.dtype) -> None:
         torch.testing.assert_close(p.grad, gradient, atol=0.1 * float(gradient.abs().max()), rtol=0)
 
 
+def half(cache: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache)
+
+
+class OwnSolver:
+    """A solver of the user's, which disables autograd itself."""
+
+    def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> Any:
+        with torch.no_grad():
+            for _ in range(30):
+                h, h0 = h0, problem.f(h0, z)
+            residual = torch.linalg.vector_norm(h0 - h, dim=1)
+        steps = torch.full(residual.shape, 30, dtype=torch.int32)
+        return ic.Solution(h0, torch.full_like(steps, ic.CONVERGED), ic.Stats(steps, 30, residual))
+
+
+def at_fixed_point(net: Model, x: Tensor) -> Tensor:
+    options = {"solver": ic.Anderson(rtol=1e-2), "gradient": ic.Neumann(3, 0.5), "batch_ndim": 1}
+    return ict.fixed_point(net.layer.cell, torch.zeros_like(x), x, **options).value
+
+
+SOLVERS = [
+    ic.FixedPointIteration(rtol=1e-2),
+    ic.Anderson(rtol=1e-2),
+    ic.Broyden(rtol=1e-2),
+    ic.NewtonKrylov(rtol=1e-2),
+    ic.CallableSolver(lambda problem, h, x: problem.f(problem.f(h, x), x), rtol=0.1),
+    OwnSolver(),
+]
+LIBRARY: dict[str, Any] = {
+    **{
+        f"a solve by {type(solver).__name__}": lambda net, x, s=solver: ic.solve(
+            ict.problem(net.layer.cell, batch_ndim=1), 0 * x, x, solver=s
+        )
+        for solver in SOLVERS
+        if not isinstance(solver, ic.Anderson)  # whose own products would be autocast: only a layer prevents it
+    },
+    "the first call of the layer": lambda net, x: net.layer(x),
+    "certify": lambda net, x: ict.ImplicitLayer(net.layer.cell, solver=SOLVERS[0]).certify(x),
+    "a pushforward": lambda net, x: ic.Neumann(3, 0.5).jvp(ict.problem(net.layer.cell, batch_ndim=1), 0 * x, x, x),
+    "check": lambda net, x: ic.check(ict.problem(net.layer.cell, batch_ndim=1), 0 * x, x, solver=SOLVERS[0]),
+    "vmap": lambda net, x: torch.vmap(lambda x: at_fixed_point(net, x))(x[None]),
+    "func.jvp": lambda net, x: torch.func.jvp(lambda x: at_fixed_point(net, x), (x,), (x,)),
+}
+"""Evaluations of a cell that the library makes without a graph."""
+
+
+def without_a_graph(mode: Any, part: Any) -> Any:
+    def call(net: Model, x: Tensor) -> None:
+        with mode():
+            part(net)(x) if part is not cell_of else part(net)(x, x)
+
+    return call
+
+
+def cell_of(net: Model) -> nn.Module:
+    return net.layer.cell
+
+
+def layer_of(net: Model) -> nn.Module:
+    return net.layer
+
+
+CALLERS: dict[str, Any] = {
+    "the layer without a graph": without_a_graph(torch.no_grad, layer_of),
+    "the layer in inference mode": without_a_graph(torch.inference_mode, layer_of),
+    "the cell without a graph": without_a_graph(torch.no_grad, cell_of),
+    "the cell in inference mode": without_a_graph(torch.inference_mode, cell_of),
+}
+"""Evaluations of a cell that the caller makes without a graph."""
+
+
+@pytest.mark.parametrize("before", LIBRARY)
+def test_the_library_leaves_no_casts_without_a_graph(before: str) -> None:
+    """PyTorch before 2.11 would use them for the cell, whose weights would get no gradient."""
+    net = model(ic.Neumann(3, 0.5), solver=ic.Anderson(rtol=1e-2))
+    weights, h, x = list(net.layer.cell.parameters()), torch.ones(5, 8), torch.linspace(-1, 1, 40).reshape(5, 8)
+    with half(cache=False):
+        expected = torch.autograd.grad(net.layer.cell(h, x).sum(), weights)
+    with half():
+        LIBRARY[before](net, x)
+        got = torch.autograd.grad(net.layer.cell(h, x).sum(), weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("before", [*LIBRARY, *CALLERS])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_gradients_under_autocast_whatever_was_evaluated_before(estimator: ic.Estimator, before: str) -> None:
+    """The oracle casts the weights anew at every evaluation."""
+    net = model(estimator, solver=ic.Anderson(rtol=1e-2))
+    weights, x = list(net.layer.cell.parameters()), torch.linspace(-1, 1, 40).reshape(5, 8)
+    with half(cache=False):
+        expected = torch.autograd.grad(net.layer(x).square().sum(), weights)
+    with half():
+        (LIBRARY | CALLERS)[before](net, x)
+        got = torch.autograd.grad(net.layer(x).square().sum(), weights)
+    for a, b in zip(got, expected, strict=True):  # which differ by where half precision is rounded
+        torch.testing.assert_close(a, b, atol=0.02 * float(b.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_gradients_under_autocast_by_every_solver(solver: Any) -> None:
+    net = model(ic.Unroll(3, 0.5), solver=solver)
+    weights, x = list(net.layer.cell.parameters()), torch.linspace(-1, 1, 40).reshape(5, 8)
+    gradients = []
+    for cache in (False, True):
+        with half(cache):
+            gradients.append(torch.autograd.grad(net.layer(x).square().sum(), weights))
+    for b, a in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=0.02 * float(b.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if not getattr(e, "recompute", False)], ids=repr)
+def test_transforms_under_autocast(estimator: ic.Estimator, transform: str) -> None:
+    layer = model(estimator, solver=ic.Anderson(rtol=1e-2)).layer
+    weights, x = dict(layer.named_parameters()), torch.linspace(-1, 1, 40).reshape(5, 8)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    with half(cache=False):
+        expected = torch.autograd.grad(loss(weights), list(weights.values()))
+    with half():
+        if transform == "grad":
+            got = list(torch.func.grad(loss)(weights).values())
+        else:
+            got = torch.autograd.grad(torch.vmap(layer)(x[:, None]).square().sum(), list(weights.values()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0.02 * float(b.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("estimator", [ic.Implicit(), ic.Neumann(5, 0.5), ic.Unroll(3, 0.5)], ids=repr)
+def test_second_derivatives_under_autocast(estimator: ic.Estimator) -> None:
+    """The backward pass evaluates F again, after the caller evaluated it without a graph."""
+    net = model(estimator, solver=ic.Anderson(rtol=1e-2))
+    weights, x = list(net.layer.cell.parameters()), torch.linspace(-1, 1, 40).reshape(5, 8).requires_grad_()
+
+    def second(cache: bool) -> tuple[Tensor, ...]:
+        with half(cache):
+            value = net.layer(x).square().sum()
+            CALLERS["the cell without a graph"](net, x.detach())
+            first = torch.autograd.grad(value, x, create_graph=True)[0]
+            return torch.autograd.grad(first.square().sum(), weights)
+
+    for a, b in zip(second(True), second(False), strict=True):
+        torch.testing.assert_close(a, b, atol=0.05 * float(b.abs().max()), rtol=0)
+
+
+def test_certify_finds_a_weight_outside_of_the_cell_under_autocast() -> None:
+    outside = nn.Parameter(0.1 * torch.eye(8))
+
+    class Uses(Cell):
+        def forward(self, h: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(h) + h @ outside + x)
+
+    with half(), pytest.raises(ValueError, match=r"\(8, 8\)"):
+        ict.ImplicitLayer(Uses(), solver=SOLVERS[0]).certify(torch.ones(5, 8))
+
+
+def test_callbacks_that_leave_a_weight_out_are_refused_under_autocast() -> None:
+    weight, x = nn.Parameter(0.5 * torch.eye(8)), torch.ones(5, 8)
+    given = ic.Problem(lambda h, x: torch.tanh(h @ weight + x), vjp=lambda h, x, v: (v, v), batch_ndim=1)
+    with half():
+        with torch.no_grad():
+            given.f(x, x)
+        with pytest.raises(ValueError, match="closes over"):
+            ict.fixed_point(given, 0 * x, x, solver=ic.Anderson(rtol=1e-2))
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
+def test_a_layer_casts_the_weights_at_most_twice(gradient: ic.Estimator, steps: int) -> None:
+    """Once in the solve and once with a graph; PyTorch from 2.11 on needs only one cast."""
+    layer = ict.ImplicitLayer(Cell(), solver=ic.Broyden(max_steps=steps, rtol=0), gradient=gradient, check=False)
+    with half(), torch.profiler.profile(record_shapes=True) as profile:
+        layer(torch.ones(5, 8))
+    events = profile.key_averages(group_by_input_shape=True)
+    casts = [event.count for event in events if event.key == "aten::_to_copy" and event.input_shapes[0] == [8, 8]]
+    assert 1 <= sum(casts) <= 2
+
+
 @pytest.mark.parametrize("estimator", [ic.Implicit(), ic.Implicit(ic.BiCGSTAB()), ic.Neumann(5, 0.5)], ids=repr)
 def test_the_estimator_is_not_autocast(estimator: ic.Estimator) -> None:
     """In every autocast state of backward(). F is elementwise, so only products of a linear solver could be cast."""

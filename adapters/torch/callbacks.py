@@ -14,6 +14,7 @@ from implicit_core.problem import Problem
 from implicit_core.solution import Solution
 
 from .autograd import has_tangents, transforming
+from .compilation import never_compiled
 from .precision import full_precision
 from .tensors import Tensors, is_differentiable, tensors
 
@@ -35,7 +36,6 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
         raise NotImplementedError(ONLY_ONCE)
     gradient = options.gradient
     leaves, structure = BACKEND.flatten(z, none_is_leaf=True)
-    differentiable = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     z_in: Z = BACKEND.unflatten(structure, detached)
     solution = solver_point(problem, h0, z_in, options)
@@ -58,18 +58,20 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     norms = () if isinstance(gradient, AtFixedPoint) else watched.norms()
     solution = told(solution, options, problem, norms)
     outputs, h_structure = BACKEND.flatten(value)
+    used = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def pullback(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
         z_bar = pull(BACKEND.unflatten(h_structure, list(cotangents)))
         grads = BACKEND.flatten(z_bar, none_is_leaf=True)[0]
-        return [grads[i] for i in differentiable]
+        return [grads[i] if is_differentiable(leaves[i]) else None for i in used]
 
-    inputs = [leaves[i] for i in differentiable]
+    inputs = [leaves[i] for i in used]
     bound = _Pullback.apply(pullback, tuple(outputs), *inputs)  # type: ignore[no-untyped-call]  # torch's
     differentiable_value: H = BACKEND.unflatten(h_structure, list(bound))
     return solution._replace(value=differentiable_value)
 
 
+@never_compiled
 class _Pullback(torch.autograd.Function):
     """Known values, whose cotangents a given function pulls back to the inputs."""
 
@@ -82,11 +84,13 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.pullback = inputs[0]
+        ctx.save_for_backward(*inputs[2:])  # for autograd's check that nobody has changed them since
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         # Not `once_differentiable`: torch.autograd.grad skips its error, and then returns a wrong result.
         if torch.is_grad_enabled():
             raise NotImplementedError(ONLY_ONCE)
+        ctx.saved_tensors  # noqa: B018  # raises if one was changed
         with full_precision(cotangents[0]):
             return None, None, *ctx.pullback(cotangents)

@@ -1,6 +1,6 @@
 """What a layer looks at in its cell."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def notice_changes(cell: object) -> None:
         warn(
             f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so "
             "there is no fixed point: use VariationalDropout of implicit_core.adapters.torch, which keeps its mask "
-            "within a solve",
+            "within a solve. replace_dropout(cell) puts it in the place of dropout that a library made",
             ChangingFunctionWarning,
             once=True,
         )
@@ -89,4 +89,25 @@ def check_not_sharded(cell: object) -> None:
             "the cell is distributed over processes, so they would communicate at every evaluation, but each process "
             "stops after its own number of steps: wrap the ImplicitLayer, or the model, in fully_shard or "
             "DistributedDataParallel, not the cell or a part of it"
+        )
+
+
+def refuse_collectives(cell: object, evaluate: Callable[[], object]) -> None:
+    """Raise if an evaluation of the cell communicates, unless its parameters are distributed tensors.
+
+    Those compute the same numbers in all processes, so that all stop at the same step. All processes evaluate here.
+    """
+    from torch.distributed.tensor import DTensor  # slow imports, needed only in a group of processes
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    if isinstance(cell, nn.Module) and any(isinstance(x, DTensor) for x in cell.parameters()):
+        return
+    with CommDebugMode() as communication:
+        evaluate()
+    if found := communication.get_comm_counts():
+        names = ", ".join(sorted(str(operation) for operation in found))
+        raise RuntimeError(
+            f"the cell communicates with other processes ({names}), as SyncBatchNorm does in train mode, but each "
+            "process stops after its own number of steps, and then the others wait for ever: use GroupNorm or "
+            "LayerNorm, or move the communication out of the cell"
         )

@@ -13,14 +13,15 @@ from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Map
 
-from .function_modes import ObserveInputs, ReplaceInputs
+from .function_modes import ObserveInputs, Quiet, ReplaceInputs
 from .identity import IdentityMap, IdentitySet
-from .referenced_modules import with_current_parameters
+from .referenced_modules import with_present_parameters
 from .tensors import OnLeaves, Tensors, tensors
 
 OTHER_PARAMETER = (
-    "f used another parameter when it was called again for a derivative than in the solve. If functional_call replaced "
-    "it for one call, pass the module to fixed_point itself, or pass its parameters in z"
+    "f used another parameter when it was called again for a derivative than in the solve. If functional_call, or an "
+    "optimizer that is differentiated, replaced it in the meantime, pass the module to fixed_point itself, or pass its "
+    "parameters in z. Unroll(k, lam) calls f again in no backward pass"
 )
 
 
@@ -42,13 +43,14 @@ class Evaluation(NamedTuple, Generic[H]):
     produced_leaves: Callable[[], list[Tensor]]
 
 
-def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool]) -> Evaluation[H]:
+def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Quiet | None = None) -> Evaluation[H]:
     """Evaluate F, and find the tensors that it depends on.
 
     Closed-over tensors are found when they enter PyTorch's functions (Decision 37). Tensors that compiled or scripted
-    code holds are not found. Tensors that are not ``usable`` are left out: a vmap within f makes such.
+    code holds are not found. Tensors that are not ``usable`` are left out: a vmap within f makes such. ``quiet``
+    gates the hooks that f registers on tensors.
     """
-    with ObserveInputs(tensors(h)) as observed:
+    with ObserveInputs(tensors(h), quiet) as observed:
         value = f(h, z)
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
@@ -73,19 +75,27 @@ def with_explicit_inputs(
     externals
         Those among them that are to be replaced.
     """
-    known_externals = IdentitySet(known)
-    f = with_current_parameters(f, tensors(z), known)
+    known_externals, in_z = IdentitySet(known), IdentitySet(tensors(z))
+    parameters = [x for x in known if isinstance(x, nn.Parameter) and x not in in_z]
+    if not all(isinstance(x, nn.Parameter) or x in in_z for x in known):  # functional_call may be at work
+        f = with_present_parameters(f)
 
     def call(h_leaves: Sequence[Tensor], replacements: Sequence[Tensor]) -> Tensors:
         by_external = IdentityMap(zip(externals, replacements, strict=True))
+        used: IdentitySet[Tensor] = IdentitySet()
 
         def replace(x: Tensor) -> Tensor:
-            if isinstance(x, nn.Parameter) and x not in known_externals:
-                raise RuntimeError(OTHER_PARAMETER)
+            if isinstance(x, nn.Parameter):
+                if x not in known_externals:
+                    raise RuntimeError(OTHER_PARAMETER)
+                used.add(x)
             return by_external.get(x, x)
 
         with ReplaceInputs(replace):
             value = f(BACKEND.unflatten(structure, list(h_leaves)), BACKEND.map(replace, z))
-        return tuple(by_external.get(x, x) for x in BACKEND.flatten(value)[0])
+        result = tuple(replace(x) for x in BACKEND.flatten(value)[0])
+        if not all(x in used for x in parameters):  # tensors that are no parameters have taken their places
+            raise RuntimeError(OTHER_PARAMETER)
+        return result
 
     return call

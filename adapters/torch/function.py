@@ -4,6 +4,7 @@ Functions here take the leaves of h and the externals, all other tensors that F 
 so ``torch.func`` can transform them, and an axis of ``vmap`` can become one of the batch.
 """
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,8 +18,9 @@ from implicit_core.estimators import AtFixedPoint, Derivative
 from implicit_core.solution import SolveError
 
 from .autograd import transforming
+from .compilation import never_compiled
 from .precision import full_precision
-from .tensors import OnLeaves, Tensors, is_differentiable
+from .tensors import OnLeaves, Tensors, has_storage, is_differentiable
 from .values import BatchedF, on_values
 
 T = TypeVar("T")
@@ -37,6 +39,15 @@ UNKNOWN_INPUTS = (
 REEVALUATION_FAILED = (
     "a derivative of this gradient (create_graph=True) evaluates F and the estimator again within torch.func, where "
     "one of them failed. Unroll(k, lam) and BPTT(k) have every derivative that F has. PyTorch says: "
+)
+BATCHED = (
+    "{} stops on a test of its numbers, which PyTorch hides under is_grads_batched=True and vectorize=True: use "
+    "torch.func.jacrev, torch.func.hessian, torch.vmap(lambda v: torch.autograd.grad(h, x, v)[0])(cotangents), or "
+    "the estimators Unroll(k, lam) and Neumann(k, lam)"
+)
+COMPILED_AUTOGRAD = (
+    "If PyTorch's compiled autograd is on, it has freed the graph that an estimator at the fixed point needs for its "
+    "products: switch it off, torch._dynamo.config.compiled_autograd = False, or use Unroll(k, lam)"
 )
 FORWARD_TWICE = (
     "PyTorch's forward mode does not nest through an autograd.Function. Instead of jacfwd(jacfwd(f)) use "
@@ -121,6 +132,7 @@ def attach(rule: Rule, h: Sequence[Tensor], outputs: Sequence[Tensor], externals
     return tuple(_FixedPoint.apply(rule, *h, *outputs, *externals))  # type: ignore[no-untyped-call]  # torch's
 
 
+@never_compiled
 class _FixedPoint(torch.autograd.Function):
     """Known values with the derivatives of the root of h = F(h, externals).
 
@@ -139,6 +151,7 @@ class _FixedPoint(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.rule = inputs[0]
         ctx.set_materialize_grads(False)  # zeros for a buffer would ask for derivatives that it does not have
+        ctx.orders = [BACKEND.axis_order(x, ctx.rule.batch_ndim) for x in output]
         saved = (*output, *ctx.rule.split(inputs[1:])[2])
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -151,15 +164,19 @@ class _FixedPoint(torch.autograd.Function):
         first = next((v for v in cotangents if v is not None), None)
         if first is None:
             return None, *h, *outputs, *externals
+        if not (has_storage(first) or transforming() or rule.gradient.derivative is Derivative.OF_OPERATIONS):
+            raise NotImplementedError(BATCHED.format(type(rule.gradient).__name__))
         # Whether this derivative is itself to be differentiated, or transformed.
         differentiable = rule.vjp_h is None or torch.is_grad_enabled() or transforming()
         saved = ctx.saved_tensors if differentiable or any(v is None for v in cotangents) else ()
         v = tuple(torch.zeros_like(saved[i]) if v is None else v for i, v in enumerate(cotangents))
+        # F's own operations see cotangents in the memory format of h, whatever the loss sends.
+        v = tuple(BACKEND.in_axis_order(x, order, rule.batch_ndim) for x, order in zip(v, ctx.orders, strict=True))
         with full_precision(first):
             if differentiable:
                 externals = _cotangents(rule, saved, v, needed[2])
             else:
-                outputs = list(rule.inverse(rule.vjp_h, v, rule.batch_ndim, dual=True))
+                outputs = list(_along_graph(rule, v))
         return None, *h, *outputs, *externals
 
     @staticmethod
@@ -177,6 +194,17 @@ class _FixedPoint(torch.autograd.Function):
             primals, d = tuple(externals[i] for i in chosen), tuple(d_externals[i] for i in chosen)
             df = torch.func.jvp(_function_of(rule, h, externals, chosen), primals, d)[1]
             return _solve(rule, _pushforward, h, externals, df)
+
+
+def _along_graph(rule: Rule, v: Sequence[Tensor]) -> Tensors:
+    """D v by products along the graph of one F."""
+    assert rule.vjp_h is not None
+    try:
+        return rule.inverse(rule.vjp_h, v, rule.batch_ndim, dual=True)
+    except RuntimeError as error:
+        if "torch._dynamo" in sys.modules and "second time" in str(error):
+            error.add_note(COMPILED_AUTOGRAD)
+        raise
 
 
 def _nothing(n: int) -> list[Tensor | None]:

@@ -10,6 +10,17 @@ from .identity import IdentitySet, WeakIdentitySet
 from .tensors import nested_tensors
 
 
+class Quiet:
+    """Whether hooks on tensors are not called now."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def gated(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        """``hook``, which is not called, and changes nothing, while quiet."""
+        return lambda cotangent: None if self.on else hook(cotangent)
+
+
 class ObserveInputs(TorchFunctionMode):
     """Collects the tensors that enter PyTorch's functions and did not come out of one.
 
@@ -17,6 +28,8 @@ class ObserveInputs(TorchFunctionMode):
     ----------
     known
         Tensors that are not to be collected.
+    quiet
+        Hooks that are registered on tensors are gated by it, if there is one.
 
     Attributes
     ----------
@@ -24,14 +37,17 @@ class ObserveInputs(TorchFunctionMode):
         The collected tensors, in the order in which they were met.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], quiet: Quiet | None = None) -> None:
         super().__init__()
+        self._quiet = quiet
         self.inputs: IdentitySet[Tensor] = IdentitySet()
         self._produced = WeakIdentitySet(known)
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.collect(nested_tensors((args, tuple(kwargs.values()))))
+        if self._quiet is not None and func is Tensor.register_hook:
+            args = args[0], self._quiet.gated(args[1] if len(args) > 1 else kwargs.pop("hook"))
         result = func(*args, **kwargs)
         for x in nested_tensors(result):
             self._produced.add(x)

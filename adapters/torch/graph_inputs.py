@@ -26,10 +26,14 @@ class GraphInputs(NamedTuple):
         The externals among its inputs.
     complete
         Whether these are all of its inputs.
+    watched
+        Whether a tool watches the backward pass, so that each cotangent must pass once: by full backward hooks of
+        modules, or by the per-sample gradients of expanded weights. Neither shows in a public way but by its name.
     """
 
     tensors: Tensors
     complete: bool
+    watched: bool
 
 
 def graph_inputs(
@@ -59,6 +63,7 @@ def graph_inputs(
     reached: list[Tensor] = []
     unknown: list[Edge] = []
     opaque = False
+    watched = any(type(x).__name__ == "ExpandedWeight" for x in evaluation.externals)
     for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
         if edge in externals:
             reached.append(externals[edge])
@@ -66,13 +71,14 @@ def graph_inputs(
             unknown.append(edge)
         # A reentrant checkpoint has parameters, and no edge to them.
         opaque = opaque or isinstance(edge[0], BackwardCFunction)
+        watched = watched or edge[0].name() == "BackwardHookFunctionBackward"
     if not (reached or unknown or opaque):
         return None
     produced = {_edge(x) for x in evaluation.produced_leaves()} if unknown else set()
     # f itself may have called an autograd.Function whose output is among the externals: some versions of PyTorch do not
     # show such calls to a TorchFunctionMode.
     ambiguous = any(edge in externals and isinstance(edge[0], BackwardCFunction) for edge in computed)
-    return GraphInputs(tuple(reached), complete=not ambiguous and all(edge in produced for edge in unknown))
+    return GraphInputs(tuple(reached), not ambiguous and all(edge in produced for edge in unknown), watched)
 
 
 def _edge(x: Tensor) -> Edge:

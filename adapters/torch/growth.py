@@ -11,6 +11,7 @@ from implicit_core.estimators.growth import GrowthTest
 from implicit_core.space import Space
 
 from .autograd import transforming
+from .compilation import never_compiled
 from .tensors import Tensors
 
 
@@ -71,6 +72,7 @@ class GrowthOfCotangents:
         return BACKEND.space_of_leaves(cotangents, self.batch_ndim, "the cotangent", self.scale).dual
 
 
+@never_compiled
 class _Watched(torch.autograd.Function):
     """The identity, which shows its cotangents. A copy, since f and the caller may modify the result."""
 

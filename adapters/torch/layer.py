@@ -25,17 +25,33 @@ from implicit_core.solvers.compacting import without_compacting
 from .autograd import gradient_edges, has_tangents, in_dual_level, transforming, vector_jacobian
 from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
+from .compilation import not_compiled
+from .exported import exported, recording
 from .function import PLAIN_FORWARD, Rule, attach
+from .function_modes import Quiet
 from .graph_inputs import graph_inputs
 from .growth import GrowthOfCotangents
 from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
 from .random_state import RandomState
-from .tensors import as_leaf, as_tensors, has_storage, tensors
+from .referenced_modules import with_present_parameters
+from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 
+WATCHED = (
+    "the cell has full backward hooks, or a tool computes per-sample gradients in it, and {} would call them once for "
+    "each of its products with the Jacobian, with other cotangents than those of the loss: use Unroll(k, lam) or "
+    "BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove the hooks"
+)
 
+
+def without_numbers(h0: object) -> bool:
+    """Whether the tensors of a start are on the meta device, and have shapes alone."""
+    return any(x.is_meta for x in tensors(h0))
+
+
+@not_compiled
 def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer that :func:`implicit_core.fixed_point` calls for tensors.
 
@@ -47,9 +63,10 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     NotImplementedError
         For a derivative that is not available, which is never zero instead.
     """
-    if torch.compiler.is_compiling():  # Leave the graph here, once (Decision 42).
-        compiled: Solution[H] = torch.compiler.disable(layer)(problem, h0, z, options)
-        return compiled
+    if recording():
+        return exported(problem, h0, z, options)
+    if without_numbers(h0):  # one evaluation shows the shapes
+        options = replace(options, gradient=BPTT(1), throw=False)
     if transforming():
         options = replace(options, solver=without_compacting(options.solver))
     h0 = as_tensors(h0, z)
@@ -61,7 +78,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
 
 def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
-    autograd = problem(autocasted(given.f, h0), batch_ndim=given.batch_ndim, scale=given.scale)
+    autograd = problem(BACKEND.protected(autocasted(given.f, h0)), batch_ndim=given.batch_ndim, scale=given.scale)
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):
@@ -82,7 +99,9 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
         if isinstance(gradient, (Unroll, BPTT)):
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:
-                steps = autograd.replace_f(lambda h, z: checkpoint(autograd.f, h, z, use_reentrant=False))
+                # A backward pass evaluates F again, perhaps when a module has other parameters.
+                f = with_present_parameters(autograd.f) if torch.is_grad_enabled() else autograd.f
+                steps = autograd.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False))
             watched = Watched(steps)
             value = _unrolled(watched.problem, solution.value, z, gradient)
             return watched.told(solution._replace(value=value), options)
@@ -106,9 +125,9 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     """The point h with the graph of one F, whose incoming cotangent the estimator replaces (Decision 44)."""
     h_leaves, structure = BACKEND.flatten(h)
     h_in = tuple(as_leaf(x) for x in h_leaves)
-    random = RandomState(h_leaves)
+    random, quiet = RandomState(h_leaves), Quiet()
     with torch.enable_grad():
-        evaluation = hoist(problem.f, BACKEND.unflatten(structure, list(h_in)), z, has_storage)
+        evaluation = hoist(problem.f, BACKEND.unflatten(structure, views(h_in)), z, has_storage, quiet)
     checks.like(BACKEND, "the result of f", evaluation.value, h, "h0")
     outputs = tuple(BACKEND.flatten(evaluation.value)[0])
     if has_tangents(evaluation.value):
@@ -119,8 +138,16 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     f = random.replay(with_explicit_inputs(problem.f, structure, z, evaluation.externals, inputs.tensors))
     edges = gradient_edges(outputs)
 
+    watched = inputs.watched
+
     def vjp_h(*v: Tensor) -> Sequence[Tensor]:
-        return vector_jacobian(edges, h_in, v)
+        if watched:
+            raise NotImplementedError(WATCHED.format(type(gradient).__name__))
+        quiet.on = True
+        try:
+            return vector_jacobian(edges, h_in, v)
+        finally:
+            quiet.on = False
 
     rule = Rule(f, gradient, structure, len(h_in), problem.batch_ndim, vjp_h, inputs.complete, scale=problem.scale)
     value: H = BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, inputs.tensors)))

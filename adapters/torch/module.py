@@ -1,6 +1,6 @@
 """The implicit layer as a module."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
@@ -11,18 +11,21 @@ from typing_extensions import TypeVar
 from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
-from implicit_core.coupling import refuse_coupling, testable, unchecked
+from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
+from implicit_core.layer import is_forced
 from implicit_core.problem import Problem
-from implicit_core.solution import CoupledSamplesError, SolveError, Stats
+from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
 from implicit_core.theory import Certificate, certify
 
 from .autograd import in_dual_level, transforming
-from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_outside, trained
+from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_collectives, refuse_outside, trained
+from .compilation import never_compiled, not_compiled
+from .exported import recording
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
 from .tensors import has_storage, tensors
@@ -37,10 +40,11 @@ H = TypeVar("H", default=Tensor)
 
 SHAPE_OF_X = (
     "No h0 was given, so the shape of h, {}, was taken from x. If the state of the cell has another shape, give "
-    "ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call."
+    "ImplicitLayer an h0, the shape of one sample's state or a function of x, or pass h0 to the call."
 )
 
 
+@never_compiled
 class ImplicitLayer(nn.Module, Generic[X, H]):
     """A layer whose output h is the fixed point of its cell, ``h = cell(h, x)`` (Eq. 1 of the paper).
 
@@ -59,8 +63,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     eval_solver
         The solver in eval mode; ``solver`` if None.
     h0
-        ``h0(x)`` returns the start of a solve, unless the call gives one. If None, the start is zero, with the shape
-        and dtype of x, or with float32 where x is half precision under autocast.
+        The start of a solve, unless the call gives one: the shape of one sample's state, as ``(64,)``, for zeros, or a
+        function of x that returns the start. If None, the start is zero, with the shape and dtype of x, or with float32
+        where x is half precision under autocast.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
     scale
@@ -68,15 +73,19 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     throw
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
     check
-        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes one evaluation and
-        one product with the Jacobian at the solution, once for each shape of h and x and each mode of the cell. It is
-        skipped where no gradient is computed, within ``torch.func``, and while a CUDA graph is captured.
+        Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes two evaluations
+        without a graph, once for each shape of h and x and each mode of the cell. It is skipped where no gradient is
+        computed, within ``torch.func``, and while a program is recorded.
 
     Attributes
     ----------
     status, stats
         The status and statistics of the last call, see :class:`~implicit_core.Solution`. They hold no graph. None
-        before the first call, and after a call within ``torch.func``.
+        before the first call, and after a call within ``torch.func`` or in a program that is recorded.
+    samples, unconverged
+        How many samples were solved since :meth:`reset_counts`, and how many of them did not converge: two integers
+        for a logger. To read ``unconverged`` waits for the device. Calls whose solver makes a fixed number of steps
+        (both tolerances zero) count no sample, nor do calls for which ``status`` is None.
 
     Raises
     ------
@@ -117,7 +126,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] = Anderson(),
         gradient: Estimator = Unroll(k=5, lam=0.5),
         eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
-        h0: Callable[[X], H] | None = None,
+        h0: Callable[[X], H] | Sequence[int] | None = None,
         batch_ndim: int = 1,
         scale: PyTree = None,
         throw: bool = False,
@@ -131,8 +140,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         as_solver(solver)
         if eval_solver is not None:
             as_solver(eval_solver, "eval_solver")
-        if h0 is not None:
-            checks.function("h0", h0)
+        if h0 is not None and not callable(h0):
+            h0 = _as_shape(h0)
         self.cell = cell
         self.solver, self.eval_solver, self.gradient = solver, eval_solver, gradient
         self.h0 = h0
@@ -142,14 +151,29 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.check = check
         self._checked: set[Hashable] = set()  # shapes whose samples were found to be independent
         self.status = self.stats = None
-        self._looked = False  # for parts that make F another function at every evaluation
+        self.reset_counts()
 
     if TYPE_CHECKING:
 
-        def __call__(self, x: X, h0: H | None = None) -> H:
+        def __call__(
+            self,
+            x: X,
+            h0: H | None = None,
+            *,
+            solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
+            gradient: Estimator | None = None,
+        ) -> H:
             """See :meth:`forward`."""
 
-    def forward(self, x: X, h0: H | None = None) -> H:
+    @not_compiled
+    def forward(
+        self,
+        x: X,
+        h0: H | None = None,
+        *,
+        solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
+        gradient: Estimator | None = None,
+    ) -> H:
         """The fixed point h, shaped as h0.
 
         Parameters
@@ -158,25 +182,26 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             Inputs, a tensor or a pytree.
         h0
             Where to start; the layer's own start if None.
+        solver, gradient
+            For this call, in both modes; the layer's own if None.
         """
-        if torch.compiler.is_compiling():  # Leave the graph here, once (Decision 42).
-            value: H = torch.compiler.disable(self.forward)(x, h0)
-            return value
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            check_not_sharded(self.cell)
-        if self.training and not self._looked:
-            self._looked = True
+        if self.training:
             notice_changes(self.cell)
         cell = constant_within_solve(self.cell)
         inferred = h0 is None and self.h0 is None
         start = self._start(x) if h0 is None else h0
+        gradient = self.gradient if gradient is None else gradient
+        chosen = self._solver() if solver is None else solver
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            check_not_sharded(self.cell)
+            self._refuse_collectives(cell, start, x)
         try:
             solution = fixed_point(
                 cell,
                 start,
                 x,
-                solver=self._solver(),
-                gradient=self.gradient if self.check else unchecked(self.gradient),
+                solver=chosen if self.check else unchecked(chosen),
+                gradient=gradient if self.check else unchecked(gradient),
                 batch_ndim=self.batch_ndim,
                 scale=self.scale,
                 throw=self.throw,
@@ -188,9 +213,31 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             raise
         if self.check and self.batch_ndim:
             self._refuse_coupling(cell, solution.value, x)
-        # Tensors of a transform of torch.func cannot be read after it.
-        self.status, self.stats = (None, None) if transforming() else (solution.status, solution.stats)
+        if transforming() or recording():  # tensors of a transform, or of a program, cannot be read after it
+            self.status = self.stats = None
+        else:
+            self.status, self.stats = solution.status, solution.stats
+            if not is_forced(chosen):
+                self._count(solution)
         return solution.value
+
+    @property
+    def unconverged(self) -> int:
+        """How many of the ``samples`` did not converge."""
+        return 0 if self._unconverged is None else int(self._unconverged)
+
+    def reset_counts(self) -> None:
+        """Count ``samples`` and ``unconverged`` from zero."""
+        self.samples = 0
+        self._unconverged: Tensor | None = None
+
+    def _count(self, solution: Solution[H]) -> None:
+        if BACKEND.capturing(solution.status) or solution.status.is_meta:
+            return
+        self.samples += solution.status.numel()
+        failed = (~solution.converged).sum()  # stays on its device, which is not waited for
+        before = self._unconverged
+        self._unconverged = failed if before is None else before.to(failed.device) + failed
 
     def certify(self, x: X, h0: H | None = None, **options: Any) -> Certificate:
         """The paper's conditions on this layer's gradient, with respect to the cell's parameters.
@@ -250,40 +297,64 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return certify(given, h, parameters, self.gradient, **options)
 
     def _solver(self) -> FixedPointSolver | Callable[[Problem[H, X], H, X], H]:
-        """The solver of this mode, which looks for coupled samples only if the layer does."""
-        solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
-        return solver if self.check else unchecked(solver)
+        """The solver of this mode."""
+        return self.solver if self.training or self.eval_solver is None else self.eval_solver
+
+    def _refuse_collectives(self, f: Callable[[H, X], H], h: H, x: X) -> None:
+        """Raise if the cell communicates with other processes; once for each mode."""
+        case = "collectives", self._modes()
+        if torch.distributed.get_world_size() > 1 and case not in self._checked and not transforming():
+            with undisturbed(self.cell, h), torch.no_grad():
+                refuse_collectives(self.cell, lambda: f(BACKEND.map(torch.clone, h), x))
+            self._checked.add(case)
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(part.training for part in self.cell.modules()) if isinstance(self.cell, nn.Module) else ()
 
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
         """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
             return
-        if not all(has_storage(leaf) and BACKEND.readable(leaf) for leaf in leaves):
+        if not all(has_storage(leaf) and BACKEND.readable(leaf) and not leaf.is_meta for leaf in leaves):
             return
-        modes = [part.training for part in self.cell.modules()] if isinstance(self.cell, nn.Module) else []
-        case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), tuple(modes))
+        case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), self._modes())
         if case in self._checked:
             return
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
-            given = problem(autocasted(f, h), batch_ndim=self.batch_ndim)
-            with undisturbed(self.cell, h), full_precision(h):
-                at = given.linearize(h, x)
-                with torch.no_grad():
-                    refuse_coupling(space, at, given.f, "ImplicitLayer")
+            given = differences(BACKEND.protected(autocasted(f, h)), self.batch_ndim)
+            with undisturbed(self.cell, h), full_precision(h), torch.no_grad():
+                refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
         self._checked.add(case)
 
     def _start(self, x: X) -> H:
-        if self.h0 is not None:
+        if callable(self.h0):
             return self.h0(x)
+        if self.h0 is not None:
+            return self._zeros(x, self.h0)
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"the shape of h cannot be inferred from an x of type {type(x).__name__}: "
-                "give ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call"
+                "give ImplicitLayer an h0, the shape of one sample's state or a function of x, or pass h0 to the call"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"the state cannot start from an x of dtype {x.dtype}: give ImplicitLayer an h0, a function of x that "
+                "returns the start, or the shape of one sample's state, as h0=(64,)"
             )
         start: Any = torch.zeros_like(x, dtype=state_dtype(x))
         return start  # type: ignore[no-any-return]  # a tensor, as x is
+
+    def _zeros(self, x: X, shape: tuple[int, ...]) -> H:
+        """Zeros of this shape for each sample in x."""
+        given = tensors(x)
+        if not given or given[0].ndim < self.batch_ndim:
+            raise ValueError(f"h0={shape} needs an x with a tensor of batch_ndim={self.batch_ndim} axes or more")
+        like = given[0]
+        dtype = state_dtype(like) if like.is_floating_point() else torch.get_default_dtype()
+        start: Any = torch.zeros(*like.shape[: self.batch_ndim], *shape, dtype=dtype, device=like.device)
+        return start  # type: ignore[no-any-return]  # a tensor
 
     def extra_repr(self) -> str:
         """Settings, as they were given."""
@@ -291,3 +362,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         if self.eval_solver is not None:
             settings.append(f"eval_solver={self.eval_solver!r}")
         return ",\n".join([*settings, f"batch_ndim={self.batch_ndim}"])
+
+
+def _as_shape(h0: object) -> tuple[int, ...]:
+    if not isinstance(h0, Sequence) or isinstance(h0, str):
+        raise TypeError(f"h0 must be the shape of one sample's state, as (64,), or a function of x; got {h0!r}")
+    return tuple(checks.integer("each axis of h0", n, 0) for n in h0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
-from implicit_core.backends.torch import BACKEND
+from implicit_core.backends.torch import BACKEND, drop_casts_without_graph
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, vector_jacobian
@@ -17,7 +17,7 @@ from .closure import hoist
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
 from .random_state import RandomState
-from .tensors import Tensors, as_leaf, has_storage, is_differentiable, tensors
+from .tensors import Tensors, as_leaf, dense, has_storage, is_differentiable, tensors, views
 
 
 class AutogradProblem(Problem[H, Z]):
@@ -34,7 +34,8 @@ def closed_over(f: Map[H, Z], h: H, z: Z) -> list[Tensor]:
     h_in = [as_leaf(x) for x in leaves]
     replayed = RandomState(leaves).replay(f)
     with torch.inference_mode(False), torch.enable_grad():
-        evaluation = hoist(replayed, BACKEND.unflatten(structure, h_in), z, has_storage)
+        drop_casts_without_graph()
+        evaluation = hoist(replayed, BACKEND.unflatten(structure, views(h_in)), z, has_storage)
     in_z = tensors(z)
     inputs = graph_inputs(evaluation, BACKEND.flatten(evaluation.value)[0], h_in, in_z)
     known = IdentitySet(in_z)
@@ -71,6 +72,7 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Probl
     >>> pullback(torch.ones(2)).shape
     torch.Size([2])
     """
+    f = BACKEND.protected(f)
     return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim, scale=scale)
 
 
@@ -89,7 +91,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     random = RandomState(call.h)
     with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
-        outputs = call(h_in, z_in)
+        outputs = call(views(h_in), z_in)
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
 
@@ -102,9 +104,9 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
 
     def jvp(dh: H, dz: Z) -> H:
         # torch.func and not forward_ad: an autograd.Function disables forward_ad within its forward, where a solve may
-        # be running. Forward mode refuses expanded tensors, so all are made contiguous.
-        at = tuple(x.contiguous() for x in (*call.h, *call.z))
-        tangents = tuple(x.contiguous() for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
+        # be running. Forward mode refuses expanded tensors, so all are made dense.
+        at = tuple(dense(x) for x in (*call.h, *call.z))
+        tangents = tuple(dense(x) for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
         tangent = torch.func.jvp(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)[1]
         # Forward mode promotes the tangent of a tensor without axes.
         return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])

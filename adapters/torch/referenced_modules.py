@@ -8,10 +8,9 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Sequence
 from typing import Any, Generic
 
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from implicit_core.arrays import H, Z
@@ -20,21 +19,8 @@ from implicit_core.problem import Map
 from .identity import IdentitySet
 
 
-def with_current_parameters(f: Map[H, Z], z: Sequence[Tensor], inputs: Sequence[Tensor]) -> Map[H, Z]:
-    """``f``, whose modules have their present parameters and buffers whenever it is called.
-
-    Parameters
-    ----------
-    f
-        F.
-    z
-        The tensors in z.
-    inputs
-        All tensors that F depends on. If they are parameters, or in z, then ``functional_call`` is not at work.
-    """
-    in_z = IdentitySet(z)
-    if all(isinstance(x, nn.Parameter) or x in in_z for x in inputs):
-        return f
+def with_present_parameters(f: Map[H, Z]) -> Map[H, Z]:
+    """``f``, whose modules have their present parameters and buffers whenever it is called."""
     call = _Call(f)
     parts = [part for _, part in call.named_modules(remove_duplicate=False)]
     if len(parts) > len(set(parts)):  # functional_call restores a module with two names wrongly

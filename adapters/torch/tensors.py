@@ -71,6 +71,16 @@ def is_alive(x: Tensor) -> bool:
     return True
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x``, made contiguous unless it is so in one of PyTorch's memory formats."""
+    return x if BACKEND.axis_order(x, 0) else x.contiguous()
+
+
 def as_leaf(x: Tensor) -> Tensor:
     """``x`` as a leaf of autograd's graph. A tensor of inference mode has to be copied."""
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def views(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of autograd's graph as tensors that are none: some tools refuse to watch a leaf."""
+    return [x.view_as(x) for x in leaves]

@@ -41,7 +41,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         raise NotImplementedError(THROW)
     checks.state(BACKEND, "h0", h0, given.batch_ndim)
     leaves, structure = BACKEND.flatten(h0)
-    with torch.no_grad():
+    with BACKEND.solving():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
         random = RandomState(leaves)

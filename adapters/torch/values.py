@@ -9,6 +9,7 @@ from torch import Tensor
 
 from implicit_core.arrays import PyTree
 
+from .compilation import never_compiled
 from .tensors import OnLeaves, Tensors
 
 
@@ -48,6 +49,7 @@ def on_values(
     return tuple(_OnValues.apply(run, batched, states, axes, *values))  # type: ignore[no-untyped-call]  # torch's
 
 
+@never_compiled
 class _OnValues(torch.autograd.Function):
     @staticmethod
     def forward(run: Run, batched: BatchedF, states: int, axes: Sequence[int] | None, *tensors: Tensor) -> Tensors:

@@ -35,8 +35,9 @@ COUPLED = (
 )
 
 RECORDED = (
-    "Linear solvers cannot run while a CUDA graph is being captured, because they stop on a data-dependent test. Use "
-    "Neumann, Unroll or OneStep instead of Implicit or NeumannSeries, and a solver other than NewtonKrylov"
+    "Linear solvers cannot run while a program is recorded (a CUDA graph, torch.export, torch.jit.trace), because they "
+    "stop on a data-dependent test. Use Neumann, Unroll or OneStep instead of Implicit or NeumannSeries, and a solver "
+    "other than NewtonKrylov"
 )
 
 

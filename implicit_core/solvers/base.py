@@ -98,7 +98,7 @@ class Solver(Record, ABC):
     part, and a step may be memory that the solver reuses. A solver whose memory holds no part of ``point.f``, and whose
     step is always new arrays or ``point.f`` itself, sets this to False."""
     uses_jacobian: ClassVar[bool] = False
-    """Whether ``observe`` needs the Jacobian."""
+    """Whether ``observe`` needs the Jacobian, which the arrays' framework makes for a problem without callbacks."""
     retries_nonfinite: ClassVar[bool] = False
     """Whether ``step`` can go back from a point where F is not finite, so that such a sample stays active."""
 

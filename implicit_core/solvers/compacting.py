@@ -218,10 +218,10 @@ class _Compacting(Iteration):
             return xp.take(x, samples, axis=0) if of_samples else x
 
         part = copy.copy(self)
-        like = backend.map(lambda a: xp.take(a, rows, axis=0), self.space.like)
+        like = backend.map(lambda a: backend.rows(a, rows), self.space.like)
         part.space = self.space.part(like, samples)
         part.system = copy.copy(self.system)
-        part.system.space, part.system.z = part.space, self._of_rows(lambda a: xp.take(a, rows, axis=0))
+        part.system.space, part.system.z = part.space, self._of_rows(lambda a: backend.rows(a, rows))
         part.atol, part.units, part.unread = take(self.atol), take(self.units), None
         if not self.forced:
             part.start = Start(*map(take, self.start))
@@ -280,7 +280,7 @@ class _Compacting(Iteration):
             if a is None:
                 return None
             mask = xp.reshape(left, (1,) * axis + (self.rows,) + (1,) * (a.ndim - axis - 1))
-            return xp.where(mask, xp.take(b, place, axis=axis), a)
+            return xp.where(mask, xp.take(b, place, axis=axis) if axis else backend.rows(b, place), a)
 
         stats = whole.stats._replace(
             **{

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from .. import checks, progress
 from ..arrays import H, PyTree, Z
-from ..problem import Problem
+from ..problem import Problem, with_derivatives
 from ..registry import find_backend
 from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
 from ..space import Space
@@ -24,7 +24,8 @@ class CallableSolver:
     Parameters
     ----------
     function
-        Gets the :class:`Problem`, itself callable as F(h, z), ``h0`` and ``z``; returns h shaped as h0.
+        Gets the :class:`Problem`, itself callable as F(h, z), ``h0`` and ``z``; returns h shaped as h0. Its
+        ``linearize`` has the derivatives of the arrays' framework, if the problem has none of its own.
     rtol, atol
         As for :class:`Solver`.
 
@@ -75,8 +76,11 @@ class CallableSolver:
         # A copy: h0, and what the function returns, may be in memory that F writes its results to.
         kept = backend.map(lambda x: backend.xp.asarray(x, copy=True), backend.map(backend.stop_gradient, h0))
         with backend.solving():
-            h = self.function(problem.replace_f(counted), backend.map(backend.stop_gradient, h0), z)
+            given = with_derivatives(problem.replace_f(counted), h0)
+            h = self.function(given, backend.map(backend.stop_gradient, h0), z)
         checks.like(backend, "the result of the solver", h, h0, "h0")
+        n = problem.batch_ndim
+        h = backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0)
         solution, start = (self.measuring().solve(problem, at, z) for at in (h, kept))
         xp, status, stats = backend.xp, solution.status, solution.stats
         with backend.solving():

@@ -97,6 +97,7 @@ class Jacobians(Generic[H, Z]):
         backend = self.backend = find_backend(h, "h")
         self.problem, self.h, self.z = problem, h, z
         self.samples = problem.space(h)
+        checks.samples("h", self.samples.batch_shape)
         if not self.samples.dimension:
             raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")
         self.whole = backend.space(h, 0, "h", problem.scale)

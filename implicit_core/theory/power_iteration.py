@@ -155,8 +155,9 @@ def _linearize(
 ) -> tuple[Space, BoundLinearization[H, Z], Array | None]:
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
-    problem = with_derivatives(as_problem(f, batch_ndim), h, z)
+    problem = with_derivatives(as_problem(f, batch_ndim), (h, z))
     space = problem.space(h)
+    checks.samples("h", space.batch_shape)
     at = problem.linearize(h, z).require(*names)
     with space.backend.on_device_of(h), space.backend.solving():
         return space, at, refuse_coupling(space, at, problem.f, "the estimate is for each sample")

@@ -146,7 +146,7 @@ class CUDAGraphs:
             raise NotRecordableError("a transform of torch.func is active")
         settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        kind = _layout(h0, z), problem.batch_ndim, trace, device, self.solver, settings, autocast
+        kind = _layout(h0, z, problem.batch_ndim), problem.batch_ndim, trace, device, self.solver, settings, autocast
         if kind in self._refused:
             raise NotRecordableError(self._refused[kind])
         try:
@@ -188,10 +188,11 @@ class CUDAGraphs:
         return recording, log
 
 
-def _layout(h0: object, z: object) -> Hashable:
-    """Structure, shapes, dtypes and devices of the arguments of a solve."""
+def _layout(h0: object, z: object, batch_ndim: int) -> Hashable:
+    """Structure, shapes, dtypes and devices of the arguments of a solve, and the memory formats of its states."""
     h, structure = BACKEND.flatten(h0)
-    return structure, tuple((tuple(x.shape), x.dtype, x.device) for x in (*h, *tensors(z)))
+    formats = tuple(BACKEND.axis_order(x, batch_ndim) for x in h)
+    return structure, formats, tuple((tuple(x.shape), x.dtype, x.device) for x in (*h, *tensors(z)))
 
 
 def _check_externals(device: torch.device, externals: Sequence[Tensor]) -> None:

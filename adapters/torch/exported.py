@@ -1,0 +1,51 @@
+"""The layer in a program that is recorded to be run elsewhere: by ``torch.export``, or by ``torch.jit.trace``."""
+
+from dataclasses import replace
+
+import torch
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
+
+from implicit_core.arrays import H, Z
+from implicit_core.backends.torch import BACKEND
+from implicit_core.layer import LayerOptions, undifferentiated
+from implicit_core.problem import Problem
+from implicit_core.solution import Solution
+from implicit_core.solvers.compacting import without_compacting
+
+from .precision import autocasted, full_precision
+from .tensors import tensors
+
+TRACED = (
+    "torch.jit.trace records the solve of one input, without the layer's gradient: trace within torch.no_grad(), which "
+    "makes a program for inference, or use torch.export. To train, call the layer itself"
+)
+NEWTON = (
+    "{} solves linear systems until a tolerance is met, which an exported program cannot: give ImplicitLayer an "
+    "eval_solver with a fixed number of steps, such as Anderson(max_steps=20)"
+)
+
+
+def recording() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records what is called."""
+    return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
+
+
+def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
+    """The layer, whose solve makes ``max_steps`` steps (Decision 92).
+
+    What the estimator adds to the solver's point is a part of the program: the steps of Unroll and BPTT, with their
+    gradient. Other estimators return the point itself, a constant.
+    """
+    solver = without_compacting(options.solver)
+    if getattr(solver, "uses_jacobian", False):
+        raise NotImplementedError(NEWTON.format(type(solver).__name__))
+    if is_tracing() and torch.is_grad_enabled() and _requires_grad(problem, h0, z):
+        raise NotImplementedError(TRACED)
+    f = autocasted(problem.f, h0)
+    with full_precision(h0):
+        return undifferentiated(problem.replace_f(f), h0, z, replace(options, solver=solver))
+
+
+def _requires_grad(problem: Problem[H, Z], h0: H, z: Z) -> bool:
+    """Whether F has a gradient in z, or in a tensor that it closes over."""
+    return any(leaf.requires_grad for leaf in tensors(problem.f(BACKEND.map(torch.clone, h0), z)))
