@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import implicit_core as ic
@@ -37,6 +38,14 @@ class Cell(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(self.second(torch.tanh(self.first(h))) + x)
+
+
+class Communicating(Cell):
+    """A cell that subtracts the mean over all processes, as SyncBatchNorm does."""
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        y = super().forward(h, x)
+        return y - 0.1 * all_reduce(y.mean(0)) / dist.get_world_size()
 
 
 class Model(nn.Module):
@@ -79,6 +88,9 @@ def main(rank: int, world: int, file: str, *strategies: str) -> None:
 
 def train(strategy: str, rank: int, world: int) -> None:
     """Three steps with each estimator, alone and together."""
+    if strategy == "communicating-cell":
+        # Far from and near to its fixed point: the processes would stop at different steps.
+        ict.ImplicitLayer(Communicating(), solver=SOLVER)(torch.randn(4, 6) * (3.0 if rank else 1e-3))
     for estimator in ESTIMATORS:
         torch.manual_seed(0)
         alone = Model(estimator).double()

@@ -6,7 +6,14 @@ from .graphs import CUDAGraphs, GraphFallbackWarning
 from .layer import layer as layer  # `fixed_point` calls it for tensors (Decision 12)
 from .module import ImplicitLayer
 from .problem import problem
-from .training import Trajectory, VariationalDropout, constant_within_solve, fixed_point_correction, jacobian_penalty
+from .training import (
+    Trajectory,
+    VariationalDropout,
+    constant_within_solve,
+    fixed_point_correction,
+    jacobian_penalty,
+    replace_dropout,
+)
 from .undisturbed import undisturbed as undisturbed  # `implicit_core.check` calls it
 
 __all__ = [
@@ -20,4 +27,5 @@ __all__ = [
     "fixed_point_correction",
     "jacobian_penalty",
     "problem",
+    "replace_dropout",
 ]

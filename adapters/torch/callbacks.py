@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
@@ -38,7 +39,8 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     leaves, structure = BACKEND.flatten(z, none_is_leaf=True)
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     z_in: Z = BACKEND.unflatten(structure, detached)
-    solution = solver_point(problem, h0, z_in, options)
+    with record_function("implicit_core.solve"):
+        solution = solver_point(problem, h0, z_in, options)
     if not torch.is_grad_enabled():
         without_graph = Watched(problem)
         value = gradient.value(without_graph.problem, solution.value, z_in)
@@ -92,5 +94,5 @@ class _Pullback(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(ONLY_ONCE)
         ctx.saved_tensors  # noqa: B018  # raises if one was changed
-        with full_precision(cotangents[0]):
+        with full_precision(cotangents[0]), record_function("implicit_core.backward"):
             return None, None, *ctx.pullback(cotangents)

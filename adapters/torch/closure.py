@@ -16,7 +16,7 @@ from implicit_core.problem import Map
 from .function_modes import ObserveInputs, Quiet, ReplaceInputs
 from .identity import IdentityMap, IdentitySet
 from .referenced_modules import with_present_parameters
-from .tensors import OnLeaves, Tensors, tensors
+from .tensors import OnLeaves, Tensors, is_expanded, tensors
 
 OTHER_PARAMETER = (
     "f used another parameter when it was called again for a derivative than in the solve. If functional_call, or an "
@@ -36,11 +36,14 @@ class Evaluation(NamedTuple, Generic[H]):
         The tensors that F depends on other than h.
     produced_leaves
         Returns the leaves of autograd's graph that f made itself, as another implicit layer within f does.
+    expanded
+        Whether F has weights that compute per-sample gradients on the side of a backward pass.
     """
 
     value: H
     externals: Tensors
     produced_leaves: Callable[[], list[Tensor]]
+    expanded: bool
 
 
 def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Quiet | None = None) -> Evaluation[H]:
@@ -54,7 +57,8 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
         value = f(h, z)
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
-    return Evaluation(value, tuple(x for x in found if usable(x)), observed.produced_leaves)
+    externals = tuple(x for x in found if usable(x))
+    return Evaluation(value, externals, observed.produced_leaves, any(map(is_expanded, found)))
 
 
 def with_explicit_inputs(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from implicit_core.arrays import PyTree, State
 from implicit_core.backends.torch import BACKEND
@@ -172,7 +173,7 @@ class _FixedPoint(torch.autograd.Function):
         v = tuple(torch.zeros_like(saved[i]) if v is None else v for i, v in enumerate(cotangents))
         # F's own operations see cotangents in the memory format of h, whatever the loss sends.
         v = tuple(BACKEND.in_axis_order(x, order, rule.batch_ndim) for x, order in zip(v, ctx.orders, strict=True))
-        with full_precision(first):
+        with full_precision(first), record_function("implicit_core.backward"):
             if differentiable:
                 externals = _cotangents(rule, saved, v, needed[2])
             else:

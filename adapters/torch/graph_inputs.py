@@ -28,7 +28,7 @@ class GraphInputs(NamedTuple):
         Whether these are all of its inputs.
     watched
         Whether a tool watches the backward pass, so that each cotangent must pass once: by full backward hooks of
-        modules, or by the per-sample gradients of expanded weights. Neither shows in a public way but by its name.
+        modules, or by the per-sample gradients of expanded weights.
     """
 
     tensors: Tensors
@@ -63,7 +63,7 @@ def graph_inputs(
     reached: list[Tensor] = []
     unknown: list[Edge] = []
     opaque = False
-    watched = any(type(x).__name__ == "ExpandedWeight" for x in evaluation.externals)
+    watched = evaluation.expanded
     for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
         if edge in externals:
             reached.append(externals[edge])

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from implicit_core import checks
@@ -90,7 +91,8 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             solution = transformed(autograd, h0, z, options)
             options = replace(options, throw=False)
         else:
-            solution = solver_point(autograd, h0, z, options)
+            with record_function("implicit_core.solve"):
+                solution = solver_point(autograd, h0, z, options)
             if isinstance(gradient, AtFixedPoint):
                 solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():

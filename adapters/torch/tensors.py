@@ -84,3 +84,8 @@ def as_leaf(x: Tensor) -> Tensor:
 def views(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Leaves of autograd's graph as tensors that are none: some tools refuse to watch a leaf."""
     return [x.view_as(x) for x in leaves]
+
+
+def is_expanded(x: Tensor) -> bool:
+    """Whether ``x`` is an expanded weight, PyTorch's way to per-sample gradients, whose class has no public name."""
+    return type(x).__name__ == "ExpandedWeight"

@@ -73,7 +73,10 @@ def test_dropout_of_the_adapters_is_noticed_in_train_mode() -> None:
     wrapped.eval()
     wrapped(x)  # no warning: the dropout is the identity
     wrapped.train()
-    with pytest.warns(ic.ChangingFunctionWarning, match=r"the cell has Dropout in train mode.*VariationalDropout"):
+    with (
+        pytest.warns(ic.ChangingFunctionWarning, match=r"the cell has Dropout in train mode.*VariationalDropout"),
+        pytest.raises(ic.CoupledSamplesError, match="F gives another value each time it is evaluated at one point"),
+    ):
         wrapped(x)
 
 

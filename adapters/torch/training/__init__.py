@@ -1,7 +1,14 @@
 """Tools for training equilibrium models."""
 
-from .constant import VariationalDropout, constant_within_solve
+from .constant import VariationalDropout, constant_within_solve, replace_dropout
 from .correction import Trajectory, fixed_point_correction
 from .penalty import jacobian_penalty
 
-__all__ = ["Trajectory", "VariationalDropout", "constant_within_solve", "fixed_point_correction", "jacobian_penalty"]
+__all__ = [
+    "Trajectory",
+    "VariationalDropout",
+    "constant_within_solve",
+    "fixed_point_correction",
+    "jacobian_penalty",
+    "replace_dropout",
+]

@@ -173,6 +173,55 @@ class VariationalDropout(nn.Module):
         return f"p={self.p}, dims={self.dims}" if self.dims else f"p={self.p}"
 
 
+MASKED_AXES = {nn.Dropout: (), nn.Dropout1d: (-1,), nn.Dropout2d: (-2, -1), nn.Dropout3d: (-3, -2, -1)}
+
+
+def replace_dropout(module: nn.Module) -> nn.Module:
+    """Put :class:`VariationalDropout` in the place of the dropout modules within a module.
+
+    For cells of a library, or cells that a library has put dropout into, as PEFT does with ``lora_dropout``.
+
+    Parameters
+    ----------
+    module
+        Changed in place: each :class:`torch.nn.Dropout`, ``Dropout1d``, ``Dropout2d`` and ``Dropout3d`` in it is
+        replaced, with its probability and mode. Other kinds stay, and so does dropout that a ``forward`` computes with
+        functions.
+
+    Returns
+    -------
+    Module
+        The module itself, or its replacement if it is a dropout module.
+
+    Raises
+    ------
+    TypeError
+        If it is not a module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from implicit_core.adapters import torch as ict
+    >>> cell = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.1))
+    >>> ict.replace_dropout(cell)
+    Sequential(
+      (0): Linear(in_features=3, out_features=3, bias=True)
+      (1): VariationalDropout(p=0.1)
+    )
+    """
+    checks.instance("module", module, nn.Module, "torch.nn.Sequential(...)")
+    made: dict[nn.Module, VariationalDropout] = {}  # a module may have several names
+    for path, part in list(module.named_modules(remove_duplicate=False)):
+        if type(part) in MASKED_AXES:
+            if part not in made:
+                made[part] = VariationalDropout(part.p, MASKED_AXES[type(part)])
+                made[part].train(part.training)
+            if not path:
+                return made[part]
+            module.set_submodule(path, made[part])
+    return module
+
+
 def _parametrized(parts: Sequence[nn.Module]) -> list[tuple[ParametrizationList, Tensor]]:
     """The parametrized tensors of modules, and the modules that compute them, in the caller's grad mode."""
     if not any(isinstance(part, ParametrizationList) for part in parts):

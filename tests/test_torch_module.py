@@ -1,0 +1,165 @@
+"""The options of a call of ImplicitLayer, its counts, its starts, and dropout that a library has made."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+
+WIDTH = 6
+
+
+class Cell(nn.Module):
+    """A contraction for a state of WIDTH numbers, and any number of inputs."""
+
+    def __init__(self, inputs: int = WIDTH) -> None:
+        super().__init__()
+        self.hidden, self.input = nn.Linear(WIDTH, WIDTH), nn.Linear(inputs, WIDTH)
+        nn.init.orthogonal_(self.hidden.weight, gain=0.6)
+        self.double()
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.hidden(h) + self.input(x))
+
+
+def start(x: Tensor) -> Tensor:
+    return torch.full((len(x), WIDTH), 0.1, dtype=x.dtype)
+
+
+class Tokens(nn.Module):
+    """A cell whose inputs are integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, WIDTH)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.5 * h + self.embedding(x).mean(1))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def gradient_of(value: Tensor, layer: ict.ImplicitLayer) -> Tensor:
+    return torch.autograd.grad(value.square().sum(), layer.cell.hidden.weight)[0]
+
+
+def test_a_call_takes_a_solver_and_an_estimator(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), eval_solver=ic.FixedPointIteration(max_steps=2))
+    for training in (True, False):
+        layer.train(training)
+        got = layer(x, solver=ic.Broyden(rtol=1e-12), gradient=ic.Implicit(ic.GMRES(rtol=1e-12)))
+        assert torch.equal(layer.status, torch.zeros(5, dtype=torch.int32)), "neither of the layer's solvers"
+        exact = ict.ImplicitLayer(layer.cell, gradient=ic.BPTT(60))
+        wanted = exact(x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+        torch.testing.assert_close(gradient_of(got, layer), gradient_of(wanted, layer), rtol=0, atol=1e-9)
+    assert isinstance(layer.gradient, ic.Unroll) and isinstance(layer.solver, ic.Anderson)
+
+
+def test_a_call_refuses_what_is_no_solver_and_no_estimator(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell())
+    with pytest.raises(TypeError, match="gradient must be an Estimator"):
+        layer(x, gradient=ic.Anderson())
+    with pytest.raises(TypeError, match="solver must be a Solver"):
+        layer(x, solver=3)
+
+
+def test_samples_that_did_not_converge_are_counted(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), solver=ic.Anderson(max_steps=3), check=False)
+    assert (layer.samples, layer.unconverged) == (0, 0)
+    with torch.no_grad():
+        solved = layer(x, solver=ic.Anderson(rtol=1e-12))
+        layer(x, h0=torch.cat([solved[:2], 0 * solved[2:]]))
+        layer(x)
+    failed = 3 + 5
+    assert (layer.samples, layer.unconverged) == (15, failed)
+    restored = pickle.loads(pickle.dumps(layer))
+    assert (restored.samples, restored.unconverged) == (15, failed)
+    layer.reset_counts()
+    assert (layer.samples, layer.unconverged) == (0, 0)
+
+
+def test_what_has_no_status_is_not_counted(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), solver=ic.Anderson(rtol=0.0, atol=0.0, max_steps=3))
+    layer(x)  # a fixed number of steps, after which no sample need have converged
+    torch.func.grad(lambda x: layer(x, solver=ic.Anderson()).sum())(x)
+    ict.ImplicitLayer(Cell().to("meta"))(x.to("meta"))
+    assert (layer.samples, layer.unconverged) == (0, 0)
+
+
+@pytest.mark.parametrize("inputs", [2, WIDTH])
+@pytest.mark.parametrize("h0", [(WIDTH,), [WIDTH], torch.Size([WIDTH]), start], ids=str)
+def test_starts_are_shapes_or_functions(h0: Any, inputs: int) -> None:
+    x = torch.randn(4, inputs, dtype=torch.float64)
+    layer = pickle.loads(pickle.dumps(ict.ImplicitLayer(Cell(inputs), h0=h0, solver=ic.Anderson(rtol=1e-12))))
+    h = layer(x)
+    torch.testing.assert_close(layer.cell(h, x), h, rtol=0, atol=1e-9)
+
+
+def test_a_start_for_integers_and_for_a_pytree() -> None:
+    tokens = torch.randint(10, (4, 3))
+    assert ict.ImplicitLayer(Tokens(), h0=(WIDTH,))(tokens).shape == (4, WIDTH)
+    with pytest.raises(TypeError, match=r"x of dtype torch.int64: give ImplicitLayer an h0.*h0=\(64,\)"):
+        ict.ImplicitLayer(Tokens())(tokens)
+    both = ict.ImplicitLayer(lambda h, x: torch.tanh(0.5 * h + x["a"] @ x["b"]), h0=(WIDTH,))
+    assert both({"a": torch.randn(4, 3), "b": torch.randn(3, WIDTH)}).shape == (4, WIDTH)
+    whole = ict.ImplicitLayer(lambda h, x: torch.tanh(0.5 * h + x), h0=(2, 3), batch_ndim=0)
+    assert whole(torch.tensor(1.0)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("h0", ["64", 64, (6.5,), (-1,)])
+def test_other_starts_are_refused(h0: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="h0"):
+        ict.ImplicitLayer(Cell(), h0=h0)
+    with pytest.raises(ValueError, match="tensor of batch_ndim=1"):
+        ict.ImplicitLayer(Cell(), h0=(WIDTH,))({"name": "no tensor"})
+
+
+def test_dropout_that_is_attached_later_is_noticed(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), solver=ic.Anderson(max_steps=5), check=False)
+    layer(x)
+    layer.cell.hidden = nn.Sequential(nn.Dropout(0.5), layer.cell.hidden)
+    with pytest.warns(ic.ChangingFunctionWarning, match="replace_dropout"):
+        layer(x)
+    assert ict.replace_dropout(layer.cell) is layer.cell
+    layer(x, solver=ic.Anderson(rtol=1e-10))
+    assert torch.all(layer.status == ic.CONVERGED), "the mask stays within a solve"
+    layer.eval()
+    assert not any(part.training for part in layer.cell.modules())
+
+
+def test_replaced_dropout_keeps_probability_axes_mode_and_identity() -> None:
+    kinds = [nn.Dropout(0.1), nn.Dropout1d(0.2), nn.Dropout2d(0.3), nn.Dropout3d(0.4), nn.AlphaDropout(0.5)]
+    module = nn.ModuleDict({"a": nn.Sequential(*kinds), "b": kinds[0], "c": nn.Dropout(0.6).eval()})
+    ict.replace_dropout(module)
+    made = list(module["a"])
+    assert [(part.p, part.dims) for part in made[:4]] == [(0.1, ()), (0.2, (-1,)), (0.3, (-2, -1)), (0.4, (-3, -2, -1))]
+    assert made[4] is kinds[4] and module["b"] is made[0] and made[0].training and not module["c"].training
+    assert ict.replace_dropout(nn.Dropout(0.7)).p == 0.7
+    channels = made[2](torch.ones(8, 5, 2, 2)).flatten(2)
+    assert torch.equal(channels.amin(2), channels.amax(2)), "whole feature maps"
+    with pytest.raises(TypeError, match="module must be a Module"):
+        ict.replace_dropout(torch.tanh)
+
+
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.Implicit()], ids=repr)
+def test_a_solve_and_its_backward_pass_are_ranges_of_a_profile(gradient: ic.Estimator, x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), gradient=gradient)
+    with profile() as measured:
+        layer(x).sum().backward()
+    names = {event.key for event in measured.key_averages()}
+    assert "implicit_core.solve" in names
+    assert ("implicit_core.backward" in names) is isinstance(gradient, ic.estimators.AtFixedPoint)
+
+
+def test_data_parallel_without_devices_calls_the_layer(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell())
+    torch.testing.assert_close(nn.DataParallel(layer)(x), layer(x), rtol=0, atol=0)
