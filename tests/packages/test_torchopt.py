@@ -126,7 +126,7 @@ CASES = [
 @pytest.mark.parametrize("run", IN_PLACE)
 def test_the_exact_gradient_refuses_parameters_that_were_replaced(run: str) -> None:
     """Its second derivative evaluates F again, in the outer backward pass."""
-    with pytest.raises(RuntimeError, match="f used another parameter .* or an optimizer that is differentiated"):
+    with pytest.raises(RuntimeError, match=r"f used another parameter .* or an optimizer that is differentiated"):
         gradient_of(RUNS[run], EXACT)
 
 
