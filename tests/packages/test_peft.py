@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from packages.models import ESTIMATORS, Model, close, gradients, inputs, name, plain, squares
+from torch import Tensor
 
 import implicit_core as ic
+from implicit_core.adapters import torch as ict
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -36,22 +38,28 @@ def test_the_adapters_alone_get_gradients_and_the_right_ones(gradient: ic.Estima
     close(ours, gradients(squares(plain(model, x), y), model))
 
 
-def test_the_exact_gradient_of_the_adapters_is_that_of_finite_differences() -> None:
-    model, (x, y) = Model(), inputs()
-    wrapped = adapted(model)
-    ours = gradients(squares(wrapped(x), y), model)
-    step = 1e-5
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_exact_gradient_of_the_adapters_is_that_of_finite_differences(dropout: float) -> None:
+    model, (x, y), step = Model(), inputs(), 1e-5
+    wrapped = ict.replace_dropout(adapted(model, lora_dropout=dropout))
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)  # the same masks
+        return squares(wrapped(x), y)
+
+    ours = gradients(loss(), model)
+    torch.manual_seed(4)
+    assert (abs(squares(wrapped(x), y) - loss()) > 1e-3) == bool(dropout)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for key, p in model.named_parameters():
             for i in range(p.numel()) if p.requires_grad else ():
-                losses = []
+                ends = []
                 for change in (step, -2 * step):
                     p.view(-1)[i] += change
-                    losses.append(squares(wrapped(x), y))
+                    ends.append(loss())
                 p.view(-1)[i] += step
-                torch.testing.assert_close(
-                    ours[name].view(-1)[i], (losses[0] - losses[1]) / (2 * step), atol=1e-7, rtol=1e-6
-                )
+                difference = (ends[0] - ends[1]) / (2 * step)
+                torch.testing.assert_close(ours[key].view(-1)[i], difference, atol=1e-7, rtol=1e-6)
 
 
 def test_merged_and_disabled_adapters() -> None:
