@@ -1,16 +1,19 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Generic
 
 import array_api_compat.torch as xp
 import numpy as np
+import optree
 import torch
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
+from torch.utils import _pytree as torch_pytree
 
 from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
 from implicit_core.backend import Backend, Loop, Stream
@@ -42,6 +45,11 @@ CASTS_HAVE_GRAPHS = torch.__version__ >= (2, 11)  # type: ignore[operator]  # a 
 
 Otherwise a weight gets no gradient, silently, if F was evaluated without a graph before.
 """
+
+NODES = "implicit_core.torch"
+"""The namespace of optree that holds the classes that are registered with PyTorch's own pytrees."""
+LEAVES = frozenset((Tensor, torch.nn.Parameter, int, float, complex, bool, str, type(None)))
+"""Classes that are no nodes, for all that is common in a pytree."""
 
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 
@@ -242,6 +250,55 @@ def _writes(h: PyTree) -> list[int] | None:
         return None
 
 
+class Node:
+    """A node of PyTorch's pytrees, without its children."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and bool(self.spec == other.spec)
+
+    def __hash__(self) -> int:
+        return hash(self.spec.type)  # what else a node holds may have no hash
+
+    def __repr__(self) -> str:
+        return ""
+
+
+def children(node: Any) -> tuple[list[Any], Any]:
+    """The children of a node of PyTorch's pytrees, and the rest of it; a leaf is its own child.
+
+    Of a dataclass PyTorch drops the fields that are None, which cotangents of integers are: here they are children.
+    """
+    # Private, but PyTorch's only registry with all nodes: those of `torch.export.register_dataclass` do not reach the
+    # public one, optree's namespace "torch". Decision 95.
+    found, spec = torch_pytree.tree_flatten(node, is_leaf=lambda x: x is not node)
+    if dataclasses.is_dataclass(node):
+        fields = {field.name: getattr(node, field.name, None) for field in dataclasses.fields(node) if field.init}
+        present = [x for x in fields.values() if x is not None]
+        if len(found) == len(present) and all(a is b for a, b in zip(found, present, strict=True)):
+            return list(fields.values()), tuple(fields)
+    return found, Node(spec)
+
+
+def is_node(leaf: Any) -> bool:
+    """Whether a leaf is a node of PyTorch's pytrees, and from now on one of this backend's."""
+    kind = type(leaf)
+    found, _ = torch_pytree.tree_flatten(leaf, is_leaf=lambda x: x is not leaf)
+    if len(found) == 1 and found[0] is leaf:
+        return False
+
+    def unflatten(rest: Any, parts: Any) -> Any:
+        if isinstance(rest, Node):
+            return torch_pytree.tree_unflatten(list(parts), rest.spec)
+        return kind(**dict(zip(rest, parts, strict=True)))
+
+    with suppress(ValueError):  # another thread was faster
+        optree.register_pytree_node(kind, children, unflatten, namespace=NODES)
+    return True
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
@@ -284,6 +341,20 @@ class TorchBackend(Backend):
 
     def protected(self, f: Callable[[H, Z], H]) -> Callable[[H, Z], H]:
         return f if isinstance(f, Protected) else Protected(f)
+
+    # Pytrees are optree's, with the classes that are registered with PyTorch's own, whenever they were.
+
+    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
+        leaves, structure = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NODES)
+        unknown = [x for x in leaves if type(x) not in LEAVES and not isinstance(x, Tensor)]
+        if any(map(is_node, unknown)):
+            return self.flatten(tree, none_is_leaf=none_is_leaf)
+        return leaves, structure
+
+    def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+        leaves, structure = self.flatten(tree)
+        parts: Any = structure
+        return self.unflatten(structure, list(map(fn, leaves, *(parts.flatten_up_to(other) for other in rest))))
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""

@@ -293,7 +293,7 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
     value = problem.f(h_copy, z_copy)
     passed = [leaf for leaf in backend.flatten((h_copy, z_copy))[0] if backend.is_array(leaf)]
     try:
-        checks.like(backend, "the result of f", value, h0, "h")
+        value = checks.like(backend, "the result of f", value, h0, "h")
     except (TypeError, ValueError) as error:
         found.add("structure", str(error), "return the structure, shapes and dtypes of h from F")
         return

@@ -1,9 +1,9 @@
 """Argument checks: each error names the argument, what came, and what was expected."""
 
 import operator
+from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
-
-import optree
 
 from .arrays import PyTree, State
 
@@ -144,12 +144,18 @@ def _shapes_and_dtypes(arrays: list[tuple[tuple[int, ...], Any]]) -> str:
     return "(" + ", ".join(f"{dtype} {shape}" for shape, dtype in arrays) + ("," if len(arrays) == 1 else "") + ")"
 
 
-def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> None:
-    """``got`` has the structure, shapes, dtypes and devices of ``expected``."""
+def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_name: str) -> PyTree:
+    """``got``, which has the shapes, dtypes and devices of ``expected``, in its structure, see :func:`structured`."""
     leaves, structure = backend.flatten(got)
     expected_leaves, expected_structure = backend.flatten(expected)
     if structure != expected_structure:
-        raise TypeError(f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}")
+        got = structured(backend, got, expected)
+        leaves, structure = backend.flatten(got)
+    if structure != expected_structure:
+        raise TypeError(
+            f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}"
+            + unregistered(leaves)
+        )
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
@@ -157,6 +163,34 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
+    return got
+
+
+def structured(backend: "Backend", got: PyTree, expected: PyTree) -> PyTree:
+    """``got`` in the structure of ``expected``, if it differs in lists, tuples and named tuples alone; else unchanged.
+
+    Their leaves are in the same order. Two different named tuples are a difference.
+    """
+    if backend.is_array(got) or backend.flatten(got)[1] == backend.flatten(expected)[1]:
+        return got
+    made = _with_sequences_of(expected, got)
+    return made if backend.flatten(made)[1] == backend.flatten(expected)[1] else got
+
+
+def _with_sequences_of(expected: Any, got: Any) -> Any:
+    if type(expected) is dict and type(got) is dict and expected.keys() == got.keys():
+        return {key: _with_sequences_of(expected[key], part) for key, part in got.items()}
+    kinds = type(expected), type(got)
+    if not all(map(_is_sequence, kinds)) or len(expected) != len(got):
+        return got
+    if kinds[0] is not kinds[1] and not {list, tuple} & set(kinds):
+        return got
+    parts = list(map(_with_sequences_of, expected, got))
+    return parts if kinds[0] is list else tuple(parts) if kinds[0] is tuple else kinds[0](*parts)
+
+
+def _is_sequence(kind: type) -> bool:
+    return kind in (list, tuple) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
 def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
@@ -183,11 +217,10 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
 
 
 def no_masks(name: str, tree: PyTree) -> None:
-    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 79).
+    """No leaf of a pytree is a masked array, whose masked cells a solve would compute with (Decision 79)."""
+    from .registry import leaves_of  # which imports this module
 
-    Classes that only a framework knows as containers are leaves here, and are left alone, as all other objects are.
-    """
-    if any(map(is_masked, optree.tree_leaves(tree))):
+    if any(map(is_masked, leaves_of(tree))):
         raise TypeError(
             f"{name} must not hold masked arrays, whose mask a solve would lose: "
             f"write {name}.filled(...) with a number to compute with"
@@ -196,10 +229,10 @@ def no_masks(name: str, tree: PyTree) -> None:
 
 def supported(name: str, tree: PyTree) -> None:
     """No leaf of a pytree is an array that a solve would misread, such as one of longdouble (Decision 79)."""
-    from .registry import find_backend  # which imports this module
+    from .registry import find_backend, leaves_of  # which import this module
 
     no_masks(name, tree)
-    for leaf in optree.tree_leaves(tree):
+    for leaf in leaves_of(tree):
         is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
         if is_array and (reason := find_backend(leaf, name).unsupported(leaf, name)):
             raise TypeError(f"{name} must hold plain arrays, got one {reason}")
@@ -215,6 +248,8 @@ def numbers_as_arrays(backend: "Backend", got: PyTree, expected: PyTree) -> PyTr
     leaves, structure = backend.flatten(got)
     if not any(_is_number(backend, leaf) for leaf in leaves):
         return got
+    got = structured(backend, got, expected)
+    structure = backend.flatten(got)[1]
     references, expected_structure = backend.flatten(expected)
     if structure != expected_structure:
         return got
@@ -250,4 +285,16 @@ def _difference(backend: "Backend", leaf: Any, reference: Any) -> tuple[type[Exc
 
 
 def _kind(leaf: Any) -> str:
-    return f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
+    kind = f"{leaf!r} of type {type(leaf).__name__}" if not hasattr(leaf, "shape") else f"of type {type(leaf)}"
+    return kind + unregistered([leaf])
+
+
+def unregistered(leaves: Iterable[object]) -> str:
+    """What to do about a leaf that is a dataclass, as the end of a sentence; nothing if there is none."""
+    name = next((type(leaf).__name__ for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)), None)
+    if name is None:
+        return ""
+    return (
+        f"; register the dataclass {name} as a pytree: torch.export.register_dataclass({name}), or for JAX "
+        f"jax.tree_util.register_dataclass({name})"
+    )

@@ -138,8 +138,8 @@ class BoundLinearization(Generic[H, Z]):
 
     def _h(self, name: str, got: H) -> H:
         got = checks.numbers_as_arrays(self.backend, got, self.h)
-        checks.like(self.backend, name, got, self.h, "h")
-        return got
+        result: H = checks.like(self.backend, name, got, self.h, "h")
+        return result
 
     def _z(self, name: str, got: Z) -> Z:
         checks.like_z(self.backend, name, got, self.z)
@@ -309,10 +309,11 @@ class Problem(Generic[H, Z]):
         with backend.on_device_of(h):
             raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
+        value: Any = raw.value
         if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 80)
-            value = checks.numbers_as_arrays(backend, raw.value, h)
-            raw = raw if value is raw.value else replace(raw, value=value)
-        checks.like(backend, "the result of f", raw.value, h, "h")
+            value = checks.numbers_as_arrays(backend, value, h)
+        value = checks.like(backend, "the result of f", value, h, "h")
+        raw = raw if value is raw.value else replace(raw, value=value)
         return BoundLinearization(raw, backend, h, z)
 
     def _from_callbacks(self, h: H, z: Z) -> Linearization[H, Z]:

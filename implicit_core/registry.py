@@ -10,6 +10,7 @@ from typing import Any
 
 import optree
 
+from . import checks
 from .arrays import PyTree
 from .backend import Backend
 
@@ -134,6 +135,7 @@ def find_backend(tree: PyTree, name: str = "h0") -> Backend:
     if backend is None:
         kind = f"{type(tree).__module__}.{type(tree).__qualname__}".removeprefix("builtins.")
         hint = "" if hasattr(tree, "dtype") else f". A number becomes an array with, for example, numpy.asarray({name})"
+        hint = checks.unregistered(optree.tree_leaves(tree)) or hint
         raise TypeError(
             f"{name} must be an array, or a pytree of arrays, of a framework with a backend "
             f"({', '.join(_modules('backends', _BACKENDS))}); got {kind}{hint}"

@@ -78,7 +78,7 @@ def solve(
     with backend.on_device_of(h0), backend.solving():
         solution = solver.solve(problem, h0, z, trace=trace)
         if type(solver).solve is not Solver.solve:
-            _check(solver, solution, h0)
+            solution = _checked(solver, solution, h0)
         return solution.raise_for_status() if throw else solution
 
 
@@ -93,12 +93,13 @@ def as_solver(solver: object, name: str = "solver") -> FixedPointSolver:
     raise AssertionError("the check raises")
 
 
-def _check(solver: object, solution: object, h0: PyTree) -> None:
-    """A solver of somebody else's returned a solution, with a value like h0."""
+def _checked(solver: object, solution: object, h0: H) -> Solution[H]:
+    """What a solver of somebody else's returned: a solution, with a value like h0."""
     name = f"{type(solver).__name__}.solve"
     if not isinstance(solution, Solution):
         raise TypeError(f"{name} must return a Solution, got {solution!r} of type {type(solution).__name__}")
-    checks.like(find_backend(h0), f"the value of {name}", solution.value, h0, "h0")
+    value = checks.like(find_backend(h0), f"the value of {name}", solution.value, h0, "h0")
+    return solution if value is solution.value else solution._replace(value=value)
 
 
 def _is_unrelated(solve: Callable[..., object]) -> bool:

@@ -91,7 +91,7 @@ class Space:
         return self._flat([tree] if self._is_array else self.backend.flatten(tree)[0])
 
     def accept(self, name: str, tree: PyTree) -> State:
-        """A pytree that must be like the space's, as a state.
+        """A pytree that must be like the space's, as a state. A list may stand for a tuple, and a tuple for a list.
 
         Raises
         ------
@@ -105,6 +105,9 @@ class Space:
             leaves, structure = self.backend.flatten(tree)
             if not all(map(self.backend.is_array, leaves)):
                 tree = checks.numbers_as_arrays(self.backend, tree, self.like)
+                leaves, structure = self.backend.flatten(tree)
+            if structure != self.structure:
+                tree = checks.structured(self.backend, tree, self.like)
                 leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
@@ -139,6 +142,18 @@ class Space:
         space._units = self._units and tuple(
             self.xp.take(unit, samples, axis=0) if getattr(unit, "shape", ())[:1] == (n,) else unit
             for unit in self._units
+        )
+        return space
+
+    def as_one(self) -> "Space":
+        """The space of all samples as a single one, whose states are those of this space, reshaped to (1, N D)."""
+        space, n, xp = copy.copy(self), self.samples, self.xp
+        space.samples, space.batch_shape = 1, ()
+        space.flat_shapes = [(1, n * d) for _, d in self.flat_shapes]
+        space._is_flat = space.shapes == space.flat_shapes and not self.rounds
+        space._units = self._units and tuple(
+            unit if isinstance(unit, float) else xp.reshape(xp.broadcast_to(unit, shape), (1, math.prod(shape)))
+            for unit, shape in zip(self._units, self.flat_shapes, strict=True)
         )
         return space
 

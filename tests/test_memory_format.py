@@ -293,6 +293,31 @@ def test_mapped_over_a_further_axis() -> None:
     torch.testing.assert_close(torch.vmap(value)(last), one, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("memory", list(FORMATS.values()), ids=str)
+@pytest.mark.parametrize(("batch_ndim", "units"), [(1, False), (2, True)])
+def test_certificates_of_batches_with_several_axes(batch_ndim: int, units: bool, memory: torch.memory_format) -> None:
+    """The conditions take the whole batch as one system, whose states are those of the samples."""
+    shape = (2, 2, 3, 2, 2) if memory is torch.channels_last_3d or batch_ndim == 2 else (2, 3, 2, 2)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scale = torch.rand(shape[batch_ndim:], generator=generator, dtype=torch.float64) + 0.5 if units else None
+    if x.ndim == 5 and memory is torch.channels_last:
+        last = torch.stack([y.to(memory_format=memory) for y in x])
+    else:
+        last = x.to(memory_format=memory)
+
+    def f(h: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(0.4 * h * z + 0.3 * h.roll(1, -1) + x)
+
+    found = []
+    for h in (x, last):
+        problem = ict.problem(f, batch_ndim=batch_ndim, scale=scale)
+        certificate = ic.theory.certify(problem, h, 0.5 + 0.1 * x.sum((0, 1)), ic.Neumann(3, 0.5), steps=24)
+        found.append([c.left.value for c in (certificate.condition_6, certificate.condition_8) if c is not None])
+        found[-1] += [certificate.sigma_max.value, float(certificate.contraction.value.max())]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 3, 5), (4, 3, 1, 1), (1, 1, 2, 2)])
 def test_a_tensor_that_is_also_contiguous_is_in_c_order(shape: tuple[int, ...]) -> None:
     x = torch.ones(shape).to(memory_format=torch.channels_last)

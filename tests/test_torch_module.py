@@ -61,7 +61,8 @@ def test_a_call_takes_a_solver_and_an_estimator(x: Tensor) -> None:
         wanted = exact(x)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
         torch.testing.assert_close(gradient_of(got, layer), gradient_of(wanted, layer), rtol=0, atol=1e-9)
-    assert isinstance(layer.gradient, ic.Unroll) and isinstance(layer.solver, ic.Anderson)
+    assert isinstance(layer.gradient, ic.Unroll), "the layer's own stay"
+    assert isinstance(layer.solver, ic.Anderson)
 
 
 def test_a_call_refuses_what_is_no_solver_and_no_estimator(x: Tensor) -> None:
@@ -96,7 +97,9 @@ def test_what_has_no_status_is_not_counted(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("inputs", [2, WIDTH])
-@pytest.mark.parametrize("h0", [(WIDTH,), [WIDTH], torch.Size([WIDTH]), start], ids=str)
+@pytest.mark.parametrize(
+    "h0", [(WIDTH,), [WIDTH], torch.Size([WIDTH]), start], ids=["tuple", "list", "size", "function"]
+)
 def test_starts_are_shapes_or_functions(h0: Any, inputs: int) -> None:
     x = torch.randn(4, inputs, dtype=torch.float64)
     layer = pickle.loads(pickle.dumps(ict.ImplicitLayer(Cell(inputs), h0=h0, solver=ic.Anderson(rtol=1e-12))))
@@ -142,7 +145,10 @@ def test_replaced_dropout_keeps_probability_axes_mode_and_identity() -> None:
     ict.replace_dropout(module)
     made = list(module["a"])
     assert [(part.p, part.dims) for part in made[:4]] == [(0.1, ()), (0.2, (-1,)), (0.3, (-2, -1)), (0.4, (-3, -2, -1))]
-    assert made[4] is kinds[4] and module["b"] is made[0] and made[0].training and not module["c"].training
+    assert made[4] is kinds[4]
+    assert module["b"] is made[0]
+    assert made[0].training
+    assert not module["c"].training
     assert ict.replace_dropout(nn.Dropout(0.7)).p == 0.7
     channels = made[2](torch.ones(8, 5, 2, 2)).flatten(2)
     assert torch.equal(channels.amin(2), channels.amax(2)), "whole feature maps"

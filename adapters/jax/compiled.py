@@ -5,7 +5,9 @@ from typing import Generic
 
 import jax
 
+from implicit_core import checks
 from implicit_core.arrays import H, Z
+from implicit_core.backends.jax import BACKEND
 from implicit_core.problem import Linearization, Map
 
 from .leaves import Arrays, Static, is_array, is_differentiable, partition
@@ -27,7 +29,8 @@ class CompiledMap(Generic[H, Z]):
 
     def __init__(self, f: Map[H, Z]) -> None:
         def value(h: H, arrays: Arrays, static: Static[Z]) -> H:
-            return f(h, static.combine(arrays))
+            result: H = checks.structured(BACKEND, f(h, static.combine(arrays)), h)
+            return result
 
         def linearized(h: H, arrays: Arrays, static: Static[Z]) -> tuple[H, Pullback[H]]:
             differentiable, rest = partition(arrays, is_differentiable)

@@ -112,7 +112,10 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
     arrays, static = partition(z, is_array)
 
     def f(h: H, arrays: Arrays) -> H:
-        return problem.f(h, static.combine(arrays))
+        value: H = checks.structured(BACKEND, problem.f(h, static.combine(arrays)), h)
+        if remedy := checks.unregistered(jax.tree.leaves(value)):  # JAX would say that it is no type of its own
+            raise TypeError(f"the result of f must hold arrays of jax{remedy}")
+        return value
 
     hoisted = hoist(f, h0, arrays)
     if BACKEND.flatten(hoisted.result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
+from implicit_core.backends.jax import BACKEND
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import hoist
@@ -55,7 +56,12 @@ def linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     Leaves of z that are not arrays of real or complex numbers have no derivative: their cotangent is None.
     """
     arrays, static = partition(z, is_differentiable)
-    hoisted = hoist(lambda h, arrays: f(h, static.combine(arrays)), h, arrays)
+
+    def like_h(h: H, arrays: Arrays) -> H:
+        result: H = checks.structured(BACKEND, f(h, static.combine(arrays)), h)
+        return result
+
+    hoisted = hoist(like_h, h, arrays)
 
     def on_arrays(h: H, arrays: Arrays) -> H:
         return hoisted.function(h, arrays, hoisted.closed_over)

@@ -41,7 +41,7 @@ def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solu
         raise NotImplementedError(NEWTON.format(type(solver).__name__))
     if is_tracing() and torch.is_grad_enabled() and _requires_grad(problem, h0, z):
         raise NotImplementedError(TRACED)
-    f = autocasted(problem.f, h0)
+    f = BACKEND.protected(autocasted(problem.f, h0))
     with full_precision(h0):
         return undifferentiated(problem.replace_f(f), h0, z, replace(options, solver=solver))
 

@@ -31,8 +31,8 @@ def autocasted(f: Map[H, Z], h: H) -> Map[H, Z]:
         with torch.autocast(device, dtype=dtype, cache_enabled=torch.is_autocast_cache_enabled()):
             value = f(h, z)
         leaves, structure = BACKEND.flatten(value)
-        states, expected = BACKEND.flatten(h)
-        if structure == expected:
+        states = BACKEND.flatten(h)[0]
+        if len(leaves) == len(states):
             leaves = [_in_dtype_of(state, x) for x, state in zip(leaves, states, strict=True)]
         rounded: H = BACKEND.unflatten(structure, leaves)
         return rounded

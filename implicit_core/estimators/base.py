@@ -213,7 +213,7 @@ class AtFixedPoint(Estimator):
         jacobian = on_states(at.vjp_h, space, space)
 
         def pullback(h_bar: H) -> Z:
-            checks.like(space.backend, "h_bar", h_bar, h, "h")
+            h_bar = checks.like(space.backend, "h_bar", h_bar, h, "h")
             with space.backend.on_device_of(h):
                 w: H = space.unpack(self.apply(space, jacobian, space.pack(h_bar)))
                 return at.vjp_z(w)

@@ -96,7 +96,7 @@ class Unroll(Terms, Estimator):
 
         def pullback(h_bar: H) -> Z:
             """Eq. (17), the last step first. g is the cotangent of h_{t+1}, the point after step t."""
-            checks.like(space.backend, "h_bar", h_bar, h_0, "h")
+            h_bar = checks.like(space.backend, "h_bar", h_bar, h_0, "h")
             g, z_bar = h_bar, None
             with space.backend.on_device_of(h_0):
                 for t in reversed(range(1, self.k)):
@@ -160,8 +160,9 @@ def _scale(space: Space, factor: float, x: H) -> H:
 
 
 def _copy(space: Space, x: H) -> H:
-    """``x`` in its own memory."""
-    copied: H = space.backend.map(lambda a: _copy_array(space, a), x)
+    """``x`` in its own memory, and in the space's structure."""
+    leaves = [_copy_array(space, a) for a in space.backend.flatten(x)[0]]
+    copied: H = space.backend.unflatten(space.structure, leaves)
     return copied
 
 

@@ -78,7 +78,7 @@ class CallableSolver:
         with backend.solving():
             given = with_derivatives(problem.replace_f(counted), h0)
             h = self.function(given, backend.map(backend.stop_gradient, h0), z)
-        checks.like(backend, "the result of the solver", h, h0, "h0")
+        h = checks.like(backend, "the result of the solver", h, h0, "h0")
         n = problem.batch_ndim
         h = backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0)
         solution, start = (self.measuring().solve(problem, at, z) for at in (h, kept))

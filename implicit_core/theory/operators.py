@@ -100,7 +100,7 @@ class Jacobians(Generic[H, Z]):
         checks.samples("h", self.samples.batch_shape)
         if not self.samples.dimension:
             raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")
-        self.whole = backend.space(h, 0, "h", problem.scale)
+        self.whole = self.samples.as_one()
         self.at = problem.linearize(h, z).require("vjp_h", "jvp_h")
         if not all(map(backend.readable, backend.flatten((h, self.at.value))[0])):
             raise NotImplementedError(TRACED)
