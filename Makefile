@@ -5,6 +5,7 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 EXAMPLES_VENV ?= .venv-examples
 WHEEL_VENV ?= .venv-wheel
+PACKAGES_VENV ?= .venv-packages
 INSTALLED ?=
 WORKERS ?= auto
 PYTEST_ARGS ?=
@@ -16,10 +17,10 @@ INSTALL = @echo "Installing into $(@D)"; $(PIP) install --constraint constraints
 REQUIREMENTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo mnist1d test lint format types docs wheel check-wheel clean
+.PHONY: help demo mnist1d test test-packages lint format types docs wheel check-wheel clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO_VENV)/.demo ## Run the demo in NumPy, PyTorch and JAX, in an environment of its own.
 	@$(DEMO_VENV)/bin/python -m implicit_core demo
@@ -29,6 +30,10 @@ mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_
 
 test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4.
 	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# Without the fixtures of the other tests, which need JAX and more.
+test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch, in an environment of its own.
+	@$(PACKAGES_VENV)/bin/python -m pytest -n $(WORKERS) --confcutdir tests/packages tests/packages $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting with ruff.
 	$(VENV)/bin/ruff check .
@@ -55,12 +60,12 @@ check-wheel: wheel ## Install the wheel into an empty environment and use it the
 	$(VENV)/bin/python .ci/check_wheel.py
 
 clean: ## Remove the environments and all build outputs.
-	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) $(PACKAGES_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. The stamp files are renewed when the requirements change.
 
-$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip $(WHEEL_VENV)/.pip: constraints.txt
+$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip $(WHEEL_VENV)/.pip $(PACKAGES_VENV)/.pip: constraints.txt
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) install --upgrade --constraint constraints.txt pip
 	@touch $@
@@ -83,6 +88,12 @@ $(DEMO_VENV)/.demo: $(DEMO_VENV)/.pip $(REQUIREMENTS)
 
 $(EXAMPLES_VENV)/.examples: $(EXAMPLES_VENV)/.pip $(REQUIREMENTS)
 	$(INSTALL) --editable ".[examples]"
+	@touch $@
+
+# A dependency brings torchvision, which is imported only if it was built for this build of torch. No test needs it.
+$(PACKAGES_VENV)/.packages: $(PACKAGES_VENV)/.pip $(REQUIREMENTS)
+	$(INSTALL) --editable ".[packages]"
+	@$(PIP) uninstall --yes torchvision
 	@touch $@
 
 # Made each time: the wheel of the sources, and a copy of the tests and of what they read, without the package.

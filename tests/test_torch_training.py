@@ -577,3 +577,25 @@ def test_normalized_weights_and_masks_stay_the_same_through_a_call(estimator: ic
     assert torch.equal(ours._u, one._u)
     assert cell.linear.parametrizations.weight.original.grad.abs().sum() > 0
     assert not torch.equal(layer(torch.ones(3, 8)), layer(torch.ones(3, 8))), "the next call has masks of its own"
+
+
+def test_weights_that_are_loaded_for_each_call_of_their_module() -> None:
+    """Between calls they are on the meta device, where they have no numbers to compare."""
+
+    def load(module: nn.Module, *_: Any) -> None:
+        for name, tensor in weights.items():
+            module.register_parameter(name, nn.Parameter(tensor))
+
+    def unload(module: nn.Module, *_: Any) -> None:
+        for name, tensor in weights.items():
+            module.register_parameter(name, nn.Parameter(tensor.to("meta")))
+
+    gradient = ic.Implicit(ic.GMRES(rtol=1e-6))
+    expected, offloaded = model(gradient)(inputs()), model(gradient)
+    part = offloaded.layer.cell.linear
+    weights = {name: p.detach().clone() for name, p in part.named_parameters()}
+    unload(part)
+    part.register_forward_pre_hook(load)
+    part.register_forward_hook(unload)
+    assert torch.equal(offloaded(inputs()), expected)
+    assert part.weight.is_meta

@@ -35,7 +35,8 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
         (name, tensor, tensor.detach().clone())
         for module in modules_of(f)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if not is_expanded(tensor)  # which cannot be copied, and is only read
+        # Expanded weights cannot be copied, and are only read. Hooks load an offloaded tensor for each call.
+        if not (is_expanded(tensor) or tensor.is_meta)
     ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
