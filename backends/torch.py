@@ -1,5 +1,6 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -153,14 +154,22 @@ class Unread:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[Any], None], Tensor, Callable[[], bool]]] = deque()
+        self._lock = threading.Lock()
 
     def add(self, function: Callable[[Any], None], numbers: Tensor) -> None:
         """Send ``numbers`` to the host, and call the readers of all earlier ones that have arrived."""
         if len(self._waiting) < self.MOST:
             self._waiting.append((function, *self.send(numbers)))
-        while self._waiting and self._waiting[0][2]():
-            reader, arrived, _ = self._waiting.popleft()
+        while (found := self._arrived()) is not None:
+            reader, arrived = found
             reader(arrived.numpy())
+
+    def _arrived(self) -> tuple[Callable[[Any], None], Tensor] | None:
+        """The reader of the first numbers and these, if they have arrived."""
+        with self._lock:  # a thread may take the first between the question of another and its answer
+            if not (self._waiting and self._waiting[0][2]()):
+                return None
+            return self._waiting.popleft()[:2]
 
     def send(self, numbers: Tensor) -> tuple[Tensor, Callable[[], bool]]:
         """A copy on the host that is being filled, and whether it has been."""
@@ -241,7 +250,8 @@ def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
     table = torch.cat([matrix, row], dim=1)
     for j in range(matrix.shape[-1]):
         pivot = table.narrow(2, j, 1) / table[:, j : j + 1, j : j + 1]
-        table = torch.baddbmm(table, pivot, table.narrow(1, j, 1), alpha=-1)
+        # Not a product of matrices, which may round to TF32.
+        table = torch.addcmul(table, pivot, table.narrow(1, j, 1), value=-1)
         table.narrow(2, j, 1).copy_(pivot)
     return table.narrow(1, matrix.shape[-1], 1)
 

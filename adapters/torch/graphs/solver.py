@@ -19,11 +19,16 @@ from implicit_core.warnings_ import warn
 from ..autograd import transforming
 from ..tensors import has_storage, tensors
 from .call_log import CallLog, log_calls
+from .errors import NotRecordableError
 from .recorder import CUDAGraphRecorder, Recorder
-from .recording import NotRecordableError, Recording, record
+from .recording import Recording, record
+from .settings import numerical_settings
 
 MOST = 8
-"""How many recordings are kept. After as many in a row without a replay, F counts as another function in every call."""
+"""How many recordings are kept, those that were used last.
+
+After as many in a row without a replay, arguments of a kind are no longer recorded.
+"""
 
 
 class GraphFallbackWarning(RuntimeWarning):
@@ -144,9 +149,7 @@ class CUDAGraphs:
         make_recorder = self._recorder(device)
         if transforming():
             raise NotRecordableError("a transform of torch.func is active")
-        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        kind = _layout(h0, z), problem.batch_ndim, trace, device, self.solver, settings, autocast
+        kind = _layout(h0, z), problem.batch_ndim, trace, device, self.solver, numerical_settings(device.type)
         if kind in self._refused:
             raise NotRecordableError(self._refused[kind])
         try:
@@ -174,9 +177,12 @@ class CUDAGraphs:
             found = self._recordings.get((kind, log.calls))
             if found is not None and found.inputs.fit(log.externals):
                 self._unused[kind] = 0
+                self._recordings[kind, log.calls] = self._recordings.pop((kind, log.calls))  # the last to be dropped
                 return found, log
         if self._unused[kind] == MOST:
-            raise NotRecordableError(f"F was another function in each of {MOST} calls")
+            raise NotRecordableError(
+                f"F was another function in each of {MOST} calls, or more than {MOST} kinds of arguments took turns"
+            )
         self._unused[kind] += 1
         _check_externals(tensors(h0)[0].device, log.externals)
         _check_repeatable(problem, h0, z, log)
