@@ -1,10 +1,11 @@
 """Run the tests that need a GPU, most valuable first, as many as fit into a time; a later run goes on from there."""
 
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -20,6 +21,8 @@ FIRST = (
 """The files with the tests of most value, in order. All others have tests of the core with CuPy's arrays."""
 OWN = tuple(f"tests/{name}.py" for name in FIRST[:5])
 """Files with tests that are only for GPUs: collected before all others, which takes long."""
+MARKED = re.compile(r"library: Library|gpus\.|mark\.gpu")
+"""What files with tests for GPUs contain: the mark, or the fixture whose libraries include CuPy."""
 DRY = ("tests/test_jax_gpu.py", "tests/test_torch_graphs_gpu.py")
 WORDS = {"cupy": "CuPy", "jax": "JAX"}
 
@@ -102,7 +105,7 @@ def run(tests: Tests, seconds: float, tell: Callable[[str], None], save: Callabl
     until, tests.left, tests.wrong = monotonic() + seconds, 0, []
     tests.outcomes = {name: found for name, found in tests.outcomes.items() if found[0] != "not collected"}
     out, last = {*tests.named("passed", "crashed")}, tests.named("failed")
-    for files in (DRY,) if dry else (OWN, ("tests",)):
+    for files in (DRY,) if dry else (OWN, others()):
         while (left := until - monotonic()) > 0:
             settings = {"out": [*out], "last": last, "first": FIRST, "seconds": left}
             process = _once(tests, files, settings, tell, save)
@@ -169,12 +172,14 @@ def _once(
 
 def _command(files: Sequence[str]) -> list[str]:
     options = ("-q", "-n", "0", "-m", "gpu", "-p", "benchmarks.gpu_plugin", "-p", "no:cacheprovider")
-    return [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *existing(files)]
+    return [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *files]
 
 
-def existing(files: Sequence[str]) -> Iterator[str]:
-    """The files that there are."""
-    return (file for file in files if Path(ROOT, file).exists())
+def others() -> list[str]:
+    """The files with tests for GPUs besides :data:`OWN`. No other file is imported: it may need more packages."""
+    files = sorted(Path(ROOT, "tests").glob("test_*.py"))
+    names = {path.relative_to(ROOT).as_posix(): path for path in files}
+    return [name for name, path in names.items() if name not in OWN and MARKED.search(path.read_text())]
 
 
 def as_json(tests: Tests) -> dict[str, Any]:

@@ -305,6 +305,7 @@ def test_three(): ran('three')
 """,
     "test_crashing": "def test_crashes():\n    ran('crash')\n    os._exit(139)",
     "test_broken": "import a_module_that_is_missing",
+    "test_peers": "import another_missing_module",
     "test_of_the_processor": "pytestmark = []\ndef test_it(): ran('of the processor')",
 }
 BEFORE = """
@@ -324,7 +325,8 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tests").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
     for name, text in SUITE.items():
-        (tmp_path / "tests" / f"{name}.py").write_text(BEFORE + text + "\n")
+        before = BEFORE if name != "test_peers" else ""  # without a mark: it is not imported
+        (tmp_path / "tests" / f"{name}.py").write_text(before + text + "\n")
     monkeypatch.setenv("PYTHONPATH", str(report.ROOT))
     monkeypatch.setenv("RAN", str(tmp_path / "ran.txt"))
     for module in (gpu_tests, gpu_process):
@@ -412,11 +414,32 @@ def test_what_pytest_cannot_do_is_told(suite: Path) -> None:
     assert wrong.startswith("pytest ended with 4: ")
 
 
+@pytest.mark.skipif(HAS_GPU, reason="more tests have the mark where there is CuPy with a GPU")
+def test_every_test_for_gpus_is_in_the_files_that_are_run() -> None:
+    everything = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(everything, capture_output=True, text=True, cwd=report.ROOT)
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found
+    assert found <= {*gpu_tests.OWN, *gpu_tests.others()}
+
+
 def test_the_files_of_most_value_come_first() -> None:
     files = [Path(report.ROOT, file) for file in gpu_tests.OWN]
     assert all(file.exists() for file in files)
     for path in Path(report.ROOT, "tests").glob("test_*.py"):
-        marked = any(word in path.read_text() for word in ("gpu.mark", "mark.gpu", "= gpus.", "ON_GPU", "on_gpu_with"))
+        marked = any(word in path.read_text() for word in ("mark.gpu", "= gpus.", "ON_GPU", "on_gpu_with"))
         assert not marked or path in files or path == Path(__file__), f"{path.name} has tests that are only for GPUs"
 
 
