@@ -180,7 +180,7 @@ def record(
     autocast_cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a replay would read a cached weight of the recording
     try:
-        # What cannot be captured is found here: not every version of PyTorch recovers from a capture that failed.
+        # Decision 96: what cannot be captured is found here, and kernels are loaded.
         rehearsed = recording_loops(_LoopRecorder(Rehearsal(), solver))
         with recorder.warming_up(), only_capturable(h_leaves[0].device), rehearsed:
             solver.solve(recorded, start, None, trace=trace)

@@ -49,8 +49,11 @@ class CUDAGraphs:
 
     A solve that cannot be recorded is executed as usual, with a :class:`GraphFallbackWarning` that gives the reason. So
     are all later solves with arguments of the same kind, until :meth:`reset`. Reasons are: tensors that are not on one
-    CUDA device, a solver that solves linear systems, an F that reads numbers, uses tensors of the CPU, holds compiled
-    or scripted code, or writes to a buffer.
+    CUDA device, a solver that solves linear systems, an F that reads numbers, copies from or to the CPU, holds compiled
+    or scripted code, or writes to a buffer, and too little memory.
+
+    Settings of PyTorch that choose kernels or precisions, such as ``torch.set_float32_matmul_precision``, belong to the
+    kind of the arguments. Eight recordings are kept, those that were used last.
 
     Parameters
     ----------
