@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,8 +16,9 @@ from implicit_core.arrays import History, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, Loop, Stream
 from implicit_core.space import Space, total
 
-SPECIAL_STREAMS = (1, 2)
-"""CUDA's names for its legacy and its per-thread default stream, which stand where an address would."""
+DEFAULT_STREAM = (0, 1)
+PER_THREAD_STREAM = 2
+"""CUDA's names for its default streams, which stand where an address would."""
 
 LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
@@ -136,9 +137,12 @@ class CUDAStreams:
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
         # Memory that a framework frees belongs to its stream: on another stream it might still be read.
-        if stream.address in SPECIAL_STREAMS:
-            return nullcontext()  # DLPack orders the two by events
-        if stream.address == 0:
+        if stream.address == PER_THREAD_STREAM:
+            raise NotImplementedError(
+                "PyTorch cannot work on the per-thread default stream. Make another stream the current one, as with "
+                "cupy.cuda.Stream(non_blocking=True), or unset CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
+            )
+        if stream.address in DEFAULT_STREAM:
             return torch.cuda.stream(torch.cuda.default_stream(stream.device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream.address, stream.device))
 

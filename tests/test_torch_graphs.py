@@ -350,8 +350,12 @@ before = numerical_settings("cuda")
 assert hash(before) == hash(numerical_settings("cuda"))
 for name, value in eval(sys.argv[1]).items():
     *path, last = name.split(".")
-    owner = attrgetter(".".join(path))(torch.backends)
-    if hasattr(owner, last) and os.fork() == 0:  # PyTorch does not let a precision go back to the older of its names
+    try:
+        owner = attrgetter(".".join(path))(torch.backends)
+        getattr(owner, last)
+    except AttributeError:  # an older version
+        continue
+    if os.fork() == 0:  # PyTorch does not let a precision go back to the older of its names
         setattr(owner, last, value)
         print("" if numerical_settings("cuda") != before else name, flush=True)
         os._exit(0)
@@ -760,10 +764,10 @@ def test_copies_and_pickles_begin_without_recordings() -> None:
 
 
 def test_in_inference_mode_and_out_of_it() -> None:
-    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1)
+    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1, dtype=torch.float64)
     for inference in (True, False, True):
         with torch.inference_mode(inference):
-            both(lambda h, z: torch.cos(h) + z, torch.zeros(3), z + 0, solver, graphs)
+            both(lambda h, z: torch.cos(h) + z, torch.zeros_like(z), z + 0, solver, graphs)
     assert len(graphs._recordings) == 1
 
 
