@@ -127,9 +127,16 @@ def without_cuda(framework: str) -> str | None:
         file = Path((spec and spec.origin) or "").with_name("version.py")
         if file.exists() and runpy.run_path(str(file)).get("cuda") is None:
             return "PyTorch is built without CUDA"
-    if framework == "jax" and not any(installed(f"jax_cuda{n}_plugin") for n in (12, 13, 14)):
+    if framework == "jax" and not (any(installed(f"jax_cuda{n}_plugin") for n in range(12, 20)) or _jax_plugins()):
         return "JAX has no plugin for CUDA"
     return None
+
+
+def _jax_plugins() -> list[Path]:
+    """The plugins for CUDA in JAX's namespace for plugins, where builds of one's own have them too."""
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return [path for folder in folders for path in Path(folder).glob("*cuda*")]
 
 
 def first_device() -> Device:

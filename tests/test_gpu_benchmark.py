@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -207,9 +208,11 @@ def test_the_build_of_a_framework_is_found_without_importing_it(tmp_path: Path, 
         (tmp_path / "torch/version.py").write_text(f"cuda = {cuda}")
         assert gpu_ready.without_cuda("torch") == expected
     assert gpu_ready.without_cuda("jax") == "JAX has no plugin for CUDA"
-    (tmp_path / "jax_cuda13_plugin").mkdir()
-    (tmp_path / "jax_cuda13_plugin/__init__.py").write_text("")
-    assert gpu_ready.without_cuda("jax") is None
+    for plugin in ("jax_cuda13_plugin", "jax_plugins/xla_cuda13"):
+        (tmp_path / plugin).mkdir(parents=True)
+        assert gpu_ready.without_cuda("jax") is None
+        shutil.rmtree(tmp_path / plugin)
+    assert gpu_ready.without_cuda("jax") is not None
 
 
 def importer(folder: Path) -> Any:
