@@ -4,8 +4,8 @@ The launch of a kernel costs more than the arithmetic of small problems, so the 
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import array_api_compat.cupy as xp
@@ -145,9 +145,27 @@ class CUDAStreams:
         with BACKEND.on_device_of(tree):
             return Stream(cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
 
-    def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        external: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream.address, stream.device)
-        return external
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        with cupy.cuda.Device(stream.device), external_stream(stream.address):
+            yield
+
+
+class _Foreign:
+    """A stream at an address, with CUDA's protocol of streams."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
+def external_stream(address: int) -> Any:
+    """CuPy's stream for another framework's, of the current device."""
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Foreign(address))
+    return cupy.cuda.ExternalStream(address)  # CuPy 13
 
 
 class CuPyBackend(Backend):

@@ -1,6 +1,7 @@
 """PyTorch tensors: native spellings, since the portable ones cost several dispatches each."""
 
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -19,8 +20,9 @@ from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, Sta
 from implicit_core.backend import Backend, Loop, Stream
 from implicit_core.space import Space, total
 
-SPECIAL_STREAMS = (1, 2)
-"""CUDA's names for its legacy and its per-thread default stream, which stand where an address would."""
+DEFAULT_STREAM = (0, 1)
+PER_THREAD_STREAM = 2
+"""CUDA's names for its default streams, which stand where an address would."""
 
 LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
@@ -169,9 +171,12 @@ class CUDAStreams:
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
         # Memory that a framework frees belongs to its stream: on another stream it might still be read.
-        if stream.address in SPECIAL_STREAMS:
-            return nullcontext()  # DLPack orders the two by events
-        if stream.address == 0:
+        if stream.address == PER_THREAD_STREAM:
+            raise NotImplementedError(
+                "PyTorch cannot work on the per-thread default stream. Make another stream the current one, as with "
+                "cupy.cuda.Stream(non_blocking=True), or unset CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
+            )
+        if stream.address in DEFAULT_STREAM:
             return torch.cuda.stream(torch.cuda.default_stream(stream.device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream.address, stream.device))
 
@@ -187,14 +192,22 @@ class Unread:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[Any], None], Tensor, Callable[[], bool]]] = deque()
+        self._lock = threading.Lock()
 
     def add(self, function: Callable[[Any], None], numbers: Tensor) -> None:
         """Send ``numbers`` to the host, and call the readers of all earlier ones that have arrived."""
         if len(self._waiting) < self.MOST:
             self._waiting.append((function, *self.send(numbers)))
-        while self._waiting and self._waiting[0][2]():
-            reader, arrived, _ = self._waiting.popleft()
+        while (found := self._arrived()) is not None:
+            reader, arrived = found
             reader(arrived.numpy())
+
+    def _arrived(self) -> tuple[Callable[[Any], None], Tensor] | None:
+        """The reader of the first numbers and these, if they have arrived."""
+        with self._lock:  # a thread may take the first between the question of another and its answer
+            if not (self._waiting and self._waiting[0][2]()):
+                return None
+            return self._waiting.popleft()[:2]
 
     def send(self, numbers: Tensor) -> tuple[Tensor, Callable[[], bool]]:
         """A copy on the host that is being filled, and whether it has been."""
@@ -439,7 +452,8 @@ def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
     table = torch.cat([matrix, row], dim=1)
     for j in range(matrix.shape[-1]):
         pivot = table.narrow(2, j, 1) / table[:, j : j + 1, j : j + 1]
-        table = torch.baddbmm(table, pivot, table.narrow(1, j, 1), alpha=-1)
+        # Not a product of matrices, which may round to TF32.
+        table = torch.addcmul(table, pivot, table.narrow(1, j, 1), value=-1)
         table.narrow(2, j, 1).copy_(pivot)
     return table.narrow(1, matrix.shape[-1], 1)
 

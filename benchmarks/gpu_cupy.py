@@ -19,16 +19,6 @@ def missing(device: str) -> str | None:
     return None if cupy.cuda.is_available() else "CuPy found no CUDA device"
 
 
-def versions() -> dict[str, str]:
-    """Versions of the measured packages."""
-    return {"cupy": cupy.__version__, "CUDA of cupy": str(cupy.cuda.runtime.runtimeGetVersion())}
-
-
-def card() -> str:
-    """Name of the GPU."""
-    return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
-
-
 def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     """Rows of all cases."""
     tasks: list[Task] = []

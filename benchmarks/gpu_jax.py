@@ -23,18 +23,9 @@ def missing(device: str) -> str | None:
     return "JAX found no GPU"
 
 
-def versions() -> dict[str, str]:
-    """Versions of the measured packages."""
-    return {"jax": jax.__version__}
-
-
-def card() -> str:
-    """Name of the GPU."""
-    return str(jax.devices()[0].device_kind)
-
-
 def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     """Rows of all cases."""
+    jax.config.update("jax_default_matmul_precision", "highest")  # as the other frameworks': no TF32
     where = jax.devices("cpu" if settings.device == "cpu" else "gpu")[0]
     tasks: list[Task] = []
     for batch, width in settings.sizes:

@@ -84,6 +84,10 @@ class Settings:
         Batch, channels and size of the convolution block.
     until
         Time after which no further row is started, on the clock :func:`time.monotonic`.
+    part
+        Which rows: the ``"table"``, those with CUDA ``"graphs"``, or the captured training ``"step"``.
+    done
+        Rows, as case and method, that need not be measured.
     """
 
     device: str
@@ -91,8 +95,12 @@ class Settings:
     sizes: tuple[tuple[int, int], ...]
     block: tuple[int, int, int]
     until: float
+    part: str = "table"
+    done: frozenset[str] = frozenset()
 
 
+PARTS = {"torch": ("table", "graphs", "step"), "jax": ("table",), "cupy": ("table",)}
+"""The parts of each framework."""
 Measured = Iterator[Row | Omission]
 Task = tuple[str, str, Callable[[], Row]]
 """A case, a method, and the function that measures it."""
@@ -101,6 +109,8 @@ Task = tuple[str, str, Callable[[], Row]]
 def carry_out(tasks: list[Task], settings: Settings, announce: Callable[[str], None]) -> Measured:
     """Measure rows until the time is up; a row that fails does not stop the others."""
     for case, method, measure in tasks:
+        if f"{case}, {method}" in settings.done:
+            continue
         if monotonic() > settings.until:
             yield Omission(f"{case}, {method}", "the time was up")
             continue

@@ -17,6 +17,7 @@ from .torch_step import Block, torchdeqs
 
 Forward = Callable[[], Tensor]
 
+NAMES = {"graphs": "CUDA graphs", "step": "captured training steps"}
 CAPTURED = "Anderson, step captured"
 """The training step with Anderson and Neumann(5), captured as one CUDA graph."""
 
@@ -26,18 +27,12 @@ def missing(device: str) -> str | None:
     return None if device == "cpu" or torch.cuda.is_available() else "PyTorch found no CUDA device"
 
 
-def versions() -> dict[str, str]:
-    """Versions of the measured packages."""
-    return {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
-
-
-def card() -> str:
-    """Name of the GPU."""
-    return torch.cuda.get_device_name()
-
-
 def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     """Rows of all cases."""
+    if settings.part != "table" and settings.device == "cpu":
+        yield Omission(NAMES[settings.part], "they need a CUDA device")
+        return
+    torch.backends.cudnn.allow_tf32 = False  # as products of matrices
     tasks: list[Task] = []
     for batch, width in settings.sizes:
         case, given = f"tanh {batch} x {width}", layer(batch, width)
@@ -52,10 +47,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> Measured:
     case = f"conv {batch}x{channels}x{size}²"
     tasks += _tasks(settings, case, block, x, (x, *block.parameters()))
     yield from carry_out(tasks, settings, announce)
-    if settings.device == "cpu":
-        yield Omission("CUDA graphs", "they need a CUDA device")
-    if not importlib.util.find_spec("torchdeq"):
-        yield Omission("TorchDEQ", "it is not installed")
+    if settings.part == "table" and not importlib.util.find_spec("torchdeq"):
+        yield Omission("TorchDEQ", "it is not installed (pip install torchdeq)")
 
 
 def _tanh(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
@@ -63,25 +56,35 @@ def _tanh(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
 
 
 def _tasks(settings: Settings, case: str, f: Any, x: Tensor, leaves: tuple[Tensor, ...]) -> list[Task]:
-    found: dict[str, Any] = {name: _ours(f, x, solver, ic.Neumann(5, 0.5)) for name, solver in solvers().items()}
-    found = {f"{name}, Neumann(5)": forward for name, forward in found.items()}
+    plain = _ours(f, x, solvers()["Anderson"], GRADIENTS["Neumann(5)"])
+    if settings.part == "step":
+        return [(case, CAPTURED, partial(_captured, settings, case, plain, leaves))]
+    found = _graphs(f, x) if settings.part == "graphs" else _table(f, x)
+    return [
+        (case, name, partial(_measure, settings, case, name, forward, f, x, leaves)) for name, forward in found.items()
+    ]
+
+
+def _graphs(f: Any, x: Tensor) -> dict[str, Forward]:
+    """Solves with CUDA graphs."""
+    found = {"graphs": solvers()["Anderson"], "graphs, check_every=5": solvers(check_every=5)["Anderson"]}
+    gradient = GRADIENTS["Neumann(5)"]
+    return {f"Anderson, {name}": _ours(f, x, ict.CUDAGraphs(solver), gradient) for name, solver in found.items()}
+
+
+def _table(f: Any, x: Tensor) -> dict[str, Any]:
+    """Solvers, gradients, and TorchDEQ."""
+    found: dict[str, Any] = {
+        f"{name}, Neumann(5)": _ours(f, x, solver, GRADIENTS["Neumann(5)"]) for name, solver in solvers().items()
+    }
     anderson = solvers()["Anderson"]
     for name, gradient in GRADIENTS.items():
         found[f"Anderson, {name}"] = _ours(f, x, anderson, gradient)
     found["Anderson, check_every=5"] = _ours(f, x, solvers(check_every=5)["Anderson"], GRADIENTS["Neumann(5)"])
-    if settings.device == "cuda":
-        for name, solver in (("graphs", anderson), ("graphs, check_every=5", solvers(check_every=5)["Anderson"])):
-            found[f"Anderson, {name}"] = _ours(f, x, ict.CUDAGraphs(solver), GRADIENTS["Neumann(5)"])
     if importlib.util.find_spec("torchdeq"):
         for name, options in (("IFT", {"ift": True}), ("UPG(5)", {"grad": 5, "tau": 0.5})):
             found[f"TorchDEQ Anderson, {name}"] = partial(torchdeqs("anderson", STEPS, **options), f, x)
-    tasks: list[Task] = [
-        (case, name, partial(_measure, settings, case, name, forward, f, x, leaves)) for name, forward in found.items()
-    ]
-    if settings.device == "cuda":
-        whole = found["Anderson, Neumann(5)"]
-        tasks.append((case, CAPTURED, partial(_captured, settings, case, whole, leaves)))
-    return tasks
+    return found
 
 
 def _ours(f: Any, x: Tensor, solver: Any, gradient: ic.Estimator) -> Forward:

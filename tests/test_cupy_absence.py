@@ -70,6 +70,13 @@ def test_it_is_not_imported_unless_it_is_used() -> None:
 
 
 @with_cupy
+def test_a_stream_of_another_framework() -> None:
+    """Without a warning: newer versions deprecate the class that older ones have for it."""
+    done = python("from implicit_core.backends.cupy import external_stream\nprint(external_stream(4096).ptr)")
+    assert done.stdout == "4096\n", done.stderr
+
+
+@with_cupy
 @without_gpu
 def test_without_a_gpu_it_can_be_imported_and_says_so() -> None:
     code = (

@@ -20,6 +20,7 @@ from libraries import CUPY
 
 from implicit_core.adapters import cupy as icc
 from implicit_core.backends.cupy import BACKEND
+from implicit_core.dlpack import borrow_derivatives
 
 pytestmark = gpus.CUPY
 PORTABLE = Backend("cupy", CUPY.xp, (cupy.ndarray,))
@@ -134,6 +135,39 @@ def test_torch_works_in_the_same_memory_and_on_the_same_stream() -> None:
     assert seen == [h.data.ptr, z.data.ptr]
     assert made == [value.data.ptr]
     assert streams == [stream.ptr]
+
+
+def test_cupy_works_for_torch_on_its_stream() -> None:
+    """Kernels of CuPy as the derivatives of a problem on tensors."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch found no CUDA device")
+    streams = []
+
+    def f(h: Any, z: Any) -> Any:
+        streams.append(cupy.cuda.get_current_stream().ptr)
+        return 0.5 * h + z
+
+    problem = borrow_derivatives(icc.problem(f, vjp=lambda h, z, v: (0.5 * v, v)), "cupy")
+    side = torch.cuda.Stream()
+    z = torch.ones(4, 8, device="cuda")
+    for stream in (torch.cuda.current_stream(), side):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            value = ic.solve(problem, torch.zeros_like(z), z, solver=ic.FixedPointIteration()).value
+            torch.testing.assert_close(value, torch.full_like(z, 2.0), rtol=1e-3, atol=1e-3)
+        assert set(streams) == {stream.cuda_stream}
+        streams.clear()
+    assert cupy.cuda.get_current_stream() == cupy.cuda.Stream.null
+
+
+@pytest.mark.parametrize("factor", [0.3, "each"])
+def test_a_x_plus_y_in_half_precision(factor: Any) -> None:
+    x, y, each = (normal(9, n, dtype=np.float16, seed=n) for n in (7, 7, 1))
+    a = each if factor == "each" else factor
+    got = BACKEND.space(x, 1).multiply_add(a, x, y)
+    expected = cupy.asnumpy(a) * cupy.asnumpy(x).astype(np.float64) + cupy.asnumpy(y)
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(cupy.asnumpy(got).astype(np.float64), expected, rtol=4e-3, atol=4e-3)
 
 
 def test_jax_works_in_the_same_memory() -> None:

@@ -20,6 +20,8 @@ from torch import nn
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
 from implicit_core.adapters import torch as ict
+from implicit_core.backend import Stream
+from implicit_core.backends.torch import BACKEND as TORCH_BACKEND
 from implicit_core.dlpack import borrow_derivatives
 
 CONVERTERS: dict[str, Callable[..., ic.Problem]] = {
@@ -355,3 +357,17 @@ def test_views_that_the_framework_returns(framework: str) -> None:
     np.testing.assert_allclose(ic.OneStep().vjp(problem, h, z)[1](np.ones((3, 4))), 3 * np.ones(4))
     constant = CONVERTERS[framework](lambda h, z: LIBRARY[framework].xp.broadcast_to(z, h.shape))
     np.testing.assert_allclose(ic.solve(constant, h, z).value, np.broadcast_to(z, (3, 4)))
+
+
+@pytest.mark.parametrize(("address", "expected"), [(0, "default"), (1, "default"), (4096, "external 4096")])
+def test_a_stream_of_another_framework_in_torch(address: int, expected: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: f"external {address} of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    assert TORCH_BACKEND.streams.use(Stream(3, address)) == f"{expected} of 3"
+
+
+def test_torch_refuses_the_per_thread_default_stream() -> None:
+    """DLPack does not take it, and memory that PyTorch frees would be reused in the order of another stream."""
+    with pytest.raises(NotImplementedError, match=r"per-thread default stream\. Make another stream the current one"):
+        TORCH_BACKEND.streams.use(Stream(0, 2))

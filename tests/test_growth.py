@@ -1,8 +1,10 @@
 """An estimate that grows with its terms is told in every framework, and a contraction is never accused."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from threading import Thread
 from typing import Any
 
 import jax
@@ -496,6 +498,32 @@ def test_a_device_is_not_waited_for() -> None:
     arrived |= set(range(30))
     unread.add(lambda x: read.append(float(x)), torch.tensor(21))
     assert read == [*range(8), 21]
+
+
+def test_two_threads_read_only_what_has_arrived() -> None:
+    """Both ask for the first numbers at the same time, and one of them may take them."""
+    read, arrived = list[float](), set[int]()
+
+    class Slow(Unread):
+        def send(self, numbers: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
+            name = int(numbers)
+
+            def query() -> bool:
+                time.sleep(0.05)
+                return name in arrived
+
+            return numbers, query
+
+    unread = Slow()
+    for i in range(2):
+        unread.add(lambda x: read.append(float(x)), torch.tensor(i))
+    arrived.add(0)
+    threads = [Thread(target=unread.add, args=(lambda x: read.append(float(x)), torch.tensor(i))) for i in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read == [0]
 
 
 def test_the_setting_is_part_of_the_record() -> None:

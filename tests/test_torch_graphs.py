@@ -2,9 +2,13 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.backends.torch import BACKEND
 
+ROOT = Path(__file__).parents[1]
 CUDA = pytest.param("cuda", marks=ON_GPU)
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 
@@ -266,6 +271,242 @@ def test_shapes_each_have_a_recording(device: str) -> None:
     assert len(graphs._recordings) <= 8, "the memory of each is held"
 
 
+def solved(f: Any, graphs: ict.CUDAGraphs, n: int, device: str = "cpu") -> Tensor:
+    """The fixed points of n samples."""
+    z = torch.linspace(0.1, 0.9, n, device=device)[:, None].repeat(1, 3)
+    solution = ic.solve(f, torch.zeros_like(z), z, solver=graphs, batch_ndim=1)
+    torch.testing.assert_close(f(solution.value, z), solution.value, rtol=1e-3, atol=1e-3)
+    return solution.value
+
+
+class Tapes(Recorded):
+    """Counts the recorders that it makes."""
+
+    made = 0
+
+    def _recorder(self, device: torch.device) -> Any:
+        make = super()._recorder(device)
+
+        def counted() -> Any:
+            self.made += 1
+            return make()
+
+        return counted
+
+
+def cosine(h: Tensor, z: Tensor) -> Tensor:
+    return 0.5 * torch.cos(h) + z
+
+
+@DEVICES
+def test_the_recording_that_was_used_last_is_dropped_last(device: str) -> None:
+    graphs = Tapes(ic.Anderson())
+    for n in range(2, 14):
+        solved(cosine, graphs, 1, device)  # in turn with twelve others
+        solved(cosine, graphs, n, device)
+    assert graphs.made == 13, "one for each shape: the first was never dropped"
+    assert len(graphs._recordings) == 8
+
+
+@DEVICES
+def test_one_kind_more_than_are_kept_leaves_the_others_their_recordings(device: str) -> None:
+    """Nine shapes in turn, of which each would be dropped before it returns: one of them is given up."""
+    graphs = Tapes(ic.FixedPointIteration())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in 12 * [*range(1, 10)]:
+            solved(cosine, graphs, n, device)
+    assert ["more than 8 kinds of arguments took turns" in str(w.message) for w in caught] == [True] * len(caught)
+    assert caught
+    assert len(graphs._refused) == 1
+    made = graphs.made
+    for n in range(2, 10):
+        solved(cosine, graphs, n, device)
+        assert graphs.reason is None
+    assert graphs.made == made
+
+
+SETTINGS = {
+    "cuda.matmul.allow_tf32": True,
+    "cuda.matmul.allow_fp16_reduced_precision_reduction": False,
+    "cuda.matmul.allow_bf16_reduced_precision_reduction": False,
+    "cuda.matmul.allow_fp16_accumulation": True,
+    "cuda.matmul.fp32_precision": "tf32",
+    "cudnn.allow_tf32": False,
+    "cudnn.conv.fp32_precision": "ieee",
+    "cudnn.rnn.fp32_precision": "ieee",
+    "cudnn.benchmark": True,
+    "cudnn.deterministic": True,
+    "cudnn.enabled": False,
+}
+CHANGES = """
+import os, sys
+from operator import attrgetter
+
+import torch
+from implicit_core.adapters.torch.graphs.settings import numerical_settings
+
+before = numerical_settings("cuda")
+assert hash(before) == hash(numerical_settings("cuda"))
+for name, value in eval(sys.argv[1]).items():
+    *path, last = name.split(".")
+    try:
+        owner = attrgetter(".".join(path))(torch.backends)
+        getattr(owner, last)
+    except AttributeError:  # an older version
+        continue
+    if os.fork() == 0:  # PyTorch does not let a precision go back to the older of its names
+        setattr(owner, last, value)
+        print("" if numerical_settings("cuda") != before else name, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_settings_that_choose_kernels_are_told_apart() -> None:
+    done = subprocess.run([sys.executable, "-c", CHANGES, repr(SETTINGS)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout.split() == []
+    assert len(done.stdout.splitlines()) > 5
+
+
+@DEVICES
+def test_a_recording_is_for_the_settings_it_was_made_with(device: str) -> None:
+    graphs = Tapes(ic.Anderson())
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    try:
+        for expected, names in enumerate((("highest", False), ("high", False), ("high", True), ("highest", False)), 1):
+            torch.set_float32_matmul_precision(names[0])
+            torch.use_deterministic_algorithms(names[1], warn_only=True)
+            solved(cosine, graphs, 2, device)
+            assert graphs.made == min(expected, 3), "the last is as the first"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+class Exhausted(Tape):
+    """There is too little memory for a recording."""
+
+    def begin(self) -> None:
+        super().begin()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_recording_that_does_not_fit_into_memory_leaves_the_solve() -> None:
+    graphs, f = Recorded(ic.Anderson()), cosine
+    graphs._recorder = lambda device: Exhausted  # type: ignore[method-assign]
+    with pytest.warns(ict.GraphFallbackWarning, match="memory of the device does not suffice for a recording"):
+        value = solved(f, graphs, 3)
+    torch.testing.assert_close(value, solved(f, Recorded(ic.Anderson()), 3))
+    assert not graphs._recordings
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:-1], ids=repr)
+def test_a_start_that_is_the_solution_warms_up_all_kernels(solver: ic.Solver) -> None:
+    """The tape refuses a function that was not called before it was recorded."""
+    graphs, z = Recorded(solver), torch.zeros(4, 3, dtype=torch.float64)
+    both(lambda h, z: 0.5 * h + z, z, z, solver, graphs, batch_ndim=1)
+    both(lambda h, z: 0.5 * h + z, z, z + 1, solver, graphs, batch_ndim=1)
+
+
+class FakeCUDA:
+    """What the recorder calls of ``torch.cuda``."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current, self.device, self.captures, self.ended = "the caller's", 1, 0, 0
+        for name in ("current_stream", "current_device", "set_stream", "set_device", "stream"):
+            patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(torch.cuda, "Stream", lambda device: "of the recorder")
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "Event", lambda: None)
+        patch.setattr(torch, "zeros", lambda shape, device: torch.ones(shape))
+
+    def current_stream(self, device: Any) -> str:
+        return self.current
+
+    def current_device(self) -> int:
+        return self.device
+
+    def set_stream(self, stream: str) -> None:
+        self.current, self.device = stream, 0
+
+    def set_device(self, device: int) -> None:
+        self.device = device
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def replay(self) -> None: ...
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        assert self.current == "of the recorder"
+        self.captures += 1
+
+    def capture_end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("fails", ["at its beginning", "at its end", None])
+def test_the_callers_stream_is_current_again_after_a_capture(fails: str | None, monkeypatch: Any) -> None:
+    from implicit_core.adapters.torch.graphs.recorder import CUDAGraphRecorder
+
+    cuda = FakeCUDA(monkeypatch)
+
+    class Graph:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            if fails == "at its beginning":
+                raise RuntimeError("not now")
+            cuda.current, cuda.device = "of the recorder", 0
+
+        def __exit__(self, *_: Any) -> None:
+            if fails is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            cuda.current, cuda.device = "the caller's", 1
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    recorder = CUDAGraphRecorder(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError) if fails == "at its beginning" else nullcontext():
+        recorder.begin()
+    if fails != "at its beginning":
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            recorder.end()
+    recorder.abandon()
+    assert (cuda.current, cuda.device) == ("the caller's", 1)
+    expected = 0 if fails is None else 1
+    assert cuda.captures == cuda.ended == expected, "the generator's capture is ended by one that succeeds"
+
+
+def test_what_is_copied_between_devices_is_refused_before_a_capture() -> None:
+    from implicit_core.adapters.torch.graphs.capturable import only_capturable
+    from implicit_core.adapters.torch.graphs.errors import NotRecordableError
+
+    there, vector, number = torch.ones(3, device="meta"), torch.ones(3), torch.ones(())
+    with only_capturable(there.device):
+        assert (number * there).shape == (3,), "a number that becomes part of the graph"
+        assert torch.equal(2 * vector, vector + 1), "nothing of the device"
+        for copy_it in (
+            lambda: vector.to("meta"),
+            lambda: number.to("meta"),
+            lambda: there.copy_(vector),
+            lambda: torch.tensor([1.0, 2.0], device="meta"),
+            lambda: torch.as_tensor(np.ones(2), device="meta"),
+        ):
+            with pytest.raises(NotRecordableError, match=r"copies (a tensor to or from another|numbers to the) device"):
+                copy_it()
+        with pytest.raises(NotRecordableError, match="reads numbers"):
+            there.repeat_interleave(torch.ones(3, dtype=torch.int64, device="meta"))
+        repeats = torch.ones(3, dtype=torch.int64, device="meta")
+        assert there.repeat_interleave(repeats, output_size=3).shape == (3,)
+
+
 def test_tensors_of_one_solve_do_not_outlive_the_call() -> None:
     import gc
     import weakref
@@ -284,6 +525,24 @@ def test_tensors_of_one_solve_do_not_outlive_the_call() -> None:
 
 def reads_a_number(h: Tensor, z: Tensor) -> Tensor:
     return torch.cos(h) + z * float(z.sum())
+
+
+def asks(h: Tensor, z: Tensor) -> Tensor:
+    return torch.cos(h) + (z if torch.equal(h, h) else h)
+
+
+def masked(h: Tensor, z: Tensor) -> Tensor:
+    return torch.cos(h) + z * (0 * h[h >= 0]).sum()
+
+
+def written_through_a_mask(h: Tensor, z: Tensor) -> Tensor:
+    y = torch.cos(h)
+    y[y > 2] += 1.0
+    return y + z
+
+
+def solves(h: Tensor, z: Tensor) -> Tensor:
+    return torch.cos(h) + torch.linalg.solve(torch.eye(4), z)
 
 
 def of_the_cpu(h: Tensor, z: Tensor) -> Tensor:
@@ -317,7 +576,11 @@ def scripted() -> Callable[..., Tensor]:
 
 
 UNFIT = {
-    "reads a number": (lambda: reads_a_number, "can't be captured: operation not permitted"),
+    "reads a number": (lambda: reads_a_number, "reads numbers of a tensor"),
+    "asks whether tensors are equal": (lambda: asks, "reads numbers of a tensor"),
+    "indexes with a mask": (lambda: masked, "reads numbers of a tensor"),
+    "writes through a mask": (lambda: written_through_a_mask, "reads numbers of a tensor"),
+    "checks for errors": (lambda: solves, "reads numbers of a tensor"),
     "of the cpu": (lambda: of_the_cpu, "another library"),
     "batch norm": (Counting, "writes to a tensor"),
     "changing": (Changing, "with other numbers"),
@@ -501,10 +764,10 @@ def test_copies_and_pickles_begin_without_recordings() -> None:
 
 
 def test_in_inference_mode_and_out_of_it() -> None:
-    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1)
+    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1, dtype=torch.float64)
     for inference in (True, False, True):
         with torch.inference_mode(inference):
-            both(lambda h, z: torch.cos(h) + z, torch.zeros(3), z + 0, solver, graphs)
+            both(lambda h, z: torch.cos(h) + z, torch.zeros_like(z), z + 0, solver, graphs)
     assert len(graphs._recordings) == 1
 
 

@@ -15,16 +15,14 @@ from implicit_core.solvers import Solver
 from ..closure import with_explicit_inputs
 from ..tensors import Tensors
 from .call_log import CallLog
-from .recorder import Recorder, Replay
+from .capturable import only_capturable
+from .errors import NotRecordableError
+from .recorder import Recorder, Rehearsal, Replay, Sections
 
 Carry = TypeVar("Carry")
 
 LOGGED = 1
 """Evaluations of F before a replay, which check that F is still the function that was recorded."""
-
-
-class NotRecordableError(Exception):
-    """Why a solve cannot be recorded."""
 
 
 class Loop(NamedTuple):
@@ -104,7 +102,7 @@ class Recording(NamedTuple, Generic[H]):
     def replay(self, h0: Sequence[Tensor], externals: Sequence[Tensor]) -> Solution[H]:
         """The solution from this start with these externals, copied."""
         stats = self.solution.stats
-        with self.recorder.in_order():
+        with self.recorder.in_order((*self.inputs.h0, *self.inputs.externals)):
             self.inputs.copy_from(h0, externals)
             self.start()
             steps = self._run_loop()
@@ -130,7 +128,7 @@ class _LoopRecorder:
     It ends the section of the start, records the loop's body as the next section, and begins the section of the end.
     """
 
-    def __init__(self, recorder: Recorder, solver: Solver) -> None:
+    def __init__(self, recorder: Sections, solver: Solver) -> None:
         self._recorder, self._solver = recorder, solver
         self.start: Replay | None = None
         self.loop: Loop | None = None
@@ -182,15 +180,17 @@ def record(
     autocast_cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a replay would read a cached weight of the recording
     try:
-        with recorder.warming_up():
+        # Decision 96: what cannot be captured is found here, and kernels are loaded.
+        rehearsed = recording_loops(_LoopRecorder(Rehearsal(), solver))
+        with recorder.warming_up(), only_capturable(h_leaves[0].device), rehearsed:
             solver.solve(recorded, start, None, trace=trace)
         recorder.begin()
         with recording_loops(loop):
             solution = solver.solve(recorded, start, None, trace=trace)
         end = recorder.end()
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:  # the solve itself may fit: a recording has memory of its own
         recorder.abandon()
-        raise
+        raise NotRecordableError("the memory of the device does not suffice for a recording") from error
     except RuntimeError as error:
         recorder.abandon()
         raise NotRecordableError(f"F can't be captured: {(str(error) or repr(error)).splitlines()[0]}") from error

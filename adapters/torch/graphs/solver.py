@@ -19,11 +19,16 @@ from implicit_core.warnings_ import warn
 from ..autograd import transforming
 from ..tensors import has_storage, tensors
 from .call_log import CallLog, log_calls
+from .errors import NotRecordableError
 from .recorder import CUDAGraphRecorder, Recorder
-from .recording import NotRecordableError, Recording, record
+from .recording import Recording, record
+from .settings import numerical_settings
 
 MOST = 8
-"""How many recordings are kept. After as many in a row without a replay, F counts as another function in every call."""
+"""How many recordings are kept, those that were used last.
+
+After as many in a row without a replay, arguments of a kind are no longer recorded.
+"""
 
 
 class GraphFallbackWarning(RuntimeWarning):
@@ -44,8 +49,11 @@ class CUDAGraphs:
 
     A solve that cannot be recorded is executed as usual, with a :class:`GraphFallbackWarning` that gives the reason. So
     are all later solves with arguments of the same kind, until :meth:`reset`. Reasons are: tensors that are not on one
-    CUDA device, a solver that solves linear systems, an F that reads numbers, uses tensors of the CPU, holds compiled
-    or scripted code, or writes to a buffer.
+    CUDA device, a solver that solves linear systems, an F that reads numbers, copies from or to the CPU, holds compiled
+    or scripted code, or writes to a buffer, and too little memory.
+
+    Settings of PyTorch that choose kernels or precisions, such as ``torch.set_float32_matmul_precision``, belong to the
+    kind of the arguments. Eight recordings are kept, those that were used last.
 
     Parameters
     ----------
@@ -144,9 +152,8 @@ class CUDAGraphs:
         make_recorder = self._recorder(device)
         if transforming():
             raise NotRecordableError("a transform of torch.func is active")
-        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        kind = _layout(h0, z, problem.batch_ndim), problem.batch_ndim, trace, device, self.solver, settings, autocast
+        layout = _layout(h0, z, problem.batch_ndim)
+        kind = layout, problem.batch_ndim, trace, device, self.solver, numerical_settings(device.type)
         if kind in self._refused:
             raise NotRecordableError(self._refused[kind])
         try:
@@ -174,9 +181,12 @@ class CUDAGraphs:
             found = self._recordings.get((kind, log.calls))
             if found is not None and found.inputs.fit(log.externals):
                 self._unused[kind] = 0
+                self._recordings[kind, log.calls] = self._recordings.pop((kind, log.calls))  # the last to be dropped
                 return found, log
         if self._unused[kind] == MOST:
-            raise NotRecordableError(f"F was another function in each of {MOST} calls")
+            raise NotRecordableError(
+                f"F was another function in each of {MOST} calls, or more than {MOST} kinds of arguments took turns"
+            )
         self._unused[kind] += 1
         _check_externals(tensors(h0)[0].device, log.externals)
         _check_repeatable(problem, h0, z, log)

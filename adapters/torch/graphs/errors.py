@@ -1,0 +1,5 @@
+"""The error that leads to a solve without a recording."""
+
+
+class NotRecordableError(Exception):
+    """Why a solve cannot be recorded."""
