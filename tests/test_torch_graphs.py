@@ -501,10 +501,10 @@ def test_copies_and_pickles_begin_without_recordings() -> None:
 
 
 def test_in_inference_mode_and_out_of_it() -> None:
-    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1)
+    graphs, solver, z = Recorded(ic.Anderson()), ic.Anderson(), torch.full((3,), 0.1).double()
     for inference in (True, False, True):
         with torch.inference_mode(inference):
-            both(lambda h, z: torch.cos(h) + z, torch.zeros(3), z + 0, solver, graphs)
+            both(lambda h, z: torch.cos(h) + z, torch.zeros(3).double(), z + 0, solver, graphs)
     assert len(graphs._recordings) == 1
 
 
