@@ -34,7 +34,7 @@ COMPILER_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore:The .grad attribute of a Tensor:UserWarning",
-    "ignore:Graph break for an optree:UserWarning",
+    "ignore:.*optree C/C.. function:UserWarning",
 )
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
