@@ -1,7 +1,8 @@
 # Each target sets up the environment that it needs; only Python and make have to be there.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 DEMO_VENV ?= .venv-demo
 EXAMPLES_VENV ?= .venv-examples
 WHEEL_VENV ?= .venv-wheel
@@ -13,8 +14,9 @@ MNIST1D_ARGS ?=
 
 # In the environment that is the folder of the target. Errors are printed, build warnings are not.
 PIP = $(@D)/bin/python -m pip -qq
-INSTALL = @echo "Installing into $(@D)"; $(PIP) install --constraint constraints.txt --build-constraint constraints.txt
-REQUIREMENTS = pyproject.toml constraints.txt
+CONSTRAINTS = $(if $(TORCH),build/constraints-torch-$(TORCH).txt,constraints.txt)
+INSTALL = @echo "Installing into $(@D)"; $(PIP) install --constraint $(CONSTRAINTS) --build-constraint constraints.txt
+REQUIREMENTS = pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo mnist1d test test-packages lint format types docs wheel check-wheel clean
@@ -28,7 +30,7 @@ demo: $(DEMO_VENV)/.demo ## Run the demo in NumPy, PyTorch and JAX, in an enviro
 mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_ARGS="--gradient neumann".
 	$(EXAMPLES_VENV)/bin/python -m implicit_core.examples.torch_mnist1d $(MNIST1D_ARGS)
 
-test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4.
+test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4, TORCH=2.6.0.
 	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 # Without the fixtures of the other tests, which need JAX and more.
@@ -62,6 +64,11 @@ check-wheel: wheel ## Install the wheel into an empty environment and use it the
 clean: ## Remove the environments and all build outputs.
 	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) $(PACKAGES_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With TORCH=2.6.0: the versions of constraints.txt, but this PyTorch, which may ask for another sympy.
+build/constraints-torch-%.txt: constraints.txt
+	@mkdir -p $(@D)
+	@sed -e 's/^torch==.*/torch==$*/' -e '/^sympy==/d' $< > $@
 
 # Environments. The stamp files are renewed when the requirements change.
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.backends.torch import BACKEND
+from implicit_core.theory import contraction
 
 SOLVER = ic.Anderson(rtol=1e-13, max_steps=200)
 EXACT = ic.Implicit(ic.GMRES(rtol=1e-13, max_steps=400))
@@ -182,6 +183,36 @@ def test_evaluations_of_the_layer(estimator: ic.Estimator, value: int, backward:
     assert calls == int(solution.stats.evaluations) + value + backward
 
 
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        value = torch.tanh(x)
+        ctx.save_for_backward(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, v: torch.Tensor) -> torch.Tensor:
+        return (1 - ctx.saved_tensors[0] ** 2) * v
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.BPTT(30)], ids=repr)
+def test_f_may_end_in_an_autograd_function(estimator: ic.Estimator) -> None:
+    """Whose node in the graph must outlive the value of F."""
+    h0, w, x = tensors(layer())
+
+    def gradients(tanh: Any) -> list[torch.Tensor]:
+        def f(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return tanh(h @ w.T + x)
+
+        value = ic.fixed_point(f, h0, x, solver=SOLVER, gradient=estimator, batch_ndim=1).value
+        at = ict.problem(f, batch_ndim=1).linearize(value.detach(), x)
+        penalty = ict.jacobian_penalty(f, value.detach(), x, generator=torch.Generator().manual_seed(0))
+        return [*torch.autograd.grad(loss(value) + penalty.sum(), (w, x)), at.vjp_h(torch.ones_like(h0))]
+
+    for ours, expected in zip(gradients(Tanh.apply), gradients(torch.tanh), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_h0_gets_no_gradient_and_the_graph_can_be_kept(estimator: ic.Estimator) -> None:
     h0, w, x = tensors(layer())
@@ -209,6 +240,31 @@ def test_without_grad_there_is_no_graph(estimator: ic.Estimator) -> None:
         with mode():
             solution = ic.fixed_point(layer_of(w), h0, x, gradient=estimator, batch_ndim=1)
         assert not solution.value.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if not getattr(e, "recompute", False)], ids=repr)
+def test_pushforwards_in_every_mode_of_autograd(estimator: ic.Estimator, mode: Any) -> None:
+    """In inference mode, PyTorch's own are zero before version 2.12."""
+    case = layer()
+    h0, w, x = tensors(case)
+    with mode():
+        problem = ict.problem(layer_of(w), batch_ndim=1)
+        solution = ic.solve(problem, h0, x + 0, solver=SOLVER)
+        at, v = problem.linearize(solution.value, x + 0), torch.ones_like(x) * 1.0
+        along_h, along_z = at.jvp_h(v), at.jvp_z(v)
+        tangent = estimator.jvp(problem, solution.value, x + 0, v)[1]
+        norms = contraction(problem, solution.value, x + 0, steps=300)
+
+    h, jacobian = solution.value.numpy(), case.z["w"]
+    slope = 1 - np.tanh(h @ jacobian.T + case.z["x"]) ** 2
+    np.testing.assert_allclose(along_z.detach().numpy(), slope, rtol=1e-12)
+    np.testing.assert_allclose(along_h.detach().numpy(), slope * jacobian.sum(1), rtol=1e-9)
+    jacobians = slope[:, :, None] * jacobian
+    np.testing.assert_allclose(norms.detach().numpy(), np.linalg.norm(jacobians, 2, (1, 2)), rtol=1e-3)
+    with_w = {"w": case.z["w"], "x": case.z["x"]}, {"w": np.zeros_like(jacobian), "x": np.ones_like(slope)}
+    expected = estimator.jvp(case.problem(), h, *with_w)[1]
+    np.testing.assert_allclose(tangent.detach().numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", [ic.Unroll(2, 0.5), ic.Unroll(3, 1.0), ic.BPTT(3)], ids=repr)

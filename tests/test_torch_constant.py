@@ -428,7 +428,7 @@ def test_an_implicit_layer_inside_another(gradient: ic.Estimator) -> None:
     w_in, w_out = cell.inner.inner.weight, cell.outer.weight
     torch.testing.assert_close(w_in, weights[0])
     h, x = inputs()
-    outer_mask = torch.zeros_like(h).bernoulli_(0.7) / 0.7
+    outer_mask = torch.bernoulli(torch.full_like(h, 0.7)) / 0.7
     for _ in range(60):
         u, g = torch.zeros_like(x), 0.3 * outer_mask * h + x
         for _ in range(60):

@@ -1,6 +1,8 @@
 """Warnings point at the line that the user wrote."""
 
 import inspect
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -87,3 +89,23 @@ def test_a_thread_without_a_frame_of_the_user() -> None:
     with pytest.warns(RuntimeWarning, match="found") as caught, ThreadPoolExecutor(1) as threads:
         threads.submit(namespace["inner"])
     assert caught[0].filename == threading.__file__
+
+
+FORWARD_MODE = """
+import warnings, torch
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    problem = ict.problem(lambda h, z: torch.tanh(0.5 * h) + z)
+    with torch.no_grad():
+        ic.fixed_point(problem, torch.zeros(3), torch.ones(3))
+    assert ic.solve(problem, torch.zeros(3), torch.ones(3), solver=ic.NewtonKrylov()).converged
+    torch.func.jvp(lambda z: ic.fixed_point(problem, torch.zeros(3), z).value, (torch.ones(3),), (torch.ones(3),))
+"""
+
+
+def test_forward_mode_of_pytorch_warns_of_nothing() -> None:
+    """PyTorch compiles its rules at the first use, which is in a new process, by functions that it deprecates."""
+    subprocess.run([sys.executable, "-c", FORWARD_MODE], check=True)

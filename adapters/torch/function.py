@@ -18,7 +18,7 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import AtFixedPoint, Derivative
 from implicit_core.solution import SolveError
 
-from .autograd import transforming
+from .autograd import pushforward, transforming
 from .compilation import never_compiled
 from .precision import full_precision
 from .tensors import OnLeaves, Tensors, has_storage, is_differentiable
@@ -193,7 +193,7 @@ class _FixedPoint(torch.autograd.Function):
         chosen = [i for i, d in enumerate(d_externals) if d is not None]
         with full_precision(h[0]):
             primals, d = tuple(externals[i] for i in chosen), tuple(d_externals[i] for i in chosen)
-            df = torch.func.jvp(_function_of(rule, h, externals, chosen), primals, d)[1]
+            df = pushforward(_function_of(rule, h, externals, chosen), primals, d)
             return _solve(rule, _pushforward, h, externals, df)
 
 
@@ -252,7 +252,7 @@ def _pullback(f: OnLeaves, h: Sequence[Tensor], externals: Sequence[Tensor]) -> 
 
 def _pushforward(f: OnLeaves, h: Sequence[Tensor], externals: Sequence[Tensor]) -> Product:
     """``w -> (∂F/∂h) w``."""
-    return lambda *w: torch.func.jvp(lambda *h: f(h, externals), tuple(h), w)[1]
+    return lambda *w: pushforward(lambda *h: f(h, externals), tuple(h), w)
 
 
 def _solve(

@@ -12,7 +12,7 @@ from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND, drop_casts_without_graph
 from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
-from .autograd import gradient_edges, vector_jacobian
+from .autograd import gradient_edges, pushforward, vector_jacobian
 from .closure import hoist
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
@@ -107,7 +107,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
         # be running. Forward mode refuses expanded tensors, so all are made dense.
         at = tuple(dense(x) for x in (*call.h, *call.z))
         tangents = tuple(dense(x) for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
-        tangent = torch.func.jvp(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)[1]
+        tangent = pushforward(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)
         # Forward mode promotes the tangent of a tensor without axes.
         return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])
 
