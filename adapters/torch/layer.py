@@ -158,7 +158,7 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
 
 def _check_all_in_z(problem: Problem[H, Z], h0: H, z: Z) -> None:
     """Check that F closes over no tensor that requires a gradient, as the estimator's ``vjp`` is in z alone."""
-    with torch.no_grad():
+    with BACKEND.solving():
         externals = hoist(problem.f, BACKEND.map(torch.clone, h0), z, has_storage).externals
     in_z = IdentitySet(tensors(z))
     if any(x.requires_grad and x not in in_z for x in externals):

@@ -304,7 +304,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         """Raise if the cell communicates with other processes; once for each mode."""
         case = "collectives", self._modes()
         if torch.distributed.get_world_size() > 1 and case not in self._checked and not transforming():
-            with undisturbed(self.cell, h), torch.no_grad():
+            with undisturbed(self.cell, h), BACKEND.solving():
                 refuse_collectives(self.cell, lambda: f(BACKEND.map(torch.clone, h), x))
             self._checked.add(case)
 
@@ -324,7 +324,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
             given = differences(BACKEND.protected(autocasted(f, h)), self.batch_ndim)
-            with undisturbed(self.cell, h), full_precision(h), torch.no_grad():
+            with undisturbed(self.cell, h), full_precision(h), BACKEND.solving():
                 refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
         self._checked.add(case)
 
