@@ -34,6 +34,7 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     """The layer, which the estimator's ``vjp`` differentiates once, with respect to z alone."""
     if transforming() or has_tangents(z):
         raise NotImplementedError(ONLY_ONCE)
+    problem = problem.replace_f(BACKEND.protected(problem.f))
     gradient = options.gradient
     leaves, structure = BACKEND.flatten(z, none_is_leaf=True)
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

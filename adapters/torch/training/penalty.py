@@ -80,7 +80,7 @@ def jacobian_penalty(
     >>> slope.grad
     tensor([1.0000, 0.2000])
     """
-    f = plain_function(f)
+    f = BACKEND.protected(plain_function(f))
     samples = checks.integer("samples", samples, 1)
     space = BACKEND.space(h, checks.integer("batch_ndim", batch_ndim, 0), "h")
     if torch.is_grad_enabled():
