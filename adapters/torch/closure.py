@@ -36,11 +36,14 @@ class Evaluation(NamedTuple, Generic[H]):
         The tensors that F depends on other than h.
     produced_leaves
         Returns the leaves of autograd's graph that f made itself, as another implicit layer within f does.
+    keeps_gradients
+        Whether f called ``retain_grad``.
     """
 
     value: H
     externals: Tensors
     produced_leaves: Callable[[], list[Tensor]]
+    keeps_gradients: bool
 
 
 def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Quiet | None = None) -> Evaluation[H]:
@@ -54,7 +57,8 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
         value = f(h, z)
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
-    return Evaluation(value, tuple(x for x in found if usable(x)), observed.produced_leaves)
+    externals = tuple(x for x in found if usable(x))
+    return Evaluation(value, externals, observed.produced_leaves, observed.keeps_gradients)
 
 
 def with_explicit_inputs(

@@ -35,12 +35,15 @@ class ObserveInputs(TorchFunctionMode):
     ----------
     inputs
         The collected tensors, in the order in which they were met.
+    keeps_gradients
+        Whether ``retain_grad`` was called, which adds up the cotangents of every backward pass.
     """
 
     def __init__(self, known: Sequence[Tensor], quiet: Quiet | None = None) -> None:
         super().__init__()
         self._quiet = quiet
         self.inputs: IdentitySet[Tensor] = IdentitySet()
+        self.keeps_gradients = False
         self._produced = WeakIdentitySet(known)
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +51,7 @@ class ObserveInputs(TorchFunctionMode):
         self.collect(nested_tensors((args, tuple(kwargs.values()))))
         if self._quiet is not None and func is Tensor.register_hook:
             args = args[0], self._quiet.gated(args[1] if len(args) > 1 else kwargs.pop("hook"))
+        self.keeps_gradients |= func is Tensor.retain_grad
         result = func(*args, **kwargs)
         for x in nested_tensors(result):
             self._produced.add(x)

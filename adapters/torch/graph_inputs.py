@@ -28,7 +28,8 @@ class GraphInputs(NamedTuple):
         Whether these are all of its inputs.
     watched
         Whether a tool watches the backward pass, so that each cotangent must pass once: by full backward hooks of
-        modules, or by the per-sample gradients of expanded weights. Neither shows in a public way but by its name.
+        modules, by the per-sample gradients of expanded weights, or by ``retain_grad``. The first two show in no public
+        way but by their names.
     """
 
     tensors: Tensors
@@ -63,7 +64,7 @@ def graph_inputs(
     reached: list[Tensor] = []
     unknown: list[Edge] = []
     opaque = False
-    watched = any(type(x).__name__ == "ExpandedWeight" for x in evaluation.externals)
+    watched = evaluation.keeps_gradients or any(type(x).__name__ == "ExpandedWeight" for x in evaluation.externals)
     for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
         if edge in externals:
             reached.append(externals[edge])

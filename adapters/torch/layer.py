@@ -40,9 +40,9 @@ from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 
 WATCHED = (
-    "the cell has full backward hooks, or a tool computes per-sample gradients in it, and {} would call them once for "
-    "each of its products with the Jacobian, with other cotangents than those of the loss: use Unroll(k, lam) or "
-    "BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove the hooks"
+    "the cell has full backward hooks or calls retain_grad, or a tool computes per-sample gradients in it. {} would "
+    "reach them with each of its products with the Jacobian, whose cotangents are not those of the loss: use "
+    "Unroll(k, lam) or BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove them"
 )
 
 
