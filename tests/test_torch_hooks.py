@@ -92,6 +92,32 @@ def test_a_hook_is_called_once_for_each_of_two_backward_passes(estimator: ic.Est
     torch.testing.assert_close([x.sum(0) for x in seen], [first, first])
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("estimator", UNROLLED + AT_THE_POINT, ids=repr)
+@pytest.mark.parametrize("watch", ["register_hook", "full", "retain_grad"])
+def test_hooks_where_a_gradient_is_itself_differentiated(watch: str, estimator: ic.Estimator) -> None:
+    """An estimator at the fixed point evaluates F again, and takes its products with create_graph: this is refused."""
+    seen: Seen = []
+    shown = {
+        "register_hook": lambda y: y.register_hook(lambda v: seen.append(v.detach())),
+        "full": lambda y: None,
+        "retain_grad": lambda y: y.retain_grad(),
+    }
+    layer = ict.ImplicitLayer(Cell(shown[watch]), gradient=estimator)
+    if watch == "full":
+        watch_fully(layer.cell, seen)
+    x, bias = normal(N, D, seed=1).requires_grad_(), layer.cell.inner.bias
+    loss = layer(x).pow(3).sum()
+    if estimator in AT_THE_POINT:
+        with pytest.raises(NotImplementedError, match=r"use Unroll\(k, lam\)|Unroll\(k, lam\) and BPTT\(k\) have"):
+            torch.autograd.grad(loss, bias, create_graph=True)
+        return
+    (gradient,) = torch.autograd.grad(loss, bias, create_graph=True)
+    if watch != "retain_grad":
+        torch.testing.assert_close(sum(seen).sum(0), gradient)
+        assert len(seen) == estimator.k
+
+
 def watch_fully(cell: Cell, seen: Seen) -> Any:
     return cell.inner.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
 

@@ -9,6 +9,11 @@ from torch.overrides import TorchFunctionMode
 from .identity import IdentitySet, WeakIdentitySet
 from .tensors import nested_tensors
 
+HOOK = (
+    "f registers a hook on a tensor. A derivative of this gradient (create_graph=True), or one by torch.func, would "
+    "call it with each product with the Jacobian: use Unroll(k, lam) or BPTT(k), or register no hook"
+)
+
 
 class Quiet:
     """Whether hooks on tensors are not called now."""
@@ -76,6 +81,8 @@ class ReplaceInputs(TorchFunctionMode):
         self._replace = replace
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            raise NotImplementedError(HOOK)
         kwargs = kwargs or {}
         return func(
             *(self._replaced(a) for a in args),
