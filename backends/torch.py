@@ -36,6 +36,7 @@ TRACED = (
     "a solve stops on a test of its numbers, which make_fx cannot trace, nor torch.func.linearize, which uses it: take "
     "torch.func.jvp or torch.func.vjp, and torch.export for a program"
 )
+IN_PLACE = "leaf Variable that requires grad"
 NO_GRAPH = "does not require grad and does not have a grad_fn"
 DERIVATIVE_IN_F = (
     "A solve evaluates f without a graph. For a derivative within f, as in a step down an energy, use torch.func.grad: "
@@ -238,6 +239,8 @@ class Protected(Generic[H, Z]):
         except RuntimeError as error:
             if NO_GRAPH in str(error) and not torch.is_grad_enabled():
                 error.add_note(DERIVATIVE_IN_F)
+            if IN_PLACE in str(error):
+                error.add_note(WRITES_LATER)
             raise
 
     def _call(self, h: H, z: Z) -> H:
@@ -256,11 +259,16 @@ class Protected(Generic[H, Z]):
 
 
 def _writes(h: PyTree) -> list[int] | None:
-    """How often each tensor of a pytree was written to; None if a tensor does not count, as those of inference mode."""
+    """How often each tensor of a pytree was written to; None if a tensor does not count.
+
+    Those of inference mode have no number, and that of a tensor within ``vmap``, which has no storage, is always 0.
+    """
     leaves = [h] if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
     try:
+        for x in leaves:
+            x.untyped_storage()
         return [x._version for x in leaves]
-    except RuntimeError:
+    except (NotImplementedError, RuntimeError):
         return None
 
 

@@ -115,7 +115,9 @@ def refuse_coupling(space: Space, at: BoundLinearization[H, Z], f: Map[H, Z], wh
 def differences(f: Map[H, Z], batch_ndim: int) -> Problem[H, Z]:
     """The problem of F, whose products with the Jacobian are differences F(h + u) - F(h), u as large as h.
 
-    They are no derivatives, but zero in the samples that a tangent does not reach, and computed without a graph.
+    They are no derivatives, but zero in the samples that a tangent does not reach, and computed without a graph. A
+    coupling has to move another sample by a rounding error of F: one of relative size 1e-15 is found in float64, 1e-7
+    in float32, and 1e-3 under an autocast to bfloat16.
     """
 
     def linearize(h: H, z: Z) -> Linearization[H, Z]:

@@ -1,4 +1,4 @@
-"""Tools for training: the Jacobian penalty, and losses on intermediate states."""
+"""Tools for training: the Jacobian penalty, and losses on intermediate states. PyTorch's own tools on a layer."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 from problems import layer
+from torch import nn
+from torch.autograd.functional import hessian, jacobian
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.adapters.torch.training.correction import Trajectory, fixed_point_correction
 from implicit_core.adapters.torch.training.penalty import jacobian_penalty
-from implicit_core.theory import contraction
+from implicit_core.theory import certify, contraction, spectral_radius
 
 F64 = torch.float64
 
@@ -343,3 +348,341 @@ def test_correction_refuses_wrong_arguments() -> None:
         run().loss(None)
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
         run().loss(torch.sum, gamma=1.5)
+
+
+# PyTorch's own tools.
+
+TIGHT = ic.Anderson(rtol=1e-13, max_steps=200)
+FIXED_COST = [ic.Unroll(5, 0.5), ic.Unroll(5, 0.5, recompute=True), ic.BPTT(5), ic.OneStep(), ic.Neumann(5, 0.5)]
+READING = [ic.Implicit(ic.GMRES(rtol=1e-12)), ic.NeumannSeries(0.8, rtol=1e-10)]
+ESTIMATORS = FIXED_COST + READING
+every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+
+
+def of_x(estimator: ic.Estimator, solver: Any = TIGHT) -> Callable[..., torch.Tensor]:
+    """The value of a layer with four numbers, as a function of x."""
+    w = 0.6 * torch.linalg.qr(normal(4, 4)).Q
+    return lambda x: of_x_and_w(x, w, estimator, solver)
+
+
+def of_x_and_w(x: torch.Tensor, w: torch.Tensor, estimator: ic.Estimator, solver: Any = TIGHT) -> torch.Tensor:
+    start = torch.zeros(4, dtype=F64)
+    return ict.fixed_point(lambda h, x: torch.tanh(w @ h + x), start, x, solver=solver, gradient=estimator).value
+
+
+BATCHED = {
+    "jacobian": lambda f, x: jacobian(f, x, vectorize=True),
+    "is_grads_batched": lambda f, x: torch.autograd.grad(f(x), x, torch.eye(4, dtype=F64), is_grads_batched=True)[0],
+    "hessian": lambda f, x: hessian(lambda x: f(x).pow(3).sum(), x, vectorize=True),
+}
+ROW_BY_ROW = {
+    "jacobian": jacobian,
+    "is_grads_batched": jacobian,
+    "hessian": lambda f, x: hessian(lambda x: f(x).pow(3).sum(), x),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@every_estimator
+def test_batched_cotangents(estimator: ic.Estimator, name: str) -> None:
+    f, x = of_x(estimator), normal(4, seed=1).requires_grad_()
+    if estimator in READING:
+        with pytest.raises(NotImplementedError, match=f"{type(estimator).__name__} stops on a test.*torch.func.jacrev"):
+            BATCHED[name](f, x)
+        return
+    torch.testing.assert_close(BATCHED[name](f, x), ROW_BY_ROW[name](f, x), rtol=1e-12, atol=1e-14)
+
+
+@every_estimator
+def test_what_the_sentence_on_batched_cotangents_names_is_right(estimator: ic.Estimator) -> None:
+    f, x = of_x(estimator), normal(4, seed=1).requires_grad_()
+    h = f(x)
+    mapped = torch.vmap(lambda v: torch.autograd.grad(h, x, v, retain_graph=True)[0])(torch.eye(4, dtype=F64))
+    torch.testing.assert_close(mapped, jacobian(f, x), rtol=1e-9, atol=1e-11)
+    if not getattr(estimator, "recompute", False):
+        torch.testing.assert_close(torch.func.jacrev(f)(x.detach()), jacobian(f, x), rtol=1e-8, atol=1e-10)
+
+
+EXACT_TO = [ic.Unroll(60, 1.0), ic.Unroll(60, 1.0, recompute=True), ic.BPTT(60), ic.Neumann(60, 1.0)]
+
+
+@pytest.mark.parametrize("estimator", EXACT_TO, ids=repr)
+def test_checks_of_gradients_with_batched_cotangents(estimator: ic.Estimator) -> None:
+    """60 steps of a map that contracts by 0.6 are exact to 1e-13."""
+    f, x = of_x(estimator), normal(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(f, x, check_batched_grad=True)
+    if not isinstance(estimator, ic.Neumann):  # whose second derivative is that of the surrogate at h*
+        assert torch.autograd.gradgradcheck(f, x, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("estimator", READING, ids=repr)
+def test_checks_of_gradients_without_batched_cotangents(estimator: ic.Estimator) -> None:
+    f, x = of_x(estimator), normal(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(f, x, check_batched_grad=False)
+    if isinstance(estimator, ic.Implicit):
+        assert torch.autograd.gradgradcheck(f, x, check_batched_grad=False)
+
+
+@pytest.mark.parametrize("solver", [ic.Anderson(), ic.FixedPointIteration(max_steps=3, rtol=0.0, atol=0.0)], ids=repr)
+@every_estimator
+def test_a_trace_that_would_keep_the_number_of_steps_is_refused(estimator: ic.Estimator, solver: ic.Solver) -> None:
+    f, x = of_x(estimator, solver=solver), normal(4, seed=1)
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x).sum(), x)[0]
+
+    for run in (lambda: torch.func.linearize(f, x), lambda: make_fx(f)(x), lambda: make_fx(gradient)(x)):
+        with pytest.raises(NotImplementedError, match="which make_fx cannot trace"):
+            run()
+
+
+@every_estimator
+def test_a_trace_without_numbers_is_refused_or_right(estimator: ic.Estimator) -> None:
+    """BPTT evaluates F a fixed number of times, and such a program is right for other arguments."""
+    w, x = 0.6 * torch.linalg.qr(normal(4, 4)).Q, normal(4, seed=1)
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return of_x_and_w(x, w, estimator)
+
+    try:
+        program = make_fx(f, tracing_mode="fake")(x, w)
+    except Exception as error:  # PyTorch's own, of a number that depends on data
+        assert "data-dependent" in str(error)  # noqa: PT017
+    else:
+        assert isinstance(estimator, ic.BPTT)
+        torch.testing.assert_close(program(x + 1, 0.5 * w), f(x + 1, 0.5 * w))
+
+
+def test_a_derivative_within_f() -> None:
+    """A step down an energy, 0.5 h² - h x, whose minimum is x."""
+    x = normal(3, 4).requires_grad_()
+
+    def energy(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (0.5 * h.square() - h * x).sum()
+
+    def with_autograd(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return h - 0.5 * torch.autograd.grad(energy(h, x), h, create_graph=True)[0]
+
+    def with_func(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return h - 0.5 * torch.func.grad(energy)(h, x)
+
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        ict.fixed_point(with_autograd, torch.zeros_like(x), x, batch_ndim=1)
+    assert "use torch.func.grad: h - 0.5 * torch.func.grad(energy)(h, x)" in caught.value.__notes__[0]
+    rates = {"Unroll": 1 - 0.75**5, "BPTT": 1 - 0.5**5, "OneStep": 0.5, "Neumann": 1 - 0.75**5}
+    for estimator in ESTIMATORS:
+        if getattr(estimator, "recompute", False):  # a checkpoint does not support torch.func within it
+            continue
+        solution = ict.fixed_point(with_func, torch.zeros_like(x), x, solver=TIGHT, gradient=estimator, batch_ndim=1)
+        (gradient,) = torch.autograd.grad(solution.value.sum(), x)
+        rate = rates.get(type(estimator).__name__, 1.0)
+        torch.testing.assert_close(gradient, torch.full_like(x, rate), rtol=1e-9, atol=0)
+        value = rate * x if isinstance(estimator, ic.BPTT) else x
+        torch.testing.assert_close(solution.value, value, rtol=1e-10, atol=1e-12)
+
+
+class Linear(nn.Module):
+    """tanh(W h + b + x). ``alias`` is a second name of the linear map."""
+
+    def __init__(self, alias: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4, dtype=F64)
+        nn.init.orthogonal_(self.inner.weight, 0.6)
+        if alias:
+            self.alias = self.inner
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(h) + x)
+
+
+PRODUCT = 2 * 3 * 4 * 4
+"""The FLOPs of one product of three states with W."""
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_flops_of_a_step_of_training(k: int) -> None:
+    """The cost table, in products with W: an evaluation, an h-VJP and a z-VJP are one each."""
+    steps = 7
+    forced = ic.FixedPointIteration(max_steps=steps, rtol=0.0, atol=0.0)
+    expected = {
+        ic.Unroll(k, 0.5): steps + k + k + k - 1,
+        ic.Unroll(k, 0.5, recompute=True): steps + k + k + k + k - 1,
+        ic.BPTT(k): 1 + k + k + k - 1,
+        ic.OneStep(): steps + 1 + 1,
+        ic.Neumann(k, 0.5): steps + 1 + k - 1 + 1,
+    }
+    for estimator, products in expected.items():
+        layer = ict.ImplicitLayer(Linear(), solver=forced, gradient=estimator, check=False)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(layer(normal(3, 4)).sum(), list(layer.parameters()))
+        assert counter.get_total_flops() == products * PRODUCT, estimator
+
+
+@every_estimator
+def test_flops_change_nothing(estimator: ic.Estimator) -> None:
+    layer, x = ict.ImplicitLayer(Linear(), gradient=estimator), normal(3, 4)
+    value = layer(x)
+    gradients = torch.autograd.grad(value.pow(3).sum(), list(layer.parameters()))
+    with FlopCounterMode(display=False) as counter:
+        counted = layer(x)
+        theirs = torch.autograd.grad(counted.pow(3).sum(), list(layer.parameters()))
+    assert torch.equal(value, counted)
+    torch.testing.assert_close(theirs, gradients, rtol=0, atol=0)
+    assert counter.get_total_flops() >= 3 * PRODUCT
+
+
+def test_flops_of_the_theory() -> None:
+    cell, h, x = Linear(), normal(3, 4, seed=2), normal(3, 4)
+    problem = ict.problem(cell, batch_ndim=1)
+    tools: dict[str, Callable[[], Any]] = {
+        "spectral_radius": lambda: spectral_radius(problem, h, x, steps=20),
+        "contraction": lambda: contraction(problem, h, x),
+        "jacobian_penalty": lambda: jacobian_penalty(cell, h, x, generator=draws()),
+        "certify": lambda: certify(problem, h, x, ic.Neumann(5, 0.5), steps=4).residual,
+        "of the layer": lambda: ict.ImplicitLayer(cell).certify(x, steps=4).residual,
+    }
+    flops = {}
+    for name, run in tools.items():
+        alone = run()
+        with FlopCounterMode(display=False) as counter:
+            torch.testing.assert_close(run(), alone, rtol=0, atol=0)
+        flops[name] = counter.get_total_flops() / PRODUCT
+    assert flops["spectral_radius"] == 1 + 20 + 1, "an evaluation, 20 h-VJPs, and one that looks for coupled samples"
+    assert flops["jacobian_penalty"] == 1 + 1
+    assert min(flops.values()) >= 2
+
+
+# Parameters and inputs that change between the call and the backward pass.
+
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a plain tensor": lambda p: (0.3 * p).detach().requires_grad_(),
+    "a tensor with a graph": lambda p: 0.3 * p,
+    "a parameter": lambda p: nn.Parameter(0.3 * p.detach()),
+}
+
+
+def replace(module: nn.Module, others: Callable[[torch.Tensor], torch.Tensor], old: list[torch.Tensor]) -> None:
+    """Put other tensors in the place of parameters, as optimizers that are differentiated do."""
+    for name, p in zip(("weight", "bias"), old, strict=True):
+        module._parameters[name] = others(p)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("alias", [False, True], ids=["", "two names"])
+@pytest.mark.parametrize("form", ["module", "closure"])
+@every_estimator
+def test_parameters_replaced_between_call_and_backward(estimator: Any, form: str, alias: bool, second: bool) -> None:
+    """The gradient is that of the call. A second derivative that evaluates F later is so, or is refused."""
+    x = normal(3, 4)
+
+    def gradients(others: Callable[[torch.Tensor], torch.Tensor] | None, scale: float | None = None) -> Any:
+        torch.manual_seed(0)
+        cell = Linear(alias)
+        old = [cell.inner.weight, cell.inner.bias]
+        if scale is not None:  # they are plain tensors already
+            replace(cell.inner, lambda p: scale * p, old)
+        f = cell if form == "module" else lambda h, x: cell(h, x)
+        value = ict.fixed_point(f, torch.zeros_like(x), x, solver=TIGHT, gradient=estimator, batch_ndim=1).value
+        if others is not None and not second:
+            replace(cell.inner, others, old)
+        first = torch.autograd.grad(value.pow(3).sum(), old, create_graph=second)
+        if not second:
+            return first
+        if others is not None:
+            replace(cell.inner, others, old)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), old)
+
+    for scale in (None, 0.9):
+        expected = gradients(None, scale)
+        for others in OTHERS.values():
+            try:
+                found = gradients(others, scale)
+            except RuntimeError as error:
+                assert second
+                assert estimator in READING
+                assert "f used another parameter when it was called again" in str(error)  # noqa: PT017
+            else:
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@every_estimator
+def test_a_functional_call_before_a_backward_pass(estimator: ic.Estimator, second: bool) -> None:
+    """The same as parameters in z."""
+    cell, x = Linear(), normal(3, 4)
+    layer = ict.ImplicitLayer(cell, solver=TIGHT, gradient=estimator)
+    results = []
+    for through_z in (False, True):
+        leaves = {name: (0.9 * p).detach().requires_grad_() for name, p in cell.named_parameters()}
+        if through_z:
+            f, h0 = (lambda h, z: functional_call(cell, z[1], (h, z[0]))), torch.zeros_like(x)
+            value = ict.fixed_point(f, h0, (x, leaves), solver=TIGHT, gradient=estimator, batch_ndim=1).value
+        else:
+            value = functional_call(layer, {f"cell.{name}": p for name, p in leaves.items()}, (x,))
+        gradients = torch.autograd.grad(value.pow(3).sum(), list(leaves.values()), create_graph=second)
+        if second:
+            gradients = torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), list(leaves.values()))
+        results.append(gradients)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+
+
+CHANGED = "modified by an inplace operation"
+
+
+@pytest.mark.parametrize("closed_over", [False, True], ids=["module", "tensor"])
+@every_estimator
+def test_parameters_changed_in_place_before_the_backward_pass(estimator: ic.Estimator, closed_over: bool) -> None:
+    """As an optimizer's step does. Autograd says so, also where F is evaluated again."""
+    cell, x = Linear(), normal(3, 4)
+    w = (0.5 * torch.eye(4, dtype=F64)).requires_grad_()
+    f = (lambda h, x: torch.tanh(h @ w.T + x)) if closed_over else cell
+    trained = w if closed_over else cell.inner.weight
+    value = ict.fixed_point(f, torch.zeros_like(x), x, gradient=estimator, batch_ndim=1).value
+    with torch.no_grad():
+        trained.mul_(0.3)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        torch.autograd.grad(value.pow(3).sum(), trained)
+
+
+def stale(z: Any, estimator: ic.Estimator) -> Callable[[], Any]:
+    """A backward pass through callbacks: h = tanh(0.5 h w + table[index])."""
+
+    def f(h: torch.Tensor, z: Any) -> torch.Tensor:
+        return torch.tanh(0.5 * h * z["w"] + z["table"][z["index"]])
+
+    def vjp(h: torch.Tensor, z: Any, v: torch.Tensor) -> Any:
+        v = v * (1 - f(h, z) ** 2)
+        table = torch.zeros_like(z["table"]).index_add(0, z["index"], v)
+        return 0.5 * v * z["w"], {"w": (0.5 * v * h).sum(0), "table": table, "index": None}
+
+    h0 = torch.zeros(3, 4, dtype=F64)
+    value = ict.fixed_point(ic.Problem(f, vjp=vjp, batch_ndim=1), h0, z, gradient=estimator).value
+    plain = ict.fixed_point(f, h0, z, gradient=estimator, batch_ndim=1).value
+    wanted = torch.autograd.grad(plain.pow(3).sum(), (z["w"], z["table"]))
+
+    def backward() -> None:
+        found = torch.autograd.grad(value.pow(3).sum(), (z["w"], z["table"]), retain_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+    return backward
+
+
+@pytest.mark.parametrize("changed", ["w", "table", "index", None])
+@every_estimator
+def test_callbacks_at_a_z_that_was_changed(estimator: ic.Estimator, changed: str | None) -> None:
+    """Leaves with a gradient, and integer ones."""
+    z = {
+        "w": normal(4).requires_grad_(),
+        "table": normal(5, 4, seed=1).requires_grad_(),
+        "index": torch.tensor([4, 0, 2]),
+    }
+    backward = stale(z, estimator)
+    for _ in range(2):  # the graph is retained
+        backward()
+    if changed is None:
+        return
+    with torch.no_grad():
+        z[changed].copy_(z[changed].flip(0))
+    with pytest.raises(RuntimeError, match=CHANGED):
+        backward()

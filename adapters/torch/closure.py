@@ -36,14 +36,15 @@ class Evaluation(NamedTuple, Generic[H]):
         The tensors that F depends on other than h.
     produced_leaves
         Returns the leaves of autograd's graph that f made itself, as another implicit layer within f does.
-    expanded
-        Whether F has weights that compute per-sample gradients on the side of a backward pass.
+    watched
+        Whether a tool looks at the cotangents of a backward pass: f called ``retain_grad``, or its weights compute
+        per-sample gradients on the side.
     """
 
     value: H
     externals: Tensors
     produced_leaves: Callable[[], list[Tensor]]
-    expanded: bool
+    watched: bool
 
 
 def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Quiet | None = None) -> Evaluation[H]:
@@ -58,7 +59,8 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
     externals = tuple(x for x in found if usable(x))
-    return Evaluation(value, externals, observed.produced_leaves, any(map(is_expanded, found)))
+    watched = observed.keeps_gradients or any(map(is_expanded, found))
+    return Evaluation(value, externals, observed.produced_leaves, watched)
 
 
 def with_explicit_inputs(

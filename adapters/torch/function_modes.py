@@ -9,6 +9,11 @@ from torch.overrides import TorchFunctionMode
 from .identity import IdentitySet, WeakIdentitySet
 from .tensors import nested_tensors
 
+HOOK = (
+    "f registers a hook on a tensor. A derivative of this gradient (create_graph=True), or one by torch.func, would "
+    "call it with each product with the Jacobian: use Unroll(k, lam) or BPTT(k), or register no hook"
+)
+
 
 class Quiet:
     """Whether hooks on tensors are not called now."""
@@ -35,12 +40,15 @@ class ObserveInputs(TorchFunctionMode):
     ----------
     inputs
         The collected tensors, in the order in which they were met.
+    keeps_gradients
+        Whether ``retain_grad`` was called, which adds up the cotangents of every backward pass.
     """
 
     def __init__(self, known: Sequence[Tensor], quiet: Quiet | None = None) -> None:
         super().__init__()
         self._quiet = quiet
         self.inputs: IdentitySet[Tensor] = IdentitySet()
+        self.keeps_gradients = False
         self._produced = WeakIdentitySet(known)
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +56,7 @@ class ObserveInputs(TorchFunctionMode):
         self.collect(nested_tensors((args, tuple(kwargs.values()))))
         if self._quiet is not None and func is Tensor.register_hook:
             args = args[0], self._quiet.gated(args[1] if len(args) > 1 else kwargs.pop("hook"))
+        self.keeps_gradients |= func is Tensor.retain_grad
         result = func(*args, **kwargs)
         for x in nested_tensors(result):
             self._produced.add(x)
@@ -72,6 +81,8 @@ class ReplaceInputs(TorchFunctionMode):
         self._replace = replace
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            raise NotImplementedError(HOOK)
         kwargs = kwargs or {}
         return func(
             *(self._replaced(a) for a in args),

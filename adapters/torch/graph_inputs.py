@@ -28,7 +28,8 @@ class GraphInputs(NamedTuple):
         Whether these are all of its inputs.
     watched
         Whether a tool watches the backward pass, so that each cotangent must pass once: by full backward hooks of
-        modules, or by the per-sample gradients of expanded weights.
+        modules, by the per-sample gradients of expanded weights, or by ``retain_grad``. Hooks show by the name of their
+        node alone.
     """
 
     tensors: Tensors
@@ -63,7 +64,7 @@ def graph_inputs(
     reached: list[Tensor] = []
     unknown: list[Edge] = []
     opaque = False
-    watched = evaluation.expanded
+    watched = evaluation.watched
     for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
         if edge in externals:
             reached.append(externals[edge])

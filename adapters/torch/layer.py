@@ -19,7 +19,7 @@ from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
-from implicit_core.problem import Problem
+from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
 
@@ -36,14 +36,14 @@ from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
 from .random_state import RandomState
-from .referenced_modules import with_present_parameters
+from .referenced_modules import trained_by, with_present_parameters
 from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 
 WATCHED = (
-    "the cell has full backward hooks, or a tool computes per-sample gradients in it, and {} would call them once for "
-    "each of its products with the Jacobian, with other cotangents than those of the loss: use Unroll(k, lam) or "
-    "BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove the hooks"
+    "the cell has full backward hooks or calls retain_grad, or a tool computes per-sample gradients in it. {} would "
+    "reach them with each of its products with the Jacobian, whose cotangents are not those of the loss: use "
+    "Unroll(k, lam) or BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove them"
 )
 
 
@@ -101,13 +101,21 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
         if isinstance(gradient, (Unroll, BPTT)):
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:
-                # A backward pass evaluates F again, perhaps when a module has other parameters.
-                f = with_present_parameters(autograd.f) if torch.is_grad_enabled() else autograd.f
-                steps = autograd.replace_f(lambda h, z: checkpoint(f, h, z, use_reentrant=False))
+                steps = autograd.replace_f(_recomputed(autograd.f))
             watched = Watched(steps)
             value = _unrolled(watched.problem, solution.value, z, gradient)
             return watched.told(solution._replace(value=value), options)
         return solution
+
+
+def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
+    """F, which a backward pass evaluates again."""
+    if not torch.is_grad_enabled():
+        return f
+    # By then a module may have other parameters. They are arguments only to be saved: autograd then raises if one was
+    # changed in place.
+    present, trained = with_present_parameters(f), trained_by(f)
+    return lambda h, z: checkpoint(lambda h, z, *_: present(h, z), h, z, *trained, use_reentrant=False)
 
 
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:

@@ -91,7 +91,7 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     random = RandomState(call.h)
     with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
-        outputs = call(views(h_in), z_in)
+        outputs = call(views(h_in), views(z_in))
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
 

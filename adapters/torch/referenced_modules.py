@@ -10,7 +10,7 @@ import inspect
 import types
 from typing import Any, Generic
 
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from implicit_core.arrays import H, Z
@@ -22,11 +22,15 @@ from .identity import IdentitySet
 def with_present_parameters(f: Map[H, Z]) -> Map[H, Z]:
     """``f``, whose modules have their present parameters and buffers whenever it is called."""
     call = _Call(f)
-    parts = [part for _, part in call.named_modules(remove_duplicate=False)]
-    if len(parts) > len(set(parts)):  # functional_call restores a module with two names wrongly
-        return f
-    state = dict(call.named_parameters()) | dict(call.named_buffers())
-    return lambda h, z: functional_call(call, state, (h, z))
+    # Each module under one name, and each tensor under all names that it has in one: functional_call restores a module
+    # with two names wrongly, if it looks for tied tensors itself.
+    state = {
+        f"{path}.{name}": x
+        for path, part in call.named_modules()
+        for own in (part.named_parameters, part.named_buffers)
+        for name, x in own(recurse=False, remove_duplicate=False)
+    }
+    return lambda h, z: functional_call(call, state, (h, z), tie_weights=False)
 
 
 class _Call(nn.Module, Generic[H, Z]):
@@ -46,7 +50,19 @@ class _Call(nn.Module, Generic[H, Z]):
 
 def modules_of(f: Map[H, Z]) -> list[nn.Module]:
     """The modules among the variables of a function, and among the variables of the functions it refers to."""
-    found: list[nn.Module] = []
+    return [x for x in _referenced(f) if isinstance(x, nn.Module)]
+
+
+def trained_by(f: Map[H, Z]) -> list[Tensor]:
+    """The tensors that require a gradient among these variables, and the parameters of these modules."""
+    found = _referenced(f)
+    parameters = [x for part in found if isinstance(part, nn.Module) for x in part.parameters()]
+    closed_over = [x for x in found if isinstance(x, Tensor)]
+    return [x for x in IdentitySet([*parameters, *closed_over]) if x.requires_grad]
+
+
+def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:
+    found: list[nn.Module | Tensor] = []
     pending: list[Any] = [f]
     visited: IdentitySet[object] = IdentitySet()
     while pending:
@@ -54,7 +70,7 @@ def modules_of(f: Map[H, Z]) -> list[nn.Module]:
         if a in visited:
             continue
         visited.add(a)
-        if isinstance(a, nn.Module):
+        if isinstance(a, (nn.Module, Tensor)):
             found.append(a)
         elif isinstance(a, (list, tuple)):
             pending += a

@@ -83,7 +83,7 @@ def as_leaf(x: Tensor) -> Tensor:
 
 def views(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Leaves of autograd's graph as tensors that are none: some tools refuse to watch a leaf."""
-    return [x.view_as(x) for x in leaves]
+    return [x.view_as(x) if has_storage(x) else x for x in leaves]
 
 
 def is_expanded(x: Tensor) -> bool:

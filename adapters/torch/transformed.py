@@ -45,7 +45,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
         random = RandomState(leaves)
-        value, externals, *_ = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)
+        value, externals = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)[:2]
     checks.like(BACKEND, "the result of f", value, h0, "h0")
     f = with_explicit_inputs(given.f, structure, z, externals, externals)
     if isinstance(gradient, AtFixedPoint):

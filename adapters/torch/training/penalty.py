@@ -13,7 +13,7 @@ from implicit_core.space import Space
 
 from ..autograd import gradient_edges, vector_jacobian
 from ..problem import plain_function, problem
-from ..tensors import as_leaf
+from ..tensors import as_leaf, views
 
 
 def jacobian_penalty(
@@ -80,7 +80,7 @@ def jacobian_penalty(
     >>> slope.grad
     tensor([1.0000, 0.2000])
     """
-    f = plain_function(f)
+    f = BACKEND.protected(plain_function(f))
     samples = checks.integer("samples", samples, 1)
     space = BACKEND.space(h, checks.integer("batch_ndim", batch_ndim, 0), "h")
     if torch.is_grad_enabled():
@@ -100,7 +100,7 @@ def _differentiable_vjp(f: Map[H, Z], h: H, z: Z) -> Callable[[H], H]:
     leaves, structure = BACKEND.flatten(h)
     # A view: if z depends on h too, the derivative is still the partial one.
     inputs = [leaf.view_as(leaf) if leaf.requires_grad else as_leaf(leaf) for leaf in leaves]
-    value = f(BACKEND.unflatten(structure, inputs), z)
+    value = f(BACKEND.unflatten(structure, views(inputs)), z)
     checks.like(BACKEND, "the result of f", value, h, "h")
     edges = gradient_edges(BACKEND.flatten(value)[0])
 
