@@ -39,7 +39,7 @@ TRACED = (
 IN_PLACE = "leaf Variable that requires grad"
 NO_GRAPH = "does not require grad and does not have a grad_fn"
 DERIVATIVE_IN_F = (
-    "A solve evaluates f without a graph. For a derivative within f, as in a step down an energy, use torch.func.grad: "
+    "a solve evaluates f without a graph. For a derivative within f, as in a step down an energy, use torch.func.grad: "
     "h - 0.5 * torch.func.grad(energy)(h, x)"
 )
 
@@ -231,14 +231,16 @@ class Protected(Generic[H, Z]):
     def __init__(self, f: Callable[[H, Z], H]) -> None:
         self._f = f
         self._writes: bool | None = None
-        self.__qualname__ = getattr(f, "__qualname__", None) or repr(f)
+
+    def __repr__(self) -> str:
+        return getattr(self._f, "__qualname__", None) or repr(self._f)
 
     def __call__(self, h: H, z: Z) -> H:
         try:
             return self._call(h, z)
         except RuntimeError as error:
             if NO_GRAPH in str(error) and not torch.is_grad_enabled():
-                error.add_note(DERIVATIVE_IN_F)
+                raise RuntimeError(f"{DERIVATIVE_IN_F}. PyTorch says: {error}") from error
             if IN_PLACE in str(error):
                 error.add_note(WRITES_LATER)
             raise

@@ -204,7 +204,7 @@ def _along_graph(rule: Rule, v: Sequence[Tensor]) -> Tensors:
         return rule.inverse(rule.vjp_h, v, rule.batch_ndim, dual=True)
     except RuntimeError as error:
         if "torch._dynamo" in sys.modules and "second time" in str(error):
-            error.add_note(COMPILED_AUTOGRAD)
+            raise RuntimeError(f"{error} {COMPILED_AUTOGRAD}") from error
         raise
 
 
