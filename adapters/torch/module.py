@@ -1,7 +1,7 @@
 """The implicit layer as a module."""
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ H = TypeVar("H", default=Tensor)
 SHAPE_OF_X = (
     "No h0 was given, so the shape of h, {}, was taken from x. If the state of the cell has another shape, give "
     "ImplicitLayer an h0, a function of x that returns the start, or pass h0 to the call."
+)
+
+SCRIPTED = (
+    "an implicit layer solves in Python, which torch.jit.script cannot compile: use torch.export, or torch.jit.trace "
+    "within torch.no_grad(); the cell can be scripted"
 )
 
 
@@ -192,6 +197,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         # Tensors of a transform of torch.func cannot be read after it.
         self.status, self.stats = (None, None) if transforming() or recording() else (solution.status, solution.stats)
         return solution.value
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by ``torch.jit.script``, which would name an attribute instead of the reason."""
+        raise NotImplementedError(SCRIPTED)
 
     def certify(self, x: X, h0: H | None = None, **options: Any) -> Certificate:
         """The paper's conditions on this layer's gradient, with respect to the cell's parameters.
