@@ -279,6 +279,8 @@ def test_a_trace_without_gradients(estimator: ic.Estimator) -> None:
     layer = layer_of(gradient=estimator)
     with torch.no_grad():
         program = torch.jit.trace(layer, inputs())
+    assert layer.status is None, "a tensor of the trace"
+    assert layer.stats is None
     assert_same(program, layer, (inputs(),), *OTHERS)
 
 
@@ -346,15 +348,21 @@ def test_fixed_point_without_numbers() -> None:
     h = {"a": z[:, :1], "b": z}
     f = lambda h, z: {"a": 0.5 * h["a"] + z[:, :1], "b": 0.5 * h["b"] + z}  # noqa: E731
     for throw in (False, True):
-        value = ict.fixed_point(f, h, z, batch_ndim=1, throw=throw).value
-        assert [(x.shape, x.dtype) for x in value.values()] == [(x.shape, x.dtype) for x in h.values()]
+        solution = ict.fixed_point(f, h, z, batch_ndim=1, throw=throw)
+        assert [(x.shape, x.dtype) for x in solution.value.values()] == [(x.shape, x.dtype) for x in h.values()]
+        assert (solution.status.shape, solution.stats.steps.shape) == ((5,), (5,))
+        assert "not known yet" in repr(solution)
 
 
-def test_a_solve_without_numbers_says_what_to_do() -> None:
+@pytest.mark.filterwarnings("ignore::implicit_core.adapters.torch.GraphFallbackWarning")
+@pytest.mark.parametrize("batch_ndim", [0, 1])
+@pytest.mark.parametrize("solver", META_SOLVERS[:-1], ids=lambda solver: type(solver).__name__)
+def test_a_solve_without_numbers_says_what_to_do(solver: Any, batch_ndim: int) -> None:
     z = torch.zeros(3, 4, device="meta")
-    for solver in (ic.FixedPointIteration(), ic.Anderson(), ic.Broyden(), ic.NewtonKrylov()):
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            ic.solve(lambda h, z: 0.5 * h + z, z, z, batch_ndim=1, solver=solver)
+    if batch_ndim == 0 and isinstance(solver, ic.Compacting):
+        solver = solver.solver
+    with pytest.raises(NotImplementedError, match="no numbers, by which a solve stops: use fixed_point or Implicit"):
+        ic.solve(lambda h, z: 0.5 * h + z, z, z, batch_ndim=batch_ndim, solver=solver)
 
 
 # ONNX
