@@ -115,6 +115,7 @@ def test_estimators(estimator: ic.Estimator) -> None:
     """The value, and, for those whose steps are a part of the program, the gradient."""
     layer = layer_of(gradient=estimator)
     program = exported(layer, inputs()).module()
+    assert not [node for node in program.graph.nodes if "set_grad_enabled" in node.name], "a context is in the program"
     assert_same(program, layer, (inputs(),), *OTHERS)
     if not isinstance(estimator, (ic.Unroll, ic.BPTT)):
         assert not program(inputs()).requires_grad
