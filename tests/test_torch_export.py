@@ -368,8 +368,10 @@ def test_a_solve_without_numbers_says_what_to_do(solver: Any, batch_ndim: int) -
 
 # ONNX
 
+ONNX = ["FixedPointIteration", "Anderson", "Broyden"]
 
-@pytest.mark.parametrize("solver", [PLAIN, ic.Anderson(max_steps=4, rtol=1e-2)], ids=lambda s: type(s).__name__)
+
+@pytest.mark.parametrize("solver", [SOLVERS[name] for name in ONNX], ids=ONNX)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_onnx(solver: ic.Solver) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
