@@ -237,6 +237,7 @@ from implicit_core.adapters import torch as ict
 layer = ict.ImplicitLayer(torch.nn.Bilinear(4, 4, 4), solver=ic.FixedPointIteration(max_steps=3))
 x = torch.ones(3, 4)
 if {warm}:
+    import torch._dynamo
     layer(x)
 try:
     {call}
