@@ -36,6 +36,10 @@ TRACED = (
     "a solve stops on a test of its numbers, which make_fx cannot trace, nor torch.func.linearize, which uses it: take "
     "torch.func.jvp or torch.func.vjp, and torch.export for a program"
 )
+WITHOUT_NUMBERS = (
+    "tensors of the meta device have shapes and no numbers, by which a solve stops: use fixed_point or ImplicitLayer, "
+    "which evaluate f once there, for the shapes of values and gradients"
+)
 IN_PLACE = "leaf Variable that requires grad"
 NO_GRAPH = "does not require grad and does not have a grad_fn"
 DERIVATIVE_IN_F = (
@@ -392,7 +396,7 @@ class TorchBackend(Backend):
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def readable(self, x: Tensor) -> bool:
-        if self.capturing(x):
+        if x.is_meta or self.capturing(x):
             return False
         if x.is_cpu:  # numbers are read without PyTorch's dispatcher, from which a tracer would learn of it
             try:
@@ -424,6 +428,8 @@ class TorchBackend(Backend):
                 return [int(np.count_nonzero(mask.numpy())) for mask in masks]
             except (RuntimeError, TypeError):  # without storage, as torch.func wraps them
                 return [int(mask.sum()) for mask in masks]
+        if masks[0].is_meta:
+            raise NotImplementedError(WITHOUT_NUMBERS)
         counts: list[int] = torch.cat(tuple(masks), dim=1).sum(dim=0).tolist()
         return counts
 

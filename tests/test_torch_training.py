@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,6 @@ ESTIMATORS = [
     ic.Unroll(3, 0.5, recompute=True),
     ic.BPTT(6),
 ]
-# The compiler reads .grad of tensors that are not leaves, uses deprecated functions of Python and PyTorch, and in old
-# versions warns of optree, which the layer's checks use.
-COMPILER_WARNINGS = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore:The .grad attribute of a Tensor:UserWarning",
-    "ignore:.*optree C/C.. function:UserWarning",
-)
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -345,7 +336,7 @@ def test_a_gradient_scaler_skips_steps_that_overflow(estimator: ic.Estimator) ->
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
 
-# Checkpointing and compilation
+# Checkpointing
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
@@ -384,58 +375,6 @@ def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
         value = ict.fixed_point(f, h0, x, gradient=ic.Neumann(3, 0.5), batch_ndim=1).value
         with pytest.raises(RuntimeError, match="use_reentrant"):
             value.sum().backward()
-
-
-@pytest.fixture
-def counters() -> Iterator[Any]:
-    from torch._dynamo.utils import counters  # there is no public count of compilations
-
-    torch.compiler.reset()
-    counters.clear()
-    yield counters
-    torch.compiler.reset()
-
-
-@COMPILER_WARNINGS
-@pytest.mark.parametrize(
-    ("what", "estimator"),
-    [("model", estimator) for estimator in ESTIMATORS]
-    + [(what, estimator) for what in ("cell", "both") for estimator in (ESTIMATORS[0], ESTIMATORS[4])],
-    ids=str,
-)
-def test_compile(what: str, estimator: ic.Estimator, counters: Any) -> None:
-    """The same gradients, and nothing is compiled again once the second step has been."""
-    net, plain = model(estimator), model(estimator)
-    if what != "model":
-        net.layer.cell = torch.compile(net.layer.cell, backend="aot_eager")
-    compiled = net if what == "cell" else torch.compile(net, backend="aot_eager")
-    graphs = []
-    for seed in range(5):
-        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
-        for got, wanted in zip(gradients(compiled, x), gradients(plain, x), strict=True):
-            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] >= 1
-    assert graphs[1] == graphs[-1]
-
-
-@COMPILER_WARNINGS
-def test_compile_around_the_dispatcher(counters: Any) -> None:
-    w = torch.full((3,), 0.5, requires_grad=True)
-
-    @torch.compile(backend="eager")
-    def loss(x: Tensor) -> Tensor:
-        solution = ic.fixed_point(lambda h, z: torch.tanh(w * h + z), torch.zeros(3), 2 * x, gradient=ic.Neumann())
-        return solution.value.square().sum()
-
-    graphs = []
-    for seed in range(4):
-        x = torch.randn(3, generator=torch.Generator().manual_seed(seed))
-        got = torch.autograd.grad(loss(x), w)[0]
-        solution = ic.fixed_point(lambda h, z: torch.tanh(w * h + z), torch.zeros(3), 2 * x, gradient=ic.Neumann())
-        torch.testing.assert_close(got, torch.autograd.grad(solution.value.square().sum(), w)[0])
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[1] == graphs[-1]
 
 
 # Many processes

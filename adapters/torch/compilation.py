@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 REASON = (
     "an implicit layer solves until a tolerance is met, which no graph can hold: compile without fullgraph=True, so "
-    "that the layer runs between two graphs, or compile its cell"
+    "that the layer runs between two graphs, or compile its cell; export it with strict=False"
 )
 OPTIONS: dict[str, Any] = {"reason": REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 METHODS = {"forward", "backward", "jvp", "vmap"}
@@ -27,8 +27,9 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_dynamo_compiling():
-            between: Callable[P, R] = torch.compiler.disable(call, **OPTIONS)
-            return between(*args, **kwargs)
+            # The compiler's error shows the next line, and the reason only once `_leave_out` was called.
+            between = torch.compiler.disable(call, **OPTIONS)  # use no fullgraph=True; export with strict=False
+            return between(*args, **kwargs)  # type: ignore[no-any-return]  # the type is that of call
         if _waiting and "torch._dynamo" in sys.modules:
             _leave_out()
         return function(*args, **kwargs)

@@ -8,7 +8,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, bu
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.layer import LayerOptions, undifferentiated
-from implicit_core.problem import Problem
+from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
 
@@ -39,13 +39,30 @@ def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solu
     solver = without_compacting(options.solver)
     if getattr(solver, "uses_jacobian", False):
         raise NotImplementedError(NEWTON.format(type(solver).__name__))
-    if is_tracing() and torch.is_grad_enabled() and _requires_grad(problem, h0, z):
-        raise NotImplementedError(TRACED)
     f = BACKEND.protected(autocasted(problem.f, h0))
+    if is_tracing() and torch.is_grad_enabled():
+        f = _without_gradients(f)
     with full_precision(h0):
         return undifferentiated(problem.replace_f(f), h0, z, replace(options, solver=solver))
 
 
-def _requires_grad(problem: Problem[H, Z], h0: H, z: Z) -> bool:
-    """Whether F has a gradient in z, or in a tensor that it closes over."""
-    return any(leaf.requires_grad for leaf in tensors(problem.f(BACKEND.map(torch.clone, h0), z)))
+def _without_gradients(f: Map[H, Z]) -> Map[H, Z]:
+    """F, whose first evaluation raises if its value has a gradient: in z, or in a tensor that it closes over.
+
+    The solve makes this evaluation anyway. Another one would be a part of the program, which PyTorch would refuse: it
+    compares what it recorded with a second recording, without gradients.
+    """
+    evaluated = False
+
+    def call(h: H, z: Z) -> H:
+        nonlocal evaluated
+        if evaluated:
+            return f(h, z)
+        evaluated = True
+        with torch.enable_grad():
+            value = f(h, z)
+        if any(leaf.requires_grad for leaf in tensors(value)):
+            raise NotImplementedError(TRACED)
+        return value
+
+    return call

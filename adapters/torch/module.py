@@ -1,7 +1,7 @@
 """The implicit layer as a module."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ H = TypeVar("H", default=Tensor)
 SHAPE_OF_X = (
     "No h0 was given, so the shape of h, {}, was taken from x. If the state of the cell has another shape, give "
     "ImplicitLayer an h0, the shape of one sample's state or a function of x, or pass h0 to the call."
+)
+
+SCRIPTED = (
+    "an implicit layer solves in Python, which torch.jit.script cannot compile: use torch.export, or torch.jit.trace "
+    "within torch.no_grad(); the cell can be scripted"
 )
 
 
@@ -238,6 +243,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         failed = (~solution.converged).sum()  # stays on its device, which is not waited for
         before = self._unconverged
         self._unconverged = failed if before is None else before.to(failed.device) + failed
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by ``torch.jit.script``, which would name an attribute instead of the reason."""
+        raise NotImplementedError(SCRIPTED)
 
     def certify(self, x: X, h0: H | None = None, **options: Any) -> Certificate:
         """The paper's conditions on this layer's gradient, with respect to the cell's parameters.

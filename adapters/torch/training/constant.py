@@ -147,12 +147,16 @@ class VariationalDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` times the mask, of the shape of ``x``."""
-        masks, key = _masks.get(), (self, tuple(x.shape))
-        if masks is None or key not in masks:
+        masks = _masks.get()
+        # Without masks there is no key to make: sizes of a program that is exported have no hash.
+        if not masks and (not self.training or self.p == 0.0):
+            return x
+        if masks is None:
+            return x * self._draw(x)
+        key = self, tuple(x.shape)
+        if key not in masks:
             if not self.training or self.p == 0.0:
                 return x
-            if masks is None:
-                return x * self._draw(x)
             masks[key] = self._draw(x)
         # In eval mode too: a backward pass evaluates the F that was solved, whose mode may have changed since.
         return x * masks[key].to(dtype=x.dtype, device=x.device)
