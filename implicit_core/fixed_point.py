@@ -8,12 +8,13 @@ from .arrays import H, PyTree, Z
 from .estimators import Estimator, Unroll
 from .layer import Layer, LayerOptions, undifferentiated
 from .problem import Map, Problem, as_problem
-from .registry import find_adapter, find_backend
+from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solve import as_solver
 from .solvers import Anderson, FixedPointSolver
 
 
+@not_compiled
 def fixed_point(
     f: Problem[H, Z] | Map[H, Z] | Callable[[H, Z], tuple[H, Any]],
     h0: H,

@@ -4,15 +4,19 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import optree
 
 from . import checks
 from .arrays import PyTree
 from .backend import Backend
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Root module of a framework -> the module that holds its BACKEND. Third parties join with an entry point of the
 # group "implicit_core.backends" (name: the framework's root module; value: the module).
@@ -27,6 +31,31 @@ _ADAPTERS = {
     "torch": "implicit_core.adapters.torch",
     "jax": "implicit_core.adapters.jax",
 }
+
+
+class Compiler(NamedTuple):
+    """For frameworks that compile the user's Python code: how they leave a function out of it."""
+
+    is_compiling: Callable[[], bool]
+    leave_out: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+COMPILERS: list[Compiler] = []
+"""Those of the adapters that were imported."""
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which runs as it is where code that calls it is compiled (Decision 42)."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for compiler in COMPILERS:
+            if compiler.is_compiling():
+                result: R = compiler.leave_out(call)(*args, **kwargs)
+                return result
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _require_folders() -> None:

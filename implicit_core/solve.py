@@ -6,11 +6,12 @@ from collections.abc import Callable
 from . import checks
 from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
-from .registry import find_backend
+from .registry import find_backend, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
 
 
+@not_compiled
 def solve(
     problem: Problem[H, Z] | Map[H, Z],
     h0: H,

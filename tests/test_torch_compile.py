@@ -228,6 +228,22 @@ def test_transforms(transform: str, estimator: ic.Estimator, frames: Frames) -> 
         torch.testing.assert_close(compiled(point), function(point))
 
 
+COLD = """
+import torch, implicit_core as ic
+from implicit_core.adapters import torch as ict
+def step(x):
+    ic.fixed_point(lambda h, x: torch.tanh(0.3 * h + x), torch.zeros_like(x), x).value.sum().backward()
+torch.compile(step, backend="eager")(torch.ones(3, requires_grad=True))
+print(torch._dynamo.utils.counters["frames"]["total"])
+"""
+
+
+def test_the_compiler_does_not_walk_through_fixed_point() -> None:
+    """In a process of its own, where it meets the library for the first time."""
+    run = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=120, check=True)
+    assert int(run.stdout) <= FRAMES
+
+
 # What cannot be compiled
 
 
@@ -257,6 +273,7 @@ STRICT = "torch.export.export(layer, (x,), strict=True)"
     [
         (LAYER, False, "use no fullgraph=True"),
         (LAYER, True, "compile without fullgraph=True"),
+        (FUNCTION, False, "use no fullgraph=True"),
         (FUNCTION, True, "use no fullgraph=True"),
         (STRICT, False, "export with strict=False"),
         (STRICT, True, "export it with strict=False"),

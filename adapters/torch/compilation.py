@@ -1,16 +1,15 @@
 """What ``torch.compile`` leaves out of its graphs."""
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from implicit_core.registry import COMPILERS, Compiler
+
 C = TypeVar("C", bound=type)
-P = ParamSpec("P")
-R = TypeVar("R")
 
 REASON = (
     "an implicit layer solves until a tolerance is met, which no graph can hold: compile without fullgraph=True, so "
@@ -19,22 +18,12 @@ REASON = (
 OPTIONS: dict[str, Any] = {"reason": REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 METHODS = {"forward", "backward", "jvp", "vmap"}
 _waiting: list[type] = []
+disable: Any = torch.compiler.disable  # its type is not known to hold for all versions
 
 
-def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, which runs as it is between two graphs where ``torch.compile`` meets it (Decision 42)."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_dynamo_compiling():
-            # The compiler's error shows the next line, and the reason only once `_leave_out` was called.
-            between = torch.compiler.disable(call, **OPTIONS)  # use no fullgraph=True; export with strict=False
-            return between(*args, **kwargs)  # type: ignore[no-any-return]  # the type is that of call
-        if _waiting and "torch._dynamo" in sys.modules:
-            _leave_out()
-        return function(*args, **kwargs)
-
-    return call
+def leave_out(function: Callable[..., Any]) -> Any:
+    """``function``, which runs between two graphs. The compiler's error shows the line below."""
+    return disable(function, **OPTIONS)  # use no fullgraph=True; export with strict=False
 
 
 def never_compiled(owner: C) -> C:
@@ -47,12 +36,16 @@ def never_compiled(owner: C) -> C:
     return owner
 
 
-def _leave_out() -> None:
-    while _waiting:
+def leave_methods_out() -> None:
+    """Leave out the methods of these classes, if there is a compiler."""
+    while _waiting and "torch._dynamo" in sys.modules:
         owner = _waiting.pop()
         for name in METHODS & vars(owner).keys():
             method = vars(owner)[name]
             if isinstance(method, staticmethod):
-                setattr(owner, name, staticmethod(torch.compiler.disable(method.__func__, **OPTIONS)))
+                setattr(owner, name, staticmethod(leave_out(method.__func__)))
             else:
-                setattr(owner, name, torch.compiler.disable(method, **OPTIONS))
+                setattr(owner, name, leave_out(method))
+
+
+COMPILERS.append(Compiler(torch.compiler.is_dynamo_compiling, leave_out))

@@ -20,13 +20,14 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Map, Problem
+from implicit_core.registry import not_compiled
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
 
 from .autograd import gradient_edges, has_tangents, in_dual_level, transforming, vector_jacobian
 from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
-from .compilation import not_compiled
+from .compilation import leave_methods_out
 from .exported import exported, recording
 from .function import PLAIN_FORWARD, Rule, attach
 from .function_modes import Quiet
@@ -64,6 +65,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     NotImplementedError
         For a derivative that is not available, which is never zero instead.
     """
+    leave_methods_out()
     if recording():
         return exported(problem, h0, z, options)
     if without_numbers(h0):  # one evaluation shows the shapes

@@ -16,6 +16,7 @@ from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.layer import is_forced
 from implicit_core.problem import Problem
+from implicit_core.registry import not_compiled
 from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats
 from implicit_core.solve import as_solver, solve
 from implicit_core.solvers import Anderson, FixedPointSolver
@@ -24,7 +25,7 @@ from implicit_core.theory import Certificate, certify
 
 from .autograd import in_dual_level, transforming
 from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_collectives, refuse_outside, trained
-from .compilation import never_compiled, not_compiled
+from .compilation import never_compiled
 from .exported import recording
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
