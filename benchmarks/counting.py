@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,10 +32,22 @@ class Counted:
         """F(h, z)."""
         self.evaluations += 1  # counted first: a checkpoint may leave F through an exception
         value = self._f(h, z)
-        if value.requires_grad:
-            self.recorded += 1
-            value.register_hook(self._pulled)
-        return value
+        if not value.requires_grad:
+            return value
+        self.recorded += 1
+        counted: Tensor = _Pulled.apply(value, self)
+        return counted
 
-    def _pulled(self, _: Tensor) -> None:
-        self.vjps += 1
+
+class _Pulled(torch.autograd.Function):
+    """The identity, which counts the cotangents that pass it. A layer calls a hook once, however often they do."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, counted: Counted) -> Tensor:
+        ctx.counted = counted
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        ctx.counted.vjps += 1
+        return cotangent, None

@@ -131,7 +131,7 @@ def find_adapter(tree: PyTree) -> ModuleType | None:
 
 def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
     for framework in frameworks:
-        if framework in sys.modules:
+        if sys.modules.get(framework) is not None:  # None stands for a module that must not be imported
             backend = load_backend(framework)
             leaves, _ = backend.flatten(tree)
             if any(backend.is_array(leaf) for leaf in leaves):

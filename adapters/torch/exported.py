@@ -39,11 +39,11 @@ def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solu
     solver = without_compacting(options.solver)
     if getattr(solver, "uses_jacobian", False):
         raise NotImplementedError(NEWTON.format(type(solver).__name__))
-    f = BACKEND.protected(autocasted(problem.f, h0))
+    f = autocasted(problem.f, h0)
     if is_tracing() and torch.is_grad_enabled():
         f = _without_gradients(f)
     with full_precision(h0):
-        return undifferentiated(problem.replace_f(f), h0, z, replace(options, solver=solver))
+        return undifferentiated(problem.replace_f(BACKEND.protected(f)), h0, z, replace(options, solver=solver))
 
 
 def _without_gradients(f: Map[H, Z]) -> Map[H, Z]:

@@ -72,6 +72,7 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Probl
     >>> pullback(torch.ones(2)).shape
     torch.Size([2])
     """
+    checks.function("f", f)
     f = BACKEND.protected(f)
     return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim, scale=scale)
 

@@ -1,5 +1,7 @@
 """The classifier in PyTorch: a differentiable layer, and ``loss.backward()``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -78,10 +80,21 @@ class TorchModel:
     def _counted(self, h: Tensor, z: dict[str, Tensor]) -> Tensor:
         self.counts.evaluations += 1
         value = f(h, z)
-        if value.requires_grad:
-            # Called whenever a cotangent passes this evaluation of F.
-            value.register_hook(self._count_vjp)
-        return value
+        counted: Tensor = CountVJPs.apply(value, self.counts) if value.requires_grad else value
+        return counted
 
-    def _count_vjp(self, _cotangent: Tensor) -> None:
-        self.counts.vjps += 1
+
+class CountVJPs(torch.autograd.Function):
+    """The identity, which counts the cotangents that pass it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, counts: Counts) -> Tensor:
+        """See the class."""
+        ctx.counts = counts
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        """See the class."""
+        ctx.counts.vjps += 1
+        return cotangent, None
