@@ -80,7 +80,9 @@ class TorchModel:
     def _counted(self, h: Tensor, z: dict[str, Tensor]) -> Tensor:
         self.counts.evaluations += 1
         value = f(h, z)
-        counted: Tensor = CountVJPs.apply(value, self.counts) if value.requires_grad else value
+        if not value.requires_grad:
+            return value
+        counted: Tensor = CountVJPs.apply(value, self.counts)  # type: ignore[no-untyped-call]  # torch's
         return counted
 
 
