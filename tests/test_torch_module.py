@@ -139,6 +139,14 @@ def test_dropout_that_is_attached_later_is_noticed(x: Tensor) -> None:
     assert not any(part.training for part in layer.cell.modules())
 
 
+@pytest.mark.filterwarnings("ignore:the cell has Dropout in train mode", "ignore:F gave another value")
+def test_dropout_is_not_taken_for_coupling(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), solver=ic.Anderson(max_steps=5), gradient=ic.OneStep())
+    layer.cell.hidden = nn.Sequential(nn.Dropout(0.5), layer.cell.hidden)
+    layer(x.requires_grad_())
+    assert layer._checked, "the test was made"
+
+
 def test_replaced_dropout_keeps_probability_axes_mode_and_identity() -> None:
     kinds = [nn.Dropout(0.1), nn.Dropout1d(0.2), nn.Dropout2d(0.3), nn.Dropout3d(0.4), nn.AlphaDropout(0.5)]
     module = nn.ModuleDict({"a": nn.Sequential(*kinds), "b": kinds[0], "c": nn.Dropout(0.6).eval()})

@@ -29,6 +29,7 @@ from .compilation import never_compiled
 from .exported import recording
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
+from .random_state import RandomState
 from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
@@ -333,7 +334,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
-            given = differences(BACKEND.protected(autocasted(f, h)), self.batch_ndim)
+            # With the same random numbers each time: dropout draws masks, and couples nothing.
+            replayed = RandomState(tensors(h)).replay(BACKEND.protected(autocasted(f, h)))
+            given = differences(replayed, self.batch_ndim)
             with undisturbed(self.cell, h), full_precision(h), BACKEND.solving():
                 refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
         self._checked.add(case)
