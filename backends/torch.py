@@ -398,7 +398,8 @@ class TorchBackend(Backend):
     def readable(self, x: Tensor) -> bool:
         if x.is_meta or self.capturing(x):
             return False
-        if x.is_cpu:  # numbers are read without PyTorch's dispatcher, from which a tracer would learn of it
+        # Numbers of samples are read without PyTorch's dispatcher, from which a tracer would learn of it.
+        if x.is_cpu and x.shape[-1:] == (1,):
             try:
                 torch.equal(x, x)
             except RuntimeError as error:

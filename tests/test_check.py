@@ -285,3 +285,27 @@ def test_a_value_that_is_not_finite_is_no_wrong_derivative(where):
     start, z = np.zeros((3, 2)), np.ones((3, 2))
     (start if where == "h0" else z)[1, 0] = np.nan
     assert ic.check(problem, start, z).kinds() == {"nonfinite"}
+
+
+def test_a_layer_tests_a_cell_that_is_defined_near_its_solution_alone():
+    def cell(h, x):
+        assert h.abs().max() < 1.05
+        return torch.tanh(0.5 * h + x)
+
+    def coupled(h, x):
+        return cell(h, x) + 0.1 * h.mean(0)
+
+    layer = ict.ImplicitLayer(cell, solver=ic.FixedPointIteration(max_steps=20))
+    x = 0.3 * torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layer(x.requires_grad_()).sum().backward()
+    with pytest.raises(ic.CoupledSamplesError):
+        ict.ImplicitLayer(coupled, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=5))(x)
+
+
+def test_a_layer_that_was_pickled_without_counts_can_be_called():
+    layer = ict.ImplicitLayer(Cell(nn.LayerNorm(D)))
+    for name in ("samples", "_unconverged"):
+        del vars(layer)[name]
+    restored = pickle.loads(pickle.dumps(layer))
+    restored(torch.randn(3, D))
+    assert (restored.samples, restored.unconverged) == (3, 0)

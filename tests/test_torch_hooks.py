@@ -353,3 +353,18 @@ def test_differences_are_zero_where_samples_are_independent() -> None:
     for f, coupled in ((lambda h, z: h * h, False), (lambda h, z: h * h.sum(0), True)):
         problem = differences(f, 1)
         assert bool(coupling(problem.space(h), problem.linearize(h, None)).found) is coupled
+
+
+@pytest.mark.parametrize("where", ["before", "layer", "model"])
+@pytest.mark.parametrize("gradient", [ic.Neumann(3, 0.5), ic.Implicit(), ic.Unroll(3, 0.5)], ids=repr)
+def test_hooks_of_modules_around_a_cell_are_called_once(gradient: ic.Estimator, where: str) -> None:
+    layer = ict.ImplicitLayer(lambda h, x: torch.tanh(0.3 * h + x), gradient=gradient)
+    model = nn.Sequential(nn.Linear(D, D, dtype=F64), layer)
+    seen: list[Tensor] = []
+    hooked = {"before": model[0], "layer": layer, "model": model}[where]
+    hooked.register_full_backward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0]))
+    value = model(normal(N, D, seed=1).requires_grad_())
+    value.backward(torch.ones_like(value))
+    assert len(seen) == 1
+    if where != "before":
+        torch.testing.assert_close(seen[0], torch.ones_like(value), rtol=0, atol=0)

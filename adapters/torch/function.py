@@ -50,6 +50,10 @@ COMPILED_AUTOGRAD = (
     "If PyTorch's compiled autograd is on, it has freed the graph that an estimator at the fixed point needs for its "
     "products: switch it off, torch._dynamo.config.compiled_autograd = False, or use Unroll(k, lam)"
 )
+SELECTIVE = (
+    "An estimator at the fixed point goes backwards through the checkpoint several times: use Unroll(k, lam) or "
+    "BPTT(k), or a checkpoint that is not selective"
+)
 FORWARD_TWICE = (
     "PyTorch's forward mode does not nest through an autograd.Function. Instead of jacfwd(jacfwd(f)) use "
     "torch.func.hessian(f), which is jacfwd(jacrev(f)), or the estimator Unroll(k, lam)"
@@ -205,6 +209,8 @@ def _along_graph(rule: Rule, v: Sequence[Tensor]) -> Tensors:
     except RuntimeError as error:
         if "torch._dynamo" in sys.modules and "second time" in str(error):
             raise RuntimeError(f"{error} {COMPILED_AUTOGRAD}") from error
+        if "selective activation checkpoint" in str(error):
+            raise RuntimeError(f"{error} {SELECTIVE}") from error
         raise
 
 

@@ -72,7 +72,8 @@ def graph_inputs(
             unknown.append(edge)
         # A reentrant checkpoint has parameters, and no edge to them.
         opaque = opaque or isinstance(edge[0], BackwardCFunction)
-        watched = watched or edge[0].name() == "BackwardHookFunctionBackward"
+        # Hooks of modules around the cell are on the edges of its inputs, where each cotangent passes once.
+        watched = watched or (edge not in externals and edge[0].name() == "BackwardHookFunctionBackward")
     if not (reached or unknown or opaque):
         return None
     produced = {_edge(x) for x in evaluation.produced_leaves()} if unknown else set()

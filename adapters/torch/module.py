@@ -125,6 +125,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
 
     status: Tensor | None
     stats: Stats | None
+    # Of the class, for layers that were pickled before there were counts.
+    samples: int = 0
+    _unconverged: Tensor | int = 0
 
     def __init__(
         self,
@@ -231,20 +234,23 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     @property
     def unconverged(self) -> int:
         """How many of the ``samples`` did not converge."""
-        return 0 if self._unconverged is None else int(self._unconverged)
+        return int(self._unconverged)
 
     def reset_counts(self) -> None:
         """Count ``samples`` and ``unconverged`` from zero."""
-        self.samples = 0
-        self._unconverged: Tensor | None = None
+        self.samples = self._unconverged = 0
 
     def _count(self, solution: Solution[H]) -> None:
         if BACKEND.capturing(solution.status) or solution.status.is_meta:
             return
-        self.samples += solution.status.numel()
-        failed = (~solution.converged).sum()  # stays on its device, which is not waited for
-        before = self._unconverged
-        self._unconverged = failed if before is None else before.to(failed.device) + failed
+        failed = ~solution.converged
+        self.samples += failed.numel()
+        if failed.is_cpu:
+            self._unconverged += sum(BACKEND.count([failed]))
+        else:  # the number stays on its device, which is not waited for
+            before = self._unconverged
+            before = before.to(failed.device) if isinstance(before, Tensor) else before
+            self._unconverged = failed.sum() + before
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by ``torch.jit.script``, which would name an attribute instead of the reason."""
@@ -325,12 +331,14 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
         """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or transforming() or in_dual_level():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or recording():
             return
-        if not all(has_storage(leaf) and BACKEND.readable(leaf) and not leaf.is_meta for leaf in leaves):
+        if transforming() or in_dual_level():
             return
         case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), self._modes())
         if case in self._checked:
+            return
+        if not all(has_storage(leaf) and BACKEND.readable(leaf) and not leaf.is_meta for leaf in leaves):
             return
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
