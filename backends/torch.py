@@ -13,7 +13,6 @@ import numpy as np
 import optree
 import torch
 from torch import Tensor
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 from torch.utils import _pytree as torch_pytree
 
 from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
@@ -59,6 +58,7 @@ LEAVES = frozenset((Tensor, torch.nn.Parameter, int, float, complex, bool, str, 
 """Classes that are no nodes, for all that is common in a pytree."""
 
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
+_RECORDED: ContextVar[bool] = ContextVar("operations become a program that is exported", default=False)
 
 
 @contextmanager
@@ -72,6 +72,16 @@ def recording_loops(loop: Loop) -> Iterator[None]:
         yield
     finally:
         _LOOP.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Within this context operations become a program of ``torch.export`` or ``torch.jit.trace``."""
+    token = _RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
 
 
 class Rows:
@@ -386,12 +396,12 @@ class TorchBackend(Backend):
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""
-        if torch.compiler.is_compiling():  # in an exported program such a context would be a part of the program
+        if _RECORDED.get():  # in an exported program such a context would be a part of the program
             return nullcontext()
         return torch.no_grad() if CASTS_HAVE_GRAPHS else _without_graph()
 
     def capturing(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or is_tracing():  # torch.export and torch.jit.trace record operations, too
+        if _RECORDED.get():
             return True
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -6,7 +6,7 @@ import torch
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 from implicit_core.arrays import H, Z
-from implicit_core.backends.torch import BACKEND
+from implicit_core.backends.torch import BACKEND, recorded
 from implicit_core.layer import LayerOptions, undifferentiated
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
@@ -42,7 +42,7 @@ def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solu
     f = autocasted(problem.f, h0)
     if is_tracing() and torch.is_grad_enabled():
         f = _without_gradients(f)
-    with full_precision(h0):
+    with recorded(), full_precision(h0):
         return undifferentiated(problem.replace_f(BACKEND.protected(f)), h0, z, replace(options, solver=solver))
 
 
