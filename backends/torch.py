@@ -56,6 +56,8 @@ NODES = "implicit_core.torch"
 """The namespace of optree that holds the classes that are registered with PyTorch's own pytrees."""
 LEAVES = frozenset((Tensor, torch.nn.Parameter, int, float, complex, bool, str, type(None)))
 """Classes that are no nodes, for all that is common in a pytree."""
+ONE_LEAF = [optree.tree_flatten(torch.empty(0), none_is_leaf=none, namespace=NODES)[1] for none in (False, True)]
+"""The structure of one tensor, the most common pytree."""
 
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
 _RECORDED: ContextVar[bool] = ContextVar("operations become a program that is exported", default=False)
@@ -383,6 +385,8 @@ class TorchBackend(Backend):
     # Pytrees are optree's, with the classes that are registered with PyTorch's own, whenever they were.
 
     def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
+        if isinstance(tree, Tensor):
+            return [tree], ONE_LEAF[none_is_leaf]
         leaves, structure = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NODES)
         unknown = [x for x in leaves if type(x) not in LEAVES and not isinstance(x, Tensor)]
         if any(map(is_node, unknown)):
@@ -390,6 +394,8 @@ class TorchBackend(Backend):
         return leaves, structure
 
     def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+        if isinstance(tree, Tensor) and not rest:
+            return fn(tree)
         leaves, structure = self.flatten(tree)
         parts: Any = structure
         return self.unflatten(structure, list(map(fn, leaves, *(parts.flatten_up_to(other) for other in rest))))
