@@ -56,7 +56,8 @@ NODES = "implicit_core.torch"
 """The namespace of optree that holds the classes that are registered with PyTorch's own pytrees."""
 LEAVES = frozenset((Tensor, torch.nn.Parameter, int, float, complex, bool, str, type(None)))
 """Classes that are no nodes, for all that is common in a pytree."""
-ONE_LEAF = [optree.tree_flatten(torch.empty(0), none_is_leaf=none, namespace=NODES)[1] for none in (False, True)]
+A_LEAF: Any = torch.empty(0)
+ONE_LEAF = [optree.tree_flatten(A_LEAF, none_is_leaf=none, namespace=NODES)[1] for none in (False, True)]
 """The structure of one tensor, the most common pytree."""
 
 _LOOP: ContextVar[Loop | None] = ContextVar("records a loop instead of carrying it out", default=None)
