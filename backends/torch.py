@@ -263,8 +263,7 @@ class Protected(Generic[H, Z]):
             raise
 
     def _call(self, h: H, z: Z) -> H:
-        before = _writes(h)
-        if before is not None and self._writes is False:
+        if self._writes is False and (before := _writes(h)) is not None:
             value = self._f(h, z)
             if _writes(h) != before:
                 raise ValueError(WRITES_LATER)
@@ -280,7 +279,7 @@ class Protected(Generic[H, Z]):
 def _writes(h: PyTree) -> list[int] | None:
     """How often each tensor of a pytree was written to; None if a tensor does not count.
 
-    Those of inference mode have no number, and that of a tensor within ``vmap``, which has no storage, is always 0.
+    Tensors of inference mode have no counter. Within ``vmap`` tensors have no storage, and their counter stays at 0.
     """
     leaves = [h] if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
     try:
@@ -312,8 +311,8 @@ def children(node: Any) -> tuple[list[Any], Any]:
 
     Of a dataclass PyTorch drops the fields that are None, which cotangents of integers are: here they are children.
     """
-    # Private, but PyTorch's only registry with all nodes: those of `torch.export.register_dataclass` do not reach the
-    # public one, optree's namespace "torch". Decision 95.
+    # Private, but the only registry with all nodes. Those of `torch.export.register_dataclass` do not reach optree's
+    # namespace "torch", which is public. Decision 95.
     found, spec = torch_pytree.tree_flatten(node, is_leaf=lambda x: x is not node)
     if dataclasses.is_dataclass(node):
         fields = {field.name: getattr(node, field.name, None) for field in dataclasses.fields(node) if field.init}

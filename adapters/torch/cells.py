@@ -61,7 +61,7 @@ def notice_changes(cell: object) -> None:
         warn(
             f"the cell has {_named(drawing)} in train mode, which draws another mask at every evaluation of F, so "
             "there is no fixed point: use VariationalDropout of implicit_core.adapters.torch, which keeps its mask "
-            "within a solve. replace_dropout(cell) puts it in the place of dropout that a library made",
+            "within a solve. replace_dropout(cell) replaces the dropout modules of a library by it",
             ChangingFunctionWarning,
             once=True,
         )

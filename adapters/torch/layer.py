@@ -43,7 +43,7 @@ from .transformed import transformed
 
 WATCHED = (
     "the cell has full backward hooks or calls retain_grad, or a tool computes per-sample gradients in it. {} would "
-    "reach them with each of its products with the Jacobian, whose cotangents are not those of the loss: use "
+    "reach them with every product with the Jacobian, and not only with the gradient of the loss: use "
     "Unroll(k, lam) or BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove them"
 )
 

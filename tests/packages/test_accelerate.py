@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import implicit_core as ic
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402  # after the skip
 
 
 @pytest.fixture(autouse=True)

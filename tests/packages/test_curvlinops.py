@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import implicit_core as ic
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed")
-from curvlinops.examples import TensorLinearOperator  # noqa: E402
+from curvlinops.examples import TensorLinearOperator  # noqa: E402  # after the skip
 
 LOSS = nn.MSELoss()
 ITSELF = [EXACT, ic.BPTT(6), ic.Unroll(300, 1.0)]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import implicit_core as ic
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402  # after the skip
 
 
 class Module(lightning.LightningModule):

@@ -37,7 +37,7 @@ def only_capturable(device: torch.device) -> Iterator[None]:
 
 class _Operations(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

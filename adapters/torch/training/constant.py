@@ -181,7 +181,7 @@ MASKED_AXES = {nn.Dropout: (), nn.Dropout1d: (-1,), nn.Dropout2d: (-2, -1), nn.D
 
 
 def replace_dropout(module: nn.Module) -> nn.Module:
-    """Put :class:`VariationalDropout` in the place of the dropout modules within a module.
+    """Replace the dropout modules within a module by :class:`VariationalDropout`.
 
     For cells of a library, or cells that a library has put dropout into, as PEFT does with ``lora_dropout``.
 
