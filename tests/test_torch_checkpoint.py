@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
@@ -198,3 +203,47 @@ def test_closed_over_tensors_reach_autograd_in_one_order() -> None:
             second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), weights)
             found.append((*first, *second))
         torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, RECOMPUTED], ids=repr)
+def test_a_selective_checkpoint(estimator: ic.Estimator) -> None:
+    """It serves one backward pass through an evaluation, and an estimator at the fixed point goes through several."""
+    module, x = layer(estimator), torch.randn(N, D, dtype=F64)
+    parameters = list(module.parameters())
+
+    def gradient(call: Callable[[Tensor], Tensor]) -> Any:
+        return torch.autograd.grad(call(x).square().sum(), parameters)
+
+    def selective(x: Tensor) -> Tensor:
+        return checkpoint(
+            module,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default]),
+        )
+
+    if isinstance(estimator, ic.Unroll | ic.BPTT | ic.OneStep):
+        torch.testing.assert_close(gradient(selective), gradient(module))
+    else:
+        with pytest.raises(RuntimeError, match="or a checkpoint that is not selective"):
+            gradient(selective)
+
+
+def test_a_step_that_raises_leaves_no_hooks_on() -> None:
+    """As where memory runs out: the error is caught, and the next backward pass is of something else."""
+    w = torch.tensor(0.1, requires_grad=True)
+    evaluations = 0
+
+    def f(h: Tensor, x: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        if torch.is_grad_enabled():
+            raise MemoryError("no memory is left")
+        return torch.tanh(w * h) + x
+
+    with pytest.raises(MemoryError, match="no memory is left") as caught:
+        ict.fixed_point(f, torch.zeros(N, D), torch.ones(N, D), gradient=RECOMPUTED)
+    evaluations = 0
+    assert torch.autograd.grad(w * w, w)[0] == 2 * w
+    assert evaluations == 0
+    assert caught.value.__traceback__ is not None  # alive, as in an except block

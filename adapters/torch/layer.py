@@ -8,6 +8,7 @@ alone.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from implicit_core.solvers.compacting import without_compacting
 from .autograd import gradient_edges, has_tangents, in_dual_level, transforming, vector_jacobian
 from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
-from .compilation import leave_methods_out
+from .compilation import leave_methods_out, never_compiled
 from .exported import exported, recording
 from .function import PLAIN_FORWARD, Rule, attach
 from .function_modes import Quiet
@@ -117,7 +118,40 @@ def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
     # By then a module may have other parameters. They are arguments only to be saved: autograd then raises if one was
     # changed in place.
     present, trained = with_present_parameters(f), trained_by(f)
-    return lambda h, z: checkpoint(lambda h, z, *_: present(h, z), h, z, *trained, use_reentrant=False)
+    return lambda h, z: _checkpointed(present, h, z, trained)
+
+
+def _checkpointed(f: Map[H, Z], h: H, z: Z, saved: Sequence[Tensor]) -> H:
+    """torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on the thread where f raises."""
+    step = _Step(f)
+    value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
+    if step.raised is None:
+        return value
+    try:
+        raise step.raised
+    finally:
+        step.raised = None  # whose traceback refers to this frame, and so to the memory of f
+
+
+@never_compiled
+class _Step(Generic[H, Z]):
+    """An evaluation for torch.utils.checkpoint, which comes back for it in each backward pass."""
+
+    def __init__(self, f: Map[H, Z]) -> None:
+        self._f = f
+        self._evaluated = False
+        self.raised: BaseException | None = None
+        """What f raised in the first evaluation, which then returns h."""
+
+    def forward(self, h: H, z: Z, *_: Tensor) -> H:
+        if self._evaluated:
+            return self._f(h, z)
+        self._evaluated = True
+        try:
+            return self._f(h, z)
+        except BaseException as error:
+            self.raised = error
+            return h
 
 
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:

@@ -223,9 +223,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             raise
         if self.check and self.batch_ndim:
             self._refuse_coupling(cell, solution.value, x)
-        if transforming() or recording():  # tensors of a transform, or of a program, cannot be read after it
+        if transforming():  # tensors of a transform cannot be read after it
             self.status = self.stats = None
-        else:
+        elif not recording():  # a program that is recorded must not change the module
             self.status, self.stats = solution.status, solution.stats
             if not is_forced(chosen):
                 self._count(solution)
