@@ -13,6 +13,7 @@ import numpy as np
 import optree
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 from torch.utils import _pytree as torch_pytree
 
 from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
@@ -399,6 +400,9 @@ class TorchBackend(Backend):
         leaves, structure = self.flatten(tree)
         parts: Any = structure
         return self.unflatten(structure, list(map(fn, leaves, *(parts.flatten_up_to(other) for other in rest))))
+
+    def recording(self) -> bool:
+        return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
 
     def solving(self) -> AbstractContextManager[Any]:
         """No graph: gradients come from an estimator, not from the solver's steps."""

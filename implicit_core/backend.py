@@ -141,6 +141,10 @@ class Backend:
         # The array API standard has no such method. A library without it, as array-api-strict, is not on a device.
         return list(flat.tolist()) if hasattr(flat, "tolist") else [flat[i].__float__() for i in range(flat.shape[0])]
 
+    def recording(self) -> bool:
+        """Whether a program is recorded to be run elsewhere, in which no number can be read, not even a constant."""
+        return False
+
     def known(self) -> AbstractContextManager[Any]:
         """The context of operations on arrays whose numbers are known, also while a program is traced around them."""
         return nullcontext()

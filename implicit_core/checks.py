@@ -73,6 +73,8 @@ def scale(value: PyTree) -> PyTree:
     for leaf in leaves_of(value):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
             backend = find_backend(leaf, "scale")
+            if backend.recording():
+                continue
             if not backend.readable(leaf):
                 raise TypeError(
                     "scale must be known when the program is traced: give numbers, or arrays from outside of jit, vmap "

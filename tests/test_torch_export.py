@@ -193,9 +193,12 @@ def test_batch_axes(batch_ndim: int) -> None:
     assert_same(program, layer, (x,), (2 * torch.cat([x, x], dim=-2),))
 
 
-def test_units() -> None:
-    layer = layer_of(scale=2.0)
+@pytest.mark.parametrize("scale", [2.0, torch.tensor([0.5, 1.0, 2.0, 4.0])], ids=["number", "tensor"])
+def test_units(scale: Any) -> None:
+    layer = layer_of(scale=scale)
     assert_same(exported(layer, inputs()).module(), layer, *OTHERS)
+    with torch.no_grad():
+        assert_same(torch.jit.trace(layer, inputs()), layer, *OTHERS)
 
 
 class Dropped(Cell):

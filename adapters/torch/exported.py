@@ -25,11 +25,6 @@ NEWTON = (
 )
 
 
-def recording() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` records what is called."""
-    return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
-
-
 def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer, whose solve makes ``max_steps`` steps (Decision 92).
 

@@ -29,7 +29,7 @@ from .autograd import gradient_edges, has_tangents, in_dual_level, transforming,
 from .callbacks import CLOSED_OVER, through_callbacks
 from .closure import hoist, with_explicit_inputs
 from .compilation import leave_methods_out, never_compiled
-from .exported import exported, recording
+from .exported import exported
 from .function import PLAIN_FORWARD, Rule, attach
 from .function_modes import Quiet
 from .graph_inputs import graph_inputs
@@ -67,7 +67,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         For a derivative that is not available, which is never zero instead.
     """
     leave_methods_out()
-    if recording():
+    if BACKEND.recording():
         return exported(problem, h0, z, options)
     if without_numbers(h0):  # one evaluation shows the shapes
         options = replace(options, gradient=BPTT(1), throw=False)

@@ -26,7 +26,6 @@ from implicit_core.theory import Certificate, certify
 from .autograd import in_dual_level, transforming
 from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_collectives, refuse_outside, trained
 from .compilation import never_compiled
-from .exported import recording
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
 from .random_state import RandomState
@@ -225,7 +224,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             self._refuse_coupling(cell, solution.value, x)
         if transforming():  # tensors of a transform cannot be read after it
             self.status = self.stats = None
-        elif not recording():  # a program that is recorded must not change the module
+        elif not BACKEND.recording():  # a program that is recorded must not change the module
             self.status, self.stats = solution.status, solution.stats
             if not is_forced(chosen):
                 self._count(solution)
@@ -331,7 +330,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
         """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or recording():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or BACKEND.recording():
             return
         if transforming() or in_dual_level():
             return
