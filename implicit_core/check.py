@@ -215,12 +215,12 @@ def check(
     found = _Findings()
     with backend.on_device_of(h0), backend.solving():
         with undisturbed(problem.f, h0) as changed:
-            _is_function(problem, space, h0, z, found)
+            is_function = _is_function(problem, space, h0, z, found)
         if changed:
             names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
             advice = "put the module in eval mode, or freeze its statistics"
             found.add("state", f"an evaluation of F changes {names}", advice)
-        if {"random", "structure", "writes"} & found.kinds():
+        if not is_function:
             found.notes.append("derivatives, which an F like this has none of")
             return found.report(problem, "h0")
         made = with_derivatives(problem, (h0, z))
@@ -284,28 +284,40 @@ def _independence(problem: Problem[H, Z], space: Space, at: BoundLinearization[H
         found.add("coupled", text, "pass batch_ndim=0, which solves and differentiates them as one system")
 
 
-def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Findings) -> None:
+def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Findings) -> bool:
     """Whether F returns the same twice, something like h, and leaves its arguments as they were."""
     backend = space.backend
-    arguments = [leaf for leaf in backend.flatten((h0, z))[0] if backend.is_array(leaf)]
-    before = [backend.xp.asarray(leaf, copy=True) for leaf in arguments]
+
+    def copies(tree: Any) -> list[Any]:
+        return [backend.xp.asarray(leaf, copy=True) for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
+
+    def is_left(before: list[Any], tree: Any) -> bool:
+        after = [leaf for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
+        return all(_same(space, a, b) for a, b in zip(before, after, strict=True))
+
+    h_before, z_before = copies(h0), copies(z)
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     value = problem.f(h_copy, z_copy)
-    passed = [leaf for leaf in backend.flatten((h_copy, z_copy))[0] if backend.is_array(leaf)]
     try:
         value = checks.like(backend, "the result of f", value, h0, "h")
     except (TypeError, ValueError) as error:
         found.add("structure", str(error), "return the structure, shapes and dtypes of h from F")
-        return
+        return False
     value = backend.map(lambda leaf: _copied(space, leaf), value)
-    if not all(_same(space, a, b) for a, b in zip(before, passed, strict=True)):
+    writes = not is_left(z_before, z_copy) or not (backend.sees_writes or is_left(h_before, h_copy))
+    if writes:
         found.add("writes", "F writes to its argument h or z", "compute a new array instead")
+    elif not is_left(h_before, h_copy):
+        advice = "nothing, as each evaluation is handed a copy; a new array in F saves these copies"
+        found.add("writes", "F writes to its argument h", advice)
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     difference, bound = repeated(space, value, problem.f(h_copy, z_copy))
     if difference > bound:
         text = f"two evaluations of F at one point differ by {difference:.2g}"
         advice = "draw random numbers once per solve (VariationalDropout in PyTorch, a key in z in JAX)"
         found.add("random", text, advice)
+        return False
+    return not writes
 
 
 def _derivatives(

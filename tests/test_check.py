@@ -179,6 +179,10 @@ def test_functions_that_are_none():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert ic.check(lambda h, z: 0.5 * h.mul_(0.5).add_(1) + z, h, z).kinds() >= {"writes"}
     assert torch.equal(h, torch.zeros(4, 3))
+    written = ic.check(lambda h, z: 0.5 * torch.cos_(h) + z, h, z, batch_ndim=1)  # works, as evaluations have copies
+    assert (written.kinds(), written.notes) == ({"writes"}, ()), written
+    written = ic.check(lambda h, z: 0.5 * torch.tanh(h) + z.mul_(0.5), h, z, batch_ndim=1)
+    assert "derivatives" in written.notes[0]
     assert ic.check(lambda h, z: (0.5 * h + z)[:2], h, z).kinds() == {"structure"}
     assert ic.check(lambda h, z: (0.5 * h + z).double(), h, z).kinds() == {"structure"}
     assert ic.check(lambda h, z: -2.0 * h + z, h, z).kinds() == {"contraction"}

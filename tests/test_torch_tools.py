@@ -407,6 +407,7 @@ EXACT_TO = [ic.Unroll(60, 1.0), ic.Unroll(60, 1.0, recompute=True), ic.BPTT(60),
 
 
 @pytest.mark.parametrize("estimator", EXACT_TO, ids=repr)
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")  # PyTorch 2.6 warns of its own call
 def test_checks_of_gradients_with_batched_cotangents(estimator: ic.Estimator) -> None:
     """60 steps of a map that contracts by 0.6 are exact to 1e-13."""
     f, x = of_x(estimator), normal(4, seed=1).requires_grad_()
