@@ -1,4 +1,4 @@
-"""Contractive cells ``h = cell(h, x)`` as modules in float64, small enough to differentiate 600 steps of."""
+"""Contractive cells ``h = cell(h, x)`` as modules, small enough to differentiate 600 steps of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 Parameters = dict[str, Tensor]
+
+
+class Injected(nn.Module):
+    """tanh(W h + b + x), whose input has the state's shape."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.orthogonal_(self.linear.weight, gain=0.5)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(h) + x)
 
 
 class Dense(nn.Module):

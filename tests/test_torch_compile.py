@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Injected
 from torch import Tensor, nn
 
 import implicit_core as ic
@@ -45,16 +46,6 @@ SHOWS_REASONS = pytest.mark.skipif(
 )
 
 
-class Cell(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        nn.init.orthogonal_(self.linear.weight, gain=0.5)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(h) + x)
-
-
 class Model(nn.Sequential):
     """Not a plain nn.Sequential, of which nothing is compiled with a part that is not: it calls them in a loop."""
 
@@ -64,7 +55,7 @@ class Model(nn.Sequential):
 
 def model(gradient: ic.Estimator, **options: Any) -> Model:
     torch.manual_seed(0)
-    layer = ict.ImplicitLayer(Cell(), gradient=gradient, **options)
+    layer = ict.ImplicitLayer(Injected(), gradient=gradient, **options)
     return Model(nn.Linear(4, 8), layer, nn.Linear(8, 2))
 
 
@@ -369,7 +360,7 @@ def test_copies_and_subclasses_once_there_is_a_compiler(frames: Frames) -> None:
 
 
 def test_a_subclass(frames: Frames) -> None:
-    layer = Twice(Cell(), gradient=ic.Neumann())
+    layer = Twice(Injected(), gradient=ic.Neumann())
     x = torch.randn(3, 8)
     once = ict.ImplicitLayer(layer.cell, gradient=ic.Neumann())
     wanted = gradients(once, x)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Injected
 from torch import Tensor, nn
 
 import implicit_core as ic
@@ -23,16 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
 # samples of `inputs` converge, and some do not.
 PLAIN = ic.FixedPointIteration(max_steps=3, rtol=0.03)
 BATCH = ({0: torch.export.Dim("batch", min=2, max=64)},)
-
-
-class Cell(nn.Module):
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        nn.init.orthogonal_(self.linear.weight, gain=0.5)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(h) + x)
 
 
 def inputs(batch: int = 3, seed: int = 1) -> Tensor:
@@ -55,7 +46,7 @@ def assert_same(program: Callable[..., Any], layer: Callable[..., Any], *cases: 
 
 def layer_of(cell: Any = None, **options: Any) -> ict.ImplicitLayer[Any, Any]:
     torch.manual_seed(0)
-    return ict.ImplicitLayer(Cell() if cell is None else cell, **{"solver": PLAIN, **options}).eval()
+    return ict.ImplicitLayer(Injected(4) if cell is None else cell, **{"solver": PLAIN, **options}).eval()
 
 
 OTHERS = (inputs(3, seed=2),), (inputs(7, seed=3),), (torch.zeros(2, 4),)
@@ -201,9 +192,9 @@ def test_units(scale: Any) -> None:
         assert_same(torch.jit.trace(layer, inputs()), layer, *OTHERS)
 
 
-class Dropped(Cell):
+class Dropped(Injected):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(4)
         self.dropout = ict.VariationalDropout(0.3)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
@@ -217,7 +208,7 @@ def test_dropout_in_eval_mode() -> None:
 
 @pytest.mark.parametrize("normalize", ["spectral_norm", "weight_norm"])
 def test_parametrized_weights(normalize: str) -> None:
-    cell = Cell()
+    cell = Injected(4)
     getattr(nn.utils.parametrizations, normalize)(cell.linear)
     layer = layer_of(cell)
     program = exported(layer, inputs()).module()
@@ -339,7 +330,7 @@ META_SOLVERS = [
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("solver", META_SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_shapes_without_numbers(solver: Any, estimator: ic.Estimator) -> None:
-    layer = layer_of(Cell().to("meta"), solver=solver, gradient=estimator).train()
+    layer = layer_of(Injected(4).to("meta"), solver=solver, gradient=estimator).train()
     x = torch.zeros(3, 4, device="meta", requires_grad=True)
     h = layer(x)
     assert (h.shape, h.dtype, h.device.type) == (x.shape, x.dtype, "meta")

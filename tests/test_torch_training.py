@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Injected
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,17 +31,7 @@ ESTIMATORS = [
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-class Cell(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        nn.init.orthogonal_(self.linear.weight, gain=0.5)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(h) + x)
-
-
-class EndsInALinear(Cell):
+class EndsInALinear(Injected):
     """A cell that returns half precision under autocast."""
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
@@ -51,7 +42,7 @@ class Model(nn.Module):
     def __init__(self, gradient: ic.Estimator, cell: Any = None, **options: Any) -> None:
         super().__init__()
         self.encoder, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
-        self.layer = ict.ImplicitLayer(Cell() if cell is None else cell, gradient=gradient, **options)
+        self.layer = ict.ImplicitLayer(Injected() if cell is None else cell, gradient=gradient, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(self.encoder(x)))
@@ -254,7 +245,7 @@ def test_second_derivatives_under_autocast(estimator: ic.Estimator) -> None:
 def test_certify_finds_a_weight_outside_of_the_cell_under_autocast() -> None:
     outside = nn.Parameter(0.1 * torch.eye(8))
 
-    class Uses(Cell):
+    class Uses(Injected):
         def forward(self, h: Tensor, x: Tensor) -> Tensor:
             return torch.tanh(self.linear(h) + h @ outside + x)
 
@@ -276,7 +267,7 @@ def test_callbacks_that_leave_a_weight_out_are_refused_under_autocast() -> None:
 @pytest.mark.parametrize("gradient", ESTIMATORS, ids=repr)
 def test_a_layer_casts_the_weights_at_most_twice(gradient: ic.Estimator, steps: int) -> None:
     """Once in the solve and once with a graph; PyTorch from 2.11 on needs only one cast."""
-    layer = ict.ImplicitLayer(Cell(), solver=ic.Broyden(max_steps=steps, rtol=0), gradient=gradient, check=False)
+    layer = ict.ImplicitLayer(Injected(), solver=ic.Broyden(max_steps=steps, rtol=0), gradient=gradient, check=False)
     with half(), torch.profiler.profile(record_shapes=True) as profile:
         layer(torch.ones(5, 8))
     events = profile.key_averages(group_by_input_shape=True)
@@ -358,7 +349,7 @@ class Checkpointed(nn.Module):
 
 def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
     """Its graph has no edge to its parameters, and it does not support a gradient with respect to chosen inputs."""
-    cell = Cell()
+    cell = Injected()
     h0, x = torch.zeros(3, 8), torch.randn(3, 8)
 
     def f(h: Tensor, x: Tensor) -> Tensor:
@@ -457,7 +448,7 @@ def test_deepcopy_and_pickle_after_a_call() -> None:
 
 
 def test_the_state_dict_is_the_cells() -> None:
-    cell = Cell()
+    cell = Injected()
     own = cell.state_dict()
     layer = ict.ImplicitLayer(cell)
     layer(torch.zeros(2, 8))
@@ -467,7 +458,7 @@ def test_the_state_dict_is_the_cells() -> None:
 
 def test_modes_choose_the_solver_and_nothing_else() -> None:
     layer = ict.ImplicitLayer(
-        Cell(), solver=ic.FixedPointIteration(max_steps=3), eval_solver=ic.FixedPointIteration(max_steps=5)
+        Injected(), solver=ic.FixedPointIteration(max_steps=3), eval_solver=ic.FixedPointIteration(max_steps=5)
     )
     x = torch.randn(3, 8, requires_grad=True)
     for train, steps in ((True, 3), (False, 5)):
@@ -477,12 +468,12 @@ def test_modes_choose_the_solver_and_nothing_else() -> None:
         assert torch.all(layer.status == ic.MAX_STEPS)
         assert torch.autograd.grad(value.sum(), x)[0].abs().sum() > 0
     text = repr(layer)
-    for part in ("FixedPointIteration", "max_steps=5", "Unroll(k=5, lam=0.5", "batch_ndim=1", "(cell): Cell("):
+    for part in ("FixedPointIteration", "max_steps=5", "Unroll(k=5, lam=0.5", "batch_ndim=1", "(cell): Injected("):
         assert part in text
 
 
 def test_starts() -> None:
-    cell = Cell()
+    cell = Injected()
     x = torch.randn(3, 8)
     layer = ict.ImplicitLayer(cell, solver=ic.Anderson(rtol=1e-6))
     h = layer(x)
@@ -509,7 +500,7 @@ def test_throw() -> None:
 def test_normalized_weights_and_masks_stay_the_same_through_a_call(estimator: ic.Estimator) -> None:
     """Forward and backward: with a new mask in each evaluation no solver would converge."""
     torch.manual_seed(0)
-    cell = Cell()
+    cell = Injected()
     nn.utils.parametrizations.spectral_norm(cell.linear)
     dropout = ict.VariationalDropout(0.3)
     net = nn.Module()

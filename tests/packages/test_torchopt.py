@@ -63,8 +63,16 @@ class Functional:
         return self.values.values()
 
 
-def functionally(make: Any) -> Inner:
-    """Inner steps as functions of parameters, with gradients by ``torch.autograd.grad``."""
+def by_autograd(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(at, torch.autograd.grad(loss(at), at.values(), create_graph=True), strict=True))
+
+
+def by_func_grad(loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> dict[str, Tensor]:
+    return torch.func.grad(loss)(at)
+
+
+def functionally(make: Any, differentiate: Any) -> Inner:
+    """Inner steps as functions of parameters."""
 
     def run(model: Model, meta: Tensor, forward: Callable[[Model, Tensor], Tensor]) -> Tensor:
         assert forward is call
@@ -72,25 +80,7 @@ def functionally(make: Any) -> Inner:
         optimizer = make(lr=RATE)
         state = optimizer.init(parameters)
         for _ in range(STEPS):
-            loss = inner_loss(Functional(model, parameters), meta, call)
-            found = torch.autograd.grad(loss, parameters.values(), create_graph=True)
-            updates, state = optimizer.update(dict(zip(parameters, found, strict=True)), state, inplace=False)
-            parameters = torchopt.apply_updates(parameters, updates, inplace=False)
-        return outer_loss(Functional(model, parameters), call)
-
-    return run
-
-
-def by_func_grad(make: Any) -> Inner:
-    """Inner steps with gradients by ``torch.func.grad``."""
-
-    def run(model: Model, meta: Tensor, forward: Callable[[Model, Tensor], Tensor]) -> Tensor:
-        assert forward is call
-        parameters = dict(model.named_parameters())
-        optimizer = make(lr=RATE)
-        state = optimizer.init(parameters)
-        for _ in range(STEPS):
-            found = torch.func.grad(lambda p: inner_loss(Functional(model, p), meta, call))(parameters)
+            found = differentiate(lambda p: inner_loss(Functional(model, p), meta, call), parameters)
             updates, state = optimizer.update(found, state, inplace=False)
             parameters = torchopt.apply_updates(parameters, updates, inplace=False)
         return outer_loss(Functional(model, parameters), call)
@@ -101,9 +91,9 @@ def by_func_grad(make: Any) -> Inner:
 RUNS = {
     "MetaSGD": by_meta_optimizer(torchopt.MetaSGD),
     "MetaAdam": by_meta_optimizer(torchopt.MetaAdam),
-    "sgd": functionally(torchopt.sgd),
-    "adam": functionally(torchopt.adam),
-    "adam, torch.func": by_func_grad(torchopt.adam),
+    "sgd": functionally(torchopt.sgd, by_autograd),
+    "adam": functionally(torchopt.adam, by_autograd),
+    "adam, torch.func": functionally(torchopt.adam, by_func_grad),
 }
 META = torch.tensor([0.02, 0.1, -0.2, 0.3], dtype=torch.float64)
 
