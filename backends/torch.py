@@ -282,11 +282,9 @@ def _writes(h: PyTree) -> list[int] | None:
 
     Tensors of inference mode have no counter. Within ``vmap`` tensors have no storage, and their counter stays at 0.
     """
-    leaves = [h] if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
+    leaves = (h,) if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
     try:
-        for x in leaves:
-            x.untyped_storage()
-        return [x._version for x in leaves]
+        return [x._version for x in leaves if x.untyped_storage() is not None]
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -130,6 +130,9 @@ def find_adapter(tree: PyTree) -> ModuleType | None:
 
 
 def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
+    of_its_class = type(tree).__module__.partition(".")[0]
+    if of_its_class in frameworks and (backend := load_backend(of_its_class)).is_array(tree):
+        return backend  # one array, the most common pytree
     for framework in frameworks:
         if sys.modules.get(framework) is not None:  # None stands for a module that must not be imported
             backend = load_backend(framework)
