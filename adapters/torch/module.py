@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import TypeVar
 
 from implicit_core import checks
@@ -319,10 +320,17 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     def _refuse_collectives(self, f: Callable[[H, X], H], h: H, x: X) -> None:
         """Raise if the cell communicates with other processes; once for each mode."""
         case = "collectives", self._modes()
-        if torch.distributed.get_world_size() > 1 and case not in self._checked and not transforming():
+        if torch.distributed.get_world_size() > 1 and self._is_due(case) and not transforming():
             with undisturbed(self.cell, h), BACKEND.solving():
                 refuse_collectives(self.cell, lambda: f(BACKEND.map(torch.clone, h), x))
             self._checked.add(case)
+
+    def _is_due(self, case: Hashable) -> bool:
+        """Whether a check of the cell is made: once, and each time where somebody counts operations.
+
+        That may be a selective activation checkpoint, which expects the operations of the first call in the second.
+        """
+        return case not in self._checked or is_in_torch_dispatch_mode()
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(part.training for part in self.cell.modules()) if isinstance(self.cell, nn.Module) else ()
@@ -335,7 +343,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         if transforming() or in_dual_level():
             return
         case = (self.batch_ndim, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), self._modes())
-        if case in self._checked:
+        if not self._is_due(case):
             return
         if not all(has_storage(leaf) and BACKEND.readable(leaf) and not leaf.is_meta for leaf in leaves):
             return
