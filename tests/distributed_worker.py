@@ -10,10 +10,12 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
@@ -27,6 +29,8 @@ ESTIMATORS = [
     ic.Unroll(3, 0.5),
     ic.Unroll(3, 0.5, recompute=True),
 ]
+THROUGH_ONCE = (ic.OneStep, ic.Unroll)
+"""Estimators that a selective checkpoint can be around."""
 
 
 class Cell(nn.Module):
@@ -63,7 +67,10 @@ def distributed(model: Model, strategy: str) -> nn.Module:
     if strategy == "ddp-cell":
         model.layer.cell = DistributedDataParallel(model.layer.cell)
         return model
-    if strategy == "ddp":
+    if strategy == "ddp-selective":
+        saved = [torch.ops.aten.addmm.default]
+        model.layer = checkpoint_wrapper(model.layer, context_fn=lambda: create_selective_checkpoint_contexts(saved))
+    if strategy in ("ddp", "ddp-selective"):
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if strategy == "fsdp-cell":
@@ -92,6 +99,8 @@ def train(strategy: str, rank: int, world: int) -> None:
         # Far from and near to its fixed point: the processes would stop at different steps.
         ict.ImplicitLayer(Communicating(), solver=SOLVER)(torch.randn(4, 6) * (3.0 if rank else 1e-3))
     for estimator in ESTIMATORS:
+        if strategy == "ddp-selective" and not isinstance(estimator, THROUGH_ONCE):
+            continue
         torch.manual_seed(0)
         alone = Model(estimator).double()
         x = torch.randn(4 * world, 4, dtype=torch.float64)
@@ -102,10 +111,11 @@ def train(strategy: str, rank: int, world: int) -> None:
                 optimizer.zero_grad()
                 (model(batch) ** 2).mean().backward()
                 optimizer.step()
-        ours = dict(together.named_parameters())
+        ours = {}
+        for name, parameter in together.named_parameters():
+            ours[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = parameter
         for name, expected in alone.named_parameters():
-            parameter = ours[("module." if strategy == "ddp" else "") + name]
-            for got, wanted in ((parameter, expected), (parameter.grad, expected.grad)):
+            for got, wanted in ((ours[name], expected), (ours[name].grad, expected.grad)):
                 got = got.full_tensor() if hasattr(got, "full_tensor") else got
                 torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
         print(f"{strategy} rank {rank}: {estimator} agrees")

@@ -588,7 +588,7 @@ UNFIT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
 @pytest.mark.parametrize("name", UNFIT)
 def test_the_reason_why_not(name: str) -> None:
     make, reason = UNFIT[name]

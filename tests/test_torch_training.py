@@ -371,7 +371,8 @@ def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
 # Many processes
 
 
-TOGETHER = ["ddp", "fsdp", "fsdp-layer"]
+TOGETHER = {"ddp": 5, "ddp-selective": 3, "fsdp": 5, "fsdp-layer": 5}
+"""Ways to train together, and how many estimators of the worker's are trained."""
 REFUSED = {
     "fsdp-cell": "the cell is distributed over processes",
     "ddp-cell": "the cell is distributed over processes",
@@ -399,7 +400,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("strategy", [*map(can_run, TOGETHER)])
 def test_two_processes_train_as_one(strategy: str, outputs: list[str]) -> None:
     for rank, output in enumerate(outputs):
-        assert len(re.findall(rf"^{strategy} rank {rank}: .* agrees$", output, re.MULTILINE)) == 5, output
+        assert len(re.findall(rf"^{strategy} rank {rank}: .* agrees$", output, re.MULTILINE)) == TOGETHER[strategy], (
+            output
+        )
 
 
 @pytest.mark.parametrize("strategy", [*map(can_run, REFUSED)])

@@ -1,12 +1,13 @@
 """An evaluation of F that leaves no trace in the modules it refers to, nor in the random state."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
@@ -42,9 +43,7 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
     changed: list[str] = []
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            # The hooks of an activation checkpoint count the tensors that are saved, and this runs only once. A tensor
-            # that is not detached would keep itself alive, as an output that its own graph saves.
-            with saved_tensors_hooks(torch.detach, _itself):
+            with _unsaved():
                 yield changed
         finally:
             with torch.no_grad():
@@ -52,6 +51,17 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
                     if not bool(((tensor == before) | (before != before)).all()):
                         changed.append(name)
                         tensor.copy_(before)
+
+
+def _unsaved() -> AbstractContextManager[Any]:
+    """Hide what is saved from the hooks of an activation checkpoint, which count it: this runs only once.
+
+    A selective checkpoint also counts operations, so within one this runs each time.
+    """
+    if is_in_torch_dispatch_mode():
+        return nullcontext()
+    # A tensor that is not detached would keep itself alive, as an output that its own graph saves.
+    return saved_tensors_hooks(torch.detach, _itself)
 
 
 def _itself(x: Tensor) -> Tensor:
