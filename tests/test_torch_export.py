@@ -4,6 +4,7 @@ A program makes ``max_steps`` steps, in which finished samples keep their points
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,19 @@ def test_estimators(estimator: ic.Estimator) -> None:
     wanted = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_a_model_in_train_mode_is_told_which_gradient_its_program_lacks(estimator: ic.Estimator) -> None:
+    layer = layer_of(gradient=estimator).train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = exported(layer, inputs()).module()
+    told = [x for x in caught if issubclass(x.category, ic.InexactGradientWarning)]
+    assert bool(told) != program(inputs()).requires_grad
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", ic.InexactGradientWarning)
+        exported(layer, inputs())
 
 
 def test_a_program_is_saved_loaded_and_decomposed() -> None:

@@ -7,10 +7,13 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, bu
 
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND, recorded
+from implicit_core.estimators import AtFixedPoint, Estimator
+from implicit_core.estimators.inexact import InexactGradientWarning
 from implicit_core.layer import LayerOptions, undifferentiated
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
+from implicit_core.warnings_ import warn
 
 from .precision import autocasted, full_precision
 from .tensors import tensors
@@ -23,6 +26,16 @@ NEWTON = (
     "{} solves linear systems until a tolerance is met, which an exported program cannot: give ImplicitLayer an "
     "eval_solver with a fixed number of steps, such as Anderson(max_steps=20)"
 )
+CONSTANT = (
+    "the exported program has no gradient through the layer, since the rule of {} is no part of a program: to deploy a "
+    "model, export it in eval mode; to train the program, give the layer Unroll(k, lam) or BPTT(k), whose steps are"
+)
+
+
+def warn_of_constant(gradient: Estimator) -> None:
+    """Warn if an estimator's gradient is no part of the program that is recorded."""
+    if torch.is_grad_enabled() and isinstance(gradient, AtFixedPoint):
+        warn(CONSTANT.format(type(gradient).__name__), InexactGradientWarning)
 
 
 def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:

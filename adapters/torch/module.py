@@ -27,6 +27,7 @@ from implicit_core.theory import Certificate, certify
 from .autograd import in_dual_level, transforming
 from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_collectives, refuse_outside, trained
 from .compilation import never_compiled
+from .exported import warn_of_constant
 from .precision import autocasted, full_precision, state_dtype
 from .problem import closed_over, problem
 from .random_state import RandomState
@@ -225,7 +226,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             self._refuse_coupling(cell, solution.value, x)
         if transforming():  # tensors of a transform cannot be read after it
             self.status = self.stats = None
-        elif not BACKEND.recording():  # a program that is recorded must not change the module
+        elif BACKEND.recording():  # a program that is recorded must not change the module
+            if self.training:
+                warn_of_constant(gradient)
+        else:
             self.status, self.stats = solution.status, solution.stats
             if not is_forced(chosen):
                 self._count(solution)
