@@ -304,10 +304,11 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
         found.add("structure", str(error), "return the structure, shapes and dtypes of h from F")
         return False
     value = backend.map(lambda leaf: _copied(space, leaf), value)
-    writes = not is_left(z_before, z_copy) or not (backend.sees_writes or is_left(h_before, h_copy))
-    if writes:
+    h_left, z_left = is_left(h_before, h_copy), is_left(z_before, z_copy)
+    works = z_left and (h_left or backend.sees_writes)
+    if not works:
         found.add("writes", "F writes to its argument h or z", "compute a new array instead")
-    elif not is_left(h_before, h_copy):
+    elif not h_left:
         advice = "nothing, as each evaluation is handed a copy; a new array in F saves these copies"
         found.add("writes", "F writes to its argument h", advice)
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
@@ -317,7 +318,7 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
         advice = "draw random numbers once per solve (VariationalDropout in PyTorch, a key in z in JAX)"
         found.add("random", text, advice)
         return False
-    return not writes
+    return works
 
 
 def _derivatives(

@@ -122,7 +122,7 @@ def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
 
 
 def _checkpointed(f: Map[H, Z], h: H, z: Z, saved: Sequence[Tensor]) -> H:
-    """torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on the thread where f raises."""
+    """F by torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on where f raises: here it does not."""
     step = _Step(f)
     value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
     if step.raised is None:
