@@ -81,11 +81,9 @@ def test_dropout_of_the_adapters_is_noticed_in_train_mode() -> None:
     wrapped.eval()
     wrapped(x)  # no warning: the dropout is the identity
     wrapped.train()
-    with (
-        pytest.warns(ic.ChangingFunctionWarning, match=r"the cell has Dropout in train mode.*VariationalDropout"),
-        pytest.raises(ic.CoupledSamplesError, match="F gives another value each time it is evaluated at one point"),
-    ):
+    with pytest.warns(ic.ChangingFunctionWarning, match=r"the cell has Dropout in train mode.*VariationalDropout"):
         wrapped(x)
+    assert model.layer.unconverged > 0
 
 
 def test_saved_adapters_are_loaded_into_a_new_model(tmp_path: Any) -> None:
