@@ -330,10 +330,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             self._checked.add(case)
 
     def _is_due(self, case: Hashable) -> bool:
-        """Whether a check of the cell is made: once, or each time within a dispatch mode.
-
-        That may be a selective activation checkpoint, which finds the operations of a first call again by number.
-        """
+        """Whether a check of the cell is made: once, or each time within a dispatch mode (Decision 98)."""
         return case not in self._checked or is_in_torch_dispatch_mode()
 
     def _modes(self) -> tuple[bool, ...]:
