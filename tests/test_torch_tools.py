@@ -473,12 +473,17 @@ def test_a_derivative_within_f() -> None:
     assert "use torch.func.grad: h - 0.5 * torch.func.grad(energy)(h, x)" in str(caught.value)
     rates = {"Unroll": 1 - 0.75**5, "BPTT": 1 - 0.5**5, "OneStep": 0.5, "Neumann": 1 - 0.75**5}
     for estimator in ESTIMATORS:
-        if getattr(estimator, "recompute", False):  # a checkpoint does not support torch.func within it
+        module = ict.ImplicitLayer(with_func, solver=TIGHT, gradient=estimator)
+        if getattr(estimator, "recompute", False):
+            with pytest.raises(RuntimeError, match="hooks") as caught:
+                module(x)
+            assert "torch.func within f does not work in a checkpoint" in caught.value.__notes__[0]
             continue
-        solution = ict.fixed_point(with_func, torch.zeros_like(x), x, solver=TIGHT, gradient=estimator, batch_ndim=1)
-        (gradient,) = torch.autograd.grad(solution.value.sum(), x)
         rate = rates.get(type(estimator).__name__, 1.0)
-        torch.testing.assert_close(gradient, torch.full_like(x, rate), rtol=1e-9, atol=0)
+        solution = ict.fixed_point(with_func, torch.zeros_like(x), x, solver=TIGHT, gradient=estimator, batch_ndim=1)
+        for result in (solution.value, module(x), module(x)):
+            (gradient,) = torch.autograd.grad(result.sum(), x)
+            torch.testing.assert_close(gradient, torch.full_like(x, rate), rtol=1e-9, atol=0)
         value = rate * x if isinstance(estimator, ic.BPTT) else x
         torch.testing.assert_close(solution.value, value, rtol=1e-10, atol=1e-12)
 

@@ -47,6 +47,7 @@ WATCHED = (
     "reach them with every product with the Jacobian, and not only with the gradient of the loss: use "
     "Unroll(k, lam) or BPTT(k), whose backward pass goes once through each evaluation, or OneStep(), or remove them"
 )
+HOOKS_IN_F = "torch.func within f does not work in a checkpoint: use Unroll(k, lam) without recompute=True"
 
 
 def without_numbers(h0: object) -> bool:
@@ -150,6 +151,8 @@ class _Step(Generic[H, Z]):
         try:
             return self._f(h, z)
         except BaseException as error:
+            if "saved tensor hooks" in str(error):
+                error.add_note(HOOKS_IN_F)
             self.raised = error
             return h
 

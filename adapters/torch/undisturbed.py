@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
@@ -56,12 +55,14 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
 def _unsaved() -> AbstractContextManager[Any]:
     """Hide what is saved from the hooks of an activation checkpoint, which count it: this runs only once.
 
-    A selective checkpoint also counts operations, so within one this runs each time.
+    Without such hooks there is nothing to hide, and functions such as ``torch.func.grad`` in F refuse hooks.
     """
-    if is_in_torch_dispatch_mode():
-        return nullcontext()
-    # A tensor that is not detached would keep itself alive, as an output that its own graph saves.
-    return saved_tensors_hooks(torch.detach, _itself)
+    try:
+        with disable_saved_tensors_hooks("hooks are on"):  # raises if so
+            return nullcontext()
+    except RuntimeError:
+        # A tensor that is not detached would keep itself alive, as an output that its own graph saves.
+        return saved_tensors_hooks(torch.detach, _itself)
 
 
 def _itself(x: Tensor) -> Tensor:
