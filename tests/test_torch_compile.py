@@ -257,6 +257,31 @@ def test_the_compiler_does_not_walk_through_fixed_point() -> None:
 # What cannot be compiled
 
 
+class Transposed(nn.Module):
+    """A cell that reads an attribute of its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.eye(8))
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(h @ self.weight.T + x)
+
+
+@pytest.mark.parametrize("estimator", [ic.Unroll(3, 0.5), ic.Neumann(5, 0.5)], ids=repr)
+def test_an_attribute_of_a_parameter_in_a_compiled_cell(estimator: ic.Estimator, frames: Frames) -> None:
+    x = torch.ones(3, 8)
+    layer = ict.ImplicitLayer(torch.compile(Transposed(), backend="eager"), gradient=estimator)
+    plain = ict.ImplicitLayer(Transposed(), gradient=estimator)
+    try:
+        value = layer(x)
+    except AssertionError as error:
+        assert not isinstance(estimator, ic.Unroll)
+        assert any("write W.t()" in note for note in error.__notes__)  # noqa: PT017
+    else:
+        torch.testing.assert_close(value, plain(x))
+
+
 FIRST = """
 import torch, implicit_core as ic
 from implicit_core.adapters import torch as ict

@@ -23,6 +23,10 @@ OTHER_PARAMETER = (
     "optimizer that is differentiated, replaced it in the meantime, pass the module to fixed_point itself, or pass its "
     "parameters in z. Unroll(k, lam) calls f again in no backward pass"
 )
+ATTRIBUTE_IN_COMPILED = (
+    "torch.compile fails where a compiled cell reads an attribute of a parameter that is a tensor, such as W.T: write "
+    "W.t() or torch.nn.functional.linear(h, W), or use the estimator Unroll(k, lam)"
+)
 
 
 class Evaluation(NamedTuple, Generic[H]):
@@ -55,7 +59,12 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
     gates the hooks that f registers on tensors.
     """
     with ObserveInputs(tensors(h), quiet) as observed:
-        value = f(h, z)
+        try:
+            value = f(h, z)
+        except AssertionError as error:
+            if "Guard failed" in str(error):
+                error.add_note(ATTRIBUTE_IN_COMPILED)
+            raise
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
     externals = tuple(x for x in found if usable(x))
