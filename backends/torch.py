@@ -264,20 +264,20 @@ class Protected(Generic[H, Z]):
             raise
 
     def _call(self, h: H, z: Z) -> H:
-        if self._writes is False and (before := _writes(h)) is not None:
+        if self._writes is False and (before := writes(h)) is not None:
             value = self._f(h, z)
-            if _writes(h) != before:
+            if writes(h) != before:
                 raise ValueError(WRITES_LATER)
             return value
         own: H = BACKEND.map(torch.clone, h)
-        before = _writes(own)
+        before = writes(own)
         value = self._f(own, z)
         if before is not None:
-            self._writes = bool(self._writes) or _writes(own) != before
+            self._writes = bool(self._writes) or writes(own) != before
         return value
 
 
-def _writes(h: PyTree) -> list[int] | None:
+def writes(h: PyTree) -> list[int] | None:
     """How often each tensor of a pytree was written to; None if a tensor does not count.
 
     Tensors of inference mode have no counter. Within ``vmap`` tensors have no storage, and their counter stays at 0.

@@ -423,3 +423,45 @@ def test_each_call_looks_anew() -> None:
         values.append(ic.solve(problem, torch.zeros_like(x), x).value)
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[2])
+
+
+class Reads(nn.Module):
+    """A cell that only adds a tensor of each kind, which autograd does not save."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+        self.weight, self.attribute = nn.Parameter(weight().detach()), 0.1 * torch.ones(D, dtype=F64)
+        self.register_buffer("buffer", 0.2 * torch.ones(D, dtype=F64))
+        self.register_buffer("evaluations", torch.zeros((), dtype=F64))
+
+    def forward(self, h: Tensor, z: Any) -> Tensor:
+        if self.counts:  # which is no reason for an error
+            self.evaluations += 1
+        return torch.tanh(h @ self.weight + z["x"] + self.buffer + self.attribute)
+
+
+@pytest.mark.parametrize("changed", ["nothing", "x", "buffer", "attribute"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_what_a_second_evaluation_reads_is_as_it_was(estimator: ic.Estimator, changed: str) -> None:
+    """The next batch is loaded into the memory of x, or a buffer is updated, before the backward pass."""
+
+    def gradients(change: bool) -> list[Tensor]:
+        cell, z = Reads(counts=not second), {"x": normal(N, D, seed=2)}
+        value = ict.fixed_point(cell, torch.zeros(N, D, dtype=F64), z, gradient=estimator, batch_ndim=1).value
+        with torch.no_grad():
+            if change and changed == "x":
+                z["x"].copy_(normal(N, D, seed=3))
+            elif change and changed != "nothing":
+                getattr(cell, changed).mul_(2)
+        (first,) = torch.autograd.grad(value.square().sum(), cell.weight, create_graph=second)
+        return [first, torch.autograd.grad(first.square().sum(), cell.weight)[0]] if second else [first]
+
+    again = getattr(estimator, "recompute", False)
+    for second in (False, True):
+        evaluates_again = again or (second and not isinstance(estimator, ic.Unroll | ic.BPTT))
+        if evaluates_again and changed != "nothing":
+            with pytest.raises(RuntimeError, match="written to after the solve, and this backward pass evaluates f"):
+                gradients(change=True)
+        else:
+            torch.testing.assert_close(gradients(change=True), gradients(change=False), rtol=0, atol=0)

@@ -17,6 +17,7 @@ from .function_modes import ObserveInputs, Quiet, ReplaceInputs
 from .identity import IdentityMap, IdentitySet
 from .referenced_modules import with_present_parameters
 from .tensors import OnLeaves, Tensors, is_expanded, tensors
+from .unchanged import Unchanged
 
 OTHER_PARAMETER = (
     "f used another parameter when it was called again for a derivative than in the solve. If functional_call, or an "
@@ -38,6 +39,8 @@ class Evaluation(NamedTuple, Generic[H]):
         F(h, z).
     externals
         The tensors that F depends on other than h.
+    unchanged
+        Those among them that F has to find again, and did not write to.
     produced_leaves
         Returns the leaves of autograd's graph that f made itself, as another implicit layer within f does.
     watched
@@ -47,6 +50,7 @@ class Evaluation(NamedTuple, Generic[H]):
 
     value: H
     externals: Tensors
+    unchanged: Unchanged
     produced_leaves: Callable[[], list[Tensor]]
     watched: bool
 
@@ -68,8 +72,9 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
     found = IdentitySet([*tensors(z), *observed.inputs])
     externals = tuple(x for x in found if usable(x))
+    observed.unchanged.settle()
     watched = observed.keeps_gradients or any(map(is_expanded, found))
-    return Evaluation(value, externals, observed.produced_leaves, watched)
+    return Evaluation(value, externals, observed.unchanged, observed.produced_leaves, watched)
 
 
 def with_explicit_inputs(

@@ -22,6 +22,7 @@ from .autograd import pushforward, transforming
 from .compilation import never_compiled
 from .precision import full_precision
 from .tensors import OnLeaves, Tensors, has_storage, is_differentiable
+from .unchanged import ChangedTensorError
 from .values import BatchedF, on_values
 
 T = TypeVar("T")
@@ -62,6 +63,8 @@ PLAIN_FORWARD = (
     "torch.autograd.forward_ad does not work through an estimator at the fixed point: use torch.func.jvp or "
     "torch.func.jacfwd, or the estimator Unroll(k, lam)"
 )
+TELLING = (NotImplementedError, ChangedTensorError, SolveError, torch.OutOfMemoryError)
+"""Errors of a second evaluation of F that speak for themselves."""
 
 
 @dataclass
@@ -232,7 +235,7 @@ def _cotangents(
         pull = torch.func.vjp(_function_of(rule, h, externals, chosen), *(externals[i] for i in chosen))[1]
         by_index = dict(zip(chosen, pull(w), strict=True))
     except (RuntimeError, TypeError) as error:
-        if rule.vjp_h is None or isinstance(error, (NotImplementedError, SolveError, torch.OutOfMemoryError)):
+        if rule.vjp_h is None or isinstance(error, TELLING):
             raise
         raise NotImplementedError(REEVALUATION_FAILED + str(error)) from error
     return [by_index.get(i) for i in range(len(externals))]

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .identity import IdentitySet, WeakIdentitySet
 from .tensors import nested_tensors
+from .unchanged import Unchanged
 
 HOOK = (
     "f registers a hook on a tensor. A derivative of this gradient (create_graph=True), or one by torch.func, would "
@@ -40,6 +42,8 @@ class ObserveInputs(TorchFunctionMode):
     ----------
     inputs
         The collected tensors, in the order in which they were met.
+    unchanged
+        The collected tensors, as they were then. What compiled code reads is not among them.
     keeps_gradients
         Whether ``retain_grad`` was called, which adds up the cotangents of every backward pass.
     """
@@ -49,6 +53,7 @@ class ObserveInputs(TorchFunctionMode):
         self._quiet = quiet
         self.inputs: IdentitySet[Tensor] = IdentitySet()
         self.keeps_gradients = False
+        self.unchanged = Unchanged()
         self._produced = WeakIdentitySet(known)
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,8 +70,10 @@ class ObserveInputs(TorchFunctionMode):
     def collect(self, arguments: Iterable[Tensor]) -> None:
         """Add the tensors that did not come out of a function of PyTorch."""
         for x in arguments:
-            if x not in self._produced:
+            if x not in self._produced and x not in self.inputs:
                 self.inputs.add(x)
+                if not torch.compiler.is_dynamo_compiling():
+                    self.unchanged.add(x)
 
     def produced_leaves(self) -> list[Tensor]:
         """Tensors that came out of one of PyTorch's functions as leaves of autograd's graph."""

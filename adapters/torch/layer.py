@@ -38,9 +38,10 @@ from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
 from .random_state import RandomState
-from .referenced_modules import trained_by, with_present_parameters
+from .referenced_modules import tensors_of, with_present_parameters
 from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
+from .unchanged import Unchanged
 
 WATCHED = (
     "the cell has full backward hooks or calls retain_grad, or a tool computes per-sample gradients in it. {} would "
@@ -116,15 +117,18 @@ def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
     """F, which a backward pass evaluates again."""
     if not torch.is_grad_enabled():
         return f
-    # By then a module may have other parameters. They are arguments only to be saved: autograd then raises if one was
-    # changed in place.
-    present, trained = with_present_parameters(f), trained_by(f)
-    return lambda h, z: _checkpointed(present, h, z, trained)
+    # By then a module may have other parameters, or a tensor may have been written to.
+    present, read = with_present_parameters(f), tensors_of(f)
+    return lambda h, z: _checkpointed(present, h, z, read)
 
 
-def _checkpointed(f: Map[H, Z], h: H, z: Z, saved: Sequence[Tensor]) -> H:
-    """F by torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on where f raises: here it does not."""
-    step = _Step(f)
+def _checkpointed(f: Map[H, Z], h: H, z: Z, read: Sequence[Tensor]) -> H:
+    """F by torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on where f raises: here it does not.
+
+    Tensors that require a gradient are arguments only to be saved, which autograd looks after.
+    """
+    step = _Step(f, Unchanged([*tensors(z), *read]))
+    saved = [x for x in IdentitySet([*tensors(z), *read]) if x.requires_grad]
     value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
     if step.raised is None:
         return value
@@ -138,18 +142,21 @@ def _checkpointed(f: Map[H, Z], h: H, z: Z, saved: Sequence[Tensor]) -> H:
 class _Step(Generic[H, Z]):
     """An evaluation for torch.utils.checkpoint, which comes back for it in each backward pass."""
 
-    def __init__(self, f: Map[H, Z]) -> None:
-        self._f = f
+    def __init__(self, f: Map[H, Z], unchanged: Unchanged) -> None:
+        self._f, self._unchanged = f, unchanged
         self._evaluated = False
         self.raised: BaseException | None = None
         """What f raised in the first evaluation, which then returns h."""
 
     def forward(self, h: H, z: Z, *_: Tensor) -> H:
         if self._evaluated:
+            self._unchanged.check()
             return self._f(h, z)
         self._evaluated = True
         try:
-            return self._f(h, z)
+            value = self._f(h, z)
+            self._unchanged.settle()
+            return value
         except BaseException as error:
             if "saved tensor hooks" in str(error):
                 error.add_note(HOOKS_IN_F)
@@ -184,7 +191,8 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     inputs = graph_inputs(evaluation, outputs, h_in, tensors(z))
     if inputs is None:
         return h
-    f = random.replay(with_explicit_inputs(problem.f, structure, z, evaluation.externals, inputs.tensors))
+    explicit = with_explicit_inputs(problem.f, structure, z, evaluation.externals, inputs.tensors)
+    f = random.replay(evaluation.unchanged.checked(explicit))
     edges = gradient_edges(outputs)
 
     watched = inputs.watched

@@ -53,12 +53,13 @@ def modules_of(f: Map[H, Z]) -> list[nn.Module]:
     return [x for x in _referenced(f) if isinstance(x, nn.Module)]
 
 
-def trained_by(f: Map[H, Z]) -> list[Tensor]:
-    """The tensors that require a gradient among these variables, and the parameters of these modules."""
+def tensors_of(f: Map[H, Z]) -> list[Tensor]:
+    """The tensors among these variables, and the parameters, buffers and other tensors of these modules."""
     found = _referenced(f)
-    parameters = [x for part in found if isinstance(part, nn.Module) for x in part.parameters()]
-    closed_over = [x for x in found if isinstance(x, Tensor)]
-    return [x for x in IdentitySet([*parameters, *closed_over]) if x.requires_grad]
+    modules = [part for part in found if isinstance(part, nn.Module)]
+    held = [x for part in modules for own in (part.parameters, part.buffers) for x in own()]
+    attributes = [x for module in modules for part in module.modules() for x in vars(part).values()]
+    return list(IdentitySet([*held, *(x for x in (*attributes, *found) if isinstance(x, Tensor))]))
 
 
 def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:
