@@ -277,6 +277,11 @@ class Protected(Generic[H, Z]):
         return value
 
 
+def unprotected(f: Callable[[H, Z], H]) -> Callable[[H, Z], H]:
+    """F, which is looked at anew: between two solves a module may be put into a mode in which it writes."""
+    return f._f if isinstance(f, Protected) else f
+
+
 def writes(h: PyTree) -> list[int] | None:
     """How often each tensor of a pytree was written to; None if a tensor does not count.
 

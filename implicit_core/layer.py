@@ -4,6 +4,7 @@ An adapter is a module with one function, ``layer(problem, h0, z, options) -> So
 in its framework.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
@@ -28,12 +29,16 @@ class LayerOptions:
     ----------
     solver, gradient, throw, trace
         As there.
+    examine
+        Called with f and the solver's point before the estimator evaluates f there, so that what f leaves behind, such
+        as an auxiliary loss, comes from the estimator's evaluations. For adapters of their own layers.
     """
 
     solver: FixedPointSolver
     gradient: Estimator
     throw: bool = False
     trace: bool = False
+    examine: Callable[[Any, Any], None] | None = None
 
 
 class Layer(Protocol):

@@ -177,3 +177,52 @@ def test_a_solve_and_its_backward_pass_are_ranges_of_a_profile(gradient: ic.Esti
 def test_data_parallel_without_devices_calls_the_layer(x: Tensor) -> None:
     layer = ict.ImplicitLayer(Cell())
     torch.testing.assert_close(nn.DataParallel(layer)(x), layer(x), rtol=0, atol=0)
+
+
+class Leaves(Cell):
+    """A cell that leaves something behind: an auxiliary loss, and its last state."""
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        value = super().forward(h, x)
+        self.auxiliary, self.last = value.square().mean(), value.detach()
+        return value
+
+
+@pytest.mark.parametrize(
+    "gradient", [ic.Unroll(3, 1.0), ic.BPTT(8), ic.OneStep(), ic.Neumann(3, 0.5), ic.Implicit()], ids=repr
+)
+def test_what_the_cell_leaves_behind_is_the_estimators(gradient: ic.Estimator, x: Tensor) -> None:
+    """And not that of the check in the first call, which evaluates the cell elsewhere."""
+    torch.manual_seed(0)
+    layer = ict.ImplicitLayer(Leaves(), solver=ic.Anderson(rtol=1e-10), gradient=gradient)
+    found = []
+    for _ in range(2):
+        value = layer(x)
+        torch.testing.assert_close(layer.cell.last, value, rtol=1e-7, atol=1e-8)
+        loss = value.sum() + layer.cell.auxiliary
+        found.append(torch.autograd.grad(loss, list(layer.parameters())))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.BPTT(8), ic.Neumann(3, 0.5)], ids=repr)
+def test_another_cell_is_checked_anew(gradient: ic.Estimator, x: Tensor) -> None:
+    class Coupled(Cell):
+        def forward(self, h: Tensor, x: Tensor) -> Tensor:
+            return super().forward(h - 0.5 * h.mean(0), x)
+
+    layer = ict.ImplicitLayer(Cell(), gradient=gradient, solver=ic.FixedPointIteration(max_steps=30, rtol=0))
+    layer(x)
+    layer.cell = Coupled()
+    with pytest.raises(ic.CoupledSamplesError, match="ImplicitLayer: F couples the 5 samples"):
+        layer(x)
+
+
+def test_a_problem_is_looked_at_anew_in_each_call(x: Tensor) -> None:
+    """A module may write to its state in train mode alone, as dropout in place does."""
+    writes = False
+    problem = ict.problem(lambda h, x: 0.5 * (torch.tanh_(h) if writes else torch.tanh(h)) + x, batch_ndim=1)
+    first = ict.fixed_point(problem, torch.ones_like(x), x.requires_grad_()).value
+    writes = True
+    second = ict.fixed_point(problem, torch.ones_like(x), x).value
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x) for value in (first, second)), rtol=0, atol=0)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_core import checks
 from implicit_core.arrays import H, Z
-from implicit_core.backends.torch import BACKEND
+from implicit_core.backends.torch import BACKEND, unprotected
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Map, Problem
@@ -84,20 +84,26 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
 
 def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
-    autograd = problem(BACKEND.protected(autocasted(given.f, h0)), batch_ndim=given.batch_ndim, scale=given.scale)
+    f = autocasted(unprotected(given.f), h0)
+    autograd = problem(BACKEND.protected(f), batch_ndim=given.batch_ndim, scale=given.scale)
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):
         if not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
             if torch.is_grad_enabled():
                 _check_all_in_z(autograd, h0, z)
-            return through_callbacks(autograd, h0, z, options)
+            solution = through_callbacks(autograd, h0, z, options)
+            if options.examine is not None:
+                options.examine(f, solution.value)
+            return solution
         if transforming():
             solution = transformed(autograd, h0, z, options)
             options = replace(options, throw=False)
         else:
             with record_function("implicit_core.solve"):
                 solution = solver_point(autograd, h0, z, options)
+            if options.examine is not None:
+                options.examine(f, solution.value)
             if isinstance(gradient, AtFixedPoint):
                 solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():

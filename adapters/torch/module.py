@@ -1,6 +1,7 @@
 """The implicit layer as a module."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 import torch
@@ -14,9 +15,8 @@ from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
-from implicit_core.fixed_point import fixed_point
-from implicit_core.layer import is_forced
-from implicit_core.problem import Problem
+from implicit_core.layer import LayerOptions, is_forced
+from implicit_core.problem import Problem, as_problem
 from implicit_core.registry import not_compiled
 from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats
 from implicit_core.solve import as_solver, solve
@@ -28,7 +28,8 @@ from .autograd import in_dual_level, transforming
 from .cells import check_not_sharded, in_eval_mode, notice_changes, refuse_collectives, refuse_outside, trained
 from .compilation import never_compiled
 from .exported import warn_of_constant
-from .precision import autocasted, full_precision, state_dtype
+from .layer import layer
+from .precision import full_precision, state_dtype
 from .problem import closed_over, problem
 from .random_state import RandomState
 from .tensors import has_storage, tensors
@@ -161,6 +162,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.throw = throw
         self.check = check
         self._checked: set[Hashable] = set()  # shapes whose samples were found to be independent
+        self._checked_cell = (cell,)  # in a tuple: an attribute that is a module would be a submodule
         self.status = self.stats = None
         self.reset_counts()
 
@@ -202,28 +204,24 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         inferred = h0 is None and self.h0 is None
         start = self._start(x) if h0 is None else h0
         gradient = self.gradient if gradient is None else gradient
+        checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         chosen = self._solver() if solver is None else solver
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)
         try:
-            solution = fixed_point(
-                cell,
-                start,
-                x,
-                solver=chosen if self.check else unchecked(chosen),
-                gradient=gradient if self.check else unchecked(gradient),
-                batch_ndim=self.batch_ndim,
-                scale=self.scale,
-                throw=self.throw,
+            options = LayerOptions(
+                as_solver(chosen if self.check else unchecked(chosen)),
+                gradient if self.check else unchecked(gradient),
+                self.throw,
+                examine=partial(self._refuse_coupling, x, gradient.starts_from_h0) if self.check else None,
             )
+            solution = layer(as_problem(cell, self.batch_ndim, self.scale), start, x, options)
         except (RuntimeError, TypeError, ValueError) as error:
             # An error whose kind has nothing to do with a shape is left as it is.
             if inferred and not isinstance(error, NOT_OF_SHAPES):
                 error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
             raise
-        if self.check and self.batch_ndim:
-            self._refuse_coupling(cell, solution.value, x)
         if transforming():  # tensors of a transform cannot be read after it
             self.status = self.stats = None
         elif BACKEND.recording():  # a program that is recorded must not change the module
@@ -331,13 +329,20 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
 
     def _is_due(self, case: Hashable) -> bool:
         """Whether a check of the cell is made: once, or each time within a dispatch mode (Decision 98)."""
+        if self._checked_cell[0] is not self.cell:
+            self._checked, self._checked_cell = set(), (self.cell,)
         return case not in self._checked or is_in_torch_dispatch_mode()
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(part.training for part in self.cell.modules()) if isinstance(self.cell, nn.Module) else ()
 
-    def _refuse_coupling(self, f: Callable[[H, X], H], h: H, x: X) -> None:
-        """Raise if the cell couples samples; once for each shape and mode (Decision 83)."""
+    def _refuse_coupling(self, x: X, is_start: bool, f: Callable[[H, X], H], h: H) -> None:
+        """Raise if the cell couples samples; once for each shape and mode (Decision 83).
+
+        If h ``is_start``, where a coupling may be zero, F(h) is looked at.
+        """
+        if not self.batch_ndim:
+            return
         leaves = [leaf for leaf in BACKEND.flatten((h, x))[0] if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or BACKEND.recording():
             return
@@ -351,9 +356,10 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
             # With the same random numbers each time: dropout draws masks, and couples nothing.
-            replayed = RandomState(tensors(h)).replay(BACKEND.protected(autocasted(f, h)))
+            replayed = RandomState(tensors(h)).replay(BACKEND.protected(f))
             given = differences(replayed, self.batch_ndim)
             with undisturbed(self.cell, h), full_precision(h), BACKEND.solving():
+                h = replayed(h, x) if is_start else h
                 refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
         self._checked.add(case)
 

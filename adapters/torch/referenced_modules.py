@@ -12,6 +12,7 @@ from typing import Any, Generic
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import ParametrizationList
 
 from implicit_core.arrays import H, Z
 from implicit_core.problem import Map
@@ -54,12 +55,18 @@ def modules_of(f: Map[H, Z]) -> list[nn.Module]:
 
 
 def tensors_of(f: Map[H, Z]) -> list[Tensor]:
-    """The tensors among these variables, and the parameters, buffers and other tensors of these modules."""
+    """The tensors among these variables, and the parameters, buffers and other tensors of these modules.
+
+    Without the buffers of parametrizations, which are read and written once in a solve (``constant_within_solve``).
+    """
     found = _referenced(f)
-    modules = [part for part in found if isinstance(part, nn.Module)]
-    held = [x for part in modules for own in (part.parameters, part.buffers) for x in own()]
-    attributes = [x for module in modules for part in module.modules() for x in vars(part).values()]
-    return list(IdentitySet([*held, *(x for x in (*attributes, *found) if isinstance(x, Tensor))]))
+    modules = IdentitySet(part for module in found if isinstance(module, nn.Module) for part in module.modules())
+    once = IdentitySet(part for lists in modules if isinstance(lists, ParametrizationList) for part in lists.modules())
+    held: list[object] = [x for part in modules for x in part.parameters(recurse=False)]
+    for part in modules:
+        if part not in once:
+            held += [*part.buffers(recurse=False), *vars(part).values()]
+    return list(IdentitySet(x for x in (*held, *found) if isinstance(x, Tensor)))
 
 
 def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:
