@@ -226,3 +226,40 @@ def test_a_problem_is_looked_at_anew_in_each_call(x: Tensor) -> None:
     second = ict.fixed_point(problem, torch.ones_like(x), x).value
     torch.testing.assert_close(second, first, rtol=0, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x) for value in (first, second)), rtol=0, atol=0)
+
+
+class Uncomparable(Tensor):
+    """A weight that other code multiplies with, as a quantized one, and that has no other operations."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.eq:
+            raise NotImplementedError("no comparison")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
+@pytest.mark.parametrize("kind", ["coo", "csr", "subclass", "uninitialized"])
+def test_buffers_that_cannot_be_compared(kind: str, x: Tensor) -> None:
+    """Such as the adjacency matrix of a graph."""
+    mixing = 0.5 * torch.diag(torch.ones(WIDTH - 1, dtype=torch.float64), 1)
+    made = {
+        "coo": lambda: mixing.to_sparse(),
+        "csr": lambda: mixing.to_sparse_csr(),
+        "subclass": lambda: mixing.as_subclass(Uncomparable),
+        "uninitialized": lambda: nn.parameter.UninitializedBuffer(),
+    }
+
+    class Mixed(Cell):
+        def forward(self, h: Tensor, x: Tensor) -> Tensor:
+            used = mixing if kind == "uninitialized" else self.mixing
+            return super().forward((used @ h.T).T.as_subclass(Tensor), x)
+
+    layer, dense = ict.ImplicitLayer(Mixed()), ict.ImplicitLayer(Mixed())
+    dense.load_state_dict(layer.state_dict())
+    layer.cell.register_buffer("mixing", made[kind]())
+    dense.cell.register_buffer("mixing", mixing)
+    torch.testing.assert_close(gradient_of(layer(x), layer), gradient_of(dense(x), dense))
+    assert layer._checked
+    if kind in ("subclass", "uninitialized"):  # PyTorch's forward mode has no rule for sparse tensors
+        assert ic.check(layer.cell, torch.zeros(5, WIDTH, dtype=torch.float64), x, batch_ndim=1).ok

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from implicit_core.arrays import PyTree
-from implicit_core.backends.torch import BACKEND
+from implicit_core.backends.torch import BACKEND, writes
 
 from .referenced_modules import modules_of
 from .tensors import is_expanded
@@ -32,11 +33,10 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
         Empty. At the end it holds the names of the parameters and buffers that were changed.
     """
     saved = [
-        (name, tensor, tensor.detach().clone())
+        (name, tensor, tensor.detach().clone(), writes(tensor))
         for module in modules_of(f)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        # Expanded weights cannot be copied, and are only read. Hooks load an offloaded tensor for each call.
-        if not (is_expanded(tensor) or tensor.is_meta)
+        if _can_be_restored(tensor)
     ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
@@ -46,10 +46,24 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
                 yield changed
         finally:
             with torch.no_grad():
-                for name, tensor, before in saved:
-                    if not bool(((tensor == before) | (before != before)).all()):
+                for name, tensor, before, count in saved:
+                    if not _is_same(tensor, before, count):
                         changed.append(name)
                         tensor.copy_(before)
+
+
+def _can_be_restored(x: Tensor) -> bool:
+    # Expanded weights cannot be copied, and are only read. Hooks load an offloaded tensor for each call. Sparse
+    # tensors, such as the adjacency matrix of a graph, cannot be compared.
+    is_lazy = isinstance(x, (UninitializedBuffer, UninitializedParameter))
+    return not (is_expanded(x) or x.is_meta or is_lazy or x.layout is not torch.strided)
+
+
+def _is_same(x: Tensor, before: Tensor, count: list[int] | None) -> bool:
+    try:
+        return bool(((x == before) | (before != before)).all())
+    except (NotImplementedError, RuntimeError, TypeError):  # a subclass, of quantized weights, may compare nothing
+        return writes(x) == count
 
 
 def _unsaved() -> AbstractContextManager[Any]:
