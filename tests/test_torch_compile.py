@@ -251,7 +251,8 @@ print(torch._dynamo.utils.counters["frames"]["total"])
 def test_the_compiler_does_not_walk_through_fixed_point() -> None:
     """In a process of its own, where it meets the library for the first time."""
     run = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=120, check=True)
-    assert int(run.stdout) <= FRAMES
+    # Before 2.12 the compiler also counts frames that it skips at once: 7 are compiled.
+    assert int(run.stdout) <= (FRAMES if torch.__version__ >= (2, 12) else 3 * FRAMES)
 
 
 # What cannot be compiled

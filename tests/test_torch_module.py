@@ -164,6 +164,7 @@ def test_replaced_dropout_keeps_probability_axes_mode_and_identity() -> None:
         ict.replace_dropout(torch.tanh)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 warns of its default
 @pytest.mark.parametrize("gradient", [ic.Unroll(3, 0.5), ic.Neumann(3, 0.5), ic.Implicit()], ids=repr)
 def test_a_solve_and_its_backward_pass_are_ranges_of_a_profile(gradient: ic.Estimator, x: Tensor) -> None:
     layer = ict.ImplicitLayer(Cell(), gradient=gradient)
