@@ -189,6 +189,30 @@ class Leaves(Cell):
         return value
 
 
+class Assigns(Cell):
+    """A cell whose last state is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(5, WIDTH, dtype=torch.float64))
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        value = super().forward(h, x)
+        self.last = value.detach()
+        return value
+
+
+def test_a_buffer_that_a_cell_assigns_is_not_that_of_a_check(x: Tensor) -> None:
+    """Not where a later evaluation leaves none behind either, as a step that is recomputed."""
+    layer = ict.ImplicitLayer(Assigns(), solver=ic.Anderson(rtol=1e-10), gradient=ic.Unroll(2, 0.5, recompute=True))
+    value = layer(x)
+    torch.testing.assert_close(layer.cell.last, value.detach(), rtol=1e-7, atol=1e-8)
+    before = layer.cell.last
+    report = ic.check(layer.cell, torch.zeros(5, WIDTH, dtype=torch.float64), x, batch_ndim=1)
+    assert report.kinds() == {"state"}
+    assert layer.cell.last is before
+
+
 @pytest.mark.parametrize(
     "gradient", [ic.Unroll(3, 1.0), ic.BPTT(8), ic.OneStep(), ic.Neumann(3, 0.5), ic.Implicit()], ids=repr
 )

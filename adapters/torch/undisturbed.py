@@ -38,6 +38,12 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         if _can_be_restored(tensor)
     ]
+    buffers = [
+        (module, name, x)
+        for given in modules_of(f)
+        for module in given.modules()
+        for name, x in module.named_buffers(recurse=False)
+    ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
     with torch.random.fork_rng(devices=list(devices)):
@@ -50,6 +56,10 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
                     if not _is_same(tensor, before, count):
                         changed.append(name)
                         tensor.copy_(before)
+            for module, name, x in buffers:
+                if getattr(module, name) is not x:  # F assigned another tensor
+                    changed.append(name)
+                    setattr(module, name, x)
 
 
 def _can_be_restored(x: Tensor) -> bool:
