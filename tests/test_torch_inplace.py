@@ -460,8 +460,11 @@ def test_what_a_second_evaluation_reads_is_as_it_was(estimator: ic.Estimator, ch
     again = getattr(estimator, "recompute", False)
     for second in (False, True):
         evaluates_again = again or (second and not isinstance(estimator, ic.Unroll | ic.BPTT))
+        if again and changed in ("buffer", "attribute"):  # as with any checkpoint
+            continue
         if evaluates_again and changed != "nothing":
-            with pytest.raises(RuntimeError, match="written to after the solve, and this backward pass evaluates f"):
+            with pytest.raises(RuntimeError, match="written to after the solve, and this backward pass") as caught:
                 gradients(change=True)
+            assert not isinstance(caught.value, NotImplementedError)
         else:
             torch.testing.assert_close(gradients(change=True), gradients(change=False), rtol=0, atol=0)

@@ -38,7 +38,7 @@ from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
 from .random_state import RandomState
-from .referenced_modules import tensors_of, with_present_parameters
+from .referenced_modules import trained_by, with_present_parameters
 from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 from .unchanged import Unchanged
@@ -92,10 +92,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
         if not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
             if torch.is_grad_enabled():
                 _check_all_in_z(autograd, h0, z)
-            solution = through_callbacks(autograd, h0, z, options)
-            if options.examine is not None:
-                options.examine(f, solution.value)
-            return solution
+            return through_callbacks(autograd, h0, z, options)
         if transforming():
             solution = transformed(autograd, h0, z, options)
             options = replace(options, throw=False)
@@ -124,17 +121,17 @@ def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
     if not torch.is_grad_enabled():
         return f
     # By then a module may have other parameters, or a tensor may have been written to.
-    present, read = with_present_parameters(f), tensors_of(f)
-    return lambda h, z: _checkpointed(present, h, z, read)
+    present, trained = with_present_parameters(f), trained_by(f)
+    return lambda h, z: _checkpointed(present, h, z, trained)
 
 
-def _checkpointed(f: Map[H, Z], h: H, z: Z, read: Sequence[Tensor]) -> H:
+def _checkpointed(f: Map[H, Z], h: H, z: Z, trained: Sequence[Tensor]) -> H:
     """F by torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on where f raises: here it does not.
 
     Tensors that require a gradient are arguments only to be saved, which autograd looks after.
     """
-    step = _Step(f, Unchanged([*tensors(z), *read]))
-    saved = [x for x in IdentitySet([*tensors(z), *read]) if x.requires_grad]
+    step = _Step(f, Unchanged(tensors(z)))
+    saved = [x for x in IdentitySet([*tensors(z), *trained]) if x.requires_grad]
     value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
     if step.raised is None:
         return value

@@ -36,6 +36,7 @@ from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
 
+NO_TENSOR = "ImplicitLayer computes with tensors, but neither h0 nor x holds one: pass torch.as_tensor(x)"
 NOT_OF_SHAPES = NotImplementedError, SolveError, CoupledSamplesError, torch.OutOfMemoryError
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
@@ -162,7 +163,6 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         self.throw = throw
         self.check = check
         self._checked: set[Hashable] = set()  # shapes whose samples were found to be independent
-        self._checked_cell = (cell,)  # in a tuple: an attribute that is a module would be a submodule
         self.status = self.stats = None
         self.reset_counts()
 
@@ -177,6 +177,11 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             gradient: Estimator | None = None,
         ) -> H:
             """See :meth:`forward`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "cell":
+            self._checked = set()  # of another cell nothing is known
+        super().__setattr__(name, value)
 
     @not_compiled
     def forward(
@@ -210,6 +215,9 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)
         try:
+            if not (tensors(start) or tensors(x)):
+                raise TypeError(NO_TENSOR)
+            checks.supported("h0", start)
             options = LayerOptions(
                 as_solver(chosen if self.check else unchecked(chosen)),
                 gradient if self.check else unchecked(gradient),
@@ -329,8 +337,6 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
 
     def _is_due(self, case: Hashable) -> bool:
         """Whether a check of the cell is made: once, or each time within a dispatch mode (Decision 98)."""
-        if self._checked_cell[0] is not self.cell:
-            self._checked, self._checked_cell = set(), (self.cell,)
         return case not in self._checked or is_in_torch_dispatch_mode()
 
     def _modes(self) -> tuple[bool, ...]:

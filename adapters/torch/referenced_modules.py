@@ -12,7 +12,6 @@ from typing import Any, Generic
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import ParametrizationList
 
 from implicit_core.arrays import H, Z
 from implicit_core.problem import Map
@@ -54,19 +53,12 @@ def modules_of(f: Map[H, Z]) -> list[nn.Module]:
     return [x for x in _referenced(f) if isinstance(x, nn.Module)]
 
 
-def tensors_of(f: Map[H, Z]) -> list[Tensor]:
-    """The tensors among these variables, and the parameters, buffers and other tensors of these modules.
-
-    Without the buffers of parametrizations, which are read and written once in a solve (``constant_within_solve``).
-    """
+def trained_by(f: Map[H, Z]) -> list[Tensor]:
+    """The tensors that require a gradient among these variables, and the parameters of these modules."""
     found = _referenced(f)
-    modules = IdentitySet(part for module in found if isinstance(module, nn.Module) for part in module.modules())
-    once = IdentitySet(part for lists in modules if isinstance(lists, ParametrizationList) for part in lists.modules())
-    held: list[object] = [x for part in modules for x in part.parameters(recurse=False)]
-    for part in modules:
-        if part not in once:
-            held += [*part.buffers(recurse=False), *vars(part).values()]
-    return list(IdentitySet(x for x in (*held, *found) if isinstance(x, Tensor)))
+    parameters = [x for part in found if isinstance(part, nn.Module) for x in part.parameters()]
+    closed_over = [x for x in found if isinstance(x, Tensor)]
+    return [x for x in IdentitySet([*parameters, *closed_over]) if x.requires_grad]
 
 
 def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:

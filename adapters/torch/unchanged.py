@@ -6,7 +6,7 @@ from torch import Tensor
 
 from implicit_core.backends.torch import writes
 
-from .tensors import OnLeaves, Tensors
+from .tensors import OnLeaves, Tensors, is_expanded
 
 CHANGED = (
     "f reads a tensor of shape {} that was written to after the solve, and this backward pass evaluates f again: write "
@@ -31,7 +31,7 @@ class Unchanged:
 
     def add(self, x: Tensor) -> None:
         """Watch ``x``, as it is before f reads it."""
-        if not x.requires_grad and (count := writes(x)) is not None:
+        if not (is_expanded(x) or x.requires_grad) and (count := writes(x)) is not None:
             self._counts.append((x, count))
 
     def settle(self) -> None:
