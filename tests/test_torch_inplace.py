@@ -468,3 +468,29 @@ def test_what_a_second_evaluation_reads_is_as_it_was(estimator: ic.Estimator, ch
             assert not isinstance(caught.value, NotImplementedError)
         else:
             torch.testing.assert_close(gradients(change=True), gradients(change=False), rtol=0, atol=0)
+
+
+def test_what_lies_near_the_cell_is_not_what_it_reads() -> None:
+    """A lambda refers to the whole model: its head's statistics, and a running sum that a trainer keeps."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = Reads(counts=True), nn.BatchNorm1d(D, dtype=F64)
+            self.total, self.calls = torch.zeros((), dtype=F64), torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            recomputed = ic.Unroll(4, 0.5, recompute=True)
+            f = lambda h, x: self.cell(h, {"x": x})  # noqa: E731
+            value = self.head(ict.fixed_point(f, torch.zeros_like(x), x, gradient=recomputed, batch_ndim=1).value)
+            self.calls += 1
+            self.total += value.detach().sum()
+            return value
+
+    torch.manual_seed(0)
+    net, x = Net(), normal(N, D, seed=2)
+    values = net(x), net(2 * x)  # two forward passes before the backward passes
+    found = [torch.autograd.grad(value.square()[:, 0].sum(), net.cell.weight)[0] for value in values]
+    for gradient, scale in zip(found, (1, 2), strict=True):
+        (alone,) = torch.autograd.grad(net(scale * x).square()[:, 0].sum(), net.cell.weight)
+        torch.testing.assert_close(gradient, alone, rtol=1e-9, atol=1e-12)

@@ -189,6 +189,17 @@ class Leaves(Cell):
         return value
 
 
+class Own(ic.Unroll):
+    """An estimator of the user's, which has gradients in x alone."""
+
+
+def test_what_the_cell_leaves_behind_is_that_of_an_estimator_of_ones_own(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Leaves(), solver=ic.Anderson(rtol=1e-10), gradient=Own(3, 1.0)).requires_grad_(False)
+    value = layer(x.requires_grad_())
+    torch.testing.assert_close(layer.cell.last, value.detach(), rtol=1e-7, atol=1e-8)
+    assert layer._checked
+
+
 class Assigns(Cell):
     """A cell whose last state is a buffer."""
 
