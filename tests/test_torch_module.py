@@ -189,6 +189,14 @@ class Leaves(Cell):
         return value
 
 
+def test_a_call_that_raises_leaves_no_status_of_another(x: Tensor) -> None:
+    layer = ict.ImplicitLayer(Cell(), throw=True)
+    layer(x)
+    with pytest.raises(ic.SolveError):
+        layer(x, solver=ic.FixedPointIteration(max_steps=1, rtol=1e-12))
+    assert layer.status is layer.stats is None
+
+
 class Own(ic.Unroll):
     """An estimator of the user's, which has gradients in x alone."""
 

@@ -84,14 +84,16 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         Raise :class:`~implicit_core.SolveError` where a sample did not converge.
     check
         Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes two evaluations
-        without a graph, once for each shape of h and x and each mode of the cell. It is skipped where no gradient is
-        computed, within ``torch.func``, and while a program is recorded.
+        without a graph, once for each shape of h and x and each mode of the cell, and each time within a
+        ``TorchDispatchMode``, such as a selective activation checkpoint. It is skipped where no gradient is computed,
+        within ``torch.func``, and while a program is recorded.
 
     Attributes
     ----------
     status, stats
         The status and statistics of the last call, see :class:`~implicit_core.Solution`. They hold no graph. None
-        before the first call, and after a call within ``torch.func`` or in a program that is recorded.
+        before the first call, and after a call within ``torch.func`` or one that raised a
+        :class:`~implicit_core.SolveError`. To record a program leaves them as they were.
     samples, unconverged
         How many samples were solved since :meth:`reset_counts`, and how many of them did not converge: two integers
         for a logger. To read ``unconverged`` waits for the device. Calls whose solver makes a fixed number of steps
@@ -226,6 +228,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             )
             solution = layer(as_problem(cell, self.batch_ndim, self.scale), start, x, options)
         except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, SolveError):
+                self.status = self.stats = None
             # An error whose kind has nothing to do with a shape is left as it is.
             if inferred and not isinstance(error, NOT_OF_SHAPES):
                 error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
