@@ -66,7 +66,7 @@ def hoist(f: Map[H, Z], h: H, z: Z, usable: Callable[[Tensor], bool], quiet: Qui
         try:
             value = f(h, z)
         except AssertionError as error:
-            if "Guard failed" in str(error):
+            if str(error).startswith("Guard"):
                 error.add_note(ATTRIBUTE_IN_COMPILED)
             raise
     observed.collect(tensors(value))  # f may return a closed-over tensor as it is
