@@ -289,7 +289,7 @@ def writes(h: PyTree) -> list[int] | None:
     """
     leaves = (h,) if isinstance(h, Tensor) else BACKEND.flatten(h)[0]
     try:
-        return [x._version for x in leaves if x.untyped_storage() is not None]
+        return [x._version for x in leaves if x.untyped_storage() is not None]  # which raises if there is none
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -288,14 +288,13 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
     """Whether F returns the same twice, something like h, and leaves its arguments as they were."""
     backend = space.backend
 
-    def copies(tree: Any) -> list[Any]:
-        return [backend.xp.asarray(leaf, copy=True) for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
+    def arrays(tree: Any) -> list[Any]:
+        return [leaf for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
 
     def is_left(before: list[Any], tree: Any) -> bool:
-        after = [leaf for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
-        return all(_same(space, a, b) for a, b in zip(before, after, strict=True))
+        return all(_same(space, a, b) for a, b in zip(before, arrays(tree), strict=True))
 
-    h_before, z_before = copies(h0), copies(z)
+    h_before, z_before = ([backend.xp.asarray(leaf, copy=True) for leaf in arrays(tree)] for tree in (h0, z))
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     value = problem.f(h_copy, z_copy)
     try:

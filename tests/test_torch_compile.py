@@ -278,7 +278,7 @@ def test_an_attribute_of_a_parameter_in_a_compiled_cell(estimator: ic.Estimator,
         value = layer(x)
     except AssertionError as error:
         assert not isinstance(estimator, ic.Unroll)
-        assert any("write W.t()" in note for note in error.__notes__)  # noqa: PT017
+        assert any("write W.t()" in note for note in error.__notes__)  # noqa: PT017  # likewise
     else:
         torch.testing.assert_close(value, plain(x))
 

@@ -588,7 +588,10 @@ UNFIT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+# PyTorch 2.14 has another category.
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.trace. is deprecated:DeprecationWarning", "ignore:.torch.jit.trace. is deprecated:FutureWarning"
+)
 @pytest.mark.parametrize("name", UNFIT)
 def test_the_reason_why_not(name: str) -> None:
     make, reason = UNFIT[name]

@@ -481,7 +481,7 @@ def test_what_lies_near_the_cell_is_not_what_it_reads() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             recomputed = ic.Unroll(4, 0.5, recompute=True)
-            f = lambda h, x: self.cell(h, {"x": x})  # noqa: E731
+            f = lambda h, x: self.cell(h, {"x": x})  # noqa: E731  # a lambda, as users write it
             value = self.head(ict.fixed_point(f, torch.zeros_like(x), x, gradient=recomputed, batch_ndim=1).value)
             self.calls += 1
             self.total += value.detach().sum()

@@ -400,9 +400,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("strategy", [*map(can_run, TOGETHER)])
 def test_two_processes_train_as_one(strategy: str, outputs: list[str]) -> None:
     for rank, output in enumerate(outputs):
-        assert len(re.findall(rf"^{strategy} rank {rank}: .* agrees$", output, re.MULTILINE)) == TOGETHER[strategy], (
-            output
-        )
+        agreed = re.findall(rf"^{strategy} rank {rank}: .* agrees$", output, re.MULTILINE)
+        assert len(agreed) == TOGETHER[strategy], output
 
 
 @pytest.mark.parametrize("strategy", [*map(can_run, REFUSED)])

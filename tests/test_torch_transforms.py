@@ -353,7 +353,8 @@ def test_second_derivatives_through_an_autograd_function_in_f(name: str) -> None
     torch.testing.assert_close(second(OPAQUE[name]), second(plain), atol=1e-10, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+# PyTorch 2.14 has another category.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_tensors_hidden_in_compiled_code_have_a_first_derivative_only() -> None:
     class Traced(torch.nn.Module):
         def __init__(self) -> None:
@@ -594,7 +595,8 @@ def test_a_module_is_itself_again_after_a_transform(estimator: ic.Estimator, nor
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+# PyTorch 2.14 has another category.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("transform", [func.grad, lambda f: lambda w: func.jvp(f, (w,), (w,))[1]], ids=["grad", "jvp"])
 def test_hidden_tensors_are_refused_by_torch_func(transform: Any) -> None:
     product = torch.jit.trace(lambda h, w: h @ w, (torch.zeros(2, 3).double(), torch.zeros(3, 3).double()))

@@ -130,8 +130,9 @@ def _checkpointed(f: Map[H, Z], h: H, z: Z, trained: Sequence[Tensor]) -> H:
 
     Tensors that require a gradient are arguments only to be saved, which autograd looks after.
     """
-    step = _Step(f, Unchanged(tensors(z)))
-    saved = [x for x in IdentitySet([*tensors(z), *trained]) if x.requires_grad]
+    in_z = tensors(z)
+    step = _Step(f, Unchanged(in_z))
+    saved = [x for x in IdentitySet([*in_z, *trained]) if x.requires_grad]
     value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
     if step.raised is None:
         return value

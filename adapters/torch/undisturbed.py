@@ -32,15 +32,16 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
     list of str
         Empty. At the end it holds the names of the parameters and buffers that were changed.
     """
+    modules = modules_of(f)
     saved = [
         (name, tensor, tensor.detach().clone(), writes(tensor))
-        for module in modules_of(f)
+        for module in modules
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         if _can_be_restored(tensor)
     ]
     buffers = [
         (module, name, x)
-        for given in modules_of(f)
+        for given in modules
         for module in given.modules()
         for name, x in module.named_buffers(recurse=False)
     ]
