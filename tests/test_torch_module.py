@@ -69,8 +69,9 @@ def test_a_call_refuses_what_is_no_solver_and_no_estimator(x: Tensor) -> None:
     layer = ict.ImplicitLayer(Cell())
     with pytest.raises(TypeError, match="gradient must be an Estimator"):
         layer(x, gradient=ic.Anderson())
-    with pytest.raises(TypeError, match="solver must be a Solver"):
+    with pytest.raises(TypeError, match="solver must be a Solver") as caught:
         layer(x, solver=3)
+    assert not hasattr(caught.value, "__notes__"), "it has nothing to do with the shape of h"
 
 
 def test_samples_that_did_not_converge_are_counted(x: Tensor) -> None:

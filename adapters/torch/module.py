@@ -216,16 +216,16 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)
+        if not (tensors(start) or tensors(x)):
+            raise TypeError(NO_TENSOR)
+        checks.supported("h0", start)
+        options = LayerOptions(
+            as_solver(chosen if self.check else unchecked(chosen)),
+            gradient if self.check else unchecked(gradient),
+            self.throw,
+            examine=partial(self._refuse_coupling, x, gradient.starts_from_h0) if self.check else None,
+        )
         try:
-            if not (tensors(start) or tensors(x)):
-                raise TypeError(NO_TENSOR)
-            checks.supported("h0", start)
-            options = LayerOptions(
-                as_solver(chosen if self.check else unchecked(chosen)),
-                gradient if self.check else unchecked(gradient),
-                self.throw,
-                examine=partial(self._refuse_coupling, x, gradient.starts_from_h0) if self.check else None,
-            )
             solution = layer(as_problem(cell, self.batch_ndim, self.scale), start, x, options)
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, SolveError):
