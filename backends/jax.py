@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, Known, Watch
@@ -19,6 +21,9 @@ UNROLLED = 8
 """Loops of a static length up to this are unrolled where they are compiled: XLA fuses across their steps."""
 
 _COUPLED_AXES: ContextVar[tuple[str, ...]] = ContextVar("named axes that a sample extends over", default=())
+
+
+_NOTICED: ContextVar[list[jax.Array] | None] = ContextVar("what a traced solve has noticed", default=None)
 
 
 @contextmanager
@@ -193,11 +198,55 @@ class JAXTracing:
     def check(self, ok: jax.Array, message: str, **numbers: jax.Array) -> None:
         checkify.check(ok, message, **numbers)  # type: ignore[arg-type]  # its annotation is of `debug`
 
-    def callback(self, function: Callable[..., None], *arrays: jax.Array) -> None:
-        jax.debug.callback(function, *arrays)
+    def told(
+        self,
+        x: tuple[jax.Array, ...],
+        untold: tuple[jax.Array, ...],
+        function: Callable[..., None],
+        *arrays: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        return tuple(_told.bind(*x, *untold, *arrays, size=len(x), function=function))
 
     def constant(self, x: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(x)
+
+
+# A call back to Python that `vmap` does not repeat for each sample, and that an exported program does not make. Its
+# operands are the leaves of x, of what is to be returned if nothing can be called, and the arrays of the function.
+
+_told = Primitive("told")
+_told.multiple_results = True
+
+
+def _call(*operands: Any, size: int, function: Callable[..., None]) -> list[Any]:
+    jax.debug.callback(function, *operands[2 * size :])
+    return list(operands[:size])
+
+
+def _leaves_of_x(*operands: Any, size: int, **_: Any) -> list[Any]:
+    return list(operands[:size])
+
+
+def _lowered(context: Any, *operands: Any, size: int, function: Callable[..., None]) -> Any:
+    if context.module_context.lowering_parameters.for_export:
+        return list(operands[size : 2 * size])
+    return _LOWERED(context, *operands, size=size, function=function)
+
+
+def _batched(
+    axis: Any, operands: Sequence[Any], dims: Sequence[int | None], **params: Any
+) -> tuple[Sequence[Any], list[int]]:
+    results = _told.bind(
+        *(batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)), **params
+    )
+    return results, [0] * len(results)
+
+
+_LOWERED = mlir.lower_fun(_call, multiple_results=True)
+_told.def_impl(_call)
+_told.def_abstract_eval(_leaves_of_x)
+mlir.register_lowering(_told, _lowered)
+batching.fancy_primitive_batchers[_told] = _batched
 
 
 class JAXBackend(Backend):
@@ -288,6 +337,24 @@ class JAXBackend(Backend):
         # The first step before the loop (Decision 51): a constant start has no tangent there, and needs no cotangent,
         # which a scan would not know.
         return _scan(body, body(carry), times - 1)
+
+    def notices(self) -> bool:
+        return _NOTICED.get() is not None
+
+    def notice(self, mask: Any) -> None:
+        noticed = _NOTICED.get()
+        if noticed is not None:
+            noticed.append(mask)
+
+    @contextmanager
+    def noticing(self) -> Iterator[list[jax.Array]]:
+        """Within this context traced solves append what they noticed to a list: masks that should hold nowhere."""
+        noticed = list[jax.Array]()
+        token = _NOTICED.set(noticed)
+        try:
+            yield noticed
+        finally:
+            _NOTICED.reset(token)
 
     def count(self, masks: Sequence[Any]) -> list[int]:
         counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()

@@ -63,8 +63,13 @@ class Tracing(Protocol):
     def check(self, ok: Array, message: str, **numbers: Array) -> None:
         """Raise when the program runs, unless ``ok``. The message may name the numbers."""
 
-    def callback(self, function: Callable[..., None], *arrays: Array) -> None:
-        """Call ``function(*arrays)`` when the program runs."""
+    def told(
+        self, x: tuple[Array, ...], untold: tuple[Array, ...], function: Callable[..., None], *arrays: Array
+    ) -> tuple[Array, ...]:
+        """``x``, after ``function(*arrays)`` was called when the program runs; ``untold`` in one that cannot call it.
+
+        The first axes of all arrays are those of a batch, and may be more when the function is called.
+        """
 
     def constant(self, x: Array) -> Array:
         """``x`` without derivatives, for a framework where :meth:`Backend.solving` cannot switch autodiff off."""
@@ -273,6 +278,13 @@ class Backend:
         digits = [xp.sum(xp.astype(mask, xp.int64)) * base**i for i, mask in enumerate(masks)]
         number = int(sum(digits[1:], digits[0]))
         return [number // base**i % base for i in range(len(masks))]
+
+    def notices(self) -> bool:
+        """Whether a solve that cannot read its numbers is to pass what it noticed to :meth:`notice`."""
+        return False
+
+    def notice(self, mask: Mask) -> None:
+        """Tell whoever runs a traced solve of a mask that should hold nowhere: he repeats it where numbers are read."""
 
     def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""

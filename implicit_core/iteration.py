@@ -151,7 +151,8 @@ class Iteration:
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
-        watched = readable and space.samples > 1 and solver.freeze and solver.check
+        looked_at = readable or backend.notices()
+        watched = looked_at and space.samples > 1 and solver.freeze and solver.check
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
@@ -250,6 +251,10 @@ class Iteration:
             made, point = self._judge(made, best, point, jacobian)
         settled = carry.settled
         if settled is not None:
+            if not isinstance(
+                point.index, int
+            ):  # nobody looks after each step: what moved once stays below its residual
+                settled = space.select(self._moved(point, settled) & ~active, space.full(-1.0), settled)
             settled = space.select(active, point.norm, settled)
         if best is not None and solver.retries_nonfinite:  # Decision 20.
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE
@@ -270,6 +275,8 @@ class Iteration:
         valid = finite(point.norm) & finite(point.f_norm)
         if self.unread is not None:
             valid = valid & ~self.unread
+        if carry.settled is not None and not isinstance(point.index, int):
+            space.backend.notice(self._moved(point, carry.settled))
         x, norm, f_norm, converged = self._returned(carry, valid)
         hidden = None if self.forced else progress.is_hidden(space, self.start.cap, f_norm)
         status = self._status(carry, valid, norm)
@@ -379,8 +386,7 @@ class Iteration:
         """The residual of a sample that is finished, at a point that is kept, is the same whatever the others do."""
         space, point = self.space, carry.point
         assert carry.settled is not None
-        moved = point.norm - carry.settled > MOVED * space.coarsest_eps * point.f_norm
-        if not bool(space.xp.any(moved)):
+        if not bool(space.xp.any(self._moved(point, carry.settled))):
             return
         f, again = (self.system.evaluate(space.unpack(space.copy(point.x))) for _ in range(2))
         apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * point.f_norm
@@ -388,6 +394,11 @@ class Iteration:
             warn(CHANGES, ChangingFunctionWarning, once=True)
         else:
             raise CoupledSamplesError(COUPLED)
+
+    def _moved(self, point: Point, settled: Numbers) -> Mask:
+        """The samples whose residual rose above ``settled`` by more than rounding can explain."""
+        moved: Mask = point.norm - settled > MOVED * self.space.coarsest_eps * point.f_norm
+        return moved
 
     def _check(self, stepped: Any, x: State) -> None:
         """The first step is a pair of a state and a memory."""

@@ -65,8 +65,12 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
 
     Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
     """
-    solver = _measuring(options.solver) if options.gradient.starts_from_h0 else options.solver
-    return solve(problem, h0, z, solver=solver, trace=options.trace)
+    return solve(problem, h0, z, solver=starting_solver(options), trace=options.trace)
+
+
+def starting_solver(options: LayerOptions) -> FixedPointSolver:
+    """The solver that finds the point at which the estimator starts."""
+    return _measuring(options.solver) if options.gradient.starts_from_h0 else options.solver
 
 
 class Watched(Generic[H, Z]):
@@ -119,11 +123,22 @@ def told(
     ``norms`` are :meth:`Watched.norms`. For an estimator whose value is the solver's point there are none, and status
     and stats are the solver's own.
     """
-    if norms:
-        backend = find_backend(solution.value, "h")
-        with backend.on_device_of(solution.value), backend.solving():
-            space = problem.space(solution.value)
-            solution = _of_value(solution, options, space, *norms)
+    return announced(of_value(solution, options, problem, norms), options)
+
+
+def of_value(
+    solution: Solution[H], options: LayerOptions, problem: Problem[H, Any], norms: tuple[Numbers, ...]
+) -> Solution[H]:
+    """The solution, with a status and stats that speak of the estimator's value, if it has norms of its own."""
+    if not norms:
+        return solution
+    backend = find_backend(solution.value, "h")
+    with backend.on_device_of(solution.value), backend.solving():
+        return _of_value(solution, options, problem.space(solution.value), *norms)
+
+
+def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
+    """The solution, after an error if ``throw`` asks for it, or a warning of samples that did not converge."""
     if options.throw:
         return solution.raise_for_status()
     if not (options.gradient.starts_from_h0 or is_forced(options.solver)):

@@ -40,7 +40,7 @@ def halved(h: Any, z: Any) -> Any:
         (lambda: ic.FixedPointIteration(check_every=0), ValueError, "check_every must be at least 1"),
         (lambda: ic.NewtonKrylov(linear_solver=ic.Anderson()), TypeError, "linear_solver must be a LinearSolver"),
         (lambda: ic.Implicit(ic.GMRES), TypeError, r"linear_solver must be a LinearSolver.*did you mean GMRES\(\)"),
-        (lambda: ic.Implicit(on_failure="ignore"), ValueError, "on_failure must be 'raise', 'warn' or 'nan'"),
+        (lambda: ic.Implicit(on_failure="zero"), ValueError, "on_failure must be 'raise', 'warn', 'nan' or 'ignore'"),
         (lambda: ic.GMRES(restart=0), ValueError, "restart must be at least 1"),
         (lambda: ic.Richardson(relaxation=2.5), ValueError, r"relaxation must lie in \(0, 2\]"),
         (lambda: ic.Problem(3), TypeError, "f must be callable, got 3"),

@@ -34,7 +34,7 @@ ONCE = (
 
 
 class _ClosedOver(NamedTuple):
-    """The traced arrays that F, and the functions of a :class:`_Layer`, close over."""
+    """The arrays that F, and the functions of a :class:`_Layer`, close over."""
 
     f: Arrays
     value: Arrays
@@ -62,10 +62,10 @@ class _Layer(NamedTuple, Generic[H]):
         The indices of the differentiable arrays.
     """
 
-    value: Hoisted[H]
-    forward: Hoisted[tuple[H, Arrays]]
+    value: Callable[..., H]
+    forward: Callable[..., tuple[H, Arrays]]
     backward: Callable[[Arrays, H], Arrays]
-    tangent: Hoisted[H]
+    tangent: Callable[..., H]
     indices: Sequence[int]
 
 
@@ -94,12 +94,12 @@ def _value(
 ) -> tuple[H, tuple[PyTree, ...]]:
     """The value, and the norms where F was evaluated last."""
     arrays, _ = partition(z, is_array)
-    if not (closed_over or is_traced((h, arrays))):
+    if not is_traced((closed_over, h, arrays)):
         watched = Watched(problem)
         return gradient.value(watched.problem, h, z), watched.norms()
     layer, closed = _trace(problem, gradient, h, z)
     closed = closed._replace(f=closed_over)
-    mode: Any = _reverse_mode if layer.tangent.jaxpr is None else _both_modes
+    mode: Any = _reverse_mode if isinstance(layer.tangent, _Missing) else _both_modes
     value, norms = mode(layer, h, arrays, closed)
     return value, norms
 
@@ -127,9 +127,9 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
             cotangents = static.select(pullback(v[0]))
             return [jnp.zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in indices]
 
-        # The residuals of the pullback are the traced arrays that it closes over.
+        # The residuals of the pullback are the arrays that it closes over.
         hoisted = hoist(backward, pair)
-        pullbacks[:] = [hoisted.function]
+        pullbacks[:] = [hoisted.program]
         return pair, hoisted.closed_over
 
     def tangent(h: H, arrays: Arrays, tangents: Arrays) -> PyTree:
@@ -145,7 +145,7 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
     forwards = _hoist_or_raise_when_called(forward, h, arrays)
     tangents = _hoist_or_raise_when_called(tangent, h, arrays, [arrays[i] for i in indices])
     closed = _ClosedOver([], value.closed_over, forwards.closed_over, tangents.closed_over)
-    layer = _Layer(value.without_arrays(), forwards.without_arrays(), backward, tangents.without_arrays(), indices)
+    layer = _Layer(value.program, forwards.program, backward, tangents.program, indices)
     return layer, closed
 
 
@@ -160,13 +160,13 @@ def _reverse_mode(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -
 
     @jax.custom_vjp
     def call(h: H, arrays: Arrays, closed: _ClosedOver) -> H:
-        return layer.value.function(h, arrays, closed.value)
+        return layer.value(h, arrays, closed.value)
 
     def forward(h: PyTree, arrays: PyTree, closed: PyTree) -> tuple[H, Arrays]:
         if any(x.perturbed for x in jax.tree.leaves(closed)):
             raise ValueError(CLOSED_OVER)
         h, arrays, closed = _refuse_to_differentiate(jax.tree.map(lambda x: x.value, (h, arrays, closed)))
-        return layer.forward.function(h, arrays, closed.forward)
+        return layer.forward(h, arrays, closed.forward)
 
     def backward(residuals: Arrays, v: H) -> tuple[None, Sequence[jax.Array | None], None]:
         none: list[jax.Array | None] = [None] * size
@@ -179,11 +179,11 @@ def _reverse_mode(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -
 
 def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> H:
     """The layer as a ``custom_jvp`` whose transpose is the pullback, or which has no transpose without a VJP."""
-    has_vjp = layer.forward.jaxpr is not None
+    has_vjp = not isinstance(layer.forward, _Missing)
 
     @jax.custom_jvp
     def call(h: H, arrays: Arrays, closed: _ClosedOver) -> H:
-        return layer.value.function(h, arrays, closed.value)
+        return layer.value(h, arrays, closed.value)
 
     def rule(primals: Primals[H], tangents: Primals[H]) -> tuple[H, H]:
         if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(tangents[2])):
@@ -194,12 +194,12 @@ def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> 
         directions = depending_on(nonzero, _instantiate_zeros(along))
         residuals: Arrays = ()
         if has_vjp:
-            value, residuals = layer.forward.function(h, arrays, closed.forward)
+            value, residuals = layer.forward(h, arrays, closed.forward)
         else:
-            value = layer.value.function(h, arrays, closed.value)
+            value = layer.value(h, arrays, closed.value)
 
         def push(b: tuple[H, Arrays]) -> tuple[H, Arrays]:
-            tangent = layer.tangent.function(h, arrays, b[1], closed.tangent)
+            tangent = layer.tangent(h, arrays, b[1], closed.tangent)
             return _add(b[0], tangent), b[1]
 
         def pull(v: tuple[H, Arrays]) -> tuple[H, Arrays]:
@@ -245,14 +245,24 @@ def _add(x: T, y: T) -> T:
     return total
 
 
-def _hoist_or_raise_when_called(function: Callable[..., T], *arguments: object) -> Hoisted[T]:
+class _Missing:
+    """A derivative that there is not: to call it raises the error."""
+
+    def __init__(self, error: NotImplementedError) -> None:
+        self.error = error
+
+    def __call__(self, *_: object) -> Any:
+        raise self.error
+
+
+class _Traced(NamedTuple, Generic[T]):
+    program: Callable[..., T]
+    closed_over: Arrays
+
+
+def _hoist_or_raise_when_called(function: Callable[..., T], *arguments: object) -> Hoisted[T] | _Traced[T]:
     """``function``, traced; if it lacks a derivative, a function that raises the same error when it is called."""
     try:
         return hoist(function, *arguments)
     except NotImplementedError as error:
-        missing = error.with_traceback(None)
-
-    def call(*_: object) -> T:
-        raise missing
-
-    return Hoisted(call, (), None)
+        return _Traced(_Missing(error.with_traceback(None)), ())

@@ -1,17 +1,16 @@
 """F as a function of arrays alone: the arrays that it closes over become an argument (Decision 45)."""
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.core import Tracer
 
-from implicit_core.arrays import PyTree
 from implicit_core.backends.jax import staging
 
-from .leaves import Arrays, replaced
+from .leaves import Arrays
+from .programs import Program, program
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -22,62 +21,35 @@ class Hoisted(NamedTuple, Generic[R]):
 
     Attributes
     ----------
-    function
-        ``function(*arguments, closed_over)`` evaluates the traced program. It neither runs the user's Python nor
-        refers to tracers.
+    program
+        ``program(*arguments, closed_over)``.
     closed_over
-        The traced arrays that the user's function closes over.
-    jaxpr
-        The traced program; None if the function can only raise.
-    result
-        The types of the result.
+        The arrays that the user's function closes over, traced or not.
     """
 
-    function: Callable[..., R]
+    program: Program[R]
     closed_over: Arrays
-    jaxpr: Jaxpr | None
-    result: PyTree = None
-
-    def without_arrays(self) -> "Hoisted[R]":
-        """Without ``closed_over``, for objects that JAX keeps with its programs: they must not refer to tracers."""
-        return self._replace(closed_over=())
-
-    @property
-    def has_effects(self) -> bool:
-        """Whether it has side effects: collectives over a named axis, callbacks, prints."""
-        return self.jaxpr is not None and bool(self.jaxpr.effects)
-
-    @property
-    def has_custom_vjp(self) -> bool:
-        """Whether an operation in it has a ``custom_vjp``, so that JAX can't differentiate it in forward mode."""
-        return self.jaxpr is not None and _contains_custom_vjp(self.jaxpr)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The named axes that it communicates over."""
-        return () if self.jaxpr is None else tuple(sorted(_communication_axes(self.jaxpr)))
 
 
 def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
     """Trace ``function``, whose arguments and results are pytrees of arrays.
 
     ``jax.closure_convert`` makes arguments of floating arrays only. An index array that ``jit`` has traced stays a
-    constant of the program, and is not available when a derivative is taken outside of that ``jit``.
+    constant of the program, and is not available when a derivative is taken outside of that ``jit``. Here arrays whose
+    numbers are known become arguments too: with other numbers it is the same program.
     """
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    indices = [i for i, const in enumerate(traced.consts) if isinstance(const, Tracer)]
-    # JAX keeps `call` as long as the programs that contain it, so it must not refer to tracers.
-    constants = [None if isinstance(const, Tracer) else const for const in traced.consts]
-    structure, jaxpr = jax.tree.structure(shapes), traced.jaxpr
 
-    def call(*inputs: PyTree) -> R:
-        *arguments, closed_over = inputs
-        values = eval_jaxpr(jaxpr, replaced(constants, indices, closed_over), *jax.tree.leaves(arguments))
-        result: R = jax.tree.unflatten(structure, values)
-        return result
+    def traced(*arguments: object) -> R:  # JAX remembers what it traced by the function, which may have changed
+        return function(*arguments)
 
-    result = jax.tree.unflatten(structure, traced.out_avals)
-    return Hoisted(call, [traced.consts[i] for i in indices], jaxpr, result)
+    made, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
+    result = jax.tree.unflatten(jax.tree.structure(shapes), made.out_avals)
+    return Hoisted(program(made.jaxpr, result), list(map(_as_array, made.consts)))
+
+
+def _as_array(const: Any) -> Any:
+    is_on_host = hasattr(const, "__array__") and not isinstance(const, jax.Array)
+    return jnp.asarray(const) if is_on_host else const
 
 
 def is_traced(tree: object) -> bool:
@@ -99,21 +71,3 @@ def depending_on(tangents: Arrays, tree: T) -> T:
 
     result: T = jax.tree.map(add_empty_sums, tree)
     return result
-
-
-def _contains_custom_vjp(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name.startswith("custom_vjp") or any(map(_contains_custom_vjp, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _communication_axes(jaxpr: Jaxpr) -> set[str]:
-    found: set[str] = set()
-    for eqn in jaxpr.eqns:
-        inner = list(jaxprs_in_params(eqn.params))
-        if inner:
-            found = found.union(*map(_communication_axes, inner))
-        elif eqn.primitive.name != "axis_index":  # it reads a position and communicates nothing
-            found |= {str(effect.name) for effect in eqn.effects if hasattr(effect, "name")}
-    return found

@@ -1,34 +1,25 @@
 """The derivative of a fixed point, of every order and in both modes (Eq. 2 and 18)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from implicit_core.arrays import H, Operator, PyTree
+from implicit_core.arrays import H
 from implicit_core.backends.jax import BACKEND, coupled_axes
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
 
-from .closure import depending_on
 from .growth import Growth, compare, fork
-from .leaves import Arrays, replaced
-from .problem import partial_pushforwards
+from .leaves import Arrays, Units
+from .programs import Program
 from .rule_primitive import with_rule
+from .traced_map import TracedMap
 
 
-def with_derivative(
-    h: H,
-    inputs: Arrays,
-    f: Callable[[H, Arrays], H],
-    gradient: AtFixedPoint,
-    *,
-    batch_ndim: int,
-    axes: Sequence[str],
-    scale: PyTree = None,
-) -> H:
+def with_derivative(h: H, inputs: Arrays, f: TracedMap[H], gradient: AtFixedPoint) -> H:
     """``h``, differentiated by ``gradient`` as the fixed point h = F(h, inputs).
 
     Its tangent is D (∂F/∂z) dz. If D consists of operations, they are linear in the tangent and JAX transposes them. If
@@ -41,62 +32,114 @@ def with_derivative(
     inputs
         All arrays besides h that F is a function of.
     f
-        F. It closes over no tracers.
+        F. It closes over no arrays.
     gradient
         The estimator.
-    batch_ndim
-        How many first axes of every leaf of h index independent samples.
-    axes
-        Named axes that F communicates over.
-    scale
-        The units of h.
     """
-
-    def inverse(jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
-        space = BACKEND.space(v, batch_ndim, "v", scale)
-        space = space.dual if dual else space
-        with coupled_axes(axes):  # Decision 50.
-            product = on_states(jacobian, space, space)
-            estimator = gradient
-            if isinstance(gradient, Neumann):
-                growth = Growth(gradient.growth, batch_ndim, scale, dual=dual)
-                if growth.watches(axes) and type(gradient).inverse is Neumann.inverse:
-                    return _watched_series(gradient, space, product, v, growth)
-                # The core's own test depends on the tangents in a way that JAX cannot transpose.
-                estimator = replace(gradient, on_growth="ignore")
-            w: H = space.unpack(estimator.apply(space, product, space.pack(v)))
-            return w
+    axes = f.program.axes
 
     def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
-        def at_indices(h: H, varied: Arrays) -> H:
-            return f(h, replaced(inputs, indices, varied))
-
         # F is linearized at h, which has this rule too, so the second derivative uses the first one. Decision 47.
-        varied = [inputs[i] for i in indices]
-        _, push = jax.linearize(at_indices, h, varied)
-        push_h, push_z = partial_pushforwards(push, h, varied)
-        b = push_z(tangents)
+        at = f.linearized(h, inputs, indices)
+        jacobian, residuals = at.jacobian()
+        b = at.push_z(tangents)
+        inverse = Inverse(gradient, f.batch_ndim, f.units, axes)
         if gradient.derivative is Derivative.OF_OPERATIONS:
-            return inverse(push_h, b)
-        # JAX differentiates and transposes the linear solve as one operation, to every order. Decision 26.
-        w: H = jax.lax.custom_linear_solve(
-            lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
-            depending_on(tangents, b),
-            solve=lambda _, b: inverse(push_h, b),
-            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v, dual=True),
-        )
+            return inverse.by_operations(jacobian, residuals, b)
+        w: H = jacobian.compiled(_solution, inverse)(b, residuals)
         return w
 
     return with_rule(h, inputs, rule)
 
 
-def _watched_series(gradient: Neumann, space: Space, product: Operator, v: H, growth: Growth) -> H:
-    """``Neumann.inverse``, whose test JAX can transpose."""
-    b = space.pack(v)
-    start, reference = fork(v, growth)
-    before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
-    total = gradient.sum_of_terms(space, product, before, b, 1)
-    last: H = space.unpack(space.sub(total, before))
-    checked: H = compare(space.unpack(total), last, reference, growth)
-    w: H = space.unpack(space.scale(gradient.lam, space.pack(checked)))
-    return w
+@dataclass(frozen=True)
+class Inverse:
+    """An estimator's D, which approximates the inverse of I - ∂F/∂h.
+
+    Attributes
+    ----------
+    gradient
+        The estimator.
+    batch_ndim
+        How many first axes of every leaf of h index independent samples.
+    units
+        The units of h.
+    axes
+        Named axes that F communicates over.
+    """
+
+    gradient: AtFixedPoint
+    batch_ndim: int
+    units: Units
+    axes: tuple[str, ...]
+
+    def space(self, v: H, *, dual: bool = False) -> Space:
+        """The space of a tangent, or of a cotangent."""
+        space = BACKEND.space(v, self.batch_ndim, "v", self.units.scale)
+        return space.dual if dual else space
+
+    def __call__(self, jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
+        """D v, with ``jacobian`` the products with ∂F/∂h."""
+        space = self.space(v, dual=dual)
+        with coupled_axes(self.axes):  # Decision 50.
+            w: H = space.unpack(self.gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
+        return w
+
+    def by_operations(self, jacobian: Program[H], residuals: Arrays, v: H) -> H:
+        """D v, by operations that JAX transposes."""
+        gradient, inverse = self.gradient, self
+        watches = False
+        if isinstance(gradient, Neumann):
+            growth = Growth(gradient.growth, self.batch_ndim, self.units.scale)
+            watches = growth.watches(self.axes) and type(gradient).inverse is Neumann.inverse
+            # The core's own test depends on the tangents in a way that JAX cannot transpose.
+            inverse = replace(self, gradient=replace(gradient, on_growth="ignore"))
+        if not watches:
+            w: H = jacobian.compiled(_operations, inverse)(v, residuals)
+            return w
+        start, reference = fork(v, growth)
+        total, last = jacobian.compiled(_series, inverse)(start, v, residuals)
+        checked: H = compare(total, last, reference, growth)
+        return checked
+
+
+# Functions of arrays alone, to be compiled for a Jacobian.
+
+
+def _operations(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays], H]:
+    return lambda v, residuals: inverse(lambda w: jacobian(w, residuals), v)
+
+
+def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays], tuple[H, H]]:
+    """``Neumann.inverse`` and the last term of its sum, which begins at ``start``."""
+    gradient = inverse.gradient
+    assert isinstance(gradient, Neumann)
+
+    def series(start: H, v: H, residuals: Arrays) -> tuple[H, H]:
+        space = inverse.space(v)
+        with coupled_axes(inverse.axes):
+            product, b = on_states(lambda w: jacobian(w, residuals), space, space), space.pack(v)
+            before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
+            total = gradient.sum_of_terms(space, product, before, b, 1)
+            return space.unpack(space.scale(gradient.lam, total)), space.unpack(space.sub(total, before))
+
+    return series
+
+
+def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays], H]:
+    """The solution of (I - ∂F/∂h) w = b."""
+
+    def solution(b: H, residuals: Arrays) -> H:
+        def push_h(w: H) -> H:
+            return jacobian(w, residuals)
+
+        # JAX differentiates and transposes the linear solve as one operation, to every order. Decision 26.
+        w: H = jax.lax.custom_linear_solve(
+            lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
+            b,
+            solve=lambda _, b: inverse(push_h, b),
+            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, b)(w)[0], v, dual=True),
+        )
+        return w
+
+    return solution

@@ -1,28 +1,33 @@
 """The differentiable layer on JAX arrays."""
 
-from dataclasses import dataclass, replace
-from typing import Generic
+from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 
 from implicit_core import checks
-from implicit_core.arrays import H, PyTree, Z
+from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
-from implicit_core.layer import LayerOptions, Watched, solver_point, told
+from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
 from implicit_core.problem import Problem
-from implicit_core.solution import Solution
+from implicit_core.solution import Solution, Status
+from implicit_core.solve import solve
+from implicit_core.solvers import FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
 
 from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
-from .closure import Hoisted, hoist, is_traced
+from .closure import hoist, is_traced
 from .derivative import with_derivative
 from .growth import Growth, compare, fork
-from .leaves import Arrays, Static, T, is_array, partition
-from .problem import JAXProblem, problem
+from .leaves import Arrays, Static, T, Units, is_array, partition
+from .problem import JAXProblem
+from .problem import problem as problem_of
+from .programs import Program
+from .traced_map import TracedMap
 
 
 def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -50,62 +55,21 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     if problem.has_derivatives and not isinstance(problem, JAXProblem):
         return _layer_of_callbacks(problem, h0, z, options)
-    h0, f, inputs = _trace(problem, h0, z)
-    return _with_value(f, _solve(f, h0, inputs, options), inputs, options)
+    h0, f, inputs, static = _trace(problem, h0, z)
+    return _with_value(f, _solve(f, h0, inputs, static, options), inputs, options)
 
 
 def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a Problem whose derivatives are the user's callbacks."""
     arrays, static = partition(z, is_array)
     f = hoist(lambda h, arrays: problem.f(h, static.combine(arrays)), h0, arrays)
-    with coupled_axes(f.axes):
+    with coupled_axes(f.program.axes):
         solution = solver_point(problem, *_constants((h0, z)), options)
         return value_from_callbacks(problem, options, solution, z, f.closed_over)
 
 
-@dataclass(frozen=True, eq=False)
-class TracedMap(Generic[H, Z]):
-    """F as a traced program of h and of its inputs: the arrays of z, followed by the arrays that F closes over.
-
-    It refers neither to tracers nor to the user's F, because JAX keeps it with the programs that it traces.
-
-    Attributes
-    ----------
-    hoisted
-        The program, ``function(h, arrays of z, closed-over arrays)``.
-    static
-        z without its arrays.
-    batch_ndim, scale
-        As for :class:`Problem`.
-    """
-
-    hoisted: Hoisted[H]
-    static: Static[Z]
-    batch_ndim: int
-    scale: PyTree = None
-
-    def __call__(self, h: H, inputs: Arrays) -> H:
-        """F(h, z)."""
-        size = len(self.static.indices)
-        return self.hoisted.function(h, inputs[:size], inputs[size:])
-
-    def z(self, inputs: Arrays) -> Z:
-        """The z that has these inputs."""
-        return self.static.combine(inputs[: len(self.static.indices)])
-
-    def problem(self, f: MapOfArrays[H], inputs: Arrays, batch_ndim: int) -> Problem[H, Z]:
-        """``f``, which is F or F mapped over an axis of the batch, as a problem in z.
-
-        A solver of the user's own may call it with another z.
-        """
-        closed_over = inputs[len(self.static.indices) :]
-        return problem(
-            lambda h, z: f(h, [*self.static.select(z), *closed_over]), batch_ndim=batch_ndim, scale=self.scale
-        )
-
-
-def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arrays]:
-    """``h0``, F and its inputs. F is traced again if h0 has another type than F(h0).
+def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H], Arrays, Static[Z]]:
+    """``h0``, F, its inputs, and z without its arrays. F is traced again if h0 has another type than F(h0).
 
     If h0 is on all devices, it is sharded as F(h0) is. If it is a Python number, it gets the dtype of F(h0).
     """
@@ -118,65 +82,158 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
         return value
 
     hoisted = hoist(f, h0, arrays)
-    if BACKEND.flatten(hoisted.result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
-        like_result = jax.tree.map(_like, h0, hoisted.result)
+    result = hoisted.program.result
+    if BACKEND.flatten(result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
+        like_result = jax.tree.map(_like, h0, result)
         if jax.tree.map(jax.typeof, like_result) != jax.tree.map(jax.typeof, h0):
             h0, hoisted = like_result, hoist(f, like_result, arrays)
-    traced = TracedMap(hoisted.without_arrays(), static, problem.batch_ndim, problem.scale)
-    return h0, traced, [*arrays, *hoisted.closed_over]
+    traced = TracedMap(hoisted.program, problem.batch_ndim, Units(problem.scale))
+    return h0, traced, [*arrays, *hoisted.closed_over], static
 
 
-def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> Solution[H]:
+def _solve(f: TracedMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
     h0, inputs = _constants((h0, inputs))
-
-    def solve(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
-        with coupled_axes(f.hoisted.axes):
-            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), options)
-
-    runs_user_code = getattr(options.solver, "runs_user_code", True) and not options.gradient.starts_from_h0
-    if runs_user_code and is_traced((h0, inputs)):
-        # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
-        hoisted = hoist(lambda h0, inputs: solve(f, h0, inputs, f.batch_ndim), h0, inputs)
-        solution = _constants(hoisted.function(h0, inputs, _constants(hoisted.closed_over)))
-    elif f.hoisted.has_effects:
+    solver = starting_solver(options)
+    if getattr(solver, "runs_user_code", True):
+        return _by_user_code(f, h0, inputs, static, solver, trace=options.trace)
+    settings = solver, options.trace
+    if f.program.has_effects:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
-        solution = solve(f, h0, inputs, f.batch_ndim)
-    else:
-        solution = with_vmap_as_batch(solve, f, h0, inputs, f.batch_ndim)
-    return solution
+        return _solving(f.program, f, *settings)(h0, inputs)
+    solution: Solution[H]
+    if is_traced((h0, inputs)):
+        solution = f.program.compiled(_mapped_solving, f, *settings)(h0, inputs)
+        return solution
+    if not f.program.shared:
+        return _solving(f.program, f, *settings)(h0, inputs)
+    solution, looks = f.program.compiled(_watched_solving, f, *settings)(h0, inputs)
+    if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on
+        return _solving(f.program, f, *settings)(h0, inputs)
+    evaluations = int(solution.stats.evaluations)
+    return solution._replace(stats=solution.stats._replace(evaluations=evaluations))
 
 
-def _with_value(f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
+# The solves of a program, as functions of h0 and the inputs: what they depend on is the settings alone.
+
+
+def _solving(
+    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
+) -> Callable[[H, Arrays], Solution[H]]:
+    def solving(h0: H, inputs: Arrays) -> Solution[H]:
+        with coupled_axes(program.axes):
+            return solve(f.problem(f, f.batch_ndim), h0, inputs, solver=solver, trace=trace)
+
+    return solving
+
+
+def _mapped_solving(
+    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
+) -> Callable[[H, Arrays], Solution[H]]:
+    """A solve where an axis of ``vmap`` becomes a batch axis."""
+
+    def solving(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
+        with coupled_axes(()):  # a layer around this one may communicate
+            return solve(f.problem(mapped, batch_ndim), h0, inputs, solver=solver, trace=trace)
+
+    return lambda h0, inputs: with_vmap_as_batch(solving, f, h0, inputs, f.batch_ndim)
+
+
+def _watched_solving(
+    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
+) -> Callable[[H, Arrays], tuple[Solution[H], jax.Array]]:
+    """A solve, and whether there was something that its caller has to look into."""
+    solving = _solving(program, f, solver, trace)
+
+    def watched(h0: H, inputs: Arrays) -> tuple[Solution[H], jax.Array]:
+        with BACKEND.noticing() as noticed:
+            solution = solving(h0, inputs)
+        # The units of a solve may be changed, and what is not finite is worth a second look.
+        looks = jnp.any(solution.status == Status.NONFINITE.value)
+        for mask in noticed:
+            looks = looks | jnp.any(mask)
+        return solution, looks
+
+    return watched
+
+
+def _by_user_code(
+    f: TracedMap[H], h0: H, inputs: Arrays, static: Static[Z], solver: FixedPointSolver, *, trace: bool
+) -> Solution[H]:
+    """A solve by a solver that may do anything: call F with another z, or close over arrays."""
+    size = len(static.indices)
+
+    def solving(h0: H, inputs: Arrays) -> Solution[H]:
+        closed_over = inputs[size:]
+        with coupled_axes(f.program.axes):
+            in_z: Problem[H, Z] = problem_of(
+                lambda h, z: f(h, [*static.select(z), *closed_over]), batch_ndim=f.batch_ndim, scale=f.units.scale
+            )
+            return solve(in_z, h0, static.combine(inputs[:size]), solver=solver, trace=trace)
+
+    if not is_traced((h0, inputs)):
+        return solving(h0, inputs)
+    # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
+    hoisted = hoist(solving, h0, inputs)
+    return _constants(hoisted.program(h0, inputs, _constants(hoisted.closed_over)))
+
+
+def _with_value(f: TracedMap[H], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
     """The solution with the estimator's value from the solver's point, differentiable, and what is told of it."""
     gradient, h = options.gradient, solution.value
     if isinstance(gradient, (Unroll, BPTT)) and type(gradient) in (Unroll, BPTT):  # a derived class may override `vjp`
         return _unrolled(f, solution, inputs, gradient, options)
-    has_both_modes = not f.hoisted.has_custom_vjp
+    has_both_modes = not f.program.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
-        value = with_derivative(h, inputs, f, gradient, batch_ndim=f.batch_ndim, axes=f.hoisted.axes, scale=f.scale)
+        value = with_derivative(h, inputs, f, gradient)
         # Under `jit` this is a check for `checkify`. Decision 53.
-        return told(solution, options, problem(f, batch_ndim=f.batch_ndim, scale=f.scale), ())._replace(value=value)
-    with coupled_axes(f.hoisted.axes):
-        return value_from_callbacks(problem(f, batch_ndim=f.batch_ndim, scale=f.scale), options, solution, inputs, ())
+        return announced(solution, options)._replace(value=value)
+    with coupled_axes(f.program.axes):
+        return value_from_callbacks(f.problem(f, f.batch_ndim), options, solution, inputs, ())
 
 
 def _unrolled(
-    f: TracedMap[H, Z], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
+    f: TracedMap[H], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
 ) -> Solution[H]:
     """The k steps from the solver's point, which JAX differentiates."""
-    recompute = isinstance(gradient, Unroll) and gradient.recompute
-    step = jax.checkpoint(f) if recompute else f
-    steps: Problem[H, None] = problem(lambda h, _: step(h, inputs), batch_ndim=f.batch_ndim, scale=f.scale)
-    watched, h, lam = Watched(steps), solution.value, gradient.lam
-    growth = Growth(gradient.growth, f.batch_ndim, f.scale)
-    if not growth.watches(f.hoisted.axes):
-        return watched.told(solution._replace(value=gradient.value(watched.problem, h, None)), options)
-    # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-    h_1, reference = fork(Unroll(1, lam).value(watched.problem, h, None), growth, primal=True)
-    h_k: H = Unroll(gradient.k - 1, lam).value(watched.problem, h_1, None)
-    value = compare(h_k, h_k, reference, growth, primal=True)
-    return watched.told(solution._replace(value=value), options)
+    settings, h = LayerOptions(options.solver, gradient), solution.value
+    growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
+    if growth.watches(f.program.axes):
+        # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
+        first = replace(settings, gradient=replace(gradient, k=1))
+        h, reference = fork(f.program.compiled(_stepping, f, first)(h, inputs)[0], growth, primal=True)
+        settings = replace(settings, gradient=Unroll(gradient.k - 1, gradient.lam))
+        h_k, norms = f.program.compiled(_stepping, f, settings)(h, inputs)
+        h_k = compare(h_k, h_k, reference, growth, primal=True)
+    else:
+        h_k, norms = f.program.compiled(_stepping, f, settings)(h, inputs)
+    told = f.program.compiled(_telling, f, replace(settings, gradient=gradient))
+    evaluations = solution.stats.evaluations
+    solution = told(solution, norms)
+    stats = solution.stats._replace(evaluations=evaluations)
+    return announced(solution._replace(value=h_k, stats=stats), options)
+
+
+def _stepping(
+    program: Program[H], f: TracedMap[H], options: LayerOptions
+) -> Callable[[H, Arrays], tuple[H, tuple[Numbers, ...]]]:
+    """The steps of an estimator, and the norms where F was evaluated last."""
+    gradient = options.gradient
+    step = jax.checkpoint(f) if isinstance(gradient, Unroll) and gradient.recompute else f
+
+    def stepping(h: H, inputs: Arrays) -> tuple[H, tuple[Numbers, ...]]:
+        watched = Watched(f.problem(step, f.batch_ndim))
+        h_k: H = gradient.value(watched.problem, h, inputs)
+        return h_k, watched.norms()
+
+    return stepping
+
+
+def _telling(
+    program: Program[H], f: TracedMap[H], options: LayerOptions
+) -> Callable[[Solution[H], tuple[Numbers, ...]], Solution[H]]:
+    steps = f.problem(f, f.batch_ndim)
+    return lambda solution, norms: of_value(solution, options, steps, norms)
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import PyTreeDef
 
 from implicit_core.arrays import PyTree
@@ -58,6 +59,28 @@ class Static(Generic[T]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self._key == other._key
+
+
+class Units:
+    """The ``scale`` of a problem, which compares by its numbers.
+
+    Attributes
+    ----------
+    scale
+        A number, None, or a pytree of numbers and arrays of NumPy.
+    """
+
+    def __init__(self, scale: PyTree) -> None:
+        self.scale = jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "shape") else x, scale)
+        leaves, structure = jax.tree.flatten(self.scale)
+        numbers = ((x.shape, x.dtype, x.tobytes()) if isinstance(x, np.ndarray) else float(x) for x in leaves)
+        self._key = structure, *numbers
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Units) and self._key == other._key
 
 
 def partition(tree: T, predicate: Callable[[object], bool]) -> tuple[list[jax.Array], Static[T]]:

@@ -64,12 +64,12 @@ def linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
     hoisted = hoist(like_h, h, arrays)
 
     def on_arrays(h: H, arrays: Arrays) -> H:
-        return hoisted.function(h, arrays, hoisted.closed_over)
+        return hoisted.program(h, arrays, hoisted.closed_over)
 
     def cotangents(v_h: H, v_arrays: Arrays) -> tuple[H, Z]:
         return v_h, static.cotangent(v_arrays)
 
-    if hoisted.has_custom_vjp:
+    if hoisted.program.has_custom_vjp:
         value, pull = jax.vjp(on_arrays, h, arrays)
         return Linearization(value, vjp=lambda v: cotangents(*pull(v)))
     value, push = jax.linearize(on_arrays, h, arrays)

@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from .. import checks
 from ..arrays import Operator, State
 from ..linear_solvers import GMRES, LinearSolver
-from ..solution import Status
 from ..space import Space
 from .base import AtFixedPoint, Derivative
-from .inexact import nan_where_invalid, report
+from .inexact import OnFailure, check_on_failure, settled
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,10 @@ class Implicit(AtFixedPoint):
         A :class:`LinearSolver`.
     on_failure
         What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
-        use the last iterate, or make their part of the gradient ``"nan"``. A cotangent that is not finite is not such a
-        failure: it gives NaN. Code that JAX traces cannot raise: there ``"raise"`` is ``"nan"``.
+        use the last iterate, make their part of the gradient ``"nan"``, or ``"ignore"`` it and use the last iterate. A
+        cotangent that is not finite is not such a failure: it gives NaN. Code that JAX traces cannot raise: there
+        ``"raise"`` is ``"nan"``. There ``"warn"`` is one call back to Python, which JAX's persistent compilation cache
+        does not store, and ``"nan"`` in a program that ``jax.export`` exports; the others call nothing.
 
     Raises
     ------
@@ -52,36 +53,30 @@ class Implicit(AtFixedPoint):
     """
 
     linear_solver: LinearSolver = field(default=GMRES())
-    on_failure: Literal["raise", "warn", "nan"] = "raise"
+    on_failure: OnFailure = "raise"
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
 
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
-        if self.on_failure not in ("raise", "warn", "nan"):
-            raise ValueError(f"on_failure must be 'raise', 'warn' or 'nan', got {self.on_failure!r}")
+        check_on_failure(self.on_failure)
 
     # Decision 24.
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """The w with (I - J) w = v (Eq. 4)."""
         with space.backend.solving():
             result = self.linear_solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
-            w = nan_where_invalid(space, result.status, result.x)
             # Decisions 24 and 53.
-            throw = self.on_failure == "raise" and space.backend.readable(result.status)
-            if not throw and self.on_failure != "warn":
-                failed = result.status != Status.CONVERGED.value
-                return space.where(failed, space.scale(float("nan"), w), w)
-            report(
+            return settled(
                 space,
+                result.x,
+                result.status,
+                result.residual,
+                self.on_failure,
                 "the linear solve of Implicit did not converge",
                 f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, or use Neumann or "
                 "Unroll, which need none",
-                result.status,
-                result.residual,
-                throw=throw,
             )
-        return w
 
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """η (1 + L_h) / (1 - L_h), if a sample with a relative residual of its linear solve above η raises.

@@ -1,6 +1,7 @@
 """Samples whose gradient did not reach the requested accuracy, or has an invalid cotangent."""
 
 import math
+from typing import Literal, get_args
 
 from ..arrays import Array, Numbers, State
 from ..solution import SolveError, Status, describe, find_failures
@@ -12,48 +13,64 @@ class InexactGradientWarning(RuntimeWarning):
     """A gradient did not reach the requested accuracy in the samples that the warning names."""
 
 
-def report(space: Space, what: str, advice: str, status: Numbers, residual: Numbers, *, throw: bool = False) -> None:
-    """Name the samples whose linear solve failed, as soon as their statuses can be read.
+OnFailure = Literal["raise", "warn", "nan", "ignore"]
+"""What to do with the samples whose linear solve failed."""
 
-    A right-hand side that is not finite (``NONFINITE``) is not a failure, see :func:`nan_where_invalid`.
+
+def check_on_failure(value: object) -> None:
+    """``value`` is one of the four."""
+    if value not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be 'raise', 'warn', 'nan' or 'ignore', got {value!r}")
+
+
+def settled(
+    space: Space, w: State, status: Numbers, residual: Numbers, on_failure: OnFailure, what: str, advice: str
+) -> State:
+    """``w``, after what ``on_failure`` asks for in the samples whose linear solve failed.
+
+    Where statuses cannot be read nothing can be raised, so ``"raise"`` is ``"nan"``. ``"warn"`` warns when the program
+    runs, if it can call back; a program that is exported cannot, and there it is ``"nan"`` as well.
 
     Parameters
     ----------
     space
-        The space of the samples.
+        The space of w.
+    w
+        The solution, or the last iterate.
+    status, residual
+        (N, 1).
+    on_failure
+        The setting.
     what
         What failed, a sentence without its end.
     advice
         What to do about it.
-    status, residual
-        (N, 1).
-    throw
-        Raise :class:`~implicit_core.SolveError` instead of warning.
     """
+    backend, nan = space.backend, space.scale(float("nan"), w)
+    # Such a system has no solution, so it has not failed. NaN propagates as through any other operation: a gradient
+    # scaler, which overflows on purpose, finds it and skips the step. Decision 30.
+    invalid = status == Status.NONFINITE.value
+    w = space.where(invalid, nan, w)
+    if on_failure == "ignore":
+        return w
+    failed = ~invalid & (status != Status.CONVERGED.value)
+    readable = backend.readable(status)
+    if on_failure == "nan" or (on_failure == "raise" and not readable):
+        return space.where(failed, nan, w)
 
     def warn_or_raise(status: Array, residual: Array) -> None:
         failures = find_failures(status, residual)
         if not failures:
             return
         message = f"{what}: {describe(failures, math.prod(status.shape))}. {advice}"
-        if throw:
+        if on_failure == "raise":
             raise SolveError(message, failures)
         warn(message, InexactGradientWarning)
 
-    status = space.select(status == Status.NONFINITE.value, Status.CONVERGED.value, status)
+    status = space.select(invalid, Status.CONVERGED.value, status)
     found = space.per_sample(status), space.per_sample(residual)
-    backend = space.backend
-    if backend.readable(status):
+    if readable:
         warn_or_raise(*found)
     elif backend.tracing is not None:
-        backend.tracing.callback(warn_or_raise, *found)
-
-
-def nan_where_invalid(space: Space, status: Numbers, x: State) -> State:
-    """``x``, NaN in the samples whose right-hand side was not finite.
-
-    Such a system has no solution, so it has not failed. NaN propagates as through any other operation: a gradient
-    scaler, which overflows on purpose, finds it and skips the step.
-    """
-    # Decision 30.
-    return space.where(status == Status.NONFINITE.value, space.scale(float("nan"), x), x)
+        return State(backend.tracing.told(tuple(w), tuple(space.where(failed, nan, w)), warn_or_raise, *found))
+    return w

@@ -11,7 +11,7 @@ from ..linear_solvers.base import ratio
 from ..records import Record
 from ..space import Space
 from .base import AtFixedPoint, Derivative, geometric_count
-from .inexact import nan_where_invalid, report
+from .inexact import OnFailure, check_on_failure, settled
 
 MARGIN = 2.0
 """Safety factor on the estimated remainder: slowly decaying components appear late."""
@@ -37,10 +37,13 @@ class NeumannSeries(Record, AtFixedPoint):
         the last two terms, as for a geometric series. The estimate misses a component that is small in the cotangent
         and decays much more slowly than all others.
     max_terms
-        The most terms. An :class:`InexactGradientWarning` names the samples that would need more.
+        The most terms.
     contraction
         A bound of L_h, below 1, such as ``certify(...).to_dict()["contraction_high"]``. The remainder is then bounded
         instead of estimated.
+    on_failure
+        What to do with samples that would need more terms: ``"warn"`` with an :class:`InexactGradientWarning` and use
+        the sum so far, or as for :class:`Implicit`.
     check
         As for :class:`LinearSolver`: whether a pullback raises where F couples samples.
 
@@ -67,6 +70,7 @@ class NeumannSeries(Record, AtFixedPoint):
     rtol: float = 1e-3
     max_terms: int = 200
     contraction: float | None = None
+    on_failure: OnFailure = field(default="warn", repr=False)
     check: bool = field(default=True, repr=False)
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
@@ -78,6 +82,7 @@ class NeumannSeries(Record, AtFixedPoint):
         set_field(self, "max_terms", checks.integer("max_terms", self.max_terms, 1))
         if self.contraction is not None:
             set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0, 1.0, high_open=True))
+        check_on_failure(self.on_failure)
         checks.instance("check", self.check, bool, "False")
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
@@ -92,18 +97,17 @@ class NeumannSeries(Record, AtFixedPoint):
         )
         with space.backend.solving():
             result = solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
-            w = space.axpy(self.lam, result.r, result.x)
-            w = nan_where_invalid(space, result.status, w)
-            report(
+            return settled(
                 space,
+                space.axpy(self.lam, result.r, result.x),
+                result.status,
+                result.residual,
+                self.on_failure,
                 f"the Neumann series did not reach rtol={self.rtol:g}",
                 "The residual is the norm of the next term. If it exceeds the norm of the cotangent, the series has no "
                 "sum: use Implicit(), which needs no contraction, or a smaller lam, which helps where the eigenvalues "
                 f"of ∂F/∂h have real parts below 1. Otherwise raise max_terms, which is {self.max_terms}",
-                result.status,
-                result.residual,
             )
-        return w
 
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """With a bound of L_h, ``rtol`` relative to the sum, or qᵏ if max_terms is reached before; and rounding.

@@ -1,0 +1,283 @@
+"""Traced programs, kept by what they compute: equal ones are one object, and are compiled once (Decision 105)."""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields, is_dataclass
+from types import FunctionType, MethodType
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import jax
+import numpy as np
+from jax.core import eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+
+from implicit_core.arrays import PyTree
+
+from .leaves import Arrays, is_differentiable
+
+R = TypeVar("R")
+
+KEPT = 256
+"""How many compiled functions are kept; the ones used last."""
+CODE = (FunctionType, MethodType, functools.partial)
+RULES = 3
+"""How deep derivatives of derivatives of functions with rules of their own are compared."""
+
+
+class Program(Generic[R]):
+    """A function of arrays, traced: ``program(*arguments, closed_over)``.
+
+    It neither runs the user's Python nor refers to arrays, because JAX keeps it with the programs that contain it.
+
+    Attributes
+    ----------
+    jaxpr
+        The program. Its constants are the arrays that the function closes over.
+    result
+        The types of the result, a pytree.
+    shared
+        Whether equal programs are this object, so that what is compiled for it is found again.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, result: PyTree, *, shared: bool) -> None:
+        self.jaxpr, self.result, self.shared = jaxpr, result, shared
+        self._structure = jax.tree.structure(result)
+
+    def __call__(self, *inputs: PyTree) -> R:
+        """The function's result."""
+        result: R = self.compiled(_evaluation)(*inputs)
+        return result
+
+    def evaluate(self, *inputs: PyTree) -> R:
+        """The same, operation by operation."""
+        *arguments, closed_over = inputs
+        values = eval_jaxpr(self.jaxpr, list(closed_over), *jax.tree.leaves(arguments))
+        result: R = jax.tree.unflatten(self._structure, values)
+        return result
+
+    def compiled(self, make: Callable[..., Callable[..., Any]], *settings: Any) -> Callable[..., Any]:
+        """``make(self, *settings)``, which ``jax.jit`` compiles; the same object for equal settings.
+
+        A program that is not shared would be compiled at each call, so there it is the function as it is.
+        """
+        if not self.shared or not all(map(_has_hash, settings)):
+            return make(self, *settings)
+        return _compiled(make, self, *settings)
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether it has side effects: collectives over a named axis, callbacks, prints."""
+        return bool(self.jaxpr.effects)
+
+    @property
+    def has_custom_vjp(self) -> bool:
+        """Whether an operation in it has a ``custom_vjp``, so that JAX can't differentiate it in forward mode."""
+        return _contains_custom_vjp(self.jaxpr)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The named axes that it communicates over."""
+        return tuple(sorted(_communication_axes(self.jaxpr)))
+
+
+def program(jaxpr: Jaxpr, result: PyTree) -> Program[Any]:
+    """The program of a jaxpr: one made before, if it is equal."""
+    try:
+        if jaxpr.effects:
+            raise _NoKeyError
+        key = _Key((jax.tree.structure(result), tuple(jax.tree.leaves(result)), _key(jaxpr, ())))
+    except _NoKeyError:
+        return Program(jaxpr, result, shared=False)
+    return _PROGRAMS.setdefault(key, Program(jaxpr, result, shared=True))
+
+
+def _evaluation(program: Program[R]) -> Callable[..., R]:
+    return program.evaluate
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _compiled(make: Callable[..., Callable[..., Any]], *settings: Hashable) -> Callable[..., Any]:
+    function = make(*settings)
+
+    def call(*inputs: PyTree) -> Any:  # an object of its own: JAX drops what it compiled with it
+        return function(*inputs)
+
+    call.__name__ = call.__qualname__ = make.__name__.strip("_")
+    return jax.jit(call)
+
+
+def _has_hash(setting: object) -> bool:
+    try:
+        hash(setting)
+    except TypeError:
+        return False
+    return True
+
+
+# When two jaxprs are equal. JAX compares them by identity. The key of one holds everything that its result depends on:
+# operations in their order, parameters, types and numbers.
+
+
+class _NoKeyError(Exception):
+    """Nothing tells whether two such programs are equal."""
+
+
+class _Key:
+    """A tuple that is hashed once."""
+
+    __slots__ = ("__weakref__", "_hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        try:
+            self._hash = hash(value)
+        except TypeError:
+            raise _NoKeyError from None
+        self.value = value
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and (self is other or (self._hash == other._hash and self.value == other.value))
+
+
+_PROGRAMS: WeakValueDictionary[_Key, Program[Any]] = WeakValueDictionary()
+_CLOSED: WeakKeyDictionary[ClosedJaxpr, _Key] = WeakKeyDictionary()
+Rules = tuple[Hashable, ...]
+
+
+def _key(jaxpr: Jaxpr, rules: Rules) -> _Key:
+    """The key of a jaxpr. ``rules`` are the functions with a rule of their own whose rule this is a part of."""
+    names: dict[Var, int] = {}
+
+    def named(variables: Sequence[Var]) -> Hashable:
+        for variable in variables:
+            names[variable] = len(names)
+        return tuple(variable.aval for variable in variables)
+
+    def operand(x: Var | Literal) -> Hashable:
+        return names[x] if isinstance(x, Var) else (x.aval, _value(x.val, rules))
+
+    inputs = named(jaxpr.constvars), named(jaxpr.invars)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        operands = tuple(map(operand, eqn.invars))
+        eqns.append((eqn.primitive, _parameters(jaxpr, eqn, rules), operands, named(eqn.outvars), eqn.ctx))
+    return _Key((inputs, tuple(eqns), tuple(map(operand, jaxpr.outvars))))
+
+
+def _parameters(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
+    if eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call")):
+        return _function_with_rule(jaxpr, eqn, rules)
+    return tuple((name, _value(x, rules)) for name, x in eqn.params.items())
+
+
+def _value(x: Any, rules: Rules) -> Hashable:
+    """A parameter, or a constant within an operation."""
+    kind = type(x)
+    if isinstance(x, ClosedJaxpr):
+        return _closed(x, rules)
+    if isinstance(x, Jaxpr):
+        return _key(x, rules)
+    if isinstance(x, (tuple, list)):
+        return (kind, *[_value(item, rules) for item in x])
+    if isinstance(x, dict):
+        return (kind, *[(name, _value(item, rules)) for name, item in x.items()])
+    if isinstance(x, np.ndarray):
+        return (kind, x.shape, x.dtype, x.tobytes())
+    if isinstance(x, (float, complex, np.inexact)):
+        return (kind, repr(x))  # 0.0 equals -0.0, and NaN does not equal itself
+    if isinstance(x, jax.Array):
+        return _Identity(x)
+    if is_dataclass(x) and not isinstance(x, type):
+        return (kind, *[_value(getattr(x, field.name), rules) for field in fields(x) if field.compare])
+    if isinstance(x, CODE) and "<locals>" in getattr(x, "__qualname__", "<locals>"):  # a new object at each call
+        raise _NoKeyError
+    return (kind, x)
+
+
+def _closed(x: ClosedJaxpr, rules: Rules) -> Hashable:
+    key = _CLOSED.get(x)
+    if key is None:
+        key = _Key((_key(x.jaxpr, rules), tuple(_value(const, rules) for const in x.consts)))
+        if not rules:
+            _CLOSED[x] = key
+    return key
+
+
+class _Identity:
+    """An array, which equals itself alone."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.array is other.array
+
+
+def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
+    """A function with a rule: what it computes, and what its derivative does.
+
+    The rule is Python code, so it is traced. A rule that calls its own function, as softmax does, is not followed.
+    """
+    params = dict(eqn.params)
+    call: ClosedJaxpr | None = params.get("call_jaxpr")
+    if call is None or params.get("symbolic_zeros"):
+        raise _NoKeyError
+    value = _Key((eqn.primitive, _key(call.jaxpr, rules), tuple(_value(const, rules) for const in call.consts)))
+    if value in rules:
+        return value
+    if len(rules) == RULES:
+        raise _NoKeyError
+    inputs = [v for v in eqn.invars if isinstance(v, Var)]
+    jaxpr = jaxpr.replace(
+        constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=call.jaxpr.debug_info
+    )
+    return value, _key(_derivative(jaxpr, pulls="custom_vjp" in eqn.primitive.name), (*rules, value))
+
+
+def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> Jaxpr:
+    types, outputs = map(_types, (jaxpr.invars, jaxpr.outvars))
+    moving = [i for i, x in enumerate(types) if is_differentiable(x)]
+
+    def derivative(inputs: Arrays, tangents: Arrays, cotangents: Arrays) -> Any:
+        def function(varied: Arrays) -> Arrays:
+            every = list(inputs)
+            for i, x in zip(moving, varied, strict=True):
+                every[i] = x
+            return list(filter(is_differentiable, eval_jaxpr(jaxpr, [], *every)))
+
+        at = [inputs[i] for i in moving]
+        return jax.vjp(function, at)[1](cotangents) if pulls else jax.jvp(function, (at,), (tangents,))
+
+    cotangents = list(filter(is_differentiable, outputs))
+    made: Jaxpr = jax.make_jaxpr(derivative)(types, [types[i] for i in moving], cotangents).jaxpr
+    return made
+
+
+def _types(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+
+
+def _contains_custom_vjp(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name.startswith("custom_vjp") or any(map(_contains_custom_vjp, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _communication_axes(jaxpr: Jaxpr) -> set[str]:
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        inner = list(jaxprs_in_params(eqn.params))
+        if inner:
+            found = found.union(*map(_communication_axes, inner))
+        elif eqn.primitive.name != "axis_index":  # it reads a position and communicates nothing
+            found |= {str(effect.name) for effect in eqn.effects if hasattr(effect, "name")}
+    return found
