@@ -251,10 +251,9 @@ class Iteration:
             made, point = self._judge(made, best, point, jacobian)
         settled = carry.settled
         if settled is not None:
-            if not isinstance(
-                point.index, int
-            ):  # nobody looks after each step: what moved once stays below its residual
-                settled = space.select(self._moved(point, settled) & ~active, space.full(-1.0), settled)
+            if not isinstance(point.index, int):  # nobody looks after each step, so what has moved is kept apart
+                moved = progress.both(self._moved(point, settled), ~before.active)
+                settled = space.select(moved, space.full(-1.0), settled)
             settled = space.select(active, point.norm, settled)
         if best is not None and solver.retries_nonfinite:  # Decision 20.
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE

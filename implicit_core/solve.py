@@ -6,7 +6,7 @@ from collections.abc import Callable
 from . import checks
 from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
-from .registry import find_backend, not_compiled
+from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
 
@@ -75,12 +75,21 @@ def solve(
     checks.instance("throw", throw, bool, "True")
     checks.instance("trace", trace, bool, "True")
     checks.no_masks("z", z)
-    backend = find_backend(h0)
+    backend, adapter = find_backend(h0), find_adapter(h0)
+    solve_compiled = getattr(adapter, "solve_compiled", None)
     with backend.on_device_of(h0), backend.solving():
-        solution = solver.solve(problem, h0, z, trace=trace)
-        if type(solver).solve is not Solver.solve:
-            solution = _checked(solver, solution, h0)
+        solution = None if solve_compiled is None else solve_compiled(problem, h0, z, solver, trace=trace)
+        if solution is None:
+            solution = solve_as_it_is(problem, h0, z, solver, trace=trace)
         return solution.raise_for_status() if throw else solution
+
+
+def solve_as_it_is(
+    problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver, *, trace: bool = False
+) -> Solution[H]:
+    """:func:`solve` by the solver's own code, whether operations are carried out or traced."""
+    solution = solver.solve(problem, h0, z, trace=trace)
+    return solution if type(solver).solve is Solver.solve else _checked(solver, solution, h0)
 
 
 def as_solver(solver: object, name: str = "solver") -> FixedPointSolver:

@@ -132,7 +132,9 @@ def test_n_steps_evaluate_f_n_times(solver: ic.Solver, steps: int, library: Libr
     for problem in (case.problem(library), case.linearized(library)):
         case.counts.clear()
         solution = ic.solve(problem, library.array(case.h0), library.array(case.z), solver=exhausted)
-        assert case.counts["f"] == steps == int(solution.stats.evaluations)
+        # JAX traces F once, and test_jax_costs.py counts what its program does.
+        assert case.counts["f"] == (1 if library is JAX else steps)
+        assert steps == int(solution.stats.evaluations)
         assert np.all(library.numpy(solution.stats.steps) == steps)
 
 

@@ -3,6 +3,7 @@
 from implicit_core.fixed_point import fixed_point
 
 from .layer import layer as layer  # Decision 12
+from .layer import solve_compiled as solve_compiled
 from .problem import problem
 
 __all__ = ["fixed_point", "problem"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from implicit_core.arrays import H
+from implicit_core.arrays import H, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
@@ -14,12 +14,12 @@ from implicit_core.space import Space
 
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Units
-from .programs import Program
+from .maps import EagerMap, TracedMap
+from .programs import Program, compiled
 from .rule_primitive import with_rule
-from .traced_map import TracedMap
 
 
-def with_derivative(h: H, inputs: Arrays, f: TracedMap[H], gradient: AtFixedPoint) -> H:
+def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], gradient: AtFixedPoint) -> H:
     """``h``, differentiated by ``gradient`` as the fixed point h = F(h, inputs).
 
     Its tangent is D (∂F/∂z) dz. If D consists of operations, they are linear in the tangent and JAX transposes them. If
@@ -36,17 +36,16 @@ def with_derivative(h: H, inputs: Arrays, f: TracedMap[H], gradient: AtFixedPoin
     gradient
         The estimator.
     """
-    axes = f.program.axes
 
     def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
         # F is linearized at h, which has this rule too, so the second derivative uses the first one. Decision 47.
         at = f.linearized(h, inputs, indices)
-        jacobian, residuals = at.jacobian()
+        jacobian, residuals = at.of_h()
         b = at.push_z(tangents)
-        inverse = Inverse(gradient, f.batch_ndim, f.units, axes)
+        inverse = Inverse(gradient, f.batch_ndim, f.units, f.axes)
         if gradient.derivative is Derivative.OF_OPERATIONS:
             return inverse.by_operations(jacobian, residuals, b)
-        w: H = jacobian.compiled(_solution, inverse)(b, residuals)
+        w: H = compiled(_solution, jacobian, inverse)(b, residuals)
         return w
 
     return with_rule(h, inputs, rule)
@@ -95,10 +94,10 @@ class Inverse:
             # The core's own test depends on the tangents in a way that JAX cannot transpose.
             inverse = replace(self, gradient=replace(gradient, on_growth="ignore"))
         if not watches:
-            w: H = jacobian.compiled(_operations, inverse)(v, residuals)
+            w: H = compiled(_operations, jacobian, inverse)(v, residuals)
             return w
         start, reference = fork(v, growth)
-        total, last = jacobian.compiled(_series, inverse)(start, v, residuals)
+        total, last = compiled(_series, jacobian, inverse)(start, v, residuals)
         checked: H = compare(total, last, reference, growth)
         return checked
 

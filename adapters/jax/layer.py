@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ from jax.core import ShapedArray
 from implicit_core import checks
 from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
-from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, OneStep, Unroll
 from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
-from implicit_core.problem import Problem
+from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution, Status
-from implicit_core.solve import solve
+from implicit_core.solve import solve_as_it_is
 from implicit_core.solvers import FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
 
@@ -24,10 +25,16 @@ from .closure import hoist, is_traced
 from .derivative import with_derivative
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, T, Units, is_array, partition
+from .maps import EagerMap, TracedMap
 from .problem import JAXProblem
 from .problem import problem as problem_of
-from .programs import Program
-from .traced_map import TracedMap
+from .programs import compiled
+
+UNTRACEABLE = (
+    "JAX cannot trace f, which uses NumPy or asks for the number in an array. If it has to, "
+    "implicit_core.adapters.jax.problem(f, jit=False) is a problem whose f is never traced, outside of jax.jit alone"
+)
+AnyMap = TracedMap[H] | EagerMap[H, Any]
 
 
 def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -55,8 +62,29 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
     if problem.has_derivatives and not isinstance(problem, JAXProblem):
         return _layer_of_callbacks(problem, h0, z, options)
-    h0, f, inputs, static = _trace(problem, h0, z)
+    try:
+        h0, f, inputs, static = _map(problem, h0, z)
+    except jax.errors.JAXTypeError as error:
+        error.add_note(UNTRACEABLE)
+        raise
     return _with_value(f, _solve(f, h0, inputs, static, options), inputs, options)
+
+
+def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver, *, trace: bool) -> Solution[H] | None:
+    """A solve outside of ``jax.jit`` as a compiled program; None where it is none.
+
+    Where JAX is tracing, the solve becomes a part of what is traced. An F that JAX can't trace, and a solver that may
+    run code of the user's, are run as they are.
+    """
+    user_code = getattr(solver, "runs_user_code", True) or not all(map(is_array, jax.tree.leaves(h0)))
+    callbacks = problem.has_derivatives and not isinstance(problem, JAXProblem)
+    if user_code or is_traced((h0, z)) or (callbacks and getattr(solver, "uses_jacobian", True)):
+        return None
+    try:
+        h0, f, inputs, static = _map(problem, h0, z)
+    except jax.errors.JAXTypeError:  # it reads a number of an array, or converts it to one of NumPy
+        return None
+    return _solve(f, h0, inputs, static, LayerOptions(solver, OneStep(), trace=trace)) if f.shared else None
 
 
 def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -68,12 +96,14 @@ def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptio
         return value_from_callbacks(problem, options, solution, z, f.closed_over)
 
 
-def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H], Arrays, Static[Z]]:
+def _map(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:
     """``h0``, F, its inputs, and z without its arrays. F is traced again if h0 has another type than F(h0).
 
     If h0 is on all devices, it is sharded as F(h0) is. If it is a Python number, it gets the dtype of F(h0).
     """
     arrays, static = partition(z, is_array)
+    if isinstance(problem, JAXProblem) and not problem.traced:
+        return h0, EagerMap(problem.f, static, problem.batch_ndim, Units(problem.scale)), arrays, static
 
     def f(h: H, arrays: Arrays) -> H:
         value: H = checks.structured(BACKEND, problem.f(h, static.combine(arrays)), h)
@@ -91,25 +121,31 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H], Arrays
     return h0, traced, [*arrays, *hoisted.closed_over], static
 
 
-def _solve(f: TracedMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
+def _problem(f: AnyMap[H], mapped: Map[H, Any] | None = None, batch_ndim: int | None = None) -> Problem[H, Any]:
+    """F, or F mapped over an axis of the batch, as a problem in its inputs."""
+    batch_ndim = f.batch_ndim if batch_ndim is None else batch_ndim
+    return problem_of(mapped or f, batch_ndim=batch_ndim, scale=f.units.scale, jit=f.traced)
+
+
+def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
     h0, inputs = _constants((h0, inputs))
     solver = starting_solver(options)
     if getattr(solver, "runs_user_code", True):
         return _by_user_code(f, h0, inputs, static, solver, trace=options.trace)
     settings = solver, options.trace
-    if f.program.has_effects:
+    if f.has_effects:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
-        return _solving(f.program, f, *settings)(h0, inputs)
+        return _solving(f, *settings)(h0, inputs)
     solution: Solution[H]
     if is_traced((h0, inputs)):
-        solution = f.program.compiled(_mapped_solving, f, *settings)(h0, inputs)
+        solution = compiled(_mapped_solving, f, *settings)(h0, inputs)
         return solution
-    if not f.program.shared:
-        return _solving(f.program, f, *settings)(h0, inputs)
-    solution, looks = f.program.compiled(_watched_solving, f, *settings)(h0, inputs)
+    if not f.shared:
+        return _solving(f, *settings)(h0, inputs)
+    solution, looks = compiled(_watched_solving, f, *settings)(h0, inputs)
     if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on
-        return _solving(f.program, f, *settings)(h0, inputs)
+        return _solving(f, *settings)(h0, inputs)
     evaluations = int(solution.stats.evaluations)
     return solution._replace(stats=solution.stats._replace(evaluations=evaluations))
 
@@ -117,33 +153,29 @@ def _solve(f: TracedMap[H], h0: H, inputs: Arrays, static: Static[Z], options: L
 # The solves of a program, as functions of h0 and the inputs: what they depend on is the settings alone.
 
 
-def _solving(
-    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
-) -> Callable[[H, Arrays], Solution[H]]:
+def _solving(f: AnyMap[H], solver: FixedPointSolver, trace: bool) -> Callable[[H, Arrays], Solution[H]]:
     def solving(h0: H, inputs: Arrays) -> Solution[H]:
-        with coupled_axes(program.axes):
-            return solve(f.problem(f, f.batch_ndim), h0, inputs, solver=solver, trace=trace)
+        with coupled_axes(f.axes):
+            return solve_as_it_is(_problem(f), h0, inputs, solver, trace=trace)
 
     return solving
 
 
-def _mapped_solving(
-    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
-) -> Callable[[H, Arrays], Solution[H]]:
+def _mapped_solving(f: AnyMap[H], solver: FixedPointSolver, trace: bool) -> Callable[[H, Arrays], Solution[H]]:
     """A solve where an axis of ``vmap`` becomes a batch axis."""
 
     def solving(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
         with coupled_axes(()):  # a layer around this one may communicate
-            return solve(f.problem(mapped, batch_ndim), h0, inputs, solver=solver, trace=trace)
+            return solve_as_it_is(_problem(f, mapped, batch_ndim), h0, inputs, solver, trace=trace)
 
     return lambda h0, inputs: with_vmap_as_batch(solving, f, h0, inputs, f.batch_ndim)
 
 
 def _watched_solving(
-    program: Program[H], f: TracedMap[H], solver: FixedPointSolver, trace: bool
+    f: AnyMap[H], solver: FixedPointSolver, trace: bool
 ) -> Callable[[H, Arrays], tuple[Solution[H], jax.Array]]:
     """A solve, and whether there was something that its caller has to look into."""
-    solving = _solving(program, f, solver, trace)
+    solving = _solving(f, solver, trace)
 
     def watched(h0: H, inputs: Arrays) -> tuple[Solution[H], jax.Array]:
         with BACKEND.noticing() as noticed:
@@ -158,18 +190,16 @@ def _watched_solving(
 
 
 def _by_user_code(
-    f: TracedMap[H], h0: H, inputs: Arrays, static: Static[Z], solver: FixedPointSolver, *, trace: bool
+    f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], solver: FixedPointSolver, *, trace: bool
 ) -> Solution[H]:
     """A solve by a solver that may do anything: call F with another z, or close over arrays."""
     size = len(static.indices)
 
     def solving(h0: H, inputs: Arrays) -> Solution[H]:
         closed_over = inputs[size:]
-        with coupled_axes(f.program.axes):
-            in_z: Problem[H, Z] = problem_of(
-                lambda h, z: f(h, [*static.select(z), *closed_over]), batch_ndim=f.batch_ndim, scale=f.units.scale
-            )
-            return solve(in_z, h0, static.combine(inputs[:size]), solver=solver, trace=trace)
+        with coupled_axes(f.axes):
+            in_z: Problem[H, Z] = _problem(f, lambda h, z: f(h, [*static.select(z), *closed_over]))
+            return solve_as_it_is(in_z, h0, static.combine(inputs[:size]), solver, trace=trace)
 
     if not is_traced((h0, inputs)):
         return solving(h0, inputs)
@@ -178,61 +208,57 @@ def _by_user_code(
     return _constants(hoisted.program(h0, inputs, _constants(hoisted.closed_over)))
 
 
-def _with_value(f: TracedMap[H], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
+def _with_value(f: AnyMap[H], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
     """The solution with the estimator's value from the solver's point, differentiable, and what is told of it."""
     gradient, h = options.gradient, solution.value
     if isinstance(gradient, (Unroll, BPTT)) and type(gradient) in (Unroll, BPTT):  # a derived class may override `vjp`
         return _unrolled(f, solution, inputs, gradient, options)
-    has_both_modes = not f.program.has_custom_vjp
+    has_both_modes = not f.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
         value = with_derivative(h, inputs, f, gradient)
         # Under `jit` this is a check for `checkify`. Decision 53.
         return announced(solution, options)._replace(value=value)
-    with coupled_axes(f.program.axes):
-        return value_from_callbacks(f.problem(f, f.batch_ndim), options, solution, inputs, ())
+    with coupled_axes(f.axes):
+        return value_from_callbacks(_problem(f), options, solution, inputs, ())
 
 
 def _unrolled(
-    f: TracedMap[H], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
+    f: AnyMap[H], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
 ) -> Solution[H]:
     """The k steps from the solver's point, which JAX differentiates."""
     settings, h = LayerOptions(options.solver, gradient), solution.value
     growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
-    if growth.watches(f.program.axes):
+    if growth.watches(f.axes):
         # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
         first = replace(settings, gradient=replace(gradient, k=1))
-        h, reference = fork(f.program.compiled(_stepping, f, first)(h, inputs)[0], growth, primal=True)
+        h, reference = fork(compiled(_stepping, f, first)(h, inputs)[0], growth, primal=True)
         settings = replace(settings, gradient=Unroll(gradient.k - 1, gradient.lam))
-        h_k, norms = f.program.compiled(_stepping, f, settings)(h, inputs)
+        h_k, norms = compiled(_stepping, f, settings)(h, inputs)
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
-        h_k, norms = f.program.compiled(_stepping, f, settings)(h, inputs)
-    told = f.program.compiled(_telling, f, replace(settings, gradient=gradient))
+        h_k, norms = compiled(_stepping, f, settings)(h, inputs)
+    told = compiled(_telling, f, replace(settings, gradient=gradient))
     evaluations = solution.stats.evaluations
     solution = told(solution, norms)
     stats = solution.stats._replace(evaluations=evaluations)
     return announced(solution._replace(value=h_k, stats=stats), options)
 
 
-def _stepping(
-    program: Program[H], f: TracedMap[H], options: LayerOptions
-) -> Callable[[H, Arrays], tuple[H, tuple[Numbers, ...]]]:
+def _stepping(f: AnyMap[H], options: LayerOptions) -> Callable[[H, Arrays], tuple[H, tuple[Numbers, ...]]]:
     """The steps of an estimator, and the norms where F was evaluated last."""
     gradient = options.gradient
     step = jax.checkpoint(f) if isinstance(gradient, Unroll) and gradient.recompute else f
 
     def stepping(h: H, inputs: Arrays) -> tuple[H, tuple[Numbers, ...]]:
-        watched = Watched(f.problem(step, f.batch_ndim))
+        watched = Watched(_problem(f, step))
         h_k: H = gradient.value(watched.problem, h, inputs)
         return h_k, watched.norms()
 
     return stepping
 
 
-def _telling(
-    program: Program[H], f: TracedMap[H], options: LayerOptions
-) -> Callable[[Solution[H], tuple[Numbers, ...]], Solution[H]]:
-    steps = f.problem(f, f.batch_ndim)
+def _telling(f: AnyMap[H], options: LayerOptions) -> Callable[[Solution[H], tuple[Numbers, ...]], Solution[H]]:
+    steps = _problem(f)
     return lambda solution, norms: of_value(solution, options, steps, norms)
 
 

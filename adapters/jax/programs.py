@@ -46,7 +46,7 @@ class Program(Generic[R]):
 
     def __call__(self, *inputs: PyTree) -> R:
         """The function's result."""
-        result: R = self.compiled(_evaluation)(*inputs)
+        result: R = compiled(_evaluation, self)(*inputs)
         return result
 
     def evaluate(self, *inputs: PyTree) -> R:
@@ -55,15 +55,6 @@ class Program(Generic[R]):
         values = eval_jaxpr(self.jaxpr, list(closed_over), *jax.tree.leaves(arguments))
         result: R = jax.tree.unflatten(self._structure, values)
         return result
-
-    def compiled(self, make: Callable[..., Callable[..., Any]], *settings: Any) -> Callable[..., Any]:
-        """``make(self, *settings)``, which ``jax.jit`` compiles; the same object for equal settings.
-
-        A program that is not shared would be compiled at each call, so there it is the function as it is.
-        """
-        if not self.shared or not all(map(_has_hash, settings)):
-            return make(self, *settings)
-        return _compiled(make, self, *settings)
 
     @property
     def has_effects(self) -> bool:
@@ -94,6 +85,17 @@ def program(jaxpr: Jaxpr, result: PyTree) -> Program[Any]:
 
 def _evaluation(program: Program[R]) -> Callable[..., R]:
     return program.evaluate
+
+
+def compiled(make: Callable[..., Callable[..., Any]], *settings: Any) -> Callable[..., Any]:
+    """``make(*settings)``, which ``jax.jit`` compiles; the same object for equal settings.
+
+    Programs that are not shared, and settings that have no hash, would be compiled at each call. There it is the
+    function as it is.
+    """
+    if all(getattr(setting, "shared", True) and _has_hash(setting) for setting in settings):
+        return _compiled(make, *settings)
+    return make(*settings)
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -243,7 +245,7 @@ def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
 
 
 def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> Jaxpr:
-    types, outputs = map(_types, (jaxpr.invars, jaxpr.outvars))
+    types, outputs = _types(jaxpr.invars), _types(jaxpr.outvars)
     moving = [i for i, x in enumerate(types) if is_differentiable(x)]
 
     def derivative(inputs: Arrays, tangents: Arrays, cotangents: Arrays) -> Any:
