@@ -247,7 +247,10 @@ def _unrolled(
 def _stepping(f: AnyMap[H], options: LayerOptions) -> Callable[[H, Arrays], tuple[H, tuple[Numbers, ...]]]:
     """The steps of an estimator, and the norms where F was evaluated last."""
     gradient = options.gradient
-    step = jax.checkpoint(f) if isinstance(gradient, Unroll) and gradient.recompute else f
+    recompute = isinstance(gradient, Unroll) and gradient.recompute
+    if recompute and not f.traced:
+        raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
+    step = jax.checkpoint(f) if recompute else f
 
     def stepping(h: H, inputs: Arrays) -> tuple[H, tuple[Numbers, ...]]:
         watched = Watched(_problem(f, step))

@@ -1,0 +1,383 @@
+"""Without ``jit``: what is compiled is kept by what it computes, so that a second call compiles nothing."""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas
+
+import implicit_core as ic
+from implicit_core.adapters import jax as icj
+from implicit_core.adapters.jax import programs
+from implicit_core.adapters.jax.closure import hoist
+
+W = 0.4 * np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+X = np.random.default_rng(1).normal(size=(4, 3))
+SOLVERS = [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden(), ic.NewtonKrylov()]
+GRADIENTS = [
+    ic.Unroll(20, 1.0),
+    ic.Unroll(20, 1.0, recompute=True),
+    ic.Neumann(40, 1.0),
+    ic.NeumannSeries(1.0, 1e-9),
+    ic.OneStep(),
+    ic.Implicit(),
+    ic.Implicit(ic.BiCGSTAB()),
+    ic.BPTT(40),
+]
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """Grows by the seconds of each compilation."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def exact(w: Any, x: Any) -> tuple[Any, Any]:
+    """The fixed point of tanh(h wᵀ + x) by a long loop, and the gradient of its sum by dense linear algebra."""
+    h = np.zeros_like(x)
+    for _ in range(200):
+        h = np.tanh(h @ w.T + x)
+    slopes, gradient = 1 - h**2, np.zeros_like(w)
+    for row, slope in zip(h, slopes, strict=True):
+        u = np.linalg.solve((np.eye(3) - slope[:, None] * w).T, np.ones(3))
+        gradient += np.outer(u * slope, row)
+    return h, gradient
+
+
+def cell(w: Any) -> Callable[[Any, Any], Any]:
+    return lambda h, x: jnp.tanh(h @ w.T + x)
+
+
+def loss(w: Any, x: Any, solver: ic.Solver, gradient: ic.Estimator) -> Any:
+    """A closure that is made anew at each call."""
+    return ic.fixed_point(cell(w), jnp.zeros_like(x), x, solver=solver, gradient=gradient, batch_ndim=1).value.sum()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_a_second_gradient_compiles_nothing(
+    solver: ic.Solver, gradient: ic.Estimator, compilations: list[float]
+) -> None:
+    with jax.enable_x64(True):
+        for transform in (jax.grad, jax.value_and_grad):  # one compiles, the other finds
+            w, x = (jnp.asarray(a + 0.01 * len(compilations)) for a in (W, X))
+            compilations.clear()
+            result = transform(loss)(w, x, solver, gradient)
+        assert compilations == []
+        value, bar = exact(np.asarray(w), np.asarray(x))
+        np.testing.assert_allclose(result[0], value.sum(), rtol=1e-4)
+        if not isinstance(gradient, ic.OneStep):
+            np.testing.assert_allclose(result[1], bar, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev, jax.hessian, lambda f: jax.vmap(jax.grad(f))])
+@pytest.mark.parametrize("gradient", [ic.Neumann(9, 1.0), ic.Unroll(9, 1.0), ic.Implicit()], ids=repr)
+def test_other_transformations_compile_nothing_again(
+    transform: Any, gradient: ic.Estimator, compilations: list[float]
+) -> None:
+    results = []
+    for _ in range(3):
+        w = jnp.asarray(W)
+
+        def one(x: Any, w: Any = w) -> Any:
+            return ic.fixed_point(cell(w), jnp.zeros(3), x, gradient=gradient).value.sum()
+
+        mapped = transform(one)
+        compilations.clear()
+        results.append(
+            mapped(jnp.asarray(X) if mapped.__name__ == "vmap" or transform not in PLAIN else jnp.asarray(X[0]))
+        )
+    assert compilations == []
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+PLAIN = (jax.jacfwd, jax.jacrev, jax.hessian)
+
+
+def kernel(scale: float) -> Callable[[Any], Any]:
+    def write(a: Any, out: Any) -> None:
+        out[...] = scale * a[...]
+
+    return lambda a: pallas.pallas_call(write, out_shape=jax.ShapeDtypeStruct(a.shape, a.dtype), interpret=True)(a)
+
+
+def with_jvp(scale: float) -> Callable[[Any], Any]:
+    """The value has no number of the closure, but the rule has."""
+
+    @jax.custom_jvp
+    def f(x: Any) -> Any:
+        return jnp.sin(x)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), scale * tangents[0]))
+    return f
+
+
+def with_vjp(scale: float) -> Callable[[Any], Any]:
+    @jax.custom_vjp
+    def f(x: Any) -> Any:
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (f(x), None), lambda _, v: (scale * v,))
+    return f
+
+
+def own_derivative(scale: float) -> Callable[[Any], Any]:
+    """A rule that calls its own function."""
+
+    @jax.custom_jvp
+    def f(x: Any) -> Any:
+        return jnp.exp(x)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), scale * f(*primals) * tangents[0]))
+    return f
+
+
+def under_second_rule(scale: float) -> Callable[[Any], Any]:
+    """Value and derivative have no number of the closure, but the derivative's derivative has."""
+
+    @jax.custom_jvp
+    def derivative(x: Any) -> Any:
+        return jnp.cos(x)
+
+    derivative.defjvp(lambda primals, tangents: (derivative(*primals), scale * tangents[0]))
+
+    @jax.custom_jvp
+    def f(x: Any) -> Any:
+        return jnp.sin(x)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), derivative(*primals) * tangents[0]))
+    return f
+
+
+MAKERS: dict[str, Callable[[float], Callable[[Any], Any]]] = {
+    "a number": lambda scale: lambda x: scale * x,
+    "an exponent": lambda scale: lambda x: x**scale,
+    "jit": lambda scale: jax.jit(lambda x: scale * x),
+    "cond": lambda scale: lambda x: jax.lax.cond(x[0] > 0, lambda x: scale * x, lambda x: -x, x),
+    "scan": lambda scale: lambda x: jax.lax.scan(lambda c, _: (scale * c, None), x, length=3)[0],
+    "while": lambda scale: lambda x: jax.lax.while_loop(lambda c: c[0] < scale, lambda c: 2.0 * c, x),
+    "a kernel": kernel,
+    "a rule": with_jvp,
+    "a rule for pullbacks": with_vjp,
+    "a rule in its own terms": own_derivative,
+    "a rule in a rule": under_second_rule,
+    "relu": lambda scale: lambda x: scale * jax.nn.relu(x),
+    "softmax": lambda scale: lambda x: jax.nn.softmax(scale * x),
+    "checkpoint": lambda scale: jax.checkpoint(lambda x: scale * x),
+    "a constant in an operation": lambda scale: lambda x: x + jnp.asarray([scale, 0.0, 1.0]),
+    "an index": lambda scale: lambda x: jnp.roll(x, int(scale)),
+    "a sort": lambda scale: lambda x: scale * jnp.sort(x),
+    "a solve": lambda scale: lambda x: jnp.linalg.solve(scale * jnp.eye(3), x),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_programs_are_one_if_and_only_if_they_compute_the_same(name: str) -> None:
+    x = jnp.ones(3)
+    one, same, other = (hoist(MAKERS[name](scale), x) for scale in (2.0, 2.0, 4.0))
+    assert one.program.shared
+    assert one.program is same.program
+    if name == "a constant in an operation":  # the numbers of an array are an argument
+        assert other.program is one.program
+        assert not np.array_equal(other.closed_over[0], one.closed_over[0])
+    else:
+        assert other.program is not one.program
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(0.0, -0.0), (1.0, np.nextafter(1.0, 2.0)), (float("inf"), -float("inf")), (2, 2.0), (True, 1)],
+    ids=repr,
+)
+def test_numbers_within_a_program_are_told_apart(one: Any, other: Any) -> None:
+    with jax.enable_x64(True):
+        x = jnp.ones(3)
+        programs_of = [hoist(lambda x, c=c: jax.lax.full_like(x, c), x).program for c in (one, other, one)]
+        assert programs_of[0] is programs_of[2]
+        if float(one) != float(other) or str(one) == "0.0":
+            assert programs_of[0] is not programs_of[1]
+        nan = [hoist(lambda x: x * float("nan"), x).program for _ in range(2)]
+        assert nan[0] is nan[1]
+
+
+def test_a_number_that_f_closes_over_may_change_between_calls(compilations: list[float]) -> None:
+    """The code of f is one object throughout."""
+    settings = {"slope": 0.5}
+
+    def f(h: Any, z: Any) -> Any:
+        return settings["slope"] * h + z
+
+    def total(z: Any) -> Any:
+        return ic.fixed_point(f, jnp.zeros(2), z, gradient=ic.Implicit()).value.sum()
+
+    problem = icj.problem(f)
+    for slope in (0.5, 0.25, 0.5):
+        settings["slope"] = slope
+        compilations.clear()
+        np.testing.assert_allclose(jax.grad(total)(jnp.ones(2)), 1 / (1 - slope), rtol=1e-5)
+        np.testing.assert_allclose(total(jnp.ones(2)), 2 / (1 - slope), rtol=1e-4)
+        np.testing.assert_allclose(ic.solve(f, jnp.zeros(2), jnp.ones(2)).value, 1 / (1 - slope), rtol=1e-4)
+        _, pullback = ic.Neumann(60, 1.0).vjp(problem, jnp.full(2, 1 / (1 - slope)), jnp.ones(2))
+        np.testing.assert_allclose(pullback(jnp.ones(2)), 1 / (1 - slope), rtol=1e-5)
+    assert compilations == []
+
+
+def test_the_settings_of_jax_are_a_part_of_a_program() -> None:
+    def total(z: Any) -> Any:
+        return ic.fixed_point(lambda h, z: 0.5 * h + z, jnp.zeros(2), z, gradient=ic.Implicit()).value
+
+    for wide in (False, True, False):
+        with jax.enable_x64(wide):
+            assert total(jnp.ones(2)).dtype == (jnp.float64 if wide else jnp.float32)
+
+
+def test_units_are_compared_by_their_numbers(compilations: list[float]) -> None:
+    def value(scale: Any) -> Any:
+        solution = ic.fixed_point(
+            lambda h, z: jnp.asarray([0.5, 0.9]) * h + z, jnp.zeros(2), jnp.asarray([1.0, 1e-6]), scale=scale
+        )
+        return float(solution.stats.residual)
+
+    first, other = value(jnp.asarray([1.0, 1e-6])), value(jnp.asarray([1.0, 1e3]))
+    assert first != other
+    compilations.clear()
+    assert value(jnp.asarray([1.0, 1e-6])) == first
+    assert compilations == []
+
+
+def test_equal_layers_of_a_model_share_their_program() -> None:
+    def model(layers: int) -> int:
+        def total(ws: Any, x: Any) -> Any:
+            for w in ws:
+                x = ic.fixed_point(cell(w), jnp.zeros_like(x), x, gradient=ic.Implicit(), batch_ndim=1).value
+            return x.sum()
+
+        ws = [jnp.asarray(W, jnp.float32)] * layers
+        return len(jax.jit(jax.grad(total)).lower(ws, jnp.asarray(X, jnp.float32)).as_text())
+
+    one, six = model(1), model(6)
+    assert six < 2.5 * one
+
+
+def test_how_many_programs_are_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = programs._compiled
+    for i in range(programs.KEPT // 16):
+        ic.fixed_point(lambda h, z, i=i: (0.1 + 0.001 * i) * h + z, jnp.zeros(2), jnp.ones(2), gradient=ic.OneStep())
+    gc.collect()
+    assert made.cache_info().currsize <= programs.KEPT == made.cache_info().maxsize
+    before = len(programs._PROGRAMS)
+    made.cache_clear()
+    gc.collect()
+    assert len(programs._PROGRAMS) < before, "a program lives as long as what is compiled for it"
+
+
+def test_what_a_compiled_solve_notices_is_looked_into() -> None:
+    """Coupled samples raise, failures warn and throw, and small units are taken, as in a Python loop."""
+    mixing = jnp.asarray([[0.1], [1.0]])
+    z = jnp.asarray([[0.0], [1.0]])
+
+    def coupled(h: Any, z: Any) -> Any:
+        return 0.9 * h.mean() * mixing + z
+
+    for solve in (ic.solve, ic.fixed_point):
+        with pytest.raises(ic.CoupledSamplesError):
+            solve(coupled, jnp.zeros((2, 1)), z, batch_ndim=1, solver=ic.Broyden())
+        free = solve(coupled, jnp.zeros((2, 1)), z, batch_ndim=1, solver=ic.Broyden(check=False))
+        assert free.value.shape == (2, 1)
+        with pytest.raises(ic.SolveError, match="MAX_STEPS"):
+            solve(lambda h, z: h + z, jnp.zeros(2), jnp.ones(2), solver=ic.Anderson(max_steps=3), throw=True)
+        small = solve(lambda h, z: 0.5 * h + z, jnp.zeros(2), jnp.full(2, 1e-30), solver=ic.Anderson(atol=0.0))
+        assert small.converged
+        np.testing.assert_allclose(small.value / 1e-30, 2.0, rtol=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ic.fixed_point(lambda h, z: h + z, jnp.zeros(2), jnp.ones(2), solver=ic.Anderson(max_steps=3))
+    assert [each.category for each in caught] == [ic.ConvergenceWarning]
+
+
+def host(h: Any) -> Any:
+    RUNS.append(h.shape)
+    return np.asarray(h)
+
+
+RUNS: list[Any] = []
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:3], ids=lambda s: type(s).__name__)
+def test_a_compiled_solve_evaluates_f_as_often_as_it_says(solver: ic.Solver, compilations: list[float]) -> None:
+    def f(h: Any, z: Any) -> Any:
+        return jnp.tanh(jax.pure_callback(host, jax.ShapeDtypeStruct(h.shape, h.dtype), 0.5 * h)) + z
+
+    for solve in (ic.solve, lambda *a, **k: ic.fixed_point(*a, gradient=ic.OneStep(), **k)):
+        solve(f, jnp.zeros(3), jnp.ones(3), solver=solver)
+        RUNS.clear()
+        compilations.clear()
+        solution = solve(f, jnp.zeros(3), jnp.ones(3), solver=solver)
+        assert compilations == []
+        assert len(RUNS) == solution.stats.evaluations
+        assert isinstance(solution.stats.evaluations, int)
+
+
+def reads(h: Any, z: Any) -> Any:
+    """A slope that depends on a number, which JAX cannot trace."""
+    return (0.5 if float(jax.lax.stop_gradient(h).sum()) < 100.0 else 0.25) * h + z
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+def test_an_f_that_is_never_traced(gradient: ic.Estimator) -> None:
+    problem = icj.problem(reads, jit=False)
+    if isinstance(gradient, ic.Unroll) and gradient.recompute:
+        with pytest.raises(NotImplementedError, match="recompute=False"):
+            ic.fixed_point(problem, jnp.zeros(2), jnp.ones(2), gradient=gradient)
+        return
+
+    def total(z: Any) -> Any:
+        return ic.fixed_point(problem, jnp.zeros(2), z, gradient=gradient).value.sum()
+
+    derivative = 1.0 if isinstance(gradient, ic.OneStep) else 2.0
+    np.testing.assert_allclose(total(jnp.ones(2)), 4.0, rtol=1e-4)
+    np.testing.assert_allclose(jax.grad(total)(jnp.ones(2)), derivative, rtol=1e-4)
+    np.testing.assert_allclose(jax.jvp(total, (jnp.ones(2),), (jnp.ones(2),))[1], 2 * derivative, rtol=1e-4)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as told:
+        ic.fixed_point(reads, jnp.zeros(2), jnp.ones(2), gradient=gradient)
+    assert "jit=False" in "".join(told.value.__notes__)
+
+
+def test_an_f_of_numpy_is_solved_as_it_is() -> None:
+    def f(h: Any, z: Any) -> Any:
+        return np.tanh(0.5 * np.asarray(h)) + np.asarray(z)
+
+    x = np.zeros(2)
+    for _ in range(60):
+        x = np.tanh(0.5 * x) + 1
+    problem = icj.problem(f, jit=False)
+    for solver in SOLVERS[:3]:
+        np.testing.assert_allclose(
+            ic.fixed_point(problem, jnp.zeros(2), jnp.ones(2), solver=solver, gradient=ic.OneStep()).value, x, rtol=1e-4
+        )
+        np.testing.assert_allclose(ic.solve(problem, jnp.zeros(2), jnp.ones(2), solver=solver).value, x, rtol=1e-4)
+        as_array = ic.solve(lambda h, z: jnp.asarray(f(h, z)), jnp.zeros(2), jnp.ones(2), solver=solver)
+        np.testing.assert_allclose(as_array.value, x, rtol=1e-4)
+
+
+def test_arrays_that_an_f_which_is_never_traced_closes_over_are_refused_derivatives() -> None:
+    def total(w: Any) -> Any:
+        problem = icj.problem(lambda h, z: w * h + 1.0, jit=False)
+        return ic.fixed_point(problem, jnp.zeros(2), None, gradient=ic.Implicit()).value.sum()
+
+    assert total(jnp.asarray(0.5)) == pytest.approx(4.0, rel=1e-4)
+    with pytest.raises(ValueError, match="pass them in z"):
+        jax.grad(total)(jnp.asarray(0.5))
