@@ -92,8 +92,7 @@ class EagerMap(Generic[H, Z]):
 
     def __call__(self, h: H, inputs: Arrays) -> H:
         """F(h, z)."""
-        value = checks.structured(BACKEND, self.f(h, self.static.combine(inputs)), h)
-        result: H = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, value)
+        result: H = checks.structured(BACKEND, self.f(h, self.static.combine(inputs)), h)
         if _holds_tracers(result) and not _holds_tracers((h, inputs)):
             raise ValueError(CLOSED_OVER)
         return result

@@ -1,8 +1,10 @@
 """F's derivatives from JAX, as the callbacks of a Problem."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
@@ -53,9 +55,22 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None, jit: boo
     """
     checks.function("f", f)
     checks.instance("jit", jit, bool, "True")
+    if not jit:
+        f = _with_arrays_of_jax(f)
     made = JAXProblem(f, linearize=lambda h, z: linearize(f, h, z, jit=jit), batch_ndim=batch_ndim, scale=scale)
     made.traced = jit
     return made
+
+
+def _with_arrays_of_jax(f: Map[H, Z]) -> Map[H, Z]:
+    """``f``, which may return arrays of NumPy."""
+
+    @functools.wraps(f)
+    def converted(h: H, z: Z) -> H:
+        result: H = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "__array__") else x, f(h, z))
+        return result
+
+    return converted
 
 
 def linearize(f: Map[H, Z], h: H, z: Z, *, jit: bool = True) -> Linearization[H, Z]:
