@@ -123,7 +123,7 @@ class JAXSpace(Space):
         # Gauss-Jordan elimination of the transposed system, for all samples at once: LAPACK takes one small matrix
         # after the other, and three times as long for Anderson's matrices. Decision 54.
         table = jnp.concatenate([matrix, numbers_sharded(row, jax.typeof(matrix))], axis=1)
-        columns = jnp.arange(matrix.shape[-1])
+        columns = jnp.arange(matrix.shape[-1])[None, None, :]
 
         def eliminate(j: Any, table: jax.Array) -> jax.Array:
             row = jax.lax.dynamic_slice_in_dim(table, j, 1, axis=1)

@@ -72,7 +72,7 @@ class Broyden(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
-        here = space.eye(m)
+        here = space.eye(m)[:, None, None, :]  # rows (1, 1, m)
         constants = space.table(here), space.table(1 - here), space.scalar(1.0)
         return Memory(space.history(m), space.row(space.zeros()), space.matrices(m, m), *constants)
 

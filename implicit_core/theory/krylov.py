@@ -138,7 +138,7 @@ def singular_values(
     k = len(alphas)
     # At unit scale, where squares neither underflow nor overflow.
     scale = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
-    bidiagonal = diagonal[:, :, None] * space.eye(k) + _off_diagonal(space, betas, 1)
+    bidiagonal = diagonal[:, :, None] * space.eye(k)[None, :, :] + _off_diagonal(space, betas, 1)
     values = xp.linalg.svdvals(bidiagonal / scale[:, :, None])
     exhausted = finite & (~active if k < n else space.all_samples())
     share = gap(n, k, 1 - (1 - confidence) / (2 * space.samples))
@@ -223,7 +223,7 @@ def _next(space: Space, x: State, size: Numbers, active: Mask) -> State:
 def _off_diagonal(space: Space, numbers: Sequence[Numbers], offset: int) -> Matrices:
     """Matrices (N, k, k) with k numbers (N, 1), less the last, next to the diagonal: above it, or below."""
     xp, k = space.xp, len(numbers)
-    places = xp.eye(k, k=offset, dtype=space.dtype, device=space.device)
+    places = xp.eye(k, k=offset, dtype=space.dtype, device=space.device)[None, :, :]
     along = xp.concat(list(numbers), axis=1)
     matrices: Matrices = (along[:, :, None] if offset > 0 else along[:, None, :]) * places
     return matrices
