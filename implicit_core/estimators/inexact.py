@@ -56,4 +56,5 @@ def nan_where_invalid(space: Space, status: Numbers, x: State) -> State:
     scaler, which overflows on purpose, finds it and skips the step.
     """
     # Decision 30.
-    return space.where(status == Status.NONFINITE.value, space.scale(float("nan"), x), x)
+    invalid = status == Status.NONFINITE.value
+    return State(tuple(space.nan_where(invalid, a) for a in x))

@@ -167,8 +167,7 @@ def _unless(coupled: Array | None, space: Space, numbers: Numbers) -> Numbers:
     """``numbers``; NaN if F couples samples."""
     if coupled is None:
         return numbers
-    known: Numbers = space.xp.where(coupled, space.full(float("nan")), numbers)
-    return known
+    return space.nan_where(coupled, numbers)
 
 
 def _image(space: Space, operator: Operator, v: State) -> tuple[State, Numbers]:
