@@ -77,10 +77,10 @@ class JAXSpace(Space):
 
     # JAX may look for NaN in the result of every operation: `jax_debug_nans`, `jax_debug_infs`. Decision 100.
 
-    def nan_where(self, mask: Any, x: Any) -> Any:
-        return jnp.where(mask, math.nan, x)
+    def filled(self, x: Any, mask: Any, number: float) -> Any:
+        return jnp.where(mask, number, x)
 
-    def blank(self, mask: Any, x: Any) -> Any:
+    def blanked(self, x: Any, mask: Any) -> Any:
         return unseen(lambda xp, mask, x: xp.where(mask, math.nan, x), mask, x)
 
     def divisor(self, x: Any, norm: Any, active: Any) -> Any:

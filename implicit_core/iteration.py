@@ -430,7 +430,7 @@ class Iteration:
         trace = solution.stats.trace
         if trace is None:
             return solution
-        return solution._replace(stats=solution.stats._replace(trace=self.space.blank(trace < 0, trace)))
+        return solution._replace(stats=solution.stats._replace(trace=self.space.blanked(trace, trace < 0)))
 
     def _trace(self, trace: History) -> Any:
         rows = self.space.xp.permute_dims(self._in_units(trace[0][:, :, 0]), (1, 0))

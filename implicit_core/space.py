@@ -339,15 +339,15 @@ class Space:
             return x if mask else y
         return State(tuple(self.xp.where(mask, a, b) for a, b in zip(x, y, strict=True)))
 
-    def nan_where(self, mask: Mask, x: A) -> A:
-        """``x``, an array, NaN in the samples of ``mask``. No NaN is made where there is no such sample."""
-        result: A = self.xp.where(mask, self.scalar(math.nan), x)
-        return result
+    def filled(self, x: A, mask: Mask, number: float) -> A:
+        """``x``, an array, with a number, such as NaN, in the samples of ``mask``. It is not made for others."""
+        filled: A = self.xp.where(mask, self.scalar(number), x)
+        return filled
 
-    def blank(self, mask: Array, x: A) -> A:
-        """``x``, an array, NaN in ``mask``, where NaN says that there is no number: a result, and no mistake."""
-        result: A = self.xp.where(mask, self.scalar(math.nan), x)
-        return result
+    def blanked(self, x: A, mask: Array) -> A:
+        """``x``, an array, with NaN in ``mask`` that says there is no number: as a result, and not for a mistake."""
+        blanked: A = self.xp.where(mask, self.scalar(math.nan), x)
+        return blanked
 
     def multiply_add(self, factor: Any, x: A, y: A) -> A:
         """``factor x + y`` of arrays."""

@@ -1,5 +1,6 @@
 """Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 76 to 78)."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -98,7 +99,7 @@ class GrowthTest:
                 return result
             mask = self._grew(before, after, floor)
         # Not NaN times the result: where it is not taken, its derivative would be NaN too.
-        return State(tuple(space.nan_where(mask, a) for a in result))
+        return State(tuple(space.filled(a, mask, math.nan) for a in result))
 
     def _grew(self, before: Numbers, after: Numbers, floor: float) -> Mask:
         """Where ``after`` exceeds ``before`` by the limit. A cotangent that is not finite has not grown."""

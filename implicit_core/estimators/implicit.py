@@ -71,7 +71,7 @@ class Implicit(AtFixedPoint):
             throw = self.on_failure == "raise" and space.backend.readable(result.status)
             if not throw and self.on_failure != "warn":
                 failed = result.status != Status.CONVERGED.value
-                return State(tuple(space.nan_where(failed, a) for a in w))
+                return State(tuple(space.filled(a, failed, math.nan) for a in w))
             report(
                 space,
                 "the linear solve of Implicit did not converge",

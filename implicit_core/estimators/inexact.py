@@ -57,4 +57,4 @@ def nan_where_invalid(space: Space, status: Numbers, x: State) -> State:
     """
     # Decision 30.
     invalid = status == Status.NONFINITE.value
-    return State(tuple(space.nan_where(invalid, a) for a in x))
+    return State(tuple(space.filled(a, invalid, math.nan) for a in x))
