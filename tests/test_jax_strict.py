@@ -222,6 +222,24 @@ def test_other_settings_of_an_estimator_make_no_nan(estimator: str) -> None:
         assert_equal(found, expected(inverse, slice(None)), 1e-7)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_derivatives_that_are_called_directly(estimator: str) -> None:
+    """Outside of a layer nothing of an estimator is compiled, so JAX looks at each of its operations."""
+    gradient, inverse = ESTIMATORS[estimator]
+    h, (by_w, by_x) = expected(inverse, slice(None))
+    problem = icj.problem(lambda h, z: jnp.tanh(h @ z[0].T + z[1]), batch_ndim=1)
+    start = np.zeros_like(h) if gradient.starts_from_h0 else h
+    with checked():
+        z = jnp.asarray(W), jnp.asarray(X)
+        value, pullback = gradient.vjp(problem, jnp.asarray(start), z)
+        found = pullback(jnp.asarray(V))
+        _, tangent = gradient.jvp(problem, jnp.asarray(start), z, z)
+        np.testing.assert_allclose(value, h, atol=1e-12)
+        np.testing.assert_allclose(found[0], by_w, atol=1e-7)
+        np.testing.assert_allclose(found[1], by_x, atol=1e-7)
+        np.testing.assert_allclose(np.sum(V * tangent), np.sum(by_w * W) + np.sum(by_x * X), atol=1e-7)
+
+
 @pytest.mark.parametrize("gradient", [ic.Implicit(), ic.NeumannSeries(), ic.Neumann(4)], ids=repr)
 def test_no_nan_is_made_within_compiled_programs(gradient: ic.Estimator) -> None:
     """`jax_debug_nans` sees only the results of a program; `checkify` sees every operation in it."""
