@@ -1,5 +1,6 @@
 """JAX: Python loops on arrays whose numbers are known, ``lax.while_loop`` and ``lax.scan`` where JAX is tracing."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -78,6 +80,19 @@ class JAXSpace(Space):
     def _shard_numbers(self, x: Any) -> Any:
         return numbers_sharded(x, self._types[0])
 
+    # JAX may look for NaN in the result of every operation: `jax_debug_nans`, `jax_debug_infs`. Decision 100.
+
+    def filled(self, x: Any, mask: Any, number: float) -> Any:
+        return jnp.where(mask, number, x)
+
+    def blanked(self, x: Any, mask: Any) -> Any:
+        return unseen(lambda xp, mask, x: xp.where(mask, math.nan, x), mask, x)
+
+    def divisor(self, x: Any, norm: Any, active: Any) -> Any:
+        used = norm > 0 if active is None else active & (norm > 0)
+        # The quotient is zero then, to rounding.
+        return jnp.where(used[:, :, None], x, float(jnp.finfo(x.dtype).max))
+
     # Sums over a sample, which may extend over named axes.
 
     def norm(self, x: State) -> Numbers:
@@ -128,7 +143,7 @@ class JAXSpace(Space):
         # Gauss-Jordan elimination of the transposed system, for all samples at once: LAPACK takes one small matrix
         # after the other, and three times as long for Anderson's matrices. Decision 54.
         table = jnp.concatenate([matrix, numbers_sharded(row, jax.typeof(matrix))], axis=1)
-        columns = jnp.arange(matrix.shape[-1])
+        columns = jnp.arange(matrix.shape[-1])[None, None, :]
 
         def eliminate(j: Any, table: jax.Array) -> jax.Array:
             row = jax.lax.dynamic_slice_in_dim(table, j, 1, axis=1)
@@ -141,6 +156,22 @@ class JAXSpace(Space):
             for j in range(matrix.shape[-1]):
                 table = eliminate(j, table)
         return table[:, -1:, :]
+
+
+def unseen(operation: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+    """``operation(xp, *arrays)``, whose result says by NaN that there is no number, with no error of `jax_debug_nans`.
+
+    Outside of compiled programs JAX looks at what every operation of its own makes, so NumPy computes it then.
+    """
+    # To switch the flag off for an operation would switch it off for all compiled programs of the thread, for good.
+    debugs: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
+    if debugs and not any(isinstance(x, jax.core.Tracer) for x in arrays):
+        devices = arrays[-1].sharding.device_set
+        if len(devices) == 1:
+            on_host: jax.Array = jax.device_put(operation(np, *map(np.asarray, arrays)), *devices)
+            return on_host
+    result: jax.Array = operation(jnp, *arrays)
+    return result
 
 
 def sharded(x: jax.Array, like: Any) -> jax.Array:

@@ -30,6 +30,8 @@ PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
 MOVED = 64
 """A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
+UNKNOWN = -1.0
+"""Stands for a residual that was not measured, until a trace is returned."""
 COUPLED = (
     "F couples what batch_ndim takes for samples: the residual of a finished sample changed while others took steps. "
     "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver check=False"
@@ -97,6 +99,7 @@ class Iteration:
             self.rtol = progress.reachable(self.space, solver.rtol)
             # With both zero the number of steps is the user's.
             self.forced = solver.rtol == 0 == solver.absolute_tolerance
+            self._never = float(self.space.backend.finfo(self.space.dtype).max)
             try:
                 return self._run()
             except _OutOfRangeError as error:
@@ -107,7 +110,7 @@ class Iteration:
                 return self._run()
 
     def _run(self) -> Solution[Any]:
-        return self.finish(self.loop(self.begin, self.solver.max_steps - 1))
+        return self.with_nan(self.finish(self.loop(self.begin, self.solver.max_steps - 1)))
 
     def loop(self, begin: Callable[[], Carry], steps: int) -> Carry:
         """At most so many steps from a start, which has no name here, since that would keep its states."""
@@ -141,15 +144,17 @@ class Iteration:
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
         steps = Count(1 if readable else space.full(1, space.xp.int32))
-        best = Best(point.x, space.full(float("inf")), point.f_norm, steps) if solver.keeps_best else None
+        best = Best(point.x, point.norm, point.f_norm, steps) if solver.keeps_best else None
         made = None
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
             cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol)
-            scale = self.atol / self.rtol if self.rtol else self.atol
+            plain = self.units is None
+            atol = space.full(solver.absolute_tolerance) if plain else self.atol
+            scale = (solver.absolute_tolerance if plain else atol) / (self.rtol or 1.0)
             self.start = Start(cap, point.norm, point.f_norm, scale)
             floor = space.full(0.0) if jacobian is not None else None
-            made = Progress(cap, None if best else point.norm, point.norm, point.norm, floor)
+            made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
         looked_at = readable or backend.notices()
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check
@@ -182,12 +187,16 @@ class Iteration:
         """The tolerance, atol + rtol ‖F(x)‖."""
         return self.space.multiply_add(self.rtol, f_norm, self.atol)
 
-    def threshold(self, f_norm: Numbers, cap: Numbers, made: Progress) -> Numbers:
-        """The residual that a sample has to reach; NaN where it was ended."""
-        xp, tolerance = self.space.xp, self.tolerance(f_norm)
+    def threshold(self, f_norm: Numbers, made: Progress) -> Numbers:
+        """The residual that a sample has to reach, which no residual exceeds where it was ended."""
+        xp, tolerance = self.space.xp, self.space.multiply_add(self.rtol, f_norm, made.atol)
         tolerance = tolerance if made.floor is None else xp.maximum(tolerance, made.floor)
-        smaller: Numbers = xp.minimum(tolerance, cap)
+        smaller: Numbers = xp.minimum(tolerance, made.cap)
         return smaller
+
+    def _of_all(self, made: Progress) -> Progress:
+        """What a residual is held against, also where a sample was ended."""
+        return made._replace(cap=self.start.cap, atol=self.atol)
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:
         """Where samples are active, and where they are better than before."""
@@ -243,7 +252,7 @@ class Iteration:
             if made is None:
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
-            return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap), made)
+            return norm > self.threshold(f_norm, made._replace(cap=space.multiply_add(0.0, norm, made.cap)))
 
         point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
         steps = carry.steps.plus_one(space, active)
@@ -307,7 +316,7 @@ class Iteration:
             if self.may_have_ended(point):
                 last = converged = converged & ~self.ended(carry.progress)
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
-                converged = converged | (best.norm <= self.threshold(best.f_norm, self.start.cap, carry.progress))
+                converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
         if best is None:
             return point.x, point.norm, point.f_norm, converged
@@ -335,11 +344,10 @@ class Iteration:
 
     def ended(self, made: Progress) -> Mask:
         """The samples that were ended for lack of progress."""
-        mask: Mask = self.space.xp.isnan(made.cap)
-        return mask
+        return made.cap == self._never
 
     def _held_against(self, f_norm: Numbers, made: Progress | None) -> Numbers:
-        return self.tolerance(f_norm) if made is None else self.threshold(f_norm, self.start.cap, made)
+        return self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
 
     def _in_units(self, norm: Numbers) -> Numbers:
         return norm if self.units is None else norm * self.units
@@ -368,7 +376,8 @@ class Iteration:
         tolerance = self.tolerance(point.f_norm)
         ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
         ended = progress.both(ended & point.active, now)
-        cap = space.select(ended, space.full(float("nan")), made.cap)
+        never = space.full(self._never)
+        cap, atol = space.select(ended, never, made.cap), space.select(ended, never, made.atol)
         marked_least = space.select(now, least, made.marked_least)
         active, floor = point.active & ~ended, made.floor
         late = evaluations >= progress.FIRST_ROUNDING
@@ -378,7 +387,7 @@ class Iteration:
             rounding = progress.is_rounding(space, point.x, point.f, point.residual, jacobian)
             rounding = rounding & stalled & active & small & now
             floor, active = space.select(rounding, point.norm, floor), active & ~rounding
-        made = Progress(cap, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
+        made = Progress(cap, atol, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
         return made, point._replace(active=active)
 
     def _check_samples(self, carry: Carry) -> None:
@@ -415,16 +424,23 @@ class Iteration:
             best.steps.replace(space, better, steps),
         )
 
-    # The trace is a history of one number a sample, NaN where nothing was evaluated.
+    # The trace is a history of one number a sample, negative where nothing was evaluated. In the result that is NaN.
 
     def _empty_trace(self) -> History:
-        unknown = self.space.full(float("nan"))[:, None, :]
+        unknown = self.space.full(UNKNOWN)[:, None, :]
         return History((unknown + self.space.matrices(self.solver.max_steps, 1),))
 
     def _record(self, trace: History, point: Point, was_active: Mask) -> History:
         space = self.space
-        norm = space.select(was_active, point.norm, space.full(float("nan")))
+        norm = space.select(was_active, point.norm, space.full(UNKNOWN))
         return space.set_row(trace, point.index, State((norm,)))
+
+    def with_nan(self, solution: Solution[Any]) -> Solution[Any]:
+        """The solution, with NaN in its trace where a sample was finished."""
+        trace = solution.stats.trace
+        if trace is None:
+            return solution
+        return solution._replace(stats=solution.stats._replace(trace=self.space.blanked(trace, trace < 0)))
 
     def _trace(self, trace: History) -> Any:
         rows = self.space.xp.permute_dims(self._in_units(trace[0][:, :, 0]), (1, 0))

@@ -73,7 +73,10 @@ class Progress(NamedTuple):
     Attributes
     ----------
     cap
-        As in :class:`Start`, NaN in samples that were ended early: no comparison with NaN makes them active again.
+        As in :class:`Start`.
+    atol
+        The solver's, (N, 1). In samples that were ended early it is the largest number, and so is the cap: no residual
+        exceeds their threshold.
     least
         The least residual so far; None where the loop keeps it beside the best point.
     marked_least, marked
@@ -83,6 +86,7 @@ class Progress(NamedTuple):
     """
 
     cap: Numbers
+    atol: Numbers
     least: Numbers | None
     marked_least: Numbers
     marked: Numbers

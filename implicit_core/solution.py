@@ -70,6 +70,7 @@ class Stats(NamedTuple):
         which the last step knows.
     trace
         The residual at every evaluation, (max_steps, batch...), NaN once a sample is finished; None unless asked for.
+        JAX's ``jax_debug_nans`` raises where a compiled program returns it.
     relative
         The residual as a fraction of ‖F(h)‖₂; None if the solver is somebody else's and does not tell.
     tolerance

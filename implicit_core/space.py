@@ -339,6 +339,16 @@ class Space:
             return x if mask else y
         return State(tuple(self.xp.where(mask, a, b) for a, b in zip(x, y, strict=True)))
 
+    def filled(self, x: A, mask: Mask, number: float) -> A:
+        """``x``, an array, with a number, such as NaN, in the samples of ``mask``. It is not made for others."""
+        filled: A = self.xp.where(mask, self.scalar(number), x)
+        return filled
+
+    def blanked(self, x: A, mask: Array) -> A:
+        """``x``, an array, with NaN in ``mask`` that says there is no number: as a result, and not for a mistake."""
+        blanked: A = self.xp.where(mask, self.scalar(math.nan), x)
+        return blanked
+
     def multiply_add(self, factor: Any, x: A, y: A) -> A:
         """``factor x + y`` of arrays."""
         result: A = factor * x + y
@@ -399,6 +409,13 @@ class Space:
         """Whether two states hold the same numbers, NaN included: one boolean."""
         xp = self.xp
         return xp.all(xp.stack([xp.all((a == b) | (a != a)) for a, b in zip(x, y, strict=True)]))
+
+    def divisor(self, x: Matrices, norm: Numbers, active: Mask | None) -> Matrices:
+        """``x``, (N, 1, 1), to divide by, in samples that are active and have a residual; ``active`` None is all.
+
+        Elsewhere the quotient is not used, but a framework that can be told to raise at NaN makes none.
+        """
+        return x
 
     # Histories, and small matrices made from them:
 

@@ -3,6 +3,8 @@
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ import torch
 from gpus import CUPY as ON_CUPY
 from gpus import WITHOUT_CUPY
 from hypothesis import HealthCheck, settings
-from libraries import JAX, LIBRARIES, Library
+from libraries import JAX, LIBRARIES, STRICT, Library, promoting
 from problems import Case
 
 settings.register_profile("dev", deadline=None, print_blob=True)
@@ -31,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in (
         ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0),
         ("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", -1),
+        *STRICT.items(),
     ):
         os.environ[name] = str(value)  # for the processes that tests start
         jax.config.update(name.lower(), value)
@@ -70,6 +73,14 @@ if not WITHOUT_CUPY:
 @pytest.fixture(params=PARAMS)
 def library(request: pytest.FixtureRequest) -> Library:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """JAX promotes in tests that are marked as running a package which needs it."""
+    marker = request.node.get_closest_marker("promotes")
+    with nullcontext() if marker is None else promoting(*marker.args):
+        yield
 
 
 @pytest.fixture(autouse=True)

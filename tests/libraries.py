@@ -1,7 +1,8 @@
 """The array libraries of the tests. A missing library is an error, not a skip, since all are imported here."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import gpus
 import jax
 import numpy as np
 import optree
+import pytest
 import torch
 
 # Before JAX makes its first array. Eager computations use the first device, tests of sharding all four.
@@ -26,6 +28,23 @@ QUICK_TO_COMPILE = "--xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # XLA ends the process on a flag that it does not know
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
+
+
+STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+"""JAX refuses what it would promote: the library promotes nothing, and neither do the tests' own functions."""
+PROMOTING = {"optax": "Adam raises a float to the power of an int32 count"}
+"""Packages for which JAX has to promote, and why."""
+
+
+@contextmanager
+def promoting(package: str) -> Iterator[None]:
+    """JAX promotes, as it does by default, for one of these packages; so it does in processes that are started here."""
+    assert package in PROMOTING
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STRICT:
+            patch.delenv(name, raising=False)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            yield
 
 
 @dataclass(frozen=True)

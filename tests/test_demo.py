@@ -13,6 +13,7 @@ from typing import Any
 import gpus
 import numpy as np
 import pytest
+from libraries import promoting
 from rich.console import Console
 
 from implicit_core import __main__ as command_line
@@ -37,7 +38,8 @@ def three_frameworks() -> Iterator[None]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("demo") / "curves.png"
     console = Console(file=io.StringIO(), width=80)
-    results = digits.run("all", epochs=3, seed=1, output=path, console=console)
+    with promoting("optax"):
+        results = digits.run("all", epochs=3, seed=1, output=path, console=console)
     return results, console.file.getvalue(), path
 
 

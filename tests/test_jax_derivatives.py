@@ -179,7 +179,7 @@ def test_leaves_of_z_that_are_not_differentiated(estimator: ic.Estimator, jit: A
     def f(h: Any, z: Any) -> Any:
         assert z["none"] is None
         noise = jax.random.normal(z["key"], (3,))
-        inner = z["function"](z["w"])[z["indices"]] + z["numbers"] * z["mask"] + 0.1 * noise
+        inner = z["function"](z["w"])[z["indices"]] + jnp.where(z["mask"], z["numbers"], 0.0) + 0.1 * noise
         return getattr(jnp, z["name"])(z["slope"] * h + inner)
 
     def ours(arrays: Any) -> Any:

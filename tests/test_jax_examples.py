@@ -122,6 +122,7 @@ def test_a_solve_that_optimistix_does_not_finish_is_reported() -> None:
     assert jitted.status.tolist() == [ic.STAGNATED] * 5
 
 
+@pytest.mark.promotes("optax")
 def test_training_lowers_the_loss_tenfold() -> None:
     """For each layer; every solve converges."""
     x, labels = spirals(command_line.SAMPLES)
@@ -134,6 +135,7 @@ def test_training_lowers_the_loss_tenfold() -> None:
         assert np.all(converged == 1.0)
 
 
+@pytest.mark.promotes("optax")
 def test_the_program_prints_a_table_of_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
     command_line.main(steps=2, console=console)

@@ -8,6 +8,7 @@ from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 
 from implicit_core.arrays import H, PyTree
+from implicit_core.backends.jax import unseen
 from implicit_core.solution import Solution
 
 from .closure import is_traced
@@ -55,7 +56,7 @@ def _axis_first(solution: Solution[H]) -> Solution[H]:
     """The solution with the mapped axis in front of the steps of its trace."""
     evaluations, trace = jnp.asarray(solution.stats.evaluations), solution.stats.trace
     if trace is not None:
-        trace = jnp.moveaxis(trace, 1, 0)
+        trace = unseen(lambda xp, trace: xp.moveaxis(trace, 1, 0), trace)
     return solution._replace(stats=solution.stats._replace(evaluations=evaluations, trace=trace))
 
 

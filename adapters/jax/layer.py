@@ -141,7 +141,8 @@ def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: Laye
     if is_traced((h0, inputs)):
         solution = compiled(_mapped_solving, f, *settings)(h0, inputs)
         return solution
-    if not f.shared:
+    # A trace has NaN where samples are finished, and JAX would look at all results of a program.
+    if not f.shared or (options.trace and jax.config.jax_debug_nans):  # type: ignore[attr-defined]  # made at run time
         return _solving(f, *settings)(h0, inputs)
     solution, looks = compiled(_watched_solving, f, *settings)(h0, inputs)
     if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on

@@ -1,5 +1,6 @@
 """Estimates that grow with their terms instead of shrinking: noticed, and told (Decisions 76 to 78)."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -88,7 +89,7 @@ class GrowthTest:
 
     def checked_norm(self, space: Space, before: Numbers, last: State, result: State) -> State:
         """:meth:`checked`, given the norm of the first term."""
-        xp, after = space.xp, self.norm(space, last)
+        after = self.norm(space, last)
         # Squares of smaller numbers underflow, so their norms cannot be compared.
         floor = float(space.backend.finfo(space.dtype).smallest_normal) ** 0.5
         with space.backend.solving():
@@ -97,9 +98,8 @@ class GrowthTest:
                 space.backend.tell(lambda x, y: self._warn(x, y, floor, shape), before, after)
                 return result
             mask = self._grew(before, after, floor)
-            nan = State(tuple(xp.full_like(a, float("nan")) for a in result))
         # Not NaN times the result: where it is not taken, its derivative would be NaN too.
-        return space.where(mask, nan, result)
+        return State(tuple(space.filled(a, mask, math.nan) for a in result))
 
     def _grew(self, before: Numbers, after: Numbers, floor: float) -> Mask:
         """Where ``after`` exceeds ``before`` by the limit. A cotangent that is not finite has not grown."""

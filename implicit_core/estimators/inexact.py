@@ -3,7 +3,7 @@
 import math
 from typing import Literal, get_args
 
-from ..arrays import Array, Numbers, State
+from ..arrays import Array, Mask, Numbers, State
 from ..solution import SolveError, Status, describe, find_failures
 from ..space import Space
 from ..warnings_ import warn
@@ -46,17 +46,21 @@ def settled(
     advice
         What to do about it.
     """
-    backend, nan = space.backend, space.scale(float("nan"), w)
+    backend = space.backend
+
+    def nan_where(mask: Mask) -> State:
+        return State(tuple(space.filled(a, mask, math.nan) for a in w))
+
     # Such a system has no solution, so it has not failed. NaN propagates as through any other operation: a gradient
     # scaler, which overflows on purpose, finds it and skips the step. Decision 30.
     invalid = status == Status.NONFINITE.value
-    w = space.where(invalid, nan, w)
+    w = nan_where(invalid)
     if on_failure == "ignore":
         return w
     failed = ~invalid & (status != Status.CONVERGED.value)
     readable = backend.readable(status)
     if on_failure == "nan" or (on_failure == "raise" and not readable):
-        return space.where(failed, nan, w)
+        return nan_where(failed)
 
     def warn_or_raise(status: Array, residual: Array) -> None:
         failures = find_failures(status, residual)
@@ -72,5 +76,5 @@ def settled(
     if readable:
         warn_or_raise(*found)
     elif backend.tracing is not None:
-        return State(backend.tracing.told(tuple(w), tuple(space.where(failed, nan, w)), warn_or_raise, *found))
+        return State(backend.tracing.told(tuple(w), tuple(nan_where(failed)), warn_or_raise, *found))
     return w

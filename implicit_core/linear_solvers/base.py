@@ -232,7 +232,7 @@ class LinearSolver(Record, ABC):
             return _Carry(x, r, norm, growth, error, active, steps, products, moved)
 
         # Without a step this is the error to report. Otherwise the first step replaces it.
-        error = size if self.max_steps else self.error(space, zeros, b, size, space.full(float("inf")), 0)
+        error = size if self.max_steps else self.error(space, zeros, b, size, size, 0)
         moved = nothing if checked and not watched else None
         carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, moved)
         check_every = 1 if self.loops else self.check_every

@@ -103,14 +103,15 @@ class _Hessenberg:
     def __init__(self, space: Space, size: int) -> None:
         self.space, self.size = space, size
         self.identity = space.eye(size)
-        self.indices = space.xp.arange(size, device=space.device)
+        self.indices = space.xp.arange(size, device=space.device)[None, :]
         self.tiny = float(space.backend.finfo(space.dtype).smallest_normal)
 
     def empty(self) -> _QR:
         """The factorization before the first column."""
         space, size = self.space, self.size
-        identity: Matrices = space.matrices(size, size) + self.identity
-        return _QR(identity, space.matrices(size, size) + self.identity, space.matrices(1, size)[:, 0, :])
+        identity = self.identity[None, :, :]
+        rotations, triangle = (space.matrices(size, size) + identity for _ in range(2))  # two, since rows are replaced
+        return _QR(rotations, triangle, space.matrices(1, size)[:, 0, :])
 
     def append(self, qr: _QR, column: Array, height: Numbers, j: int, active: Mask) -> tuple[_QR, Numbers, Mask]:
         """Append column j of the Hessenberg matrix, in the active samples in which the matrix stays regular.
@@ -132,12 +133,13 @@ class _Hessenberg:
             The factorization; the least residual as a fraction of the residual at the start; and the samples in which
             the column was appended.
         """
-        space, xp, identity = self.space, self.space.xp, self.identity
-        column = (column + height * identity[j + 1, :])[:, None, :]
+        space, xp = self.space, self.space.xp
+        here, below = space.take(self.identity, j, 0), space.take(self.identity, j + 1, 0)
+        column = (column + height * below)[:, None, :]
         column = space.matmul(column, xp.matrix_transpose(qr.rotations))[:, 0, :]
 
         # A new rotation clears the entry below the diagonal.
-        above: Numbers = column[:, j][:, None]
+        above: Numbers = space.take(column, j, 1)
         diagonal: Numbers = xp.hypot(above, height)
         ok = active & (diagonal > self.tiny) & xp.isfinite(diagonal)
         cosine, sine = ratio(above, diagonal, space), ratio(height, diagonal, space)
@@ -147,10 +149,10 @@ class _Hessenberg:
         rotations = space.set_matrix_row(space.set_matrix_row(qr.rotations, j, new_upper), j + 1, new_lower)
 
         before = xp.astype(self.indices < j, space.dtype)
-        new = xp.where(ok, column * before + diagonal * identity[j, :], identity[j, :])
+        new = xp.where(ok, column * before + diagonal * here, here)
         triangle = space.set_matrix_row(qr.triangle, j, new)
-        used = qr.used + xp.astype(ok, space.dtype) * identity[j, :]
-        return _QR(rotations, triangle, used), xp.abs(new_lower[:, 0][:, None]), ok
+        used = qr.used + xp.astype(ok, space.dtype) * here
+        return _QR(rotations, triangle, used), xp.abs(new_lower[:, :1]), ok
 
     def least_squares(self, qr: _QR, norm: Numbers) -> Matrices:
         """Weights of the basis vectors, (N, 1, m), for a right-hand side along the first one, of length ``norm``."""

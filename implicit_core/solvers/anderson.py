@@ -96,13 +96,13 @@ def _at_most(space: Space, index: Index, limit: int) -> Index:
 
 
 def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:
-    """The (m, m) constants that regularize a Gram matrix G: ``G * scaling + floor`` is regular, whatever G.
+    """The (1, m, m) constants that regularize Gram matrices G: ``G * scaling + floor`` is regular, whatever G.
 
     An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This one is
     relative to G's diagonal (Decision 17). It is at least rounding error, for residuals that are all equal. The floor
     is for residuals that are all zero.
     """
-    identity = space.eye(m)
+    identity = space.eye(m)[None, :, :]
     tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
     return 1 + max(regularization, 4 * m * space.eps) * identity, tiny * identity
 

@@ -72,7 +72,7 @@ class Broyden(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
-        here = space.eye(m)
+        here = space.eye(m)[:, None, None, :]  # rows (1, 1, m)
         constants = space.table(here), space.table(1 - here), space.scalar(1.0)
         return Memory(space.history(m), space.row(space.zeros()), space.matrices(m, m), *constants)
 
@@ -90,7 +90,9 @@ class Broyden(Solver):
             products = space.products(_stacked(space, memory.last, r), past)
             of_last, of_r = space.take(products, 0, 1), space.take(products, 1, 1)
             row = memory.here[previous] + space.matmul(of_last, head(coefficients, 1, n))
-            row = row / space.take(of_last, previous, 2)
+            # A finished sample would divide by zero here, and then by the rest.
+            active = point.active if self.freeze else None
+            row = row / space.divisor(space.take(of_last, previous, 2), point.norm, active)
             if first is not False:
                 row = space.select(first, space.xp.zeros_like(row), row)
             coefficients = space.set_matrix_row(coefficients, slot, row)

@@ -142,7 +142,7 @@ class _Compacting(Iteration):
 
     def _run(self) -> Solution[Any]:
         solution = self.carried_on(self.begin, self.solver.max_steps - 1)
-        return self._tested(solution) if self.parted else solution
+        return self.with_nan(self._tested(solution) if self.parted else solution)
 
     def carried_on(self, begin: Callable[[], Carry], steps: int) -> Solution[Any]:
         """The solution of all rows, those that are left by another iteration."""

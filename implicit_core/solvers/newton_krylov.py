@@ -70,7 +70,8 @@ class NewtonKrylov(Solver):
 
     def init(self, system: System, x: State) -> Memory:
         space = system.space
-        return Memory(x, space.full(float("inf")), space.zeros(), space.full(1.0))
+        largest = float(space.backend.finfo(space.dtype).max)  # any residual is enough
+        return Memory(x, space.full(largest), space.zeros(), space.full(1.0))
 
     def observe(self, system: System, memory: Memory, point: Point, jacobian: Operator | None) -> Memory:
         assert jacobian is not None  # uses_jacobian

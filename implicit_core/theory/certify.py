@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import checks
-from ..arrays import H, Numbers, Z
+from ..arrays import Array, H, Numbers, Z
 from ..estimators import AtFixedPoint, Derivative, Estimator, Implicit
 from ..estimators.base import bind
 from ..estimators.growth import untested
@@ -162,7 +162,7 @@ def certify(
         residual=space.per_sample(j.residual),
         contraction=Bounds(*map(space.per_sample, contraction)),
         spectral_radius=space.per_sample(radius),
-        error_bound=space.per_sample(_error_bound(space, gradient, contraction.high)),
+        error_bound=_error_bound(space, gradient, space.per_sample(contraction.high)),
         sigma_max=sides.largest,
         sigma_min=sides.smallest,
         condition_6=Condition("6", left_6, _threshold(sides.smallest, sides.largest)),
@@ -278,16 +278,17 @@ def _over(a: float, b: float) -> float:
     return 0.0 if b == 0 or math.isinf(b) else a / b
 
 
-def _error_bound(space: Space, gradient: Estimator, contraction: Numbers) -> Numbers:
+def _error_bound(space: Space, gradient: Estimator, contraction: Array) -> Array:
     xp = space.xp
+    if type(gradient).error_bound is Estimator.error_bound:  # of no number
+        return space.blanked(contraction, contraction == contraction)
     certain = contraction < 1
     below_one = xp.where(certain, contraction, xp.zeros_like(contraction))
     bound = gradient.error_bound(below_one)
     # Decision 85.
     bound = bound + _relative_rounding(space) * (1 + gradient.accumulated(largest(below_one))) / (1 - below_one)
     known = bound == bound
-    limited: Numbers = xp.where(certain | ~known, bound, xp.full_like(contraction, math.inf))
-    return limited
+    return space.filled(bound, ~certain & known, math.inf)
 
 
 def _numbers(b: Bounds) -> Bounds:

@@ -138,7 +138,7 @@ def singular_values(
     k = len(alphas)
     # At unit scale, where squares neither underflow nor overflow.
     scale = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
-    bidiagonal = diagonal[:, :, None] * space.eye(k) + _off_diagonal(space, betas, 1)
+    bidiagonal = diagonal[:, :, None] * space.eye(k)[None, :, :] + _off_diagonal(space, betas, 1)
     values = xp.linalg.svdvals(bidiagonal / scale[:, :, None])
     exhausted = finite & (~active if k < n else space.all_samples())
     share = gap(n, k, 1 - (1 - confidence) / (2 * space.samples))
@@ -152,10 +152,10 @@ def _with_bounds(
     """Spectra of the operators, from the singular values (N, k) of the bidiagonal matrices in units of ``scale``."""
     xp = space.xp
     top, bottom = values[:, :1], values[:, -1:]
-    nothing, infinite = xp.zeros_like(top), xp.full_like(top, math.inf)
+    nothing = xp.zeros_like(top)
     slack = rounding * top
     known = share < 1
-    above = top / math.sqrt(1 - share) if known else infinite
+    above = top / math.sqrt(1 - share) if known else space.filled(top, ~exhausted, math.inf)
     rest = (bottom**2 - share * above**2) / (1 - share) if known else nothing
     above = xp.where(exhausted, top, above) + slack
     below = xp.where(exhausted, bottom, xp.sqrt(xp.maximum(rest, nothing))) - slack
@@ -163,8 +163,7 @@ def _with_bounds(
     positive = xp.min(xp.where(values > slack, values, top), axis=1, keepdims=True)
 
     def at_scale(x: Numbers, otherwise: float) -> Numbers:
-        scaled: Numbers = xp.where(finite, scale * x, xp.full_like(x, otherwise))
-        return scaled
+        return space.filled(scale * x, ~finite, otherwise)
 
     return Spectrum(
         Bounds(at_scale(xp.maximum(top - slack, nothing), 0.0), at_scale(top, math.nan), at_scale(above, math.inf)),
@@ -211,8 +210,7 @@ def largest_eigenvalue(product: Operator, space: Space, *, steps: int, seed: int
     k = len(columns)
     hessenberg = xp.stack(columns, axis=2)[:, :k, :] + _off_diagonal(space, heights, -1)
     radius = _largest_modulus(space, hessenberg)
-    found: Numbers = xp.where(finite, radius, xp.full_like(radius, math.nan))
-    return found
+    return space.filled(radius, ~finite, math.nan)
 
 
 def _next(space: Space, x: State, size: Numbers, active: Mask) -> State:
@@ -223,7 +221,7 @@ def _next(space: Space, x: State, size: Numbers, active: Mask) -> State:
 def _off_diagonal(space: Space, numbers: Sequence[Numbers], offset: int) -> Matrices:
     """Matrices (N, k, k) with k numbers (N, 1), less the last, next to the diagonal: above it, or below."""
     xp, k = space.xp, len(numbers)
-    places = xp.eye(k, k=offset, dtype=space.dtype, device=space.device)
+    places = xp.eye(k, k=offset, dtype=space.dtype, device=space.device)[None, :, :]
     along = xp.concat(list(numbers), axis=1)
     matrices: Matrices = (along[:, :, None] if offset > 0 else along[:, None, :]) * places
     return matrices
@@ -234,10 +232,11 @@ def _largest_modulus(space: Space, matrix: Matrices) -> Numbers:
     # Decision 64.
     xp = space.xp
     logarithm, power = space.full(0.0)[:, :, None], 1.0
+    of_zero = -float(space.backend.finfo(space.dtype).max) / 4  # all of them add up to twice as much
     for _ in range(SQUARINGS):
         norm = xp.max(xp.abs(matrix), axis=(1, 2), keepdims=True)
         safe = xp.where(norm > 0, norm, xp.ones_like(norm))
-        logarithm = logarithm + xp.where(norm > 0, xp.log(safe), xp.full_like(norm, -math.inf)) / power
+        logarithm = logarithm + xp.where(norm > 0, xp.log(safe), xp.full_like(norm, of_zero)) / power
         matrix = matrix / safe
         matrix, power = matrix @ matrix, 2 * power
     radius: Numbers = xp.exp(logarithm)[:, :, 0]

@@ -1,5 +1,6 @@
 """The matrices in the paper's conditions, as products on states."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,7 +160,7 @@ class Jacobians(Generic[H, Z]):
 
     def in_h_of(self, space: Space) -> Pair:
         """The same in the units of another space of h, sample by sample."""
-        known: Numbers = space.xp.where(self.finite, space.full(1.0), space.full(float("nan")))
+        known: Numbers = space.filled(space.full(1.0), ~self.finite, math.nan)
         pull, push = on_states(self.at.vjp_h, space.dual, space.dual), on_states(self.at.jvp_h, space, space)
         return Pair(lambda v: space.scale(known, pull(v)), lambda v: space.scale(known, push(v)))
 

@@ -1,5 +1,7 @@
 """Estimates by power iteration, cheap enough to log next to a training loss (Decision 66)."""
 
+import math
+
 from .. import checks
 from ..arrays import Array, H, Numbers, Operator, State, Z
 from ..coupling import refuse_coupling
@@ -167,8 +169,7 @@ def _unless(coupled: Array | None, space: Space, numbers: Numbers) -> Numbers:
     """``numbers``; NaN if F couples samples."""
     if coupled is None:
         return numbers
-    known: Numbers = space.xp.where(coupled, space.full(float("nan")), numbers)
-    return known
+    return space.filled(numbers, coupled, math.nan)
 
 
 def _image(space: Space, operator: Operator, v: State) -> tuple[State, Numbers]:
