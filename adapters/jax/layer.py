@@ -137,12 +137,14 @@ def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: Laye
     if f.has_effects:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
         return _solving(f, *settings)(h0, inputs)
+    # A trace has NaN where samples are finished, and JAX would look at all results of a program.
+    seen = options.trace and jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
     solution: Solution[H]
     if is_traced((h0, inputs)):
-        solution = compiled(_mapped_solving, f, *settings)(h0, inputs)
+        solving = _mapped_solving(f, *settings) if seen else compiled(_mapped_solving, f, *settings)
+        solution = solving(h0, inputs)
         return solution
-    # A trace has NaN where samples are finished, and JAX would look at all results of a program.
-    if not f.shared or (options.trace and jax.config.jax_debug_nans):  # type: ignore[attr-defined]  # made at run time
+    if seen or not f.shared:
         return _solving(f, *settings)(h0, inputs)
     solution, looks = compiled(_watched_solving, f, *settings)(h0, inputs)
     if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on
