@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, Known, Watch
+from implicit_core.backends.jax_internals import Tracer, checkify
 from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
@@ -236,7 +236,7 @@ class JAXBackend(Backend):
         return jax.ensure_compile_time_eval()
 
     def readable(self, x: jax.Array) -> bool:
-        return not isinstance(x, jax.core.Tracer)
+        return not isinstance(x, Tracer)
 
     # Pytrees are JAX's own, so that the classes registered there are nodes here.
 
@@ -304,7 +304,7 @@ def _scan(body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
 
 def staging() -> bool:
     """Whether operations are being recorded, for ``jit`` and its like, instead of carried out."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 BACKEND = JAXBackend("jax", jnp, (jax.Array,), space=JAXSpace)

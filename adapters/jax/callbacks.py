@@ -8,9 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from implicit_core.arrays import H, PyTree, Z
+from implicit_core.backends.jax_internals import SymbolicZero
 from implicit_core.estimators import AtFixedPoint, Estimator
 from implicit_core.layer import LayerOptions, Watched, told
 from implicit_core.problem import Problem

@@ -5,11 +5,10 @@ from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from implicit_core.arrays import PyTree
 from implicit_core.backends.jax import staging
+from implicit_core.backends.jax_internals import Jaxpr, Tracer, eval_jaxpr, jaxprs_in_params
 
 from .leaves import Arrays, replaced
 

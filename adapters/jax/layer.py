@@ -5,11 +5,11 @@ from typing import Generic
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
+from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Problem
