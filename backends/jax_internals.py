@@ -27,3 +27,12 @@ try:
     from jax.interpreters.mlir import register_lowering as register_lowering  # tells XLA how to compile one
 except ImportError as error:
     raise ImportError(f"implicit_core does not work with JAX {jax.__version__}: {error}") from error
+
+
+def without_constants(jaxpr: Jaxpr) -> Jaxpr:
+    """``jaxpr`` without the values of its constants, which newer versions of JAX keep in it.
+
+    Its constants are arguments of ``eval_jaxpr`` in every version. Their values may be tracers.
+    """
+    program: Jaxpr = jaxpr.replace(constvars=jaxpr.constvars)
+    return program

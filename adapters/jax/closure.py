@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from implicit_core.arrays import PyTree
 from implicit_core.backends.jax import staging
-from implicit_core.backends.jax_internals import Jaxpr, Tracer, eval_jaxpr, jaxprs_in_params
+from implicit_core.backends.jax_internals import Jaxpr, Tracer, eval_jaxpr, jaxprs_in_params, without_constants
 
 from .leaves import Arrays, replaced
 
@@ -67,7 +67,7 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
     indices = [i for i, const in enumerate(traced.consts) if isinstance(const, Tracer)]
     # JAX keeps `call` as long as the programs that contain it, so it must not refer to tracers.
     constants = [None if isinstance(const, Tracer) else const for const in traced.consts]
-    structure, jaxpr = jax.tree.structure(shapes), traced.jaxpr
+    structure, jaxpr = jax.tree.structure(shapes), without_constants(traced.jaxpr)
 
     def call(*inputs: PyTree) -> R:
         *arguments, closed_over = inputs
