@@ -148,6 +148,11 @@ def sharded(x: jax.Array, like: Any) -> jax.Array:
     return _placed(x, like, axes, but=())
 
 
+def zeros_like(x: jax.Array) -> jax.Array:
+    """Zeros, sharded as ``x`` is. In JAX 0.12 those of ``jnp`` are not if no mesh is set, and cannot be tangents."""
+    return sharded(jnp.zeros_like(x), jax.typeof(x))
+
+
 def numbers_sharded(x: jax.Array, like: Any) -> jax.Array:
     """Per-sample numbers ``x``, (N, ...), sharded as the samples of an array of the type ``like``, if there is one."""
     if like is None:

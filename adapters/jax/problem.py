@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
-from implicit_core.backends.jax import BACKEND
+from implicit_core.backends.jax import BACKEND, zeros_like
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import hoist
@@ -97,7 +96,7 @@ def partial_pushforwards(
     h, arrays
         The point of linearization, for the shapes.
     """
-    zero_h, zero_arrays = jax.tree.map(jnp.zeros_like, (h, arrays))
+    zero_h, zero_arrays = jax.tree.map(zeros_like, (h, arrays))
     # Linearized here and not at the first call, which may be in a loop: its tracers would leak.
     push_h = jax.linearize(lambda dh: push(dh, zero_arrays), zero_h)[1]
     push_arrays = jax.linearize(lambda d: push(zero_h, d), zero_arrays)[1]
