@@ -7,6 +7,10 @@ DEMO_VENV ?= .venv-demo
 EXAMPLES_VENV ?= .venv-examples
 WHEEL_VENV ?= .venv-wheel
 PACKAGES_VENV ?= .venv-packages
+OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
 INSTALLED ?=
 WORKERS ?= auto
 PYTEST_ARGS ?=
@@ -19,7 +23,7 @@ INSTALL = @echo "Installing into $(@D)"; $(PIP) install --constraint $(CONSTRAIN
 REQUIREMENTS = pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo mnist1d test test-packages lint format types docs wheel check-wheel clean
+.PHONY: help demo mnist1d test test-oldest test-newest test-packages lint format types docs wheel check-wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +36,13 @@ mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_
 
 test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4, TORCH=2.6.0.
 	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# The lower bounds of pyproject.toml, on the oldest Python, and whatever pip finds, on the newest.
+test-oldest: $(OLDEST_VENV)/.test ## Run the tests on the oldest versions that pyproject.toml allows.
+	@$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-newest: $(NEWEST_VENV)/.test ## Run the tests on the newest versions of all packages.
+	@$(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 # Without the fixtures of the other tests, which need JAX and more.
 test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch, in an environment of its own.
@@ -62,7 +73,7 @@ check-wheel: wheel ## Install the wheel into an empty environment and use it the
 	$(VENV)/bin/python .ci/check_wheel.py
 
 clean: ## Remove the environments and all build outputs.
-	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) $(PACKAGES_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(EXAMPLES_VENV) $(WHEEL_VENV) $(PACKAGES_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With TORCH=2.6.0: the versions of constraints.txt, but this PyTorch, which may ask for another sympy.
@@ -70,15 +81,35 @@ build/constraints-torch-%.txt: constraints.txt
 	@mkdir -p $(@D)
 	@sed -e 's/^torch==.*/torch==$*/' -e '/^sympy==/d' $< > $@
 
+# The lower bounds of pyproject.toml, and the newest versions of what these depend on.
+build/constraints-oldest.txt: $(OLDEST_VENV)/.pip pyproject.toml
+	@mkdir -p $(@D)
+	@$(OLDEST_VENV)/bin/python -m pip -qq install --constraint constraints.txt uv
+	@$(OLDEST_VENV)/bin/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct --extra test \
+		--output-file $@ pyproject.toml
+
 # Environments. The stamp files are renewed when the requirements change.
 
-$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip $(WHEEL_VENV)/.pip $(PACKAGES_VENV)/.pip: constraints.txt
+$(VENV)/.pip $(DEMO_VENV)/.pip $(EXAMPLES_VENV)/.pip $(WHEEL_VENV)/.pip $(PACKAGES_VENV)/.pip $(OLDEST_VENV)/.pip $(NEWEST_VENV)/.pip: constraints.txt
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) install --upgrade --constraint constraints.txt pip
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.pip $(REQUIREMENTS)
 	$(INSTALL) --editable ".[test]"
+	@touch $@
+
+$(OLDEST_VENV)/.pip: PYTHON = $(OLDEST_PYTHON)
+$(NEWEST_VENV)/.pip: PYTHON = $(NEWEST_PYTHON)
+
+$(OLDEST_VENV)/.test: build/constraints-oldest.txt
+	@echo "Installing into $(@D)"
+	@$(PIP) install --constraint build/constraints-oldest.txt --build-constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+$(NEWEST_VENV)/.test: $(NEWEST_VENV)/.pip pyproject.toml
+	@echo "Installing into $(@D)"
+	@$(PIP) install --upgrade --upgrade-strategy eager --editable ".[test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

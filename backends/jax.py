@@ -9,12 +9,18 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, Known, Watch
+from implicit_core.backends.jax_internals import (
+    Primitive,
+    Tracer,
+    bdim_at_front,
+    checkify,
+    fancy_primitive_batchers,
+    lower_fun,
+    register_lowering,
+)
 from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
@@ -165,7 +171,7 @@ def unseen(operation: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
     """
     # To switch the flag off for an operation would switch it off for all compiled programs of the thread, for good.
     debugs: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
-    if debugs and not any(isinstance(x, jax.core.Tracer) for x in arrays):
+    if debugs and not any(isinstance(x, Tracer) for x in arrays):
         devices = arrays[-1].sharding.device_set
         if len(devices) == 1:
             on_host: jax.Array = jax.device_put(operation(np, *map(np.asarray, arrays)), *devices)
@@ -182,6 +188,11 @@ def sharded(x: jax.Array, like: Any) -> jax.Array:
     if x.shape != like.shape:
         axes = (axes[0], *[None] * (x.ndim - 2), axes[-1])
     return _placed(x, like, axes, but=())
+
+
+def zeros_like(x: jax.Array) -> jax.Array:
+    """Zeros, sharded as ``x`` is. In JAX 0.12 those of ``jnp`` are not if no mesh is set, and cannot be tangents."""
+    return sharded(jnp.zeros_like(x), jax.typeof(x))
 
 
 def numbers_sharded(x: jax.Array, like: Any) -> jax.Array:
@@ -267,17 +278,15 @@ def _lowered(context: Any, *operands: Any, size: int, function: Callable[..., No
 def _batched(
     axis: Any, operands: Sequence[Any], dims: Sequence[int | None], **params: Any
 ) -> tuple[Sequence[Any], list[int]]:
-    results = _told.bind(
-        *(batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)), **params
-    )
+    results = _told.bind(*(bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)), **params)
     return results, [0] * len(results)
 
 
-_LOWERED = mlir.lower_fun(_call, multiple_results=True)
+_LOWERED = lower_fun(_call, multiple_results=True)
 _told.def_impl(_call)
 _told.def_abstract_eval(_leaves_of_x)
-mlir.register_lowering(_told, _lowered)
-batching.fancy_primitive_batchers[_told] = _batched
+register_lowering(_told, _lowered)
+fancy_primitive_batchers[_told] = _batched
 
 
 class JAXBackend(Backend):
@@ -316,7 +325,7 @@ class JAXBackend(Backend):
         return jax.ensure_compile_time_eval()
 
     def readable(self, x: jax.Array) -> bool:
-        return not isinstance(x, jax.core.Tracer)
+        return not isinstance(x, Tracer)
 
     # Pytrees are JAX's own, so that the classes registered there are nodes here.
 
@@ -402,7 +411,7 @@ def _scan(body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
 
 def staging() -> bool:
     """Whether operations are being recorded, for ``jit`` and its like, instead of carried out."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 BACKEND = JAXBackend("jax", jnp, (jax.Array,), space=JAXSpace)

@@ -16,7 +16,10 @@ def missing(device: str) -> str | None:
     """Why CuPy cannot be measured on a device; None if it can."""
     if device == "cpu":
         return "CuPy has no arrays on the CPU"
-    return None if cupy.cuda.is_available() else "CuPy found no CUDA device"
+    try:
+        return None if cupy.cuda.is_available() else "CuPy found no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:  # older versions raise if there is no driver
+        return f"CuPy found no CUDA device: {error}"
 
 
 def run(settings: Settings, announce: Callable[[str], None]) -> Measured:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from gpus import CUPY as ON_CUPY
 from gpus import WITHOUT_CUPY
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import none
 from libraries import JAX, LIBRARIES, STRICT, Library, promoting
 from problems import Case
 
@@ -42,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """The frameworks' millions of objects stay: the garbage collector need not visit them, nor run as often."""
+    given(none())(lambda _: None)()  # older versions of hypothesis look their generator up among the objects, once
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)

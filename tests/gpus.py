@@ -14,7 +14,10 @@ def without_cupy() -> str:
         return "CuPy is not installed"
     import cupy
 
-    return "" if cupy.cuda.is_available() else "CuPy found no CUDA device"
+    try:
+        return "" if cupy.cuda.is_available() else "CuPy found no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:  # older versions raise if there is no driver
+        return f"CuPy found no CUDA device: {error}"
 
 
 WITHOUT_CUPY = without_cupy()

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import re
@@ -33,13 +34,17 @@ in_a_checkout = pytest.mark.skipif(
 )
 
 
+def source(file: str) -> str:
+    """The text of a file of the package."""
+    folder, *rest = file.split("/")
+    return FOLDERS.get(folder, PACKAGE / folder).joinpath(*rest).read_text(encoding="utf-8")
+
+
 def imports(file: str, text: str | None = None) -> set[str]:
     """Absolute names of all modules that a file of the package imports; ``text`` replaces the text of the file."""
     found = set()
-    folder, *rest = file.split("/")
-    path = FOLDERS.get(folder, PACKAGE / folder).joinpath(*rest)
     package = ["implicit_core", *file.split("/")[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
+    for node in ast.walk(ast.parse(source(file) if text is None else text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -88,6 +93,51 @@ def test_adapters_know_no_example_and_one_framework(file: str) -> None:
     assert "examples" not in folders(names)
     used = {name.split(".")[0] for name in names} & FRAMEWORKS
     assert used <= {file.removesuffix(".py").split("/")[1]}
+
+
+UNSTABLE = re.compile(r"jax\.(_src|core|custom_batching|custom_derivatives|experimental|extend|interpreters)\b")
+"""Modules that JAX may change without a deprecation."""
+INTERNALS = "backends/jax_internals.py"
+
+
+def unstable(file: str, text: str | None = None) -> set[str]:
+    """Names of these modules that a file uses."""
+    nodes = ast.walk(ast.parse(source(file) if text is None else text))
+    attributes = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    return {name for name in attributes | imports(file, text) if UNSTABLE.match(name)}
+
+
+@pytest.mark.parametrize("file", sorted({*core_files(), *files("backends"), *files("adapters")}))
+def test_names_that_jax_may_move_are_imported_in_one_place(file: str) -> None:
+    assert bool(unstable(file)) == (file == INTERNALS)
+
+
+def test_other_uses_of_such_names_are_found() -> None:
+    assert "jax.core.Tracer" in unstable("backends/jax.py", "import jax\nx = [jax.core.Tracer]")
+    assert "jax.extend.core" in unstable("backends/jax.py", "def f():\n    from jax.extend.core import Primitive")
+
+
+def test_this_version_of_jax_has_all_of_them() -> None:
+    """Each is looked up by itself, so that the failure names all that are missing."""
+    nodes = [node for node in ast.walk(ast.parse(source(INTERNALS))) if isinstance(node, ast.ImportFrom)]
+    names = [(node.module, alias.name) for node in nodes for alias in node.names]
+    assert len(names) > 15
+    assert not [".".join(name) for name in names if not exists(*name)]
+
+
+def exists(module: str, name: str) -> bool:
+    """Whether ``from module import name`` works."""
+    try:
+        return hasattr(import_module(module), name) or importlib.util.find_spec(f"{module}.{name}") is not None
+    except ImportError:
+        return False
+
+
+def test_an_error_names_a_missing_one() -> None:
+    code = "import jax.core; del jax.core.eval_jaxpr; import implicit_core.adapters.jax"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    start = f"ImportError: implicit_core does not work with JAX {importlib.metadata.version('jax')}: "
+    assert done.stderr.splitlines()[-1].startswith(f"{start}cannot import name 'eval_jaxpr' from 'jax.core'")
 
 
 def test_violations_of_the_rule_are_found() -> None:

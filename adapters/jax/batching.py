@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.custom_batching import custom_vmap
 
 from implicit_core.arrays import H, PyTree
 from implicit_core.backends.jax import unseen
+from implicit_core.backends.jax_internals import ShapedArray, custom_vmap
 from implicit_core.solution import Solution
 
 from .closure import is_traced

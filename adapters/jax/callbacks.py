@@ -8,9 +8,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from implicit_core.arrays import H, PyTree, Z
+from implicit_core.backends.jax import zeros_like
+from implicit_core.backends.jax_internals import SymbolicZero
 from implicit_core.estimators import AtFixedPoint, Estimator
 from implicit_core.layer import LayerOptions, Watched, told
 from implicit_core.problem import Problem
@@ -125,7 +126,7 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
 
         def backward(v: PyTree) -> Arrays:
             cotangents = static.select(pullback(v[0]))
-            return [jnp.zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in indices]
+            return [zeros_like(arrays[i]) if cotangents[i] is None else cotangents[i] for i in indices]
 
         # The residuals of the pullback are the arrays that it closes over.
         hoisted = hoist(backward, pair)
@@ -136,7 +137,7 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
         dz = static.combine(replaced(arrays, indices, tangents))
         watched = Watched(problem)
         pushed = gradient.jvp(watched.problem, h, static.combine(arrays), dz)[1]
-        return pushed, jax.tree.map(jnp.zeros_like, _norms(gradient, watched))
+        return pushed, jax.tree.map(zeros_like, _norms(gradient, watched))
 
     def backward(residuals: Arrays, v: H) -> Arrays:
         return pullbacks[0](v, residuals)
@@ -207,7 +208,7 @@ def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> 
 
         # The linear map (0, d) -> (A d, d), with its own transpose. `custom_linear_solve` takes such a pair of maps. It
         # uses the matrix, here the identity, for second derivatives only, which raise. Decision 52.
-        zero = depending_on(directions, jax.tree.map(jnp.zeros_like, value))
+        zero = depending_on(directions, jax.tree.map(zeros_like, value))
         tangent, _ = jax.lax.custom_linear_solve(
             lambda x: x,
             (zero, directions),

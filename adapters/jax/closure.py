@@ -5,9 +5,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from implicit_core.backends.jax import staging
+from implicit_core.backends.jax_internals import Tracer, without_constants
 
 from .leaves import Arrays
 from .programs import Program, program
@@ -44,7 +44,7 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
 
     made, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
     result = jax.tree.unflatten(jax.tree.structure(shapes), made.out_avals)
-    return Hoisted(program(made.jaxpr, result), list(map(_as_array, made.consts)))
+    return Hoisted(program(without_constants(made.jaxpr), result), list(map(_as_array, made.consts)))
 
 
 def _as_array(const: Any) -> Any:

@@ -11,17 +11,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from implicit_core.arrays import H, PyTree, State
 from implicit_core.backends.jax import BACKEND, staging
+from implicit_core.backends.jax_internals import (
+    Primitive,
+    Zero,
+    bdim_at_front,
+    fancy_primitive_batchers,
+    instantiate_zeros,
+    is_undefined_primal,
+    lower_fun,
+    primitive_jvps,
+    primitive_transposes,
+    register_lowering,
+)
 from implicit_core.estimators.growth import GrowthTest
 from implicit_core.space import Space
 
 from .leaves import Arrays
 
-Tangents = Sequence[jax.Array | ad.Zero]
+Tangents = Sequence[jax.Array | Zero]
 
 
 class Growth:
@@ -135,7 +145,7 @@ def _compared(*operands: jax.Array, growth: Growth, primal: bool, tests: bool) -
 for _primitive, _implementation, _types in ((_fork, _forked, _forked), (_compare, _compared, _first_third)):
     _primitive.def_impl(_implementation)
     _primitive.def_abstract_eval(_types)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_implementation, multiple_results=True))
+    register_lowering(_primitive, lower_fun(_implementation, multiple_results=True))
 
 
 def _jvp_of_fork(primals: Arrays, tangents: Tangents, *, primal: bool, **params: Any) -> tuple[Arrays, Tangents]:
@@ -167,22 +177,22 @@ def _transpose_of_fork(cotangents: Tangents, *_: Any, growth: Growth, primal: bo
 
 def _transpose_of_compare(
     cotangents: Tangents, *operands: Any, growth: Growth, primal: bool, tests: bool
-) -> list[jax.Array | ad.Zero | None]:
+) -> list[jax.Array | Zero | None]:
     n = len(cotangents)
     v: Tangents = [*cotangents, *cotangents]
     if not _all_zero(cotangents):
         v = _fork.bind(*_instantiated(cotangents), growth=growth.transposed(), primal=False)
-    last = [ad.Zero(v.aval) if isinstance(v, ad.Zero) else ad.Zero(jax.typeof(v)) for v in cotangents]
+    last = [Zero(v.aval) if isinstance(v, Zero) else Zero(jax.typeof(v)) for v in cotangents]
     pairs = zip([*v[:n], *last, *v[n:]], operands, strict=True)
-    return [v if ad.is_undefined_primal(operand) else None for v, operand in pairs]
+    return [v if is_undefined_primal(operand) else None for v, operand in pairs]
 
 
 def _all_zero(tangents: Tangents) -> bool:
-    return all(isinstance(t, ad.Zero) for t in tangents)
+    return all(isinstance(t, Zero) for t in tangents)
 
 
 def _instantiated(tangents: Tangents) -> list[jax.Array]:
-    return [ad.instantiate_zeros(t) for t in tangents]
+    return [instantiate_zeros(t) for t in tangents]
 
 
 def _batched(primitive: Primitive) -> Callable[..., tuple[Arrays, Sequence[int | None]]]:
@@ -192,14 +202,14 @@ def _batched(primitive: Primitive) -> Callable[..., tuple[Arrays, Sequence[int |
         if all(dim is None for dim in dims):
             results = primitive.bind(*operands, **params)
             return results, [None] * len(results)
-        operands = [batching.bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)]
+        operands = [bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)]
         results = primitive.bind(*operands, **params | {"growth": params["growth"].batched()})
         return results, [0] * len(results)
 
     return batch
 
 
-ad.primitive_jvps[_fork], ad.primitive_jvps[_compare] = _jvp_of_fork, _jvp_of_compare
-ad.primitive_transposes[_fork], ad.primitive_transposes[_compare] = _transpose_of_fork, _transpose_of_compare
-batching.fancy_primitive_batchers[_fork] = _batched(_fork)
-batching.fancy_primitive_batchers[_compare] = _batched(_compare)
+primitive_jvps[_fork], primitive_jvps[_compare] = _jvp_of_fork, _jvp_of_compare
+primitive_transposes[_fork], primitive_transposes[_compare] = _transpose_of_fork, _transpose_of_compare
+fancy_primitive_batchers[_fork] = _batched(_fork)
+fancy_primitive_batchers[_compare] = _batched(_compare)

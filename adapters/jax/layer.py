@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 
 from implicit_core import checks
 from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
+from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, OneStep, Unroll
 from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
 from implicit_core.problem import Map, Problem

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
 from implicit_core import checks
 from implicit_core.arrays import H, Z
-from implicit_core.backends.jax import BACKEND
+from implicit_core.backends.jax import BACKEND, zeros_like
+from implicit_core.backends.jax_internals import Tracer
 from implicit_core.problem import Map
 
 from .closure import depending_on, hoist
@@ -207,7 +206,7 @@ def partial_pushforwards(
     h, arrays
         The point of linearization, for the shapes.
     """
-    zero_h, zero_arrays = jax.tree.map(jnp.zeros_like, (h, arrays))
+    zero_h, zero_arrays = jax.tree.map(zeros_like, (h, arrays))
     # Linearized here and not at the first call, which may be in a loop: its tracers would leak.
     push_h = jax.linearize(lambda dh: push(dh, zero_arrays), zero_h)[1]
     push_arrays = jax.linearize(lambda d: push(zero_h, d), zero_arrays)[1]

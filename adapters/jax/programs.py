@@ -9,10 +9,17 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from implicit_core.arrays import PyTree
+from implicit_core.backends.jax_internals import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    eval_jaxpr,
+    jaxprs_in_params,
+)
 
 from .leaves import Arrays, is_differentiable
 

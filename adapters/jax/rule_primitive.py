@@ -8,10 +8,17 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, TypeVar
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from implicit_core.arrays import H
+from implicit_core.backends.jax_internals import (
+    Primitive,
+    Zero,
+    bdim_at_front,
+    fancy_primitive_batchers,
+    lower_fun,
+    primitive_jvps,
+    register_lowering,
+)
 
 from .leaves import Arrays
 
@@ -68,16 +75,16 @@ def _leaves_of_value(*operands: T, size: int, rule: _RuleOnLeaves) -> list[T]:
 
 _value_with_rule.def_impl(_leaves_of_value)
 _value_with_rule.def_abstract_eval(_leaves_of_value)
-mlir.register_lowering(_value_with_rule, mlir.lower_fun(_leaves_of_value, multiple_results=True))
+register_lowering(_value_with_rule, lower_fun(_leaves_of_value, multiple_results=True))
 
 
 def _jvp(
-    operands: Arrays, tangents: Sequence[jax.Array | ad.Zero], *, size: int, rule: _RuleOnLeaves
-) -> tuple[Arrays, Sequence[jax.Array | ad.Zero]]:
+    operands: Arrays, tangents: Sequence[jax.Array | Zero], *, size: int, rule: _RuleOnLeaves
+) -> tuple[Arrays, Sequence[jax.Array | Zero]]:
     leaves: Arrays = _value_with_rule.bind(*operands, size=size, rule=rule)
-    nonzero = {i: tangent for i, tangent in enumerate(tangents[size:]) if not isinstance(tangent, ad.Zero)}
+    nonzero = {i: tangent for i, tangent in enumerate(tangents[size:]) if not isinstance(tangent, Zero)}
     if not nonzero:
-        return leaves, [ad.Zero(jax.typeof(leaf).to_tangent_aval()) for leaf in leaves]
+        return leaves, [Zero(jax.typeof(leaf).to_tangent_aval()) for leaf in leaves]
     return leaves, rule([*leaves, *operands[size:]], list(nonzero), list(nonzero.values()))
 
 
@@ -89,7 +96,7 @@ def _batch(
     # The value depends on the inputs, so its leaves are mapped if any input is.
     axes = [0 if i < size or dim is not None else None for i, dim in enumerate(dims)]
     operands = [
-        operand if at is None else batching.bdim_at_front(operand, dim, axis.size)
+        operand if at is None else bdim_at_front(operand, dim, axis.size)
         for operand, dim, at in zip(operands, dims, axes, strict=True)
     ]
 
@@ -105,5 +112,5 @@ def _batch(
     return _value_with_rule.bind(*operands, size=size, rule=mapped_rule), [0] * size
 
 
-ad.primitive_jvps[_value_with_rule] = _jvp
-batching.fancy_primitive_batchers[_value_with_rule] = _batch
+primitive_jvps[_value_with_rule] = _jvp
+fancy_primitive_batchers[_value_with_rule] = _batch
