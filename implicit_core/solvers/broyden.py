@@ -101,7 +101,8 @@ class Broyden(Solver):
             alpha = space.matmul(of_r, space.xp.matrix_transpose(head(coefficients, 2, n)))
             rest = space.multiply_add(-1.0, space.take(alpha, slot, 2), memory.one)
             if full:  # the oldest step is forgotten
-                alpha, coefficients = alpha * memory.others[slot], coefficients * memory.others[slot]
+                others = memory.others[slot]
+                alpha, coefficients = alpha * others, coefficients * others
             combined = space.combine(head(alpha, 2, n), past, onto=r)
             step = Row(tuple(a / rest for a in combined))
         steps = space.set_row(memory.steps, slot, step)
