@@ -11,6 +11,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from implicit_core.arrays import PyTree
 from implicit_core.backends.jax import staging
 
+from .effects import communication_axes, has_named_axes, without_references
 from .leaves import Arrays, replaced
 
 R = TypeVar("R")
@@ -43,9 +44,9 @@ class Hoisted(NamedTuple, Generic[R]):
         return self._replace(closed_over=())
 
     @property
-    def has_effects(self) -> bool:
-        """Whether it has side effects: collectives over a named axis, callbacks, prints."""
-        return self.jaxpr is not None and bool(self.jaxpr.effects)
+    def has_named_axes(self) -> bool:
+        """Whether it refers to named axes, in collectives or to read a position."""
+        return self.jaxpr is not None and has_named_axes(self.jaxpr)
 
     @property
     def has_custom_vjp(self) -> bool:
@@ -55,7 +56,7 @@ class Hoisted(NamedTuple, Generic[R]):
     @property
     def axes(self) -> tuple[str, ...]:
         """The named axes that it communicates over."""
-        return () if self.jaxpr is None else tuple(sorted(_communication_axes(self.jaxpr)))
+        return () if self.jaxpr is None else tuple(sorted(communication_axes(self.jaxpr)))
 
 
 def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
@@ -65,6 +66,7 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
     constant of the program, and is not available when a derivative is taken outside of that ``jit``.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    traced = without_references(traced, jax.tree.leaves(arguments))
     indices = [i for i, const in enumerate(traced.consts) if isinstance(const, Tracer)]
     # JAX keeps `call` as long as the programs that contain it, so it must not refer to tracers.
     constants = [None if isinstance(const, Tracer) else const for const in traced.consts]
@@ -106,14 +108,3 @@ def _contains_custom_vjp(jaxpr: Jaxpr) -> bool:
         eqn.primitive.name.startswith("custom_vjp") or any(map(_contains_custom_vjp, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
-
-
-def _communication_axes(jaxpr: Jaxpr) -> set[str]:
-    found: set[str] = set()
-    for eqn in jaxpr.eqns:
-        inner = list(jaxprs_in_params(eqn.params))
-        if inner:
-            found = found.union(*map(_communication_axes, inner))
-        elif eqn.primitive.name != "axis_index":  # it reads a position and communicates nothing
-            found |= {str(effect.name) for effect in eqn.effects if hasattr(effect, "name")}
-    return found

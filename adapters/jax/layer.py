@@ -139,7 +139,7 @@ def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> 
         # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
         hoisted = hoist(lambda h0, inputs: solve(f, h0, inputs, f.batch_ndim), h0, inputs)
         solution = _constants(hoisted.function(h0, inputs, _constants(hoisted.closed_over)))
-    elif f.hoisted.has_effects:
+    elif f.hoisted.has_named_axes:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
         solution = solve(f, h0, inputs, f.batch_ndim)
     else:
