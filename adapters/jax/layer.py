@@ -193,5 +193,6 @@ def _constants(tree: T) -> T:
 
 
 def _as_array(leaf: object) -> object:
-    is_number = isinstance(leaf, (int, float)) or hasattr(leaf, "__array__")
-    return jnp.asarray(leaf) if is_number else leaf
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        leaf = float(leaf)
+    return jnp.asarray(leaf) if isinstance(leaf, (bool, float)) or hasattr(leaf, "__array__") else leaf
