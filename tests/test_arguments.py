@@ -81,7 +81,7 @@ def test_settings(make: Callable[[], Any], error: type[Exception], message: str)
         (
             lambda: ic.solve(lambda h, z: torch.ones(3), ONES, None),
             TypeError,
-            "dtype of h0, torch.float64, got torch.float32",
+            "torch.float64, got torch.float32",
         ),
         (lambda: ic.solve(halved, (ONES, torch.ones(3)), None), TypeError, "h0 must hold arrays of numpy only"),
         (lambda: ic.solve(halved, (np.ones((2, 3)), np.ones((4, 3))), None, batch_ndim=1), ValueError, "must agree"),

@@ -23,6 +23,7 @@ from .derivative import with_derivative
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
+from .state import hoist_without_writes
 
 
 def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -117,7 +118,7 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
             raise TypeError(f"the result of f must hold arrays of jax{remedy}")
         return value
 
-    hoisted = hoist(f, h0, arrays)
+    hoisted = hoist_without_writes(f, h0, arrays)
     if BACKEND.flatten(hoisted.result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
         like_result = jax.tree.map(_like, h0, hoisted.result)
         if jax.tree.map(jax.typeof, like_result) != jax.tree.map(jax.typeof, h0):
