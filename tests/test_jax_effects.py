@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax_layers import EXACT, SOLVER
 
 import implicit_core as ic
+from implicit_core.adapters.jax import effects
 
 pytestmark = pytest.mark.slow
 
@@ -227,3 +228,16 @@ def test_an_axis_of_vmap_that_f_only_asks_for_its_position() -> None:
     batch = np.stack([X, X])
     expected = np.stack([dense(x)[0] for x in (X, 2 * X)])
     close(jax.vmap(run, axis_name="samples")(batch), expected)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_kinds_of_effects_are_found_within_shard_map(check_vma: bool) -> None:
+    mesh = jax.make_mesh((1,), ("parts",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, outside = jax.sharding.PartitionSpec("parts"), effects._kinds()
+    effects._kinds.cache_clear()
+    found = []
+    jax.shard_map(
+        lambda x: (found.append(effects._kinds()), x)[1], mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+    )(jnp.ones(1))
+    assert found == [outside]
+    assert all(outside)

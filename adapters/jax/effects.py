@@ -40,7 +40,7 @@ def _kinds() -> _Kinds:
     local = of(lambda x: jax.ref.freeze(jax.new_ref(x)))
     read = of(lambda x: jax.ref.get(jax.new_ref(x), ())) - local
     written = of(lambda x: jax.ref.swap(jax.new_ref(x), (), x)) | of(lambda x: jax.ref.addupdate(jax.new_ref(x), (), x))
-    return _Kinds(of(lambda x: jax.lax.psum(x, "axis")), local, read, written - local - read)
+    return _Kinds(of(lambda _: jax.lax.axis_index("axis")), local, read, written - local - read)
 
 
 def _is_named_axis(effect: object) -> bool:
