@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
+from jax.experimental import io_callback, jet, sparse
 from jax.experimental import pallas as pl
 from jax_layers import EXACT, SOLVER
 
@@ -241,3 +241,38 @@ def test_kinds_of_effects_are_found_within_shard_map(check_vma: bool) -> None:
     )(jnp.ones(1))
     assert found == [outside]
     assert all(outside)
+
+
+@pytest.mark.parametrize("gradient", [LONG, EXACT], ids=repr)
+def test_a_linear_transpose_names_the_pullback_which_is_right(gradient: ic.Estimator) -> None:
+    def run(x: jax.Array) -> jax.Array:
+        return ic.fixed_point(lambda h, x: W @ h + x, jnp.zeros(3), x, solver=SOLVER, gradient=gradient).value
+
+    with pytest.raises(NotImplementedError, match=r"take pullback = jax\.vjp\(layer, x\)\[1\]"):
+        jax.linear_transpose(run, X)(X)
+    close(jax.vjp(run, np.zeros(3))[1](X)[0], np.linalg.solve((np.eye(3) - W).T, X))
+
+
+def test_jet_and_sparsify_of_a_layer_raise() -> None:
+    with pytest.raises(Exception, match="value_with_rule"):
+        jet.jet(layer(plain), (X,), ((X,),))
+    with pytest.raises(NotImplementedError, match="sparse rule"):
+        sparse.sparsify(layer(plain))(sparse.BCOO.fromdense(jnp.asarray(X)))
+
+
+@pytest.mark.parametrize("gradient", [LONG, EXACT], ids=repr)
+def test_a_sparse_array_in_z_gets_its_gradient(gradient: ic.Estimator) -> None:
+    weight = sparse.BCOO.fromdense(jnp.asarray(np.tril(W)))
+
+    @sparse.sparsify
+    def f(h: Any, z: Any) -> Any:
+        return jnp.tanh(z[0] @ h + z[1])
+
+    def loss(numbers: jax.Array) -> jax.Array:
+        z = sparse.BCOO((numbers, weight.indices), shape=(3, 3)), jnp.asarray(X)
+        return jnp.sum(ic.fixed_point(f, jnp.zeros(3), z, solver=SOLVER, gradient=gradient).value ** 2)
+
+    value, _, expected = dense(w=np.tril(W))
+    found, gradients = jax.value_and_grad(loss)(weight.data)
+    assert float(found) == pytest.approx(float(value @ value), abs=1e-10)
+    close(gradients, expected[tuple(np.asarray(weight.indices).T)])

@@ -105,5 +105,14 @@ def _batch(
     return _value_with_rule.bind(*operands, size=size, rule=mapped_rule), [0] * size
 
 
+def _transpose(cotangents: Sequence[jax.Array | ad.Zero], *operands: object, size: int, rule: _RuleOnLeaves) -> None:
+    """For ``jax.linear_transpose`` of the layer itself: derivatives transpose the operations of the rule instead."""
+    raise NotImplementedError(
+        "jax.linear_transpose has no rule for the loop of a solve: take pullback = jax.vjp(layer, x)[1], which is the "
+        "transpose of a linear layer at any x"
+    )
+
+
 ad.primitive_jvps[_value_with_rule] = _jvp
+ad.primitive_transposes[_value_with_rule] = _transpose
 batching.fancy_primitive_batchers[_value_with_rule] = _batch
