@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from .backend import Backend
 
 
+class ForeignArrayError(TypeError):
+    """A leaf is no array of the framework that the others belong to: ``leaf``."""
+
+    def __init__(self, message: str, leaf: object) -> None:
+        super().__init__(message)
+        self.leaf = leaf
+
+
 def integer(name: str, value: Any, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``."""
     try:
@@ -160,7 +168,7 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         )
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
-            raise TypeError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}")
+            raise ForeignArrayError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}", leaf)
         _supported(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference

@@ -12,6 +12,7 @@ from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solve import as_solver
 from .solvers import Anderson, FixedPointSolver
+from .start import with_start
 
 
 @not_compiled
@@ -38,7 +39,8 @@ def fixed_point(
     f
         F itself, ``f(h, z)``, or a :class:`Problem`.
     h0
-        Where to start: an array or a pytree of real floating arrays, (batch..., state...). Its gradient is zero.
+        Where to start: an array or a pytree of real floating arrays, (batch..., state...). Its gradient is zero. Python
+        numbers and NumPy arrays become arrays of the framework of z, or else of F's result.
     z
         Inputs and parameters, any pytree.
     solver
@@ -86,11 +88,8 @@ def fixed_point(
     checks.supported("h0", h0)  # before an adapter makes it an array of its framework
     checks.no_masks("z", z)
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
-    # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.
-    adapter = find_adapter(h0) or find_adapter(z)
-    layer: Layer = undifferentiated if adapter is None else adapter.layer
     if not has_aux:
-        return layer(as_problem(f, batch_ndim, scale), h0, z, options)
+        return _by_layer(as_problem(f, batch_ndim, scale), h0, z, options)
     if isinstance(f, Problem):
         raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
 
@@ -100,8 +99,24 @@ def fixed_point(
             raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(pair).__name__}")
         return pair
 
-    solution = layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
+    solution = _by_layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
     # Decision 15.
     backend = find_backend(solution.value)
     with backend.on_device_of(solution.value):
         return solution._replace(aux=backend.protected(both)(solution.value, z)[1])
+
+
+def _by_layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
+    """The solution by the layer of the framework that F computes in."""
+    # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 12.
+    adapter = find_adapter(h0) or find_adapter(z)
+    if adapter is not None:
+        layer: Layer = adapter.layer
+        return layer(problem, h0, z, options)
+
+    def run(h0: H) -> Solution[H]:
+        found = find_adapter(h0)
+        layer: Layer = undifferentiated if found is None else found.layer
+        return layer(problem, h0, z, options)
+
+    return with_start(run, problem.f, h0, z)

@@ -16,7 +16,7 @@ from .problem import Problem
 from .progress import RESOLVED
 from .registry import find_backend
 from .solution import Solution, Status, warn_of_failures
-from .solve import solve
+from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
 from .space import Space
 
@@ -65,7 +65,7 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
 
     Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
     """
-    return solve(problem, h0, z, solver=starting_solver(options), trace=options.trace)
+    return solve_from_arrays(problem, h0, z, solver=starting_solver(options), trace=options.trace)
 
 
 def starting_solver(options: LayerOptions) -> FixedPointSolver:

@@ -9,6 +9,7 @@ from .problem import Map, Problem, as_problem
 from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
+from .start import with_start
 
 
 @not_compiled
@@ -32,7 +33,8 @@ def solve(
     problem
         A :class:`Problem`, or F itself, ``f(h, z)``.
     h0
-        Where to start: an array or a pytree of real floating arrays, (batch..., state...).
+        Where to start: an array or a pytree of real floating arrays, (batch..., state...). Python numbers and NumPy
+        arrays become arrays of the framework of z, or else of F's result.
     z
         Inputs and parameters, handed to F as they are.
     solver
@@ -74,6 +76,17 @@ def solve(
     problem, solver = as_problem(problem, batch_ndim, scale), as_solver(solver)
     checks.instance("throw", throw, bool, "True")
     checks.instance("trace", trace, bool, "True")
+
+    def run(h0: H) -> Solution[H]:
+        return solve_from_arrays(problem, h0, z, solver=solver, throw=throw, trace=trace)
+
+    return run(h0) if find_adapter(h0) is not None else with_start(run, problem.f, h0, z)
+
+
+def solve_from_arrays(
+    problem: Problem[H, Z], h0: H, z: Z, *, solver: FixedPointSolver, throw: bool = False, trace: bool = False
+) -> Solution[H]:
+    """:func:`solve` where h0 holds arrays of the framework that F computes in; for layers, which see to that."""
     checks.no_masks("z", z)
     backend, adapter = find_backend(h0), find_adapter(h0)
     solve_compiled = getattr(adapter, "solve_compiled", None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from implicit_core.backends.jax import staging
 from implicit_core.backends.jax_internals import Tracer, without_constants
 
+from .effects import without_references
 from .leaves import Arrays
 from .programs import Program, program
 
@@ -43,6 +44,7 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
         return function(*arguments)
 
     made, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
+    made = without_references(made, jax.tree.leaves(arguments))
     result = jax.tree.unflatten(jax.tree.structure(shapes), made.out_avals)
     return Hoisted(program(without_constants(made.jaxpr), result), list(map(_as_array, made.consts)))
 

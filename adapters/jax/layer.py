@@ -29,6 +29,7 @@ from .maps import EagerMap, TracedMap
 from .problem import JAXProblem
 from .problem import problem as problem_of
 from .programs import compiled
+from .state import hoist_without_writes
 
 UNTRACEABLE = (
     "JAX cannot trace f, which uses NumPy or asks for the number in an array. If it has to, "
@@ -111,7 +112,7 @@ def _map(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, AnyMap[H], Arrays, Sta
             raise TypeError(f"the result of f must hold arrays of jax{remedy}")
         return value
 
-    hoisted = hoist(f, h0, arrays)
+    hoisted = hoist_without_writes(f, h0, arrays)
     result = hoisted.program.result
     if BACKEND.flatten(result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
         like_result = jax.tree.map(_like, h0, result)
@@ -134,7 +135,7 @@ def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: Laye
     if getattr(solver, "runs_user_code", True):
         return _by_user_code(f, h0, inputs, static, solver, trace=options.trace)
     settings = solver, options.trace
-    if f.has_effects:
+    if f.has_named_axes:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
         return _solving(f, *settings)(h0, inputs)
     # A trace has NaN where samples are finished, and JAX would look at all results of a program.
@@ -282,5 +283,6 @@ def _constants(tree: T) -> T:
 
 
 def _as_array(leaf: object) -> object:
-    is_number = isinstance(leaf, (int, float)) or hasattr(leaf, "__array__")
-    return jnp.asarray(leaf) if is_number else leaf
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        leaf = float(leaf)
+    return jnp.asarray(leaf) if isinstance(leaf, (bool, float)) or hasattr(leaf, "__array__") else leaf

@@ -60,9 +60,9 @@ class TracedMap(Generic[H]):
         return self.program.axes
 
     @property
-    def has_effects(self) -> bool:
+    def has_named_axes(self) -> bool:
         """See :class:`Program`."""
-        return self.program.has_effects
+        return self.program.has_named_axes
 
     @property
     def has_custom_vjp(self) -> bool:
@@ -86,7 +86,7 @@ class EagerMap(Generic[H, Z]):
     batch_ndim: int
     units: Units
 
-    traced = shared = has_effects = has_custom_vjp = False
+    traced = shared = has_named_axes = has_custom_vjp = False
     axes: tuple[str, ...] = ()
 
     def __call__(self, h: H, inputs: Arrays) -> H:

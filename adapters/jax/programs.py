@@ -21,6 +21,7 @@ from implicit_core.backends.jax_internals import (
     jaxprs_in_params,
 )
 
+from .effects import communication_axes, has_named_axes
 from .leaves import Arrays, is_differentiable
 
 R = TypeVar("R")
@@ -64,9 +65,9 @@ class Program(Generic[R]):
         return result
 
     @property
-    def has_effects(self) -> bool:
-        """Whether it has side effects: collectives over a named axis, callbacks, prints."""
-        return bool(self.jaxpr.effects)
+    def has_named_axes(self) -> bool:
+        """Whether it refers to named axes, in collectives or to read a position."""
+        return has_named_axes(self.jaxpr)
 
     @property
     def has_custom_vjp(self) -> bool:
@@ -76,7 +77,7 @@ class Program(Generic[R]):
     @property
     def axes(self) -> tuple[str, ...]:
         """The named axes that it communicates over."""
-        return tuple(sorted(_communication_axes(self.jaxpr)))
+        return tuple(sorted(communication_axes(self.jaxpr)))
 
 
 def program(jaxpr: Jaxpr, result: PyTree) -> Program[Any]:
@@ -279,14 +280,3 @@ def _contains_custom_vjp(jaxpr: Jaxpr) -> bool:
         eqn.primitive.name.startswith("custom_vjp") or any(map(_contains_custom_vjp, jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
-
-
-def _communication_axes(jaxpr: Jaxpr) -> set[str]:
-    found: set[str] = set()
-    for eqn in jaxpr.eqns:
-        inner = list(jaxprs_in_params(eqn.params))
-        if inner:
-            found = found.union(*map(_communication_axes, inner))
-        elif eqn.primitive.name != "axis_index":  # it reads a position and communicates nothing
-            found |= {str(effect.name) for effect in eqn.effects if hasattr(effect, "name")}
-    return found

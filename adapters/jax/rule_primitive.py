@@ -17,6 +17,7 @@ from implicit_core.backends.jax_internals import (
     fancy_primitive_batchers,
     lower_fun,
     primitive_jvps,
+    primitive_transposes,
     register_lowering,
 )
 
@@ -112,5 +113,14 @@ def _batch(
     return _value_with_rule.bind(*operands, size=size, rule=mapped_rule), [0] * size
 
 
+def _transpose(cotangents: Sequence[jax.Array | Zero], *operands: object, size: int, rule: _RuleOnLeaves) -> None:
+    """For ``jax.linear_transpose`` of the layer itself: derivatives transpose the operations of the rule instead."""
+    raise NotImplementedError(
+        "jax.linear_transpose has no rule for the loop of a solve: take pullback = jax.vjp(layer, x)[1], which is the "
+        "transpose of a linear layer at any x"
+    )
+
+
 primitive_jvps[_value_with_rule] = _jvp
+primitive_transposes[_value_with_rule] = _transpose
 fancy_primitive_batchers[_value_with_rule] = _batch

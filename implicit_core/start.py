@@ -1,0 +1,73 @@
+"""The start of a solve as arrays of the framework that F computes in (Decision 131)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from . import checks
+from .arrays import H, Z
+from .backend import Backend
+from .registry import find_adapter, find_backend, leaves_of, load_backend
+
+R = TypeVar("R")
+
+
+def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
+    """``run(h0)``, with the numbers and NumPy arrays of ``h0`` as arrays of the framework that F computes in.
+
+    ``run`` solves with F and the start that it gets. If h0 holds numbers alone and z no arrays that say where they
+    belong, F is evaluated once at the numbers. If h0 holds NumPy arrays, F's first result may show that they belong
+    elsewhere, and ``run`` starts again.
+    """
+    leaves = leaves_of(h0)
+    if leaves and not any(map(_has_dtype, leaves)):
+        h0 = _from_numbers(f, h0, z)
+    try:
+        return run(h0)
+    except checks.ForeignArrayError as error:
+        foreign = error.leaf
+        if find_adapter(foreign) is None or find_backend(h0).name != "numpy":
+            raise
+    return run(_arrays(find_backend(foreign), h0, [foreign]))
+
+
+def _from_numbers(f: Callable[[H, Z], H], h0: H, z: Z) -> H:
+    """A start of numbers alone as arrays of z's framework, or else with the dtypes and devices of F's results there."""
+    if not all(isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in leaves_of(h0)):
+        return h0  # it is refused later
+    if find_adapter(z) is not None:
+        backend, leaves = find_backend(z), leaves_of(z)
+        return _arrays(backend, h0, [leaf for leaf in leaves if backend.is_array(leaf)])
+    h0 = load_backend("numpy").map(float, h0)
+    try:
+        result = f(h0, z)
+    except Exception as error:
+        error.add_note(
+            "f was called with the Python numbers of h0, to see which framework's arrays it returns: make h0 an array, "
+            "or pass arrays of that framework in z"
+        )
+        raise
+    if not any(map(_has_dtype, leaves_of(result))):
+        return _arrays(load_backend("numpy"), h0, [])
+    start: H = checks.numbers_as_arrays(find_backend(result, "the result of f"), h0, result)
+    return start
+
+
+def _arrays(backend: Backend, h0: H, like: Sequence[Any]) -> H:
+    """``h0``, its numbers and NumPy arrays as arrays on the device of the first array in ``like``.
+
+    Numbers also get the dtype of the first floating-point array in it.
+    """
+    xp, device = backend.xp, backend.device(like[0]) if like else None
+    dtype = next((x.dtype for x in like if backend.isdtype(x.dtype, "real floating")), None)
+
+    def array(leaf: Any) -> Any:
+        if isinstance(leaf, (int, float)) and not _has_dtype(leaf):
+            return xp.asarray(float(leaf), dtype=dtype, device=device)
+        return xp.asarray(leaf, device=device, copy=True) if hasattr(leaf, "__array__") else leaf
+
+    start: H = backend.map(array, h0)
+    return start
+
+
+def _has_dtype(leaf: object) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
