@@ -47,6 +47,7 @@ from .solution import (
 )
 from .solve import solve
 from .solvers import Anderson, Broyden, CallableSolver, Compacting, FixedPointIteration, NewtonKrylov, Solver
+from .stepper import Stepper, StepperState
 
 __version__ = "0.1.0"
 
@@ -90,6 +91,8 @@ __all__ = [
     "Solver",
     "Stats",
     "Status",
+    "Stepper",
+    "StepperState",
     "Unroll",
     "check",
     "fixed_point",
