@@ -12,6 +12,7 @@ class StrictBackend(NumPyBackend):
 
     # NumPy's functions do not take its arrays.
     count = Backend.count
+    guarded = Backend.guarded
     unsupported = Backend.unsupported
     same_dtype = Backend.same_dtype
 

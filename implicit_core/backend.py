@@ -19,10 +19,21 @@ from .arrays import Array, Mask, PyTree
 from .space import Space
 
 Carry = TypeVar("Carry")
+Function = TypeVar("Function", bound=Callable[..., Any])
 Loop = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any, int, int], Any]
 """``(cond, body, carry, max_steps, check_every) -> carry``."""
 Known = Mask | bool
 """A mask; True or False where it was read, and holds in all samples or in none."""
+
+
+class WrittenArgumentError(ValueError):
+    """A function of the user's wrote to an array that it was handed."""
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        super().__init__(
+            f"{name} wrote to its argument {' or '.join(arguments)}; it must return a new array: `0.5 * h`, "
+            "not `h *= 0.5`"
+        )
 
 
 class Watch(NamedTuple):
@@ -97,7 +108,7 @@ class Backend:
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
     sees_writes: bool = False
-    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluation is checked."""
+    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluations are checked."""
     streams: Streams | None = None
     tracing: Tracing | None = None
     recorder: Loop | None = None
@@ -276,7 +287,14 @@ class Backend:
 
     def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
-        return f
+        return self.guarded(f, "f", "h")
+
+    def guarded(self, function: Function, name: str, *arguments: str) -> Function:
+        """A function of the user's, whose first arguments are read-only, in a framework that has such arrays.
+
+        ``name`` and ``arguments``, one for each of these, are what an error calls them.
+        """
+        return function
 
     def solving(self) -> AbstractContextManager[Any]:
         """The context of a solve: no autodiff graph, and no warnings for what a status reports."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import checks, progress
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
-from .backend import Known, Watch
+from .backend import Known, Watch, WrittenArgumentError
 from .carry import Best, Carry, Count, Point
 from .problem import Problem, with_derivatives
 from .progress import Progress, Start
@@ -171,17 +171,15 @@ class Iteration:
         space, solver = self.space, self.solver
         only = solver.max_steps == 1 and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
-        backend = space.backend
-        can_check = not (backend.immutable or backend.sees_writes) and backend.readable(start[0])
-        x = space.copy(start) if can_check else start
-        h = space.unpack(x)
+        h = space.unpack(start)
+        kept = self._kept(h)
         # An infinite start is no start.
-        point, jacobian = self.measure(x, h, 0, lambda norm, _: finite(norm))
+        point, jacobian = self.measure(start, h, 0, lambda norm, _: finite(norm))
         if only:
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
-        self.unmodified = space.same(start, space.pack(h)) if can_check else True  # Decisions 7 and 8.
-        del start, x, h  # memory: a solve holds few states besides the solver's own
+        self.unmodified = self._is_left(kept, h)  # Decisions 7, 8 and 122.
+        del start, h, kept  # memory: a solve holds few states besides the solver's own
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
@@ -209,6 +207,18 @@ class Iteration:
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory = self._observed(solver.init(self.system, point.x), point, jacobian)
         return Carry(point, made, settled, steps, best, trace, memory)
+
+    def _kept(self, h: PyTree) -> State | None:
+        """A copy of what F is handed, where nothing else shows whether F writes to it."""
+        backend = self.space.backend
+        if backend.immutable or backend.sees_writes:
+            return None
+        leaves = State(tuple(backend.flatten(h)[0]))
+        return self.space.copy(leaves) if backend.readable(leaves[0]) else None
+
+    def _is_left(self, kept: State | None, h: PyTree) -> Any:
+        """Whether F left h as it was: a boolean array, or True if it is known."""
+        return True if kept is None else self.space.same(kept, State(tuple(self.space.backend.flatten(h)[0])))
 
     def measure(
         self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
@@ -304,7 +314,13 @@ class Iteration:
             # Zero times an infinite norm is NaN, above which nothing is.
             return norm > self.threshold(f_norm, space.multiply_add(0.0, norm, made.cap), made)
 
-        point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
+        h = space.unpack(x)
+        # A write to a start of zeros may have changed nothing.
+        kept = self._kept(h) if isinstance(before.index, int) and before.index == 0 else None
+        point, jacobian = self.measure(x, h, before.index + 1, is_active)
+        if kept is not None:
+            self.unmodified = self.unmodified & self._is_left(kept, h)
+            point = point._replace(active=point.active & self.unmodified)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
             made, point = self._judge(made, best, point, jacobian)
@@ -343,8 +359,9 @@ class Iteration:
 
     def refuse_writes(self, carry: Carry) -> None:
         """Raise an error if F wrote to its argument."""
-        if self.unmodified is not True and carry.point.index == 0 and not self.unmodified:
-            raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
+        index = carry.point.index
+        if self.unmodified is not True and isinstance(index, int) and index <= 1 and not self.unmodified:
+            raise WrittenArgumentError("f", "h")
 
     def outcome(self, carry: Carry) -> "Outcome":
         """What becomes of each sample if the loop ends here. The best point is known to be no worse than the last."""
