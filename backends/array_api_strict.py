@@ -11,6 +11,7 @@ class StrictBackend(NumPyBackend):
     """Its arrays wrap NumPy's, and warn as they do."""
 
     # NumPy's functions do not take its arrays.
+    complex = Backend.complex
     count = Backend.count
     guarded = Backend.guarded
     unsupported = Backend.unsupported

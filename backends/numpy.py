@@ -109,6 +109,11 @@ class NumPyBackend(Backend):
             )
         return None
 
+    def complex(self, real: Any, imag: Any) -> Any:
+        made = np.empty(real.shape, np.result_type(real.dtype, np.complex64))
+        made.real, made.imag = real, imag
+        return made
+
     def same_dtype(self, a: Any, b: Any) -> bool:
         """Byte order is not a difference: NumPy's arithmetic returns the native one."""
         return bool(a == b or (isinstance(b, np.dtype) and not b.isnative and a == b.newbyteorder("=")))

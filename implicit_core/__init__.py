@@ -13,6 +13,7 @@
 
 from .backend import Backend
 from .check import Finding, Report, check
+from .complex_states import ComplexParts, as_real, to_complex, to_real
 from .estimators import (
     BPTT,
     NPG,
@@ -69,6 +70,7 @@ __all__ = [
     "CallableSolver",
     "ChangingFunctionWarning",
     "Compacting",
+    "ComplexParts",
     "ConvergenceWarning",
     "CoupledSamplesError",
     "Estimator",
@@ -94,9 +96,12 @@ __all__ = [
     "Stepper",
     "StepperState",
     "Unroll",
+    "as_real",
     "check",
     "fixed_point",
     "magnitudes",
     "solve",
     "solve_linear",
+    "to_complex",
+    "to_real",
 ]

@@ -20,6 +20,7 @@ from .space import Space
 
 Carry = TypeVar("Carry")
 Function = TypeVar("Function", bound=Callable[..., Any])
+IsLeaf = Callable[[Any], bool]
 Loop = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any, int, int], Any]
 """``(cond, body, carry, max_steps, check_every) -> carry``."""
 Known = Mask | bool
@@ -142,6 +143,12 @@ class Backend:
         """Why a solve cannot compute with an array of this framework, called ``name``, and what to write; else None."""
         return None
 
+    def complex(self, real: Array, imag: Array) -> Array:
+        """A complex array from its parts. Here, where a part is not finite, the other may become NaN."""
+        xp = self.xp
+        dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
+        return xp.astype(real, dtype) + 1j * xp.astype(imag, dtype)
+
     def same_dtype(self, a: Any, b: Any) -> bool:
         """Whether two dtypes hold the same numbers."""
         return bool(a == b)
@@ -216,9 +223,14 @@ class Backend:
 
     # Pytrees.
 
-    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
-        """Leaves and structure of a pytree; ``None`` is an empty node, or a leaf if ``none_is_leaf``."""
-        return optree.tree_flatten(tree, none_is_leaf=none_is_leaf)
+    def flatten(
+        self, tree: PyTree, *, none_is_leaf: bool = False, is_leaf: IsLeaf | None = None
+    ) -> tuple[list[Any], Hashable]:
+        """Leaves and structure of a pytree; ``None`` is an empty node, or a leaf if ``none_is_leaf``.
+
+        Nodes for which ``is_leaf`` holds are leaves too.
+        """
+        return optree.tree_flatten(tree, is_leaf, none_is_leaf=none_is_leaf)
 
     def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
         """The inverse of :meth:`flatten`."""
