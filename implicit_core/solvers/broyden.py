@@ -10,7 +10,6 @@ from ..space import Space, head
 from ..system import System
 from .base import Solver
 
-
 LEAST = 1e-3
 """The least 1 - α, as which a smaller one counts: the update is singular where it is zero.
 
