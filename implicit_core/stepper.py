@@ -103,8 +103,7 @@ class Stepper(Generic[H, Z]):
     Raises
     ------
     TypeError, ValueError
-        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device; in JAX also if a state
-        of one solve is handed to another.
+        If an argument, or what F returns, has a wrong type, structure, shape, dtype or device.
 
     Examples
     --------

@@ -314,6 +314,13 @@ def test_f_that_writes_to_its_argument() -> None:
 
     with pytest.raises(ValueError, match="f wrote to its argument h"):
         ic.Stepper(f).init(np.zeros(2), np.ones(2))
+    # PyTorch hands copies to it, at every step.
+    stepper = ic.Stepper(lambda h, z: 0.5 * h.relu_() + z, solver=ic.FixedPointIteration(rtol=1e-9))
+    z = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    state = stepper.init(0 * z, z)
+    while not state.finished:
+        state = stepper.step(state, z)
+    np.testing.assert_allclose(state.value.numpy(), [-1.0, 4.0], atol=1e-7)
 
 
 def test_solvers_without_steps_are_refused_in_a_sentence() -> None:
