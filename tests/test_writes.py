@@ -259,6 +259,23 @@ def test_newton() -> None:
         ic.solve(right, np.zeros(2), Z, solver=ic.NewtonKrylov())
 
 
+@pytest.mark.parametrize("solver", [ic.GMRES(), ic.BiCGSTAB(), ic.CG()], ids=repr)
+def test_operators_of_linear_systems(solver: ic.LinearSolver) -> None:
+    """GMRES said CONVERGED, of the operator's own vectors. PyTorch hands copies."""
+    slopes, b = np.array([2.0, 3.0, 5.0]), np.ones(3)
+
+    def operator(v: Any) -> Any:
+        v *= slopes
+        return v
+
+    with pytest.raises(ValueError, match="operator wrote to its argument v"):
+        ic.solve_linear(operator, b, solver=solver)
+    of_tensors = torch.asarray(slopes)
+    solution = ic.solve_linear(lambda v: v.mul_(of_tensors), torch.asarray(b), solver=solver)
+    assert solution.converged
+    np.testing.assert_allclose(solution.value.numpy(), 1 / slopes, rtol=1e-4)
+
+
 def test_check_tells_of_a_write_that_changes_nothing() -> None:
     report = ic.check(lambda h, z: 0.5 * out(h) + z, np.zeros(2), Z)
     assert "writes" in report.kinds()
