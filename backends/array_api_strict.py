@@ -11,7 +11,9 @@ class StrictBackend(NumPyBackend):
     """Its arrays wrap NumPy's, and warn as they do."""
 
     # NumPy's functions do not take its arrays.
+    complex = Backend.complex
     count = Backend.count
+    guarded = Backend.guarded
     unsupported = Backend.unsupported
     same_dtype = Backend.same_dtype
 

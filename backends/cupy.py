@@ -178,6 +178,11 @@ class CuPyBackend(Backend):
         device: AbstractContextManager[Any] = next(x.device for x in self.flatten(tree)[0] if self.is_array(x))
         return device
 
+    def complex(self, real: Any, imag: Any) -> Any:
+        made = cupy.empty(real.shape, cupy.result_type(real.dtype, cupy.complex64))
+        made.real, made.imag = real, imag
+        return made
+
     def from_dlpack(self, x: Any) -> Any:
         return cupy.from_dlpack(x)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
-from implicit_core.backend import Backend, Known, Watch
+from implicit_core.backend import Backend, IsLeaf, Known, Watch
 from implicit_core.backends.jax_internals import (
     Primitive,
     Tracer,
@@ -308,6 +308,9 @@ class JAXBackend(Backend):
             )
         return array
 
+    def complex(self, real: jax.Array, imag: jax.Array) -> jax.Array:
+        return jax.lax.complex(real, imag)
+
     def devices(self) -> list[str]:
         return [str(device) for device in jax.devices()]
 
@@ -329,8 +332,12 @@ class JAXBackend(Backend):
 
     # Pytrees are JAX's own, so that the classes registered there are nodes here.
 
-    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
-        return jax.tree.flatten(tree, is_leaf=(lambda x: x is None) if none_is_leaf else None)
+    def flatten(
+        self, tree: PyTree, *, none_is_leaf: bool = False, is_leaf: IsLeaf | None = None
+    ) -> tuple[list[Any], Hashable]:
+        if none_is_leaf:
+            return jax.tree.flatten(tree, is_leaf=lambda x: x is None or (is_leaf is not None and is_leaf(x)))
+        return jax.tree.flatten(tree, is_leaf=is_leaf)
 
     def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
         return jax.tree.unflatten(structure, leaves)

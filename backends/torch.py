@@ -17,7 +17,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, bu
 from torch.utils import _pytree as torch_pytree
 
 from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
-from implicit_core.backend import Backend, Loop, Stream
+from implicit_core.backend import Backend, IsLeaf, Loop, Stream
 from implicit_core.space import Space, total
 
 DEFAULT_STREAM = (0, 1)
@@ -358,6 +358,9 @@ class TorchBackend(Backend):
         found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
         return found + ["mps"] * torch.backends.mps.is_available()
 
+    def complex(self, real: Tensor, imag: Tensor) -> Tensor:
+        return torch.complex(real, imag)
+
     def axis_order(self, x: Tensor, batch_ndim: int) -> tuple[int, ...] | None:
         """``channels_last`` and ``channels_last_3d``: the axis of channels has the least stride (Decision 94)."""
         channels = max(batch_ndim, 1)
@@ -388,13 +391,17 @@ class TorchBackend(Backend):
 
     # Pytrees are optree's, with the classes that are registered with PyTorch's own, whenever they were.
 
-    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
+    def flatten(
+        self, tree: PyTree, *, none_is_leaf: bool = False, is_leaf: IsLeaf | None = None
+    ) -> tuple[list[Any], Hashable]:
         if isinstance(tree, Tensor):
             return [tree], ONE_LEAF[none_is_leaf]
-        leaves, structure = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NODES)
+        leaves, structure = optree.tree_flatten(tree, is_leaf, none_is_leaf=none_is_leaf, namespace=NODES)
         unknown = [x for x in leaves if type(x) not in LEAVES and not isinstance(x, Tensor)]
+        if is_leaf is not None:
+            unknown = [x for x in unknown if not is_leaf(x)]
         if any(map(is_node, unknown)):
-            return self.flatten(tree, none_is_leaf=none_is_leaf)
+            return self.flatten(tree, none_is_leaf=none_is_leaf, is_leaf=is_leaf)
         return leaves, structure
 
     def map(self, fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

@@ -13,6 +13,7 @@
 
 from .backend import Backend
 from .check import Finding, Report, check
+from .complex_states import ComplexParts, as_real, to_complex, to_real
 from .estimators import (
     BPTT,
     NPG,
@@ -47,6 +48,7 @@ from .solution import (
 )
 from .solve import solve
 from .solvers import Anderson, Broyden, CallableSolver, Compacting, FixedPointIteration, NewtonKrylov, Solver
+from .stepper import Stepper, StepperState
 
 __version__ = "0.1.0"
 
@@ -68,6 +70,7 @@ __all__ = [
     "CallableSolver",
     "ChangingFunctionWarning",
     "Compacting",
+    "ComplexParts",
     "ConvergenceWarning",
     "CoupledSamplesError",
     "Estimator",
@@ -90,10 +93,15 @@ __all__ = [
     "Solver",
     "Stats",
     "Status",
+    "Stepper",
+    "StepperState",
     "Unroll",
+    "as_real",
     "check",
     "fixed_point",
     "magnitudes",
     "solve",
     "solve_linear",
+    "to_complex",
+    "to_real",
 ]

@@ -19,10 +19,22 @@ from .arrays import Array, Mask, PyTree
 from .space import Space
 
 Carry = TypeVar("Carry")
+Function = TypeVar("Function", bound=Callable[..., Any])
+IsLeaf = Callable[[Any], bool]
 Loop = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any, int, int], Any]
 """``(cond, body, carry, max_steps, check_every) -> carry``."""
 Known = Mask | bool
 """A mask; True or False where it was read, and holds in all samples or in none."""
+
+
+class WrittenArgumentError(ValueError):
+    """A function of the user's wrote to an array that it was handed."""
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        super().__init__(
+            f"{name} wrote to its argument {' or '.join(arguments)}; it must return a new array: `0.5 * h`, "
+            "not `h *= 0.5`"
+        )
 
 
 class Watch(NamedTuple):
@@ -102,7 +114,7 @@ class Backend:
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
     sees_writes: bool = False
-    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluation is checked."""
+    """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluations are checked."""
     streams: Streams | None = None
     tracing: Tracing | None = None
     recorder: Loop | None = None
@@ -135,6 +147,12 @@ class Backend:
     def unsupported(self, x: Array, name: str) -> str | None:
         """Why a solve cannot compute with an array of this framework, called ``name``, and what to write; else None."""
         return None
+
+    def complex(self, real: Array, imag: Array) -> Array:
+        """A complex array from its parts. Here, where a part is not finite, the other may become NaN."""
+        xp = self.xp
+        dtype = xp.complex64 if real.dtype == xp.float32 else xp.complex128
+        return xp.astype(real, dtype) + 1j * xp.astype(imag, dtype)
 
     def same_dtype(self, a: Any, b: Any) -> bool:
         """Whether two dtypes hold the same numbers."""
@@ -210,9 +228,14 @@ class Backend:
 
     # Pytrees.
 
-    def flatten(self, tree: PyTree, *, none_is_leaf: bool = False) -> tuple[list[Any], Hashable]:
-        """Leaves and structure of a pytree; ``None`` is an empty node, or a leaf if ``none_is_leaf``."""
-        return optree.tree_flatten(tree, none_is_leaf=none_is_leaf)
+    def flatten(
+        self, tree: PyTree, *, none_is_leaf: bool = False, is_leaf: IsLeaf | None = None
+    ) -> tuple[list[Any], Hashable]:
+        """Leaves and structure of a pytree; ``None`` is an empty node, or a leaf if ``none_is_leaf``.
+
+        Nodes for which ``is_leaf`` holds are leaves too.
+        """
+        return optree.tree_flatten(tree, is_leaf, none_is_leaf=none_is_leaf)
 
     def unflatten(self, structure: Any, leaves: list[Any]) -> PyTree:
         """The inverse of :meth:`flatten`."""
@@ -288,7 +311,14 @@ class Backend:
 
     def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
-        return f
+        return self.guarded(f, "f", "h")
+
+    def guarded(self, function: Function, name: str, *arguments: str) -> Function:
+        """A function of the user's, whose first arguments are read-only, in a framework that has such arrays.
+
+        ``name`` and ``arguments``, one for each of these, are what an error calls them.
+        """
+        return function
 
     def solving(self) -> AbstractContextManager[Any]:
         """The context of a solve: no autodiff graph, and no warnings for what a status reports."""

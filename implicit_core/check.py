@@ -9,6 +9,7 @@ from typing import Any
 
 from . import checks
 from .arrays import Array, H, PyTree, State, Z
+from .backend import WrittenArgumentError
 from .coupling import coupling, is_rounding, random_state, repeated, separating, testable, unchecked
 from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, with_derivatives, zero_tangent
 from .registry import find_adapter, find_backend
@@ -296,7 +297,11 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
 
     h_before, z_before = ([backend.xp.asarray(leaf, copy=True) for leaf in arrays(tree)] for tree in (h0, z))
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
-    value = problem.f(h_copy, z_copy)
+    try:
+        value = backend.guarded(problem.f, "f", "h")(h_copy, z_copy)
+    except WrittenArgumentError:
+        found.add("writes", "F writes to its argument h", "compute a new array instead")
+        return False
     try:
         value = checks.like(backend, "the result of f", value, h0, "h")
     except (TypeError, ValueError) as error:

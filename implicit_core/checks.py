@@ -108,10 +108,13 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
             raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(leaf)}")
         _supported(backend, name, leaf)
         if not backend.isdtype(leaf.dtype, "real floating"):
-            raise TypeError(
-                f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; "
-                "split a complex state in real and imaginary parts, cast an integer one to float"
-            )
+            advice = "cast an integer one to float"
+            if backend.isdtype(leaf.dtype, "complex floating"):
+                advice = (
+                    "solve for the real and imaginary parts: implicit_core.as_real(f), with "
+                    f"implicit_core.to_real({name if name.isidentifier() else 'h'})"
+                )
+            raise TypeError(f"{name} must hold real floating-point arrays, got dtype {leaf.dtype}; {advice}")
         if leaf.ndim < batch_ndim:
             raise ValueError(
                 f"{name} has a leaf of shape {tuple(leaf.shape)}, too few axes for batch_ndim={batch_ndim}"

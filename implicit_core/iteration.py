@@ -7,15 +7,15 @@
     finish    a status for each sample
 
 A loop ends when no sample is active. The same four functions serve a Python loop, which reads how many samples are
-active, and a traced or captured one, which cannot.
+active, a traced or captured one, which cannot, and a loop of the user's own (:class:`~implicit_core.Stepper`).
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import checks, progress
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
-from .backend import Known, Watch
+from .backend import Known, Watch, WrittenArgumentError
 from .carry import Best, Carry, Count, Point
 from .problem import Problem, with_derivatives
 from .progress import Progress, Start
@@ -25,6 +25,8 @@ from .warnings_ import warn
 
 if TYPE_CHECKING:
     from .solvers.base import Solver
+
+Result = TypeVar("Result")
 
 PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
@@ -63,6 +65,25 @@ class _OutOfRangeError(Exception):
         self.units = units
 
 
+class Outcome(NamedTuple):
+    """What becomes of each sample.
+
+    Attributes
+    ----------
+    status
+        Integers, (N, 1).
+    norm, f_norm
+        ‖F(x) - x‖₂ and ‖F(x)‖₂ at the point that is returned, (N, 1).
+    last
+        Where this is the last point, and not the best one, (N, 1).
+    """
+
+    status: Numbers
+    norm: Numbers
+    f_norm: Numbers
+    last: Mask
+
+
 class Iteration:
     """One solve by a solver's steps.
 
@@ -74,16 +95,27 @@ class Iteration:
         A solver with ``init`` and ``step``.
     trace
         Whether to record every residual.
+    stepwise
+        The loop is the user's: nothing is read beside the start, there is no last step, and all counts are arrays.
     """
 
-    def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False) -> None:
-        self.solver, self.trace = solver, trace
+    def __init__(
+        self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False, stepwise: bool = False
+    ) -> None:
+        self.solver, self.trace, self.stepwise = solver, trace, stepwise
         self.checked = False
         self.units: Numbers | None = None
         if solver.uses_jacobian and isinstance(problem, Problem):
             problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
+        self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
+        self.rtol = progress.reachable(self.space, solver.rtol)
+        # With both zero the number of steps is the user's.
+        self.forced = solver.rtol == 0 == solver.absolute_tolerance
+        self._never = float(self.space.backend.finfo(self.space.dtype).max)
+        self.unmodified: Any = True
+        self.start: Start  # unless the number of steps is forced
 
     def run(self) -> Solution[Any]:
         """The solution.
@@ -93,21 +125,41 @@ class Iteration:
         ValueError
             If F wrote to its argument.
         """
-        backend, solver = self.space.backend, self.solver
-        with backend.solving():
-            self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
-            self.rtol = progress.reachable(self.space, solver.rtol)
-            # With both zero the number of steps is the user's.
-            self.forced = solver.rtol == 0 == solver.absolute_tolerance
-            self._never = float(self.space.backend.finfo(self.space.dtype).max)
+        return self._in_range(self._run)
+
+    def first(self) -> Carry:
+        """The first evaluation, at h0, of a loop that is the user's. The numbers are read once, if they can be."""
+
+        def begin() -> Carry:
+            carry = self.begin()
+            outside = self._watched(carry) if self.space.backend.readable(carry.point.norm) else None
+            if outside is not None and bool(self.space.xp.any(outside)):
+                self._note(carry)
+            return carry
+
+        return self._in_range(begin)
+
+    def resume(self, start: Start | None, units: Numbers | None, unread: Mask | None) -> None:
+        """Take what :meth:`begin` found in another iteration of the same solve."""
+        self.unread = unread
+        if start is not None:
+            self.start = start
+        if units is not None:
+            self._measure_in(units)
+
+    def _in_range(self, run: Callable[[], Result]) -> Result:
+        with self.space.backend.solving():
             try:
-                return self._run()
+                return run()
             except _OutOfRangeError as error:
                 # Once more in units of its own size, which no square leaves the range of numbers from. Decision 73.
-                self.units = error.units
-                self.space = self.system.space = self.space.in_units(error.units)
-                self.atol = self.atol / error.units
-                return self._run()
+                self._measure_in(error.units)
+                return run()
+
+    def _measure_in(self, units: Numbers) -> None:
+        self.units = units
+        self.space = self.system.space = self.space.in_units(units)
+        self.atol = self.atol / units
 
     def _run(self) -> Solution[Any]:
         return self.with_nan(self.finish(self.loop(self.begin, self.solver.max_steps - 1)))
@@ -120,30 +172,29 @@ class Iteration:
     def begin(self) -> Carry:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
+        only = solver.max_steps == 1 and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
-        backend = space.backend
-        can_check = not (backend.immutable or backend.sees_writes) and backend.readable(start[0])
-        x = space.copy(start) if can_check else start
-        h = space.unpack(x)
+        h = space.unpack(start)
+        kept = self._kept(h)
         # An infinite start is no start.
-        point, jacobian = self.measure(x, h, 0, lambda norm, _: finite(norm))
-        if solver.max_steps == 1:
+        point, jacobian = self.measure(start, h, 0, lambda norm, _: finite(norm))
+        if only:
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
-        self.unmodified = space.same(start, space.pack(h)) if can_check else True  # Decisions 7 and 8.
-        del start, x, h  # memory: a solve holds few states besides the solver's own
+        self.unmodified = self._is_left(kept, h)  # Decisions 7, 8 and 122.
+        del start, h, kept  # memory: a solve holds few states besides the solver's own
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
-        self.unread = None if readable or solver.max_steps == 1 else self._outside(point)
+        self.unread = None if readable or only else self._outside(point)
         if self.unread is not None:
             if not self.forced and solver.absolute_tolerance > space.smallest:
                 self.unread = self.unread & ~(point.norm <= self.atol)
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
-        steps = Count(1 if readable else space.full(1, space.xp.int32))
+        steps = Count(1 if readable and not self.stepwise else space.full(1, space.xp.int32))
         best = Best(point.x, point.norm, point.f_norm, steps) if solver.keeps_best else None
         made = None
         if not self.forced:
@@ -156,12 +207,24 @@ class Iteration:
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
-        looked_at = readable or backend.notices()
-        watched = looked_at and space.samples > 1 and solver.freeze and solver.check
+        looked_at = readable or space.backend.notices()
+        watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
-        memory = solver.observe(self.system, solver.init(self.system, point.x), point, jacobian)
+        memory = self._observed(solver.init(self.system, point.x), point, jacobian)
         return Carry(point, made, settled, steps, best, trace, memory)
+
+    def _kept(self, h: PyTree) -> State | None:
+        """A copy of what F is handed, where nothing else shows whether F writes to it."""
+        backend = self.space.backend
+        if backend.immutable or backend.sees_writes:
+            return None
+        leaves = State(tuple(backend.flatten(h)[0]))
+        return self.space.copy(leaves) if backend.readable(leaves[0]) else None
+
+    def _is_left(self, kept: State | None, h: PyTree) -> Any:
+        """Whether F left h as it was: a boolean array, or True if it is known."""
+        return True if kept is None else self.space.same(kept, State(tuple(self.space.backend.flatten(h)[0])))
 
     def measure(
         self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
@@ -182,6 +245,13 @@ class Iteration:
         # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
         # Decisions 2 and 3.
         return Point(x, f, residual, norm, f_norm, is_active(norm, f_norm), index), jacobian
+
+    def _observed(self, memory: Any, point: Point, jacobian: Operator | None) -> Any:
+        """The solver's memory after an evaluation, the last of which no step follows."""
+        if jacobian is not None and not self.stepwise:
+            another = point.index + 1 < self.solver.max_steps
+            point = point._replace(active=progress.both(point.active, another))
+        return self.solver.observe(self.system, memory, point, jacobian)
 
     def tolerance(self, f_norm: Numbers) -> Numbers:
         """The tolerance, atol + rtol ‖F(x)‖."""
@@ -254,7 +324,13 @@ class Iteration:
             # Zero times an infinite norm is NaN, above which nothing is.
             return norm > self.threshold(f_norm, made._replace(cap=space.multiply_add(0.0, norm, made.cap)))
 
-        point, jacobian = self.measure(x, space.unpack(x), before.index + 1, is_active)
+        h = space.unpack(x)
+        # A write to a start of zeros may have changed nothing.
+        kept = self._kept(h) if isinstance(before.index, int) and before.index == 0 else None
+        point, jacobian = self.measure(x, h, before.index + 1, is_active)
+        if kept is not None:
+            self.unmodified = self.unmodified & self._is_left(kept, h)
+            point = point._replace(active=point.active & self.unmodified)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
             made, point = self._judge(made, best, point, jacobian)
@@ -268,44 +344,56 @@ class Iteration:
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE
             retry = ~finite(point.norm) & finite(best.norm) & lasting
             point = point._replace(active=point.active | retry)
-        memory = solver.observe(self.system, memory, point, jacobian)
+        memory = self._observed(memory, point, jacobian)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
 
     def finish(self, carry: Carry) -> Solution[Any]:
         """Each sample's point and status."""
-        if self.unmodified is not True and carry.point.index == 0 and not self.unmodified:
-            raise ValueError("f wrote to its argument h; it must return a new array: `0.5 * h`, not `h *= 0.5`")
-        space, point = self.space, carry.point
-        if carry.best is not None:
-            best = self._keep(carry.best, point, carry.steps, self.masks(carry)[1])
+        self.refuse_writes(carry)
+        space, point, best = self.space, carry.point, carry.best
+        if best is not None:
+            best = self._keep(best, point, carry.steps, self.masks(carry)[1])
             carry = carry._replace(best=best)
-        valid = finite(point.norm) & finite(point.f_norm)
-        if self.unread is not None:
-            valid = valid & ~self.unread
         if carry.settled is not None and not isinstance(point.index, int):
             space.backend.notice(self._moved(point, carry.settled))
-        x, norm, f_norm, converged = self._returned(carry, valid)
-        hidden = None if self.forced else progress.is_hidden(space, self.start.cap, f_norm)
-        status = self._status(carry, valid, norm)
-        if hidden is not None:
-            status = space.select(converged & hidden, Status.DIVERGED.value, status)
-            converged = converged & ~hidden
-        status = space.select(converged, Status.CONVERGED.value, status)
+        outcome = self.outcome(carry)
+        norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
             steps=space.per_sample(carry.steps.array(space)),
             evaluations=point.index + 1,
-            residual=space.per_sample(self._in_units(norm)),
+            residual=space.per_sample(self.in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
-            tolerance=space.per_sample(self._in_units(self._held_against(f_norm, carry.progress))),
+            tolerance=space.per_sample(self.in_units(self._held_against(f_norm, carry.progress))),
         )
+        x = point.x if best is None else space.where(outcome.last, point.x, best.x)
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
-        return Solution(value, space.per_sample(status), stats)
+        return Solution(value, space.per_sample(outcome.status), stats)
 
-    def _returned(self, carry: Carry, valid: Mask) -> tuple[State, Numbers, Numbers, Mask]:
-        """The point that is returned, ‖F(x) - x‖ and ‖F(x)‖ there, and whether it has converged."""
+    def refuse_writes(self, carry: Carry) -> None:
+        """Raise an error if F wrote to its argument."""
+        index = carry.point.index
+        if self.unmodified is not True and isinstance(index, int) and index <= 1 and not self.unmodified:
+            raise WrittenArgumentError("f", "h")
+
+    def outcome(self, carry: Carry) -> "Outcome":
+        """What becomes of each sample if the loop ends here. The best point is known to be no worse than the last."""
+        space, point = self.space, carry.point
+        valid = finite(point.norm) & finite(point.f_norm)
+        if self.unread is not None:
+            valid = valid & ~self.unread
+        last, norm, f_norm, converged = self._returned(carry, valid)
+        status = self._status(carry, valid, norm)
+        if not self.forced:
+            hidden = progress.is_hidden(space, self.start.cap, f_norm)
+            status = space.select(converged & hidden, Status.DIVERGED.value, status)
+            converged = converged & ~hidden
+        return Outcome(space.select(converged, Status.CONVERGED.value, status), norm, f_norm, last)
+
+    def _returned(self, carry: Carry, valid: Mask) -> tuple[Mask, Numbers, Numbers, Mask]:
+        """Where the last point is returned, ‖F(x) - x‖ and ‖F(x)‖ at what is, and whether it has converged."""
         space, point, best = self.space, carry.point, carry.best
         if carry.progress is None:
             last = converged = point.norm == 0
@@ -319,10 +407,10 @@ class Iteration:
                 converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
         if best is None:
-            return point.x, point.norm, point.f_norm, converged
-        x = space.where(last, point.x, best.x)
-        last = last | ~finite(best.norm)
-        return x, space.select(last, point.norm, best.norm), space.select(last, point.f_norm, best.f_norm), converged
+            return last, point.norm, point.f_norm, converged
+        known = last | ~finite(best.norm)
+        norm, f_norm = (space.select(known, a, b) for a, b in ((point.norm, best.norm), (point.f_norm, best.f_norm)))
+        return last, norm, f_norm, converged
 
     def _status(self, carry: Carry, valid: Mask, norm: Numbers) -> Numbers:
         """Why a sample did not converge, where it did not, with the residual at the point that is returned."""
@@ -349,7 +437,8 @@ class Iteration:
     def _held_against(self, f_norm: Numbers, made: Progress | None) -> Numbers:
         return self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
 
-    def _in_units(self, norm: Numbers) -> Numbers:
+    def in_units(self, norm: Numbers) -> Numbers:
+        """A norm in the user's units."""
         return norm if self.units is None else norm * self.units
 
     def _moving(self, active: Known, carry: Carry) -> Known:
@@ -443,7 +532,7 @@ class Iteration:
         return solution._replace(stats=solution.stats._replace(trace=self.space.blanked(trace, trace < 0)))
 
     def _trace(self, trace: History) -> Any:
-        rows = self.space.xp.permute_dims(self._in_units(trace[0][:, :, 0]), (1, 0))
+        rows = self.space.xp.permute_dims(self.in_units(trace[0][:, :, 0]), (1, 0))
         return self.space.xp.reshape(rows, (rows.shape[0], *self.space.batch_shape))
 
 

@@ -1,6 +1,8 @@
 """The linear solvers on the user's own operators and pytrees."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from . import checks
 from .arrays import H, PyTree, State
@@ -65,8 +67,12 @@ def solve_linear(
     backend = find_backend(b, "b")
     space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale))
 
+    act = backend.guarded(operator, "operator", "v")
+    if backend.sees_writes:  # Decision 91: an operator that writes to its argument is handed copies
+        act = partial(_applied, backend.protected(lambda v, _: operator(v)))
+
     def on_states(x: State) -> State:
-        product = checks.numbers_as_arrays(backend, operator(space.unpack(x)), b)
+        product = checks.numbers_as_arrays(backend, act(space.unpack(x)), b)
         checks.like(backend, "the result of operator", product, b, "b")
         return space.pack(product)
 
@@ -76,3 +82,7 @@ def solve_linear(
         stats = Stats(space.per_sample(result.steps), result.products, space.per_sample(result.residual))
         solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
         return solution.raise_for_status() if throw else solution
+
+
+def _applied(function: Callable[[Any, Any], Any], v: Any) -> Any:
+    return function(v, None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from . import checks
@@ -13,6 +14,8 @@ from .space import Space
 Map = Callable[[H, Z], H]
 """F: ``f(h, z)``."""
 DERIVATIVES = ("vjp_h", "vjp_z", "jvp_h", "jvp_z", "vjp", "jvp")
+VECTORS = {"jvp_h": ("dh",), "jvp_z": ("dz",), "jvp": ("dh", "dz")}
+"""The arguments of a derivative, where they are not the cotangent v."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -188,8 +191,9 @@ class Problem(Generic[H, Z]):
 
     Notes
     -----
-    F and the callbacks do not change their arguments. Leaves of z that are not arrays have no derivative. Where ``jvp``
-    is called with dz = 0, Python numbers in z become 0.0, and all other leaves that are not arrays stay as they are.
+    F and the callbacks do not change their arguments, which NumPy hands them as read-only views. Leaves of z that are
+    not arrays have no derivative. Where ``jvp`` is called with dz = 0, Python numbers in z become 0.0, and all other
+    leaves that are not arrays stay as they are.
 
     Raises
     ------
@@ -307,8 +311,13 @@ class Problem(Generic[H, Z]):
         checks.state(backend, "h", h, self.batch_ndim)
         checks.no_masks("z", z)
         with backend.on_device_of(h):
-            raw = self._from_callbacks(h, z) if self._linearize is None else self._linearize(h, z)
+            if self._linearize is None:
+                raw = self._from_callbacks(backend, h, z)
+            else:
+                raw = backend.guarded(self._linearize, "linearize", "h")(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
+        if self._linearize is not None:
+            raw = raw.wrap(lambda name, product: backend.guarded(product, name, *VECTORS.get(name, ("v",))))
         value: Any = raw.value
         if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 80)
             value = checks.numbers_as_arrays(backend, value, h)
@@ -316,13 +325,15 @@ class Problem(Generic[H, Z]):
         raw = raw if value is raw.value else replace(raw, value=value)
         return BoundLinearization(raw, backend, h, z)
 
-    def _from_callbacks(self, h: H, z: Z) -> Linearization[H, Z]:
+    def _from_callbacks(self, backend: Backend, h: H, z: Z) -> Linearization[H, Z]:
         vjp, jvp = self._vjp, self._jvp
-        return Linearization(
-            self.f(h, z),
-            vjp=None if vjp is None else lambda v: vjp(h, z, v),
-            jvp=None if jvp is None else lambda dh, dz: jvp(h, z, dh, dz),
-        )
+        value = backend.guarded(self.f, "f", "h")(h, z)
+        pull = push = None
+        if vjp is not None:
+            pull = backend.guarded(lambda h, v: vjp(h, z, v), "vjp", "h", "v")
+        if jvp is not None:
+            push = backend.guarded(lambda h, dh, dz: jvp(h, z, dh, dz), "jvp", "h", "dh", "dz")
+        return Linearization(value, vjp=pull and partial(pull, h), jvp=push and partial(push, h))
 
 
 def with_derivatives(problem: Problem[H, Z], arrays: PyTree) -> Problem[H, Z]:

@@ -204,7 +204,7 @@ def test_a_linearization_that_writes_to_its_argument_is_an_error() -> None:
         h += 1.0
         return ic.Linearization(h, jvp_h=lambda dh: 0.5 * dh, jvp_z=lambda dz: dz)
 
-    with pytest.raises(ValueError, match="f wrote to its argument h"):
+    with pytest.raises(ValueError, match="linearize wrote to its argument h"):
         ic.solve(ic.Problem(halved, linearize=in_place), np.zeros(3), ONES, solver=ic.NewtonKrylov())
 
 

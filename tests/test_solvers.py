@@ -416,6 +416,22 @@ def test_broyden_is_its_product_of_rank_one_updates(memory: int) -> None:
             h[sample] += z
 
 
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_broyden_on_skew_maps(size: int, library: Library) -> None:
+    """F = h + S h + z with ⟨v, S v⟩ = 0, where Broyden's first update is singular: the root solves S h = -z."""
+    draws = np.random.default_rng(size)
+    m = draws.standard_normal((size, size))
+    skew, z = m - m.T, draws.standard_normal((8, size))
+    if size == 2:  # exactly, in any arithmetic
+        skew, z = np.asarray([[0.0, 1.0], [-1.0, 0.0]]), np.arange(1.0, 17.0).reshape(8, 2)
+    matrix, shift = library.array(skew.T), library.array(z)
+    solver = ic.Broyden(rtol=1e-10)
+    h0 = library.array(np.zeros((8, size)))
+    solution = ic.solve(lambda h, z: h + h @ matrix + z, h0, shift, solver=solver, batch_ndim=1)
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(library.numpy(solution.value), np.linalg.solve(skew, -z.T).T, rtol=1e-6, atol=1e-6)
+
+
 def test_anderson_minimizes_the_combined_residual() -> None:
     """Against a constrained least-squares problem solved densely, over the last ``memory`` points."""
     case, count, memory = layer(batch=3, width=8, contraction=0.95, seed=2), 9, 3

@@ -69,7 +69,7 @@ class Unroll(Terms, Estimator):
         space, lam = bind(problem, h), self.lam
 
         def step(problem: Problem[H, Z], h: H) -> H:
-            return _blend(space, lam, problem.f(h, z), h)
+            return _blend(space, lam, space.backend.guarded(problem.f, "f", "h")(h, z), h)
 
         # Whoever watches F sees the last step alone (Decision 72): a loop that is traced lets nothing out.
         inner = problem.unwatched or problem

@@ -128,7 +128,8 @@ class Solver(Record, ABC):
     def observe(self, system: System, memory: Any, point: Point, jacobian: Operator | None) -> Any:
         """The memory after F was evaluated at a point.
 
-        ``jacobian`` is ``v -> (∂F/∂h) v`` at ``point.x`` if ``uses_jacobian`` is set. It can be used here alone.
+        ``jacobian`` is ``v -> (∂F/∂h) v`` at ``point.x`` if ``uses_jacobian`` is set. It can be used here alone. In the
+        last evaluation of such a solver ``point.active`` holds in no sample, as no step follows.
         """
         return memory
 

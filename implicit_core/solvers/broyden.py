@@ -10,6 +10,13 @@ from ..space import Space, head
 from ..system import System
 from .base import Solver
 
+LEAST = 1e-3
+"""The least 1 - α, as which a smaller one counts: the update is singular where it is zero.
+
+The update is then damped, and as regular as any (J. J. Moré and J. A. Trangenstein, On the global convergence of
+Broyden's method, Math. Comp. 30 (1976), damp it so).
+"""
+
 
 class Memory(NamedTuple):
     """The last m steps, the last one, the matrix that turns products with them into coefficients, and constants."""
@@ -20,6 +27,7 @@ class Memory(NamedTuple):
     here: Any
     others: Any
     one: Array
+    least: Array
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -34,7 +42,7 @@ class Broyden(Solver):
 
     so one history suffices. The α are linear in the products ⟨s_j, r_k⟩, through a triangular matrix that depends on
     the steps only: it is kept, inverted, as m × m coefficients, one row of which is new at each step. The oldest step
-    makes room for the newest.
+    makes room for the newest. A denominator that is nearly zero, as in the first update of a skew map, counts as 0.001.
 
     Parameters
     ----------
@@ -73,7 +81,7 @@ class Broyden(Solver):
     def init(self, system: System, x: State) -> Memory:
         space, m = system.space, self.memory
         here = space.eye(m)[:, None, None, :]  # rows (1, 1, m)
-        constants = space.table(here), space.table(1 - here), space.scalar(1.0)
+        constants = space.table(here), space.table(1 - here), space.scalar(1.0), space.scalar(LEAST)
         return Memory(space.history(m), space.row(space.zeros()), space.matrices(m, m), *constants)
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
@@ -100,6 +108,7 @@ class Broyden(Solver):
             # alpha holds at slot j + 1 the coefficient of step j + 1, and at this slot the one of the step to be made.
             alpha = space.matmul(of_r, space.xp.matrix_transpose(head(coefficients, 2, n)))
             rest = space.multiply_add(-1.0, space.take(alpha, slot, 2), memory.one)
+            rest = space.xp.where(space.xp.abs(rest) < LEAST, memory.least, rest)
             if full:  # the oldest step is forgotten
                 others = memory.others[slot]
                 alpha, coefficients = alpha * others, coefficients * others

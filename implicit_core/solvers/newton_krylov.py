@@ -77,8 +77,7 @@ class NewtonKrylov(Solver):
         assert jacobian is not None  # uses_jacobian
         space, where = system.space, system.space.xp.where
         enough = point.norm <= (1 - SUFFICIENT * memory.fraction) * memory.norm
-        another = point.active & (point.index + 1 < self.max_steps)
-        accept = another & (enough | (memory.fraction < SHORTEST))
+        accept = point.active & (enough | (memory.fraction < SHORTEST))
 
         rhs = space.where(accept, point.residual, space.zeros())
         check = self.check and self.freeze and self.linear_solver.check
