@@ -1,7 +1,7 @@
 """JAX: Python loops on arrays whose numbers are known, ``lax.while_loop`` and ``lax.scan`` where JAX is tracing."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
+from implicit_core.arrays import Count, History, Mask, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, Known, Watch
+from implicit_core.records import Record, flatten, subscribe, unflatten
 from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
@@ -256,13 +257,13 @@ class JAXBackend(Backend):
         masks: Callable[[Carry], tuple[Mask, ...]],
         body: Callable[[Carry, tuple[Known, ...]], Carry],
         carry: Carry,
-        max_steps: int,
+        max_steps: Count,
         check_every: int = 1,
         watch: Watch | None = None,
     ) -> Carry:
         if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
             return super().while_loop(masks, body, carry, max_steps, check_every, watch)
-        chunks, rest = divmod(max_steps, check_every)
+        chunks, rest = (max_steps, 0) if check_every == 1 else divmod(max_steps, check_every)
 
         def cond(carry: Carry) -> Any:
             return jnp.any(masks(carry)[0])  # type: ignore[arg-type]  # masks are arrays
@@ -276,9 +277,14 @@ class JAXBackend(Backend):
         def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
             return state[0] + 1, _scan(masked, state[1], check_every)
 
-        start = 0, jax.tree.map(jnp.asarray, carry)
+        start = jnp.zeros_like(chunks), jax.tree.map(jnp.asarray, carry)
         carry = jax.lax.while_loop(more, chunk, start)[1]
-        if rest:
+        if not isinstance(rest, int):
+            state = jnp.zeros_like(rest), carry
+            carry = jax.lax.while_loop(
+                lambda state: (state[0] < rest) & cond(state[1]), lambda state: (state[0] + 1, masked(state[1])), state
+            )[1]
+        elif rest:
             carry = jax.lax.cond(cond(carry), lambda c: _scan(masked, c, rest), lambda c: c, carry)
         return carry
 
@@ -307,4 +313,16 @@ def staging() -> bool:
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
+def _register(kind: type[Record]) -> None:
+    """Make a class of records a node of JAX's pytrees, unless its author did."""
+
+    def with_keys(record: Record) -> Any:
+        leaves, rest = flatten(record)
+        return [(jax.tree_util.GetAttrKey(name), leaf) for name, leaf in zip(rest.leaves, leaves, strict=True)], rest
+
+    with suppress(ValueError):  # it is one already
+        jax.tree_util.register_pytree_with_keys(kind, with_keys, unflatten, flatten)
+
+
+subscribe(_register)
 BACKEND = JAXBackend("jax", jnp, (jax.Array,), space=JAXSpace)

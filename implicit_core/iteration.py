@@ -13,12 +13,13 @@ active, and a traced or captured one, which cannot.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import checks, progress
+from . import checks, progress, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch
 from .carry import Best, Carry, Count, Point
 from .problem import Problem, with_derivatives
 from .progress import Progress, Start
+from .records import is_array
 from .solution import CoupledSamplesError, Solution, Stats, Status
 from .system import System
 from .warnings_ import warn
@@ -38,6 +39,12 @@ CHANGES = (
     "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
     "so it has no fixed point. In PyTorch, dropout and batch norm do so in train mode: use VariationalDropout, and "
     "group or layer norm"
+)
+
+
+TRACE = (
+    "trace=True needs a max_steps that is known when the program is traced, since the trace has a row for each step: "
+    "write a number, or take trace=False"
 )
 
 
@@ -75,13 +82,14 @@ class Iteration:
     """
 
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False) -> None:
-        self.solver, self.trace = solver, trace
+        self.trace = trace
         self.checked = False
         self.units: Numbers | None = None
         if solver.uses_jacobian and isinstance(problem, Problem):
             problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
+        self.solver = settings.bound(solver, self.space, constant=True)
 
     def run(self) -> Solution[Any]:
         """The solution.
@@ -93,10 +101,10 @@ class Iteration:
         """
         backend, solver = self.space.backend, self.solver
         with backend.solving():
-            self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
+            self.atol: Numbers = self.space.scalar(settings.absolute(self.space, solver.absolute_tolerance))
             self.rtol = progress.reachable(self.space, solver.rtol)
-            # With both zero the number of steps is the user's.
-            self.forced = solver.rtol == 0 == solver.absolute_tolerance
+            # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
+            self.forced = settings.is_zero(solver.rtol) and settings.is_zero(solver.absolute_tolerance)
             try:
                 return self._run()
             except _OutOfRangeError as error:
@@ -118,13 +126,14 @@ class Iteration:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
+        start = settings.with_settings(space, solver, start)
         backend = space.backend
         can_check = not (backend.immutable or backend.sees_writes) and backend.readable(start[0])
         x = space.copy(start) if can_check else start
         h = space.unpack(x)
         # An infinite start is no start.
         point, jacobian = self.measure(x, h, 0, lambda norm, _: finite(norm))
-        if solver.max_steps == 1:
+        if settings.is_one(solver.max_steps):
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
         self.unmodified = space.same(start, space.pack(h)) if can_check else True  # Decisions 7 and 8.
@@ -133,10 +142,11 @@ class Iteration:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
-        self.unread = None if readable or solver.max_steps == 1 else self._outside(point)
+        self.unread = None if readable or settings.is_one(solver.max_steps) else self._outside(point)
         if self.unread is not None:
-            if not self.forced and solver.absolute_tolerance > space.smallest:
-                self.unread = self.unread & ~(point.norm <= self.atol)
+            large = not self.forced and solver.absolute_tolerance > space.smallest
+            if large is not False:
+                self.unread = self.unread & ~progress.both(point.norm <= self.atol, large)
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
@@ -145,8 +155,8 @@ class Iteration:
         made = None
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
-            cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol)
-            scale = self.atol / self.rtol if self.rtol else self.atol
+            cap = progress.largest_converged(space, point.norm, tolerance, self.rtol)
+            scale = settings.quotient(space, self.atol, self.rtol)
             self.start = Start(cap, point.norm, point.f_norm, scale)
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, None if best else point.norm, point.norm, point.norm, floor)
@@ -408,6 +418,8 @@ class Iteration:
     # The trace is a history of one number a sample, NaN where nothing was evaluated.
 
     def _empty_trace(self) -> History:
+        if is_array(self.solver.max_steps):
+            raise TypeError(TRACE)
         unknown = self.space.full(float("nan"))[:, None, :]
         return History((unknown + self.space.matrices(self.solver.max_steps, 1),))
 

@@ -13,7 +13,7 @@ from .base import AtFixedPoint, Derivative
 from .inexact import nan_where_invalid, report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Implicit(AtFixedPoint):
     r"""The exact gradient, Eq. (2) and (4): the adjoint system (I - ∂F/∂h)ᵀ w = v, solved per sample.
 
