@@ -23,6 +23,7 @@ from .derivative import with_derivative
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, T, is_array, partition
 from .problem import JAXProblem, problem
+from .settings import split
 
 
 def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -128,22 +129,23 @@ def _trace(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, TracedMap[H, Z], Arr
 
 def _solve(f: TracedMap[H, Z], h0: H, inputs: Arrays, options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
-    h0, inputs = _constants((h0, inputs))
+    static, settings = split(options)
+    h0, inputs, settings = _constants((h0, inputs, settings))
 
-    def solve(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
+    def solve(mapped: MapOfArrays[H], h0: H, inputs: Arrays, settings: Arrays, batch_ndim: int) -> Solution[H]:
         with coupled_axes(f.hoisted.axes):
-            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), options)
+            return solver_point(f.problem(mapped, inputs, batch_ndim), h0, f.z(inputs), static.join(settings))
 
     runs_user_code = getattr(options.solver, "runs_user_code", True) and not options.gradient.starts_from_h0
-    if runs_user_code and is_traced((h0, inputs)):
+    if runs_user_code and is_traced((h0, inputs, settings)):
         # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
-        hoisted = hoist(lambda h0, inputs: solve(f, h0, inputs, f.batch_ndim), h0, inputs)
+        hoisted = hoist(lambda h0, inputs: solve(f, h0, inputs, settings, f.batch_ndim), h0, inputs)
         solution = _constants(hoisted.function(h0, inputs, _constants(hoisted.closed_over)))
     elif f.hoisted.has_effects:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
-        solution = solve(f, h0, inputs, f.batch_ndim)
+        solution = solve(f, h0, inputs, settings, f.batch_ndim)
     else:
-        solution = with_vmap_as_batch(solve, f, h0, inputs, f.batch_ndim)
+        solution = with_vmap_as_batch(solve, f, h0, inputs, settings, f.batch_ndim)
     return solution
 
 
