@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from implicit_core import settings
 from implicit_core.arrays import H, Operator, PyTree
 from implicit_core.backends.jax import BACKEND, coupled_axes
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
@@ -17,6 +18,7 @@ from .growth import Growth, compare, fork
 from .leaves import Arrays, replaced
 from .problem import partial_pushforwards
 from .rule_primitive import with_rule
+from .settings import split_record
 
 
 def with_derivative(
@@ -51,13 +53,15 @@ def with_derivative(
     scale
         The units of h.
     """
+    arrays, static = split_record(gradient)
+    n, of_operations = len(inputs), gradient.derivative is Derivative.OF_OPERATIONS
 
-    def inverse(jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
+    def inverse(gradient: AtFixedPoint, jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
         space = BACKEND.space(v, batch_ndim, "v", scale)
         space = space.dual if dual else space
         with coupled_axes(axes):  # Decision 50.
             product = on_states(jacobian, space, space)
-            estimator = gradient
+            estimator = gradient = settings.bound(gradient, space)
             if isinstance(gradient, Neumann):
                 growth = Growth(gradient.growth, batch_ndim, scale, dual=dual)
                 if growth.watches(axes) and type(gradient).inverse is Neumann.inverse:
@@ -67,7 +71,12 @@ def with_derivative(
             w: H = space.unpack(estimator.apply(space, product, space.pack(v)))
             return w
 
-    def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
+    def rule(h: H, operands: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
+        inputs, numbers = operands[:n], operands[n:]
+        if not of_operations:  # the solution of a system depends on no setting of its solver
+            numbers = jax.lax.stop_gradient(numbers)
+        gradient = static.combine(numbers)
+
         def at_indices(h: H, varied: Arrays) -> H:
             return f(h, replaced(inputs, indices, varied))
 
@@ -76,18 +85,21 @@ def with_derivative(
         _, push = jax.linearize(at_indices, h, varied)
         push_h, push_z = partial_pushforwards(push, h, varied)
         b = push_z(tangents)
-        if gradient.derivative is Derivative.OF_OPERATIONS:
-            return inverse(push_h, b)
+        if of_operations:
+            return inverse(gradient, push_h, b)
         # JAX differentiates and transposes the linear solve as one operation, to every order. Decision 26.
         w: H = jax.lax.custom_linear_solve(
             lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
             depending_on(tangents, b),
-            solve=lambda _, b: inverse(push_h, b),
-            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, h)(w)[0], v, dual=True),
+            solve=lambda _, b: inverse(gradient, push_h, b),
+            transpose_solve=lambda _, v: inverse(
+                gradient, lambda w: jax.linear_transpose(push_h, h)(w)[0], v, dual=True
+            ),
         )
         return w
 
-    return with_rule(h, inputs, rule)
+    # h itself depends on no setting of the estimator, so the first derivative is zero. Decision 141.
+    return with_rule(h, inputs, rule, parameters=arrays)
 
 
 def _watched_series(gradient: Neumann, space: Space, product: Operator, v: H, growth: Growth) -> H:
