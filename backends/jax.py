@@ -156,6 +156,11 @@ def numbers_sharded(x: jax.Array, like: Any) -> jax.Array:
     return _placed(x, like, (like.sharding.spec[0], *[None] * (x.ndim - 1)), but=_COUPLED_AXES.get())
 
 
+def setting_placed(x: jax.Array, like: Any) -> jax.Array:
+    """A number without axes, which varies over the devices of a ``shard_map`` as samples of the type ``like`` do."""
+    return _placed(x, like, (), but=_COUPLED_AXES.get())
+
+
 def _placed(x: jax.Array, like: Any, axes: Sequence[Any], but: Sequence[str]) -> jax.Array:
     missing = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying - set(but)
     if missing:

@@ -1,5 +1,6 @@
 """Records of settings: in words, compared by value, and as nodes of pytrees whose leaves are arrays (Decision 140)."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ UNHASHABLE = (
 
 Register = Callable[[type["Record"]], None]
 """Makes a class of records a node of a framework's pytrees."""
+
+PLAIN = frozenset((float, int, bool, str, type(None)))
+"""Classes of most settings, which are neither arrays nor records."""
 
 _JOINING = {"jax": "implicit_core.backends.jax"}
 """Frameworks that registered nothing yet, and the modules that call :func:`subscribe`."""
@@ -65,15 +69,15 @@ class Record:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        names = [field.name for field in _fields(self) if field.compare]
-        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _names(type(self), _is_compared))
 
     def __hash__(self) -> int:
-        values = {field.name: getattr(self, field.name) for field in _fields(self) if _is_hashed(field)}
-        for name, value in values.items():
-            if is_array(value):
+        names = _names(type(self), _is_hashed)
+        values = [getattr(self, name) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if type(value) not in PLAIN and is_array(value):
                 raise TypeError(UNHASHABLE.format(kind=type(self).__name__, name=name))
-        return hash((type(self), *values.values()))
+        return hash((type(self), *values))
 
 
 class Rest:
@@ -89,8 +93,8 @@ class Rest:
         return isinstance(other, Rest) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        hashed = {field.name for field in _fields(self.kind) if _is_hashed(field)}
-        return hash((self.kind, self.leaves, *(value for name, value in self.settings.items() if name in hashed)))
+        names = _names(self.kind, _is_hashed)
+        return hash((self.kind, self.leaves, *(self.settings[name] for name in names if name in self.settings)))
 
     def __repr__(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
@@ -150,6 +154,16 @@ def _fields(record: Any) -> tuple[Field[Any], ...]:
     return fields(record)
 
 
+@functools.cache
+def _names(kind: type[Record], predicate: Callable[[Field[Any]], bool]) -> tuple[str, ...]:
+    """The names of the fields that satisfy ``predicate``; kept, since a static argument is hashed at every call."""
+    return tuple(field.name for field in _fields(kind) if predicate(field))
+
+
+def _is_compared(field: Field[Any]) -> bool:
+    return field.compare
+
+
 def _is_hashed(field: Field[Any]) -> bool:
     return field.compare if field.hash is None else field.hash
 
@@ -157,8 +171,8 @@ def _is_hashed(field: Field[Any]) -> bool:
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if not (is_array(a) or is_array(b)):
-        return bool(a == b)
+    if type(a) in PLAIN or not (is_array(a) or is_array(b)):
+        return not is_array(b) and bool(a == b)
     if not (is_array(a) and is_array(b)) or tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
         return False
     return bool(array_namespace(a).all(a == b))

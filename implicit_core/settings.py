@@ -9,7 +9,7 @@ from array_api_compat import to_device
 
 from .arrays import Array, Count, Numbers, Real, State
 from .backend import Backend
-from .records import Record, is_array
+from .records import PLAIN, Record, is_array
 from .registry import find_backend
 from .space import Space
 
@@ -25,8 +25,9 @@ def arrays_in(record: object) -> Iterator[tuple[str, Array]]:
     """The arrays in a record, and in the records in it, with the names of their fields; none in other objects."""
     if not isinstance(record, Record):
         return
-    name: Any
-    for name, value in _settings(record):
+    for name, value in vars(record).items():
+        if type(value) in PLAIN:
+            continue
         if is_array(value):
             yield name, value
         else:
@@ -53,7 +54,9 @@ def bound(record: R, space: Space, *, constant: bool = False) -> R:
     if not isinstance(record, Record):
         return record
     changed: dict[str, Any] = {}
-    for name, value in _settings(record):
+    for name, value in vars(record).items():
+        if type(value) in PLAIN:
+            continue
         if isinstance(value, Record):
             inner = bound(value, space, constant=constant)
             if inner is not value:
@@ -74,7 +77,7 @@ def numbers(name: str, record: R) -> R:
     if not isinstance(record, Record):
         return record
     changed: dict[str, Any] = {}
-    for field, value in _settings(record):
+    for field, value in vars(record).items():
         if isinstance(value, Record):
             changed[field] = numbers(name, value)
         elif is_array(value) and (kind := _kind(record, field)) is not None:
@@ -90,11 +93,8 @@ def numbers(name: str, record: R) -> R:
 
 def with_settings(space: Space, record: object, x: State) -> State:
     """``x``, which is traced if a setting is: a loop reads no numbers then, whatever it starts from."""
-    readable = space.backend.readable
-    if not readable(x[0]):
-        return x
     for _, array in arrays_in(record):
-        if not readable(array):
+        if space.backend.readable(x[0]) and not space.backend.readable(array):
             known = space.xp.all(array == array)
             x = State(tuple(space.xp.where(known, a, a) for a in x))
     return x
@@ -155,11 +155,6 @@ def quotient(space: Space, numerator: Numbers, setting: Any) -> Any:
 def like(backend: Backend, setting: Any, x: Array) -> Any:
     """A setting in the dtype of ``x``, to be multiplied by it."""
     return backend.xp.astype(setting, x.dtype) if is_array(setting) else setting
-
-
-def _settings(record: Record) -> list[tuple[str, Any]]:
-    of_record: Any = record
-    return [(field.name, getattr(record, field.name)) for field in fields(of_record)]
 
 
 def _kind(record: Record, name: str) -> type[float] | type[int] | None:

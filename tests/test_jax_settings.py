@@ -275,6 +275,11 @@ def test_a_constant_of_a_program_is_checked() -> None:
 
 # Solvers.
 
+
+def picard(problem: Any, h0: Any, z: Any) -> Any:
+    return jax.lax.fori_loop(0, 30, lambda _, h: problem(h, z), h0)
+
+
 ARRAYS = {
     ic.FixedPointIteration(rtol=1e-7, damping=0.8): ("rtol", "damping"),
     ic.Anderson(rtol=1e-7, damping=0.8, regularization=1e-6): ("rtol", "damping", "regularization"),
@@ -288,6 +293,8 @@ ARRAYS = {
     ic.FixedPointIteration(rtol=1e-9, check_every=4, max_steps=100): ("max_steps",),
     ic.NewtonKrylov(rtol=1e-9): ("rtol", "max_steps"),
     HeavyBall(rtol=1e-7): ("rtol", "momentum"),
+    ic.CallableSolver(picard, rtol=1e-7): ("rtol",),
+    ic.CallableSolver(picard, rtol=1e-20): ("rtol",),
     ic.Compacting(ic.Anderson(rtol=1e-7), (False, True)): (),
 }
 
@@ -739,6 +746,46 @@ def test_settings_leave_the_dtype_of_the_state(gradient: Any, dtype: Any) -> Non
     np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=tolerance, atol=tolerance)
     slope = jax.jit(jax.grad(lambda w, lam: value(w, lam, solver).astype(jnp.float32).sum()))(w, 0.3)
     assert slope.dtype == dtype
+
+
+# Several devices.
+
+
+@pytest.mark.parametrize(
+    "make", [ic.Neumann, ic.Unroll, lambda lam: ic.Implicit(ic.GMRES(rtol=1e-9 * lam, max_steps=as_count(lam)))]
+)
+def test_settings_on_several_devices(make: Any) -> None:
+    """Each device with its own loop, where settings have to vary as the samples do; and one sharded program."""
+    if make in (ic.Neumann, ic.Unroll):
+        make = functools.partial(make, 4)
+    options = ic.Anderson(rtol=1e-9, damping=0.9), make(0.5)
+    arrays = as_arrays(options[0], ["rtol", "damping", "max_steps"]), make(jnp.asarray(0.5))
+    expected = jax.grad(lambda w: jnp.sum(layer(w, solver=options[0], gradient=options[1]).value ** 2))(W)
+
+    def of_shard(w: Any, x: Any, solver: Any, gradient: Any) -> Any:
+        solution = ic.fixed_point(f, jnp.zeros_like(x), (w, x), solver=solver, gradient=gradient, batch_ndim=1)
+        return jnp.sum(solution.value**2)
+
+    axis = {"axis_names": ("data",), "axis_shapes": (2,)}
+    mesh = jax.make_mesh(**axis, axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    total = jax.shard_map(
+        lambda *args: jax.lax.psum(of_shard(*args), "data"),
+        mesh=mesh,
+        in_specs=(spec(), spec("data"), spec(), spec()),
+        out_specs=spec(),
+    )
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(W, X, *arrays), expected, rtol=1e-9, atol=1e-12)
+    mesh = jax.make_mesh(**axis, axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(X, jax.sharding.NamedSharding(mesh, spec("data")))
+        found = jax.jit(jax.grad(of_shard))(W, sharded, *arrays)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def as_count(lam: Any) -> Any:
+    """60, as an array beside one."""
+    return jnp.asarray(60) if isinstance(lam, jax.Array) else 60
 
 
 # What the adapter keeps.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from implicit_core import settings
 from implicit_core.arrays import H, Operator, PyTree
-from implicit_core.backends.jax import BACKEND, coupled_axes
+from implicit_core.backends.jax import BACKEND, coupled_axes, setting_placed
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
@@ -73,9 +73,6 @@ def with_derivative(
 
     def rule(h: H, operands: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
         inputs, numbers = operands[:n], operands[n:]
-        if not of_operations:  # the solution of a system depends on no setting of its solver
-            numbers = jax.lax.stop_gradient(numbers)
-        gradient = static.combine(numbers)
 
         def at_indices(h: H, varied: Arrays) -> H:
             return f(h, replaced(inputs, indices, varied))
@@ -86,7 +83,10 @@ def with_derivative(
         push_h, push_z = partial_pushforwards(push, h, varied)
         b = push_z(tangents)
         if of_operations:
-            return inverse(gradient, push_h, b)
+            return inverse(static.combine(numbers), push_h, b)
+        # The solution of the system depends on no setting of its solver.
+        like_b = jax.typeof(jax.tree.leaves(b)[0])
+        gradient = static.combine([setting_placed(jax.lax.stop_gradient(x), like_b) for x in numbers])
         # JAX differentiates and transposes the linear solve as one operation, to every order. Decision 26.
         w: H = jax.lax.custom_linear_solve(
             lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
