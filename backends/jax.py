@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicit_core.arrays import History, Mask, Matrices, Numbers, PyTree, Row, State
+from implicit_core.arrays import Count, History, Mask, Matrices, Numbers, PyTree, Row, State
 from implicit_core.backend import Backend, IsLeaf, Known, Watch
 from implicit_core.backends.jax_internals import (
     Primitive,
@@ -21,6 +21,7 @@ from implicit_core.backends.jax_internals import (
     lower_fun,
     register_lowering,
 )
+from implicit_core.records import Record, flatten, subscribe, unflatten
 from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
@@ -202,6 +203,11 @@ def numbers_sharded(x: jax.Array, like: Any) -> jax.Array:
     return _placed(x, like, (like.sharding.spec[0], *[None] * (x.ndim - 1)), but=_COUPLED_AXES.get())
 
 
+def setting_placed(x: jax.Array, like: Any) -> jax.Array:
+    """A number without axes, which varies over the devices of a ``shard_map`` as samples of the type ``like`` do."""
+    return _placed(x, like, (), but=_COUPLED_AXES.get())
+
+
 def _placed(x: jax.Array, like: Any, axes: Sequence[Any], but: Sequence[str]) -> jax.Array:
     missing = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying - set(but)
     if missing:
@@ -352,13 +358,13 @@ class JAXBackend(Backend):
         masks: Callable[[Carry], tuple[Mask, ...]],
         body: Callable[[Carry, tuple[Known, ...]], Carry],
         carry: Carry,
-        max_steps: int,
+        max_steps: Count,
         check_every: int = 1,
         watch: Watch | None = None,
     ) -> Carry:
         if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
             return super().while_loop(masks, body, carry, max_steps, check_every, watch)
-        chunks, rest = divmod(max_steps, check_every)
+        chunks, rest = (max_steps, 0) if check_every == 1 else divmod(max_steps, check_every)
 
         def cond(carry: Carry) -> Any:
             return jnp.any(masks(carry)[0])  # type: ignore[arg-type]  # masks are arrays
@@ -372,9 +378,14 @@ class JAXBackend(Backend):
         def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
             return state[0] + 1, _scan(masked, state[1], check_every)
 
-        start = 0, jax.tree.map(jnp.asarray, carry)
+        start = jnp.zeros_like(chunks), jax.tree.map(jnp.asarray, carry)
         carry = jax.lax.while_loop(more, chunk, start)[1]
-        if rest:
+        if not isinstance(rest, int):
+            state = jnp.zeros_like(rest), carry
+            carry = jax.lax.while_loop(
+                lambda state: (state[0] < rest) & cond(state[1]), lambda state: (state[0] + 1, masked(state[1])), state
+            )[1]
+        elif rest:
             carry = jax.lax.cond(cond(carry), lambda c: _scan(masked, c, rest), lambda c: c, carry)
         return carry
 
@@ -421,4 +432,16 @@ def staging() -> bool:
     return isinstance(jnp.zeros(()), Tracer)
 
 
+def _register(kind: type[Record]) -> None:
+    """Make a class of records a node of JAX's pytrees, unless its author did."""
+
+    def with_keys(record: Record) -> Any:
+        leaves, rest = flatten(record)
+        return [(jax.tree_util.GetAttrKey(name), leaf) for name, leaf in zip(rest.leaves, leaves, strict=True)], rest
+
+    with suppress(ValueError):  # it is one already
+        jax.tree_util.register_pytree_with_keys(kind, with_keys, unflatten, flatten)
+
+
+subscribe(_register)
 BACKEND = JAXBackend("jax", jnp, (jax.Array,), space=JAXSpace)

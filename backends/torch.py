@@ -437,6 +437,13 @@ class TorchBackend(Backend):
                     raise NotImplementedError(TRACED) from error
         return True
 
+    def is_wrapped(self, x: Tensor) -> bool:
+        try:
+            x.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return True
+        return False
+
     @property
     def recorder(self) -> Loop | None:  # type: ignore[override]  # it depends on the context
         return _LOOP.get()

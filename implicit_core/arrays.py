@@ -12,6 +12,11 @@ PyTree = Any
 Array = Any
 """An array of any framework, of any shape."""
 
+Real = float | Any
+"""A setting: a number, or an array without axes, which a framework may trace or map."""
+Count = int | Any
+"""The same for an integer."""
+
 H = TypeVar("H")
 """The user's state: an array or a pytree of arrays."""
 Z = TypeVar("Z")

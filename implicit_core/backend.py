@@ -332,6 +332,10 @@ class Backend:
         """Whether the numbers in ``x`` can be read now. Traced and captured arrays cannot be read."""
         return not self.capturing(x)
 
+    def is_wrapped(self, x: Array) -> bool:
+        """Whether a transform of the framework hides the numbers in ``x``, although it is :meth:`readable`."""
+        return False
+
     def tell(self, function: Callable[..., None], *numbers: Array) -> None:
         """Call ``function(*numbers)`` if they can be read.
 

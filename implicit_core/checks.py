@@ -6,9 +6,15 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from .arrays import PyTree, State
+from .records import is_array
 
 if TYPE_CHECKING:
     from .backend import Backend
+
+STATIC = (
+    "{name} must be known when a program is traced, since it decides which program that is, but it is an array of type "
+    "{kind}: make it a static argument, jax.jit(..., static_argnames=...), or write a constant"
+)
 
 
 class ForeignArrayError(TypeError):
@@ -26,10 +32,26 @@ def integer(name: str, value: Any, minimum: int) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
+        if is_array(value) and not _is_known(name, value):
+            raise TypeError(STATIC.format(name=name, kind=type(value).__name__)) from None
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def count(name: str, value: Any, minimum: int) -> Any:
+    """The same, or an array of integers as it is: of at least ``minimum``, where they can be read."""
+    if not _is_setting(name, value):
+        return integer(name, value, minimum)
+    backend = find_backend_of(value, name)
+    if not backend.isdtype(value.dtype, "integral"):
+        raise TypeError(f"{name} must be an integer, got an array of dtype {value.dtype}")
+    if _is_known(name, value):
+        with backend.known():
+            if not bool(backend.xp.all(value >= minimum)):
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
 
 
 def real(
@@ -40,8 +62,14 @@ def real(
     *,
     low_open: bool = False,
     high_open: bool = False,
-) -> float:
-    """``value`` as a float in [low, high], without an end that is open."""
+) -> Any:
+    """``value`` as a float in [low, high], without an end that is open.
+
+    An array of a framework with autodiff, or with axes, stays one. Where its numbers can't be read, those outside of
+    the interval become NaN.
+    """
+    if _is_setting(name, value):
+        return _real_array(name, value, low, high, low_open, high_open or high == float("inf"))
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
@@ -52,9 +80,48 @@ def real(
     above = low < number if low_open else low <= number
     below = number < high if high_open else number <= high
     if not above or not below:
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-        raise ValueError(f"{name} must lie in {interval}, got {number!r}")
+        raise ValueError(f"{name} must lie in {_interval(low, high, low_open, high_open)}, got {number!r}")
     return number
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    return f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+
+
+def _real_array(name: str, value: Any, low: float, high: float, low_open: bool, high_open: bool) -> Any:
+    backend = find_backend_of(value, name)
+    if not backend.isdtype(value.dtype, ("real floating", "integral")):
+        raise TypeError(f"{name} must be a real number, got an array of dtype {value.dtype}")
+
+    def inside() -> Any:
+        above = value > low if low_open else value >= low
+        return above & (value < high if high_open else value <= high)
+
+    if _is_known(name, value):
+        with backend.known():
+            if not bool(backend.xp.all(inside())):
+                raise ValueError(f"{name} must lie in {_interval(low, high, low_open, high_open)}, got {value}")
+        return value
+    number = value if backend.isdtype(value.dtype, "real floating") else value * 1.0
+    return backend.xp.where(inside(), number, backend.xp.full_like(number, float("nan")))
+
+
+def find_backend_of(value: Any, name: str) -> "Backend":
+    """The backend of an array."""
+    from .registry import find_backend  # which imports this module
+
+    return find_backend(value, name)
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether a setting stays an array. One without axes is a number, where nothing traces or differentiates it."""
+    return is_array(value) and (value.shape != () or find_backend_of(value, name).has_autodiff)
+
+
+def _is_known(name: str, value: Any) -> bool:
+    """Whether the numbers of an array can be read."""
+    backend = find_backend_of(value, name)
+    return not backend.recording() and backend.readable(value) and not backend.is_wrapped(value)
 
 
 def function(name: str, value: Any) -> None:
@@ -66,6 +133,8 @@ def function(name: str, value: Any) -> None:
 def instance(name: str, value: Any, kind: type, example: str) -> None:
     """``value`` is a ``kind``."""
     if not isinstance(value, kind):
+        if kind is bool and is_array(value):
+            raise TypeError(STATIC.format(name=name, kind=type(value).__name__))
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         hint = f": did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
         raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")

@@ -13,12 +13,13 @@ active, a traced or captured one, which cannot, and a loop of the user's own (:c
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import checks, progress
+from . import checks, progress, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
 from .carry import Best, Carry, Count, Point
 from .problem import Problem, with_derivatives
 from .progress import Progress, Start
+from .records import is_array
 from .solution import CoupledSamplesError, Solution, Stats, Status
 from .system import System
 from .warnings_ import warn
@@ -42,6 +43,12 @@ CHANGES = (
     "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
     "so it has no fixed point. In PyTorch, dropout and batch norm do so in train mode: use VariationalDropout, and "
     "group or layer norm"
+)
+
+
+TRACE = (
+    "trace=True needs a max_steps that is known when the program is traced, since the trace has a row for each step: "
+    "write a number, or take trace=False"
 )
 
 
@@ -109,10 +116,11 @@ class Iteration:
             problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
-        self.atol: Numbers = self.space.scalar(solver.absolute_tolerance)
+        solver = self.solver = settings.bound(solver, self.space, constant=True)
+        self.atol: Numbers = self.space.scalar(settings.absolute(self.space, solver.absolute_tolerance))
         self.rtol = progress.reachable(self.space, solver.rtol)
-        # With both zero the number of steps is the user's.
-        self.forced = solver.rtol == 0 == solver.absolute_tolerance
+        # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
+        self.forced = settings.is_zero(solver.rtol) and settings.is_zero(solver.absolute_tolerance)
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
         self.unmodified: Any = True
         self.start: Start  # unless the number of steps is forced
@@ -172,8 +180,9 @@ class Iteration:
     def begin(self) -> Carry:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
-        only = solver.max_steps == 1 and not self.stepwise
+        only = settings.is_one(solver.max_steps) and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
+        start = settings.with_settings(space, solver, start)
         h = space.unpack(start)
         kept = self._kept(h)
         # An infinite start is no start.
@@ -189,8 +198,9 @@ class Iteration:
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         self.unread = None if readable or only else self._outside(point)
         if self.unread is not None:
-            if not self.forced and solver.absolute_tolerance > space.smallest:
-                self.unread = self.unread & ~(point.norm <= self.atol)
+            large = not self.forced and solver.absolute_tolerance > space.smallest
+            if large is not False:
+                self.unread = self.unread & ~progress.both(point.norm <= self.atol, large)
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
@@ -199,10 +209,10 @@ class Iteration:
         made = None
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
-            cap = progress.largest_converged(space.xp, point.norm, tolerance, self.rtol)
-            plain = self.units is None
-            atol = space.full(solver.absolute_tolerance) if plain else self.atol
-            scale = (solver.absolute_tolerance if plain else atol) / (self.rtol or 1.0)
+            cap = progress.largest_converged(space, point.norm, tolerance, self.rtol)
+            plain = self.units is None and not is_array(solver.absolute_tolerance)
+            atol = space.full(solver.absolute_tolerance) if plain else self.atol + space.full(0.0)
+            scale = settings.quotient(space, solver.absolute_tolerance if plain else atol, self.rtol)
             self.start = Start(cap, point.norm, point.f_norm, scale)
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
@@ -516,6 +526,8 @@ class Iteration:
     # The trace is a history of one number a sample, negative where nothing was evaluated. In the result that is NaN.
 
     def _empty_trace(self) -> History:
+        if is_array(self.solver.max_steps):
+            raise TypeError(TRACE)
         unknown = self.space.full(UNKNOWN)[:, None, :]
         return History((unknown + self.space.matrices(self.solver.max_steps, 1),))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
-from . import progress
+from . import progress, settings
 from .arrays import H, Numbers, Z
 from .estimators import Estimator
 from .iteration import finite
@@ -151,7 +151,7 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
 
 def is_forced(solver: object) -> bool:
     """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
-    return getattr(solver, "rtol", None) == 0 == getattr(solver, "absolute_tolerance", None)
+    return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
 
 
 def _measuring(solver: object) -> FixedPointIteration:
@@ -169,10 +169,10 @@ def _of_value(
     norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
     first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm
     if options.gradient.starts_from_h0:  # of the solver's point, h0, this is the first residual
-        solver = _measuring(options.solver)
-        rtol = progress.reachable(space, solver.rtol)
-        cap = progress.largest_converged(xp, first, stats.tolerance, rtol)
-        tolerance = xp.minimum(rtol * f_norm + solver.absolute_tolerance, cap - rounding)
+        solver = settings.bound(_measuring(options.solver), space, constant=True)
+        rtol, atol = progress.reachable(space, solver.rtol), settings.absolute(space, solver.absolute_tolerance)
+        cap = progress.largest_converged(space, first, stats.tolerance, rtol)
+        tolerance = xp.minimum(rtol * f_norm + atol, cap - rounding)
         status = xp.where(status == Status.CONVERGED.value, xp.full_like(status, Status.MAX_STEPS.value), status)
     elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point
         tolerance = xp.where(status == Status.CONVERGED.value, xp.maximum(first, rounding), xp.zeros_like(first))

@@ -8,7 +8,8 @@ of a few checkpoints (Decision 70).
 import random
 from typing import Any, NamedTuple
 
-from .arrays import Index, Mask, Numbers, Operator, State
+from . import settings
+from .arrays import Index, Mask, Numbers, Operator, Real, State
 from .backend import Known
 from .space import Space, signs
 
@@ -93,18 +94,19 @@ class Progress(NamedTuple):
     floor: Numbers | None = None
 
 
-def reachable(space: Space, rtol: float) -> float:
+def reachable(space: Space, rtol: Real) -> Real:
     """A relative tolerance, not below rounding, where it would only be met by chance; zero stays zero (Decision 71)."""
-    return max(rtol, ROUNDING * space.coarsest_eps) if rtol else 0.0
+    raised = settings.at_least(space, rtol, ROUNDING * space.coarsest_eps)
+    return settings.zero_where_zero(space, rtol, raised)
 
 
-def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float) -> Any:
+def largest_converged(space: Space, first: Any, tolerance: Any, rtol: Real) -> Any:
     """The largest residual that may count as converged.
 
     Parameters
     ----------
-    xp
-        The arrays' namespace.
+    space
+        The space of the samples.
     first, tolerance
         The first residual of each sample, and the tolerance there.
     rtol
@@ -112,7 +114,7 @@ def largest_converged(xp: Any, first: Any, tolerance: Any, rtol: float) -> Any:
     """
     low, high = FALLEN
     # Near a fixed point the tolerance is all that is asked for, but as it was there: a state that runs away raises it.
-    return xp.maximum(max(low, min(high, NEAR * rtol)) * first, NEAR_LIMIT * tolerance)
+    return space.xp.maximum(settings.within(space, NEAR * rtol, low, high) * first, NEAR_LIMIT * tolerance)
 
 
 def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import array_api_extra as xpx
 
 from . import checks
-from .arrays import Array, History, Index, Mask, Matrices, Numbers, PyTree, Row, State
+from .arrays import Array, History, Index, Mask, Matrices, Numbers, PyTree, Real, Row, State
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -266,8 +266,10 @@ class Space:
         mask: Any = self.full(True, self.xp.bool)
         return mask  # type: ignore[no-any-return]  # booleans are a mask
 
-    def scalar(self, value: float) -> Array:
-        """A number as an array without axes."""
+    def scalar(self, value: Real) -> Array:
+        """A number as an array without axes; such an array as it is."""
+        if not isinstance(value, (int, float)):
+            return value
         # Not `asarray`, which copies a number from the host.
         return self.xp.full((), value, dtype=self.dtype, device=self.device)
 
@@ -321,7 +323,7 @@ class Space:
         """``x - y``."""
         return State(tuple(map(operator.sub, x, y)))
 
-    def scale(self, factor: Numbers | float, x: State) -> State:
+    def scale(self, factor: Numbers | Real, x: State) -> State:
         """``factor x``."""
         return State(tuple(factor * a for a in x))
 
@@ -329,7 +331,7 @@ class Space:
         """``x / divisor``."""
         return State(tuple(a / divisor for a in x))
 
-    def axpy(self, factor: Numbers | float, x: State, y: State) -> State:
+    def axpy(self, factor: Numbers | Real, x: State, y: State) -> State:
         """``factor x + y``."""
         return State(tuple([self.multiply_add(factor, a, b) for a, b in zip(x, y, strict=True)]))
 

@@ -20,6 +20,7 @@ from implicit_core.solution import Solution
 from .closure import Hoisted, depending_on, hoist, is_traced
 from .leaves import Arrays, is_array, is_differentiable, partition, replaced
 from .rule_primitive import with_rule
+from .settings import split_record
 
 T = TypeVar("T")
 
@@ -31,6 +32,10 @@ ONCE = (
     "this layer is differentiable once, because its derivatives are callbacks of a Problem, or F contains a "
     "custom_vjp, or JAX can't differentiate the estimator. With a plain f, Neumann, NeumannSeries, Unroll and Implicit "
     "have every derivative that F has"
+)
+SETTINGS = (
+    "the settings of an estimator have no derivative in a layer that is differentiable once: pass "
+    "jax.lax.stop_gradient(lam), or take a plain f"
 )
 
 
@@ -86,7 +91,9 @@ def value_from_callbacks(
     closed_over
         The traced arrays that ``problem.f`` closes over. To differentiate them is an error.
     """
-    value, norms = _value(problem, options.gradient, solution.value, z, closed_over)
+    arrays, static = split_record(options.gradient)
+    gradient = static.combine(_refuse_to_differentiate(arrays, SETTINGS))
+    value, norms = _value(problem, gradient, solution.value, z, closed_over)
     return told(solution._replace(value=value), options, problem, norms)
 
 
@@ -95,7 +102,7 @@ def _value(
 ) -> tuple[H, tuple[PyTree, ...]]:
     """The value, and the norms where F was evaluated last."""
     arrays, _ = partition(z, is_array)
-    if not is_traced((closed_over, h, arrays)):
+    if not is_traced((closed_over, h, arrays, split_record(gradient)[0])):
         watched = Watched(problem)
         return gradient.value(watched.problem, h, z), watched.norms()
     layer, closed = _trace(problem, gradient, h, z)
@@ -222,11 +229,11 @@ def _both_modes(layer: _Layer[H], h: H, arrays: Arrays, closed: _ClosedOver) -> 
     return value
 
 
-def _refuse_to_differentiate(arrays: T) -> T:
+def _refuse_to_differentiate(arrays: T, message: str = ONCE) -> T:
     """``arrays``, which raise if they are differentiated."""
 
     def rule(_value: T, _inputs: Arrays, _indices: Sequence[int], _tangents: Arrays) -> T:
-        raise NotImplementedError(ONCE)
+        raise NotImplementedError(message)
 
     return with_rule(arrays, jax.tree.leaves(arrays), rule)
 

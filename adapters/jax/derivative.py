@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from implicit_core import settings
 from implicit_core.arrays import H, Z
-from implicit_core.backends.jax import BACKEND, coupled_axes
+from implicit_core.backends.jax import BACKEND, coupled_axes, setting_placed
 from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
 
 from .growth import Growth, compare, fork
-from .leaves import Arrays, Units
+from .leaves import Arrays, Static, Units
 from .maps import EagerMap, TracedMap
 from .programs import Program, compiled
 from .rule_primitive import with_rule
+from .settings import split_record
 
 
 def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], gradient: AtFixedPoint) -> H:
@@ -36,19 +38,25 @@ def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], grad
     gradient
         The estimator.
     """
+    arrays, static = split_record(gradient)
+    n, of_operations = len(inputs), gradient.derivative is Derivative.OF_OPERATIONS
 
-    def rule(h: H, inputs: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
+    def rule(h: H, operands: Arrays, indices: Sequence[int], tangents: Arrays) -> H:
+        inputs, numbers = operands[:n], operands[n:]
         # F is linearized at h, which has this rule too, so the second derivative uses the first one. Decision 47.
         at = f.linearized(h, inputs, indices)
         jacobian, residuals = at.of_h()
         b = at.push_z(tangents)
-        inverse = Inverse(gradient, f.batch_ndim, f.units, f.axes)
-        if gradient.derivative is Derivative.OF_OPERATIONS:
-            return inverse.by_operations(jacobian, residuals, b)
-        w: H = compiled(_solution, jacobian, inverse)(b, residuals)
+        if of_operations:
+            return by_operations(jacobian, residuals, b, static.combine(numbers), f)
+        # The solution of the system depends on no setting of its solver.
+        like_b = jax.typeof(jax.tree.leaves(b)[0])
+        numbers = [setting_placed(jax.lax.stop_gradient(x), like_b) for x in numbers]
+        w: H = compiled(_solution, jacobian, Inverse(static, f.batch_ndim, f.units, f.axes))(b, residuals, numbers)
         return w
 
-    return with_rule(h, inputs, rule)
+    # h itself depends on no setting of the estimator, so the first derivative is zero. Decision 141.
+    return with_rule(h, inputs, rule, parameters=arrays)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Inverse:
     Attributes
     ----------
     gradient
-        The estimator.
+        The estimator without the arrays in it.
     batch_ndim
         How many first axes of every leaf of h index independent samples.
     units
@@ -67,7 +75,7 @@ class Inverse:
         Named axes that F communicates over.
     """
 
-    gradient: AtFixedPoint
+    gradient: Static[AtFixedPoint]
     batch_ndim: int
     units: Units
     axes: tuple[str, ...]
@@ -77,45 +85,50 @@ class Inverse:
         space = BACKEND.space(v, self.batch_ndim, "v", self.units.scale)
         return space.dual if dual else space
 
-    def __call__(self, jacobian: Callable[[H], H], v: H, *, dual: bool = False) -> H:
-        """D v, with ``jacobian`` the products with ∂F/∂h."""
+    def __call__(self, jacobian: Callable[[H], H], v: H, numbers: Arrays, *, dual: bool = False) -> H:
+        """D v, with ``jacobian`` the products with ∂F/∂h, and ``numbers`` the arrays in the estimator."""
         space = self.space(v, dual=dual)
         with coupled_axes(self.axes):  # Decision 50.
-            w: H = space.unpack(self.gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
+            gradient = settings.bound(self.gradient.combine(numbers), space)
+            w: H = space.unpack(gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
         return w
 
-    def by_operations(self, jacobian: Program[H], residuals: Arrays, v: H) -> H:
-        """D v, by operations that JAX transposes."""
-        gradient, inverse = self.gradient, self
-        watches = False
-        if isinstance(gradient, Neumann):
-            growth = Growth(gradient.growth, self.batch_ndim, self.units.scale)
-            watches = growth.watches(self.axes) and type(gradient).inverse is Neumann.inverse
-            # The core's own test depends on the tangents in a way that JAX cannot transpose.
-            inverse = replace(self, gradient=replace(gradient, on_growth="ignore"))
-        if not watches:
-            w: H = compiled(_operations, jacobian, inverse)(v, residuals)
-            return w
-        start, reference = fork(v, growth)
-        total, last = compiled(_series, jacobian, inverse)(start, v, residuals)
-        checked: H = compare(total, last, reference, growth)
-        return checked
+
+def by_operations(
+    jacobian: Program[H], residuals: Arrays, v: H, gradient: AtFixedPoint, f: TracedMap[H] | EagerMap[H, Z]
+) -> H:
+    """D v, by operations that JAX transposes."""
+    watches = False
+    if isinstance(gradient, Neumann):
+        growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
+        watches = growth.watches(f.axes) and type(gradient).inverse is Neumann.inverse
+        # The core's own test depends on the tangents in a way that JAX cannot transpose.
+        gradient = replace(gradient, on_growth="ignore")
+    numbers, static = split_record(gradient)
+    inverse = Inverse(static, f.batch_ndim, f.units, f.axes)
+    if not watches:
+        w: H = compiled(_operations, jacobian, inverse)(v, residuals, numbers)
+        return w
+    start, reference = fork(v, growth)
+    total, last = compiled(_series, jacobian, inverse)(start, v, residuals, numbers)
+    checked: H = compare(total, last, reference, growth)
+    return checked
 
 
 # Functions of arrays alone, to be compiled for a Jacobian.
 
 
-def _operations(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays], H]:
-    return lambda v, residuals: inverse(lambda w: jacobian(w, residuals), v)
+def _operations(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays, Arrays], H]:
+    return lambda v, residuals, numbers: inverse(lambda w: jacobian(w, residuals), v, numbers)
 
 
-def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays], tuple[H, H]]:
+def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays, Arrays], tuple[H, H]]:
     """``Neumann.inverse`` and the last term of its sum, which begins at ``start``."""
-    gradient = inverse.gradient
-    assert isinstance(gradient, Neumann)
 
-    def series(start: H, v: H, residuals: Arrays) -> tuple[H, H]:
+    def series(start: H, v: H, residuals: Arrays, numbers: Arrays) -> tuple[H, H]:
         space = inverse.space(v)
+        gradient = settings.bound(inverse.gradient.combine(numbers), space)
+        assert isinstance(gradient, Neumann)
         with coupled_axes(inverse.axes):
             product, b = on_states(lambda w: jacobian(w, residuals), space, space), space.pack(v)
             before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
@@ -125,10 +138,10 @@ def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays], 
     return series
 
 
-def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays], H]:
+def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays, Arrays], H]:
     """The solution of (I - ∂F/∂h) w = b."""
 
-    def solution(b: H, residuals: Arrays) -> H:
+    def solution(b: H, residuals: Arrays, numbers: Arrays) -> H:
         def push_h(w: H) -> H:
             return jacobian(w, residuals)
 
@@ -136,8 +149,10 @@ def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays], H
         w: H = jax.lax.custom_linear_solve(
             lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
             b,
-            solve=lambda _, b: inverse(push_h, b),
-            transpose_solve=lambda _, v: inverse(lambda w: jax.linear_transpose(push_h, b)(w)[0], v, dual=True),
+            solve=lambda _, b: inverse(push_h, b, numbers),
+            transpose_solve=lambda _, v: inverse(
+                lambda w: jax.linear_transpose(push_h, b)(w)[0], v, numbers, dual=True
+            ),
         )
         return w
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,14 @@ from .maps import EagerMap, TracedMap
 from .problem import JAXProblem
 from .problem import problem as problem_of
 from .programs import compiled
+from .settings import StaticOptions, split, split_record
 from .state import hoist_without_writes
 
 UNTRACEABLE = (
     "JAX cannot trace f, which uses NumPy or asks for the number in an array. If it has to, "
     "implicit_core.adapters.jax.problem(f, jit=False) is a problem whose f is never traced, outside of jax.jit alone"
 )
+R = TypeVar("R")
 AnyMap = TracedMap[H] | EagerMap[H, Any]
 
 
@@ -79,7 +81,11 @@ def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver
     """
     user_code = getattr(solver, "runs_user_code", True) or not all(map(is_array, jax.tree.leaves(h0)))
     callbacks = problem.has_derivatives and not isinstance(problem, JAXProblem)
-    if user_code or is_traced((h0, z)) or (callbacks and getattr(solver, "uses_jacobian", True)):
+    if (
+        user_code
+        or is_traced((h0, z, split_record(solver)[0]))
+        or (callbacks and getattr(solver, "uses_jacobian", True))
+    ):
         return None
     try:
         h0, f, inputs, static = _map(problem, h0, z)
@@ -130,60 +136,64 @@ def _problem(f: AnyMap[H], mapped: Map[H, Any] | None = None, batch_ndim: int | 
 
 def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
-    h0, inputs = _constants((h0, inputs))
     solver = starting_solver(options)
+    numbers, static_solver = split_record(solver)
+    arguments = h0, inputs, numbers = _constants((h0, inputs, numbers))
     if getattr(solver, "runs_user_code", True):
-        return _by_user_code(f, h0, inputs, static, solver, trace=options.trace)
-    settings = solver, options.trace
+        return _by_user_code(f, h0, inputs, static, static_solver.combine(numbers), trace=options.trace)
+    settings = static_solver, options.trace
     if f.has_named_axes:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
-        return _solving(f, *settings)(h0, inputs)
+        return _solving(f, *settings)(*arguments)
     # A trace has NaN where samples are finished, and JAX would look at all results of a program.
     seen = options.trace and jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
     solution: Solution[H]
-    if is_traced((h0, inputs)):
+    if is_traced(arguments):
         solving = _mapped_solving(f, *settings) if seen else compiled(_mapped_solving, f, *settings)
-        solution = solving(h0, inputs)
+        solution = solving(*arguments)
         return solution
     if seen or not f.shared:
-        return _solving(f, *settings)(h0, inputs)
-    solution, looks = compiled(_watched_solving, f, *settings)(h0, inputs)
+        return _solving(f, *settings)(*arguments)
+    solution, looks = compiled(_watched_solving, f, *settings)(*arguments)
     if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on
-        return _solving(f, *settings)(h0, inputs)
+        return _solving(f, *settings)(*arguments)
     evaluations = int(solution.stats.evaluations)
     return solution._replace(stats=solution.stats._replace(evaluations=evaluations))
 
 
-# The solves of a program, as functions of h0 and the inputs: what they depend on is the settings alone.
+# The solves of a program, as functions of h0, the inputs and the arrays in the solver: what they depend on besides is
+# the settings alone.
+
+Solve = Callable[[H, Arrays, Arrays], R]
 
 
-def _solving(f: AnyMap[H], solver: FixedPointSolver, trace: bool) -> Callable[[H, Arrays], Solution[H]]:
-    def solving(h0: H, inputs: Arrays) -> Solution[H]:
+def _solving(f: AnyMap[H], solver: Static[FixedPointSolver], trace: bool) -> Solve[H, Solution[H]]:
+    def solving(h0: H, inputs: Arrays, numbers: Arrays) -> Solution[H]:
         with coupled_axes(f.axes):
-            return solve_as_it_is(_problem(f), h0, inputs, solver, trace=trace)
+            return solve_as_it_is(_problem(f), h0, inputs, solver.combine(numbers), trace=trace)
 
     return solving
 
 
-def _mapped_solving(f: AnyMap[H], solver: FixedPointSolver, trace: bool) -> Callable[[H, Arrays], Solution[H]]:
+def _mapped_solving(f: AnyMap[H], solver: Static[FixedPointSolver], trace: bool) -> Solve[H, Solution[H]]:
     """A solve where an axis of ``vmap`` becomes a batch axis."""
 
-    def solving(mapped: MapOfArrays[H], h0: H, inputs: Arrays, batch_ndim: int) -> Solution[H]:
+    def solving(mapped: MapOfArrays[H], h0: H, inputs: Arrays, numbers: Arrays, batch_ndim: int) -> Solution[H]:
         with coupled_axes(()):  # a layer around this one may communicate
-            return solve_as_it_is(_problem(f, mapped, batch_ndim), h0, inputs, solver, trace=trace)
+            return solve_as_it_is(_problem(f, mapped, batch_ndim), h0, inputs, solver.combine(numbers), trace=trace)
 
-    return lambda h0, inputs: with_vmap_as_batch(solving, f, h0, inputs, f.batch_ndim)
+    return lambda h0, inputs, numbers: with_vmap_as_batch(solving, f, h0, inputs, numbers, f.batch_ndim)
 
 
 def _watched_solving(
-    f: AnyMap[H], solver: FixedPointSolver, trace: bool
-) -> Callable[[H, Arrays], tuple[Solution[H], jax.Array]]:
+    f: AnyMap[H], solver: Static[FixedPointSolver], trace: bool
+) -> Solve[H, tuple[Solution[H], jax.Array]]:
     """A solve, and whether there was something that its caller has to look into."""
     solving = _solving(f, solver, trace)
 
-    def watched(h0: H, inputs: Arrays) -> tuple[Solution[H], jax.Array]:
+    def watched(h0: H, inputs: Arrays, numbers: Arrays) -> tuple[Solution[H], jax.Array]:
         with BACKEND.noticing() as noticed:
-            solution = solving(h0, inputs)
+            solution = solving(h0, inputs, numbers)
         # The units of a solve may be changed, and what is not finite is worth a second look.
         looks = jnp.any(solution.status == Status.NONFINITE.value)
         for mask in noticed:
@@ -230,43 +240,48 @@ def _unrolled(
     f: AnyMap[H], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
 ) -> Solution[H]:
     """The k steps from the solver's point, which JAX differentiates."""
-    settings, h = LayerOptions(options.solver, gradient), solution.value
     growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
+
+    def steps(gradient: Unroll | BPTT, h: H) -> tuple[H, tuple[Numbers, ...]]:
+        numbers, static = split_record(gradient)
+        result: tuple[H, tuple[Numbers, ...]] = compiled(_stepping, f, static)(h, inputs, numbers)
+        return result
+
+    h = solution.value
     if growth.watches(f.axes):
         # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-        first = replace(settings, gradient=replace(gradient, k=1))
-        h, reference = fork(compiled(_stepping, f, first)(h, inputs)[0], growth, primal=True)
-        settings = replace(settings, gradient=Unroll(gradient.k - 1, gradient.lam))
-        h_k, norms = compiled(_stepping, f, settings)(h, inputs)
+        h_1, reference = fork(steps(replace(gradient, k=1), h)[0], growth, primal=True)
+        h_k, norms = steps(replace(gradient, k=gradient.k - 1), h_1)
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
-        h_k, norms = compiled(_stepping, f, settings)(h, inputs)
-    told = compiled(_telling, f, replace(settings, gradient=gradient))
+        h_k, norms = steps(gradient, h)
+    static, numbers = split(LayerOptions(options.solver, gradient))
     evaluations = solution.stats.evaluations
-    solution = told(solution, norms)
+    solution = compiled(_telling, f, static)(solution, norms, numbers)
     stats = solution.stats._replace(evaluations=evaluations)
     return announced(solution._replace(value=h_k, stats=stats), options)
 
 
-def _stepping(f: AnyMap[H], options: LayerOptions) -> Callable[[H, Arrays], tuple[H, tuple[Numbers, ...]]]:
+def _stepping(
+    f: AnyMap[H], gradient: Static[Unroll | BPTT]
+) -> Callable[[H, Arrays, Arrays], tuple[H, tuple[Numbers, ...]]]:
     """The steps of an estimator, and the norms where F was evaluated last."""
-    gradient = options.gradient
-    recompute = isinstance(gradient, Unroll) and gradient.recompute
-    if recompute and not f.traced:
-        raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
-    step = jax.checkpoint(f) if recompute else f
 
-    def stepping(h: H, inputs: Arrays) -> tuple[H, tuple[Numbers, ...]]:
-        watched = Watched(_problem(f, step))
-        h_k: H = gradient.value(watched.problem, h, inputs)
+    def stepping(h: H, inputs: Arrays, numbers: Arrays) -> tuple[H, tuple[Numbers, ...]]:
+        estimator = gradient.combine(numbers)
+        recompute = isinstance(estimator, Unroll) and estimator.recompute
+        if recompute and not f.traced:
+            raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
+        watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f))
+        h_k: H = estimator.value(watched.problem, h, inputs)
         return h_k, watched.norms()
 
     return stepping
 
 
-def _telling(f: AnyMap[H], options: LayerOptions) -> Callable[[Solution[H], tuple[Numbers, ...]], Solution[H]]:
+def _telling(f: AnyMap[H], options: StaticOptions) -> Callable[[Solution[H], tuple[Numbers, ...], Arrays], Solution[H]]:
     steps = _problem(f)
-    return lambda solution, norms: of_value(solution, options, steps, norms)
+    return lambda solution, norms, numbers: of_value(solution, options.join(numbers), steps, norms)
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

@@ -28,7 +28,7 @@ Rule = Callable[[H, Arrays, Sequence[int], Arrays], H]
 """``rule(value, inputs, indices, tangents)``: the tangent of the value, see :func:`with_rule`."""
 
 
-def with_rule(value: H, inputs: Arrays, rule: Rule[H]) -> H:
+def with_rule(value: H, inputs: Arrays, rule: Rule[H], *, parameters: Arrays = ()) -> H:
     """``value``, differentiated by ``rule`` as a function of ``inputs``.
 
     Parameters
@@ -40,7 +40,9 @@ def with_rule(value: H, inputs: Arrays, rule: Rule[H]) -> H:
     rule
         ``rule(value, inputs, indices, tangents)`` is the tangent of the value, given the tangents of the inputs at
         ``indices``; the tangents of the other inputs are zero. It must not refer to arrays. Its argument ``value`` has
-        this rule too, which makes derivatives of every order right.
+        this rule too, which makes derivatives of every order right. Its ``inputs`` end with the parameters.
+    parameters
+        Arrays that the value does not depend on, but its tangent does.
     """
     leaves, structure = jax.tree.flatten(value)
     size = len(leaves)
@@ -50,11 +52,14 @@ def with_rule(value: H, inputs: Arrays, rule: Rule[H]) -> H:
         tangent: Arrays = jax.tree.leaves(rule(value, operands[size:], indices, tangents))
         return tangent
 
-    result: H = jax.tree.unflatten(structure, _value_with_rule.bind(*leaves, *inputs, size=size, rule=rule_on_leaves))
+    end = size + len(inputs)
+    results = _value_with_rule.bind(*leaves, *inputs, *parameters, size=size, end=end, rule=rule_on_leaves)
+    result: H = jax.tree.unflatten(structure, results)
     return result
 
 
-# The primitive. Its operands are the `size` leaves of the value, then the inputs; its results are the leaves.
+# The primitive. Its operands are the `size` leaves of the value, the inputs up to `end`, and the parameters. Its
+# results are the leaves.
 
 _RuleOnLeaves = Callable[[Arrays, Sequence[int], Arrays], Arrays]
 
@@ -70,7 +75,7 @@ _value_with_rule = Primitive("value_with_rule")
 _value_with_rule.multiple_results = True
 
 
-def _leaves_of_value(*operands: T, size: int, rule: _RuleOnLeaves) -> list[T]:
+def _leaves_of_value(*operands: T, size: int, end: int, rule: _RuleOnLeaves) -> list[T]:
     return list(operands[:size])
 
 
@@ -80,20 +85,20 @@ register_lowering(_value_with_rule, lower_fun(_leaves_of_value, multiple_results
 
 
 def _jvp(
-    operands: Arrays, tangents: Sequence[jax.Array | Zero], *, size: int, rule: _RuleOnLeaves
+    operands: Arrays, tangents: Sequence[jax.Array | Zero], *, size: int, end: int, rule: _RuleOnLeaves
 ) -> tuple[Arrays, Sequence[jax.Array | Zero]]:
-    leaves: Arrays = _value_with_rule.bind(*operands, size=size, rule=rule)
-    nonzero = {i: tangent for i, tangent in enumerate(tangents[size:]) if not isinstance(tangent, Zero)}
+    leaves: Arrays = _value_with_rule.bind(*operands, size=size, end=end, rule=rule)
+    nonzero = {i: tangent for i, tangent in enumerate(tangents[size:end]) if not isinstance(tangent, Zero)}
     if not nonzero:
         return leaves, [Zero(jax.typeof(leaf).to_tangent_aval()) for leaf in leaves]
     return leaves, rule([*leaves, *operands[size:]], list(nonzero), list(nonzero.values()))
 
 
 def _batch(
-    axis: _MappedAxis, operands: Arrays, dims: Sequence[int | None], *, size: int, rule: _RuleOnLeaves
+    axis: _MappedAxis, operands: Arrays, dims: Sequence[int | None], *, size: int, end: int, rule: _RuleOnLeaves
 ) -> tuple[Arrays, Sequence[int | None]]:
     if all(dim is None for dim in dims):
-        return _value_with_rule.bind(*operands, size=size, rule=rule), [None] * size
+        return _value_with_rule.bind(*operands, size=size, end=end, rule=rule), [None] * size
     # The value depends on the inputs, so its leaves are mapped if any input is.
     axes = [0 if i < size or dim is not None else None for i, dim in enumerate(dims)]
     operands = [
@@ -110,10 +115,12 @@ def _batch(
         )(operands, tangents)
         return tangent
 
-    return _value_with_rule.bind(*operands, size=size, rule=mapped_rule), [0] * size
+    return _value_with_rule.bind(*operands, size=size, end=end, rule=mapped_rule), [0] * size
 
 
-def _transpose(cotangents: Sequence[jax.Array | Zero], *operands: object, size: int, rule: _RuleOnLeaves) -> None:
+def _transpose(
+    cotangents: Sequence[jax.Array | Zero], *operands: object, size: int, end: int, rule: _RuleOnLeaves
+) -> None:
     """For ``jax.linear_transpose`` of the layer itself: derivatives transpose the operations of the rule instead."""
     raise NotImplementedError(
         "jax.linear_transpose has no rule for the loop of a solve: take pullback = jax.vjp(layer, x)[1], which is the "

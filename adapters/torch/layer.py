@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from implicit_core import checks
+from implicit_core import checks, settings
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND, unprotected
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
@@ -171,7 +171,7 @@ class _Step(Generic[H, Z]):
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
-    lam, may_alias = gradient.lam, gradient.lam == 1.0
+    lam, may_alias = gradient.lam, settings.is_one(gradient.lam)
     if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value

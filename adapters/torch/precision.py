@@ -46,7 +46,8 @@ def with_reachable_tolerance(gradient: Estimator, h: object) -> Estimator:
     if device is None or not isinstance(solver, LinearSolver) or not torch.is_autocast_enabled(device):
         return gradient
     smallest = 8 * torch.finfo(torch.get_autocast_dtype(device)).eps
-    changes: dict[str, Any] = {"linear_solver": replace(solver, rtol=max(solver.rtol, smallest))}
+    rtol = solver.rtol.clamp(min=smallest) if isinstance(solver.rtol, torch.Tensor) else max(solver.rtol, smallest)
+    changes: dict[str, Any] = {"linear_solver": replace(solver, rtol=rtol)}
     return replace(gradient, **changes)
 
 

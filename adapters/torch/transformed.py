@@ -8,9 +8,10 @@ from torch import Tensor
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import AtFixedPoint, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, solver_point
 from implicit_core.problem import Problem
+from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution, Stats
 
 from .autograd import has_tangents
@@ -30,11 +31,16 @@ THROW = (
     "throw=True with an estimator that starts from h0 reads the status of its value, which torch.vmap may not allow: "
     "call raise_for_status outside of the transforms of torch.func"
 )
+SETTINGS = (
+    "{name} of {kind} is a tensor that was made within a transform of torch.func, or is mapped or differentiated by "
+    "one, which only the lam of Unroll can be: write a number, or call the layer once for each"
+)
 
 
 def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The solution, computed on values; its value is differentiable if the estimator is an :class:`AtFixedPoint`."""
     gradient = options.gradient
+    _check_settings(options)
     if isinstance(gradient, Unroll) and gradient.recompute:
         raise NotImplementedError(RECOMPUTE)
     if options.throw and gradient.starts_from_h0:
@@ -89,6 +95,14 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         stats = stats._replace(relative=relative, tolerance=tolerance)
     point: H = BACKEND.unflatten(structure, list(h))
     return Solution(point, status, stats)
+
+
+def _check_settings(options: LayerOptions) -> None:
+    """Check that no transform has wrapped a setting that is used outside of all transforms, on values."""
+    for record in (options.solver, options.gradient):
+        for name, array in arrays_in(record):
+            if BACKEND.is_wrapped(array) and not isinstance(record, (Unroll, BPTT)):
+                raise NotImplementedError(SETTINGS.format(name=name, kind=type(record).__name__))
 
 
 def _check_inputs_known(f: OnLeaves, h: Sequence[Tensor], externals: Sequence[Tensor]) -> None:

@@ -7,22 +7,27 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, TypeVar
 
-from .. import checks
-from ..arrays import H, Operator, State, Z
+from .. import checks, settings
+from ..arrays import H, Operator, Real, State, Z
 from ..problem import Problem
+from ..records import Record
 from ..space import Space
 
 Factor = TypeVar("Factor")
 """A number, or an array of numbers."""
 
 
-@dataclass(frozen=True)
-class Estimator(ABC):
+@dataclass(frozen=True, repr=False)
+class Estimator(Record, ABC):
     """Base of the gradient estimators: A ≈ ∂h*/∂z, through its products.
 
     The paper writes Jacobians transposed (d_z × d_h), so its A v is ``pullback(v)`` here; ``jvp`` applies the transpose
     of the same A, so that ⟨u, jvp dz⟩ = ⟨pullback u, dz⟩: to rounding for a fixed number of terms or steps, and to its
     tolerance for an estimator that stops on a data-dependent test.
+
+    Settings that are numbers, such as λ, may be arrays without axes, which JAX may trace or map; then the record is a
+    pytree with these arrays as leaves, and has no hash. An array that is out of range and cannot be read becomes NaN,
+    and so does the gradient.
 
     Examples
     --------
@@ -142,7 +147,7 @@ class Derivative(Enum):
     layer has first derivatives alone there. PyTorch differentiates the operations."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AtFixedPoint(Estimator):
     """Estimators A = (∂F/∂z) D at the solver's point, where D approximates (I - ∂F/∂h)⁻¹ (Remark 1 of the paper).
 
@@ -169,14 +174,14 @@ class AtFixedPoint(Estimator):
         # Decisions 25 and 32.
 
     def apply(self, space: Space, jacobian: Operator, v: State) -> State:
-        """D v by ``inverse``, whose result is checked.
+        """D v by ``inverse`` of the estimator with settings to compute with, and whose result is checked.
 
         Raises
         ------
         TypeError
             If it is no state like v.
         """
-        w = self.inverse(space, jacobian, v)
+        w = settings.bound(self, space).inverse(space, jacobian, v)
         checks.state_like(f"{type(self).__name__}.inverse", w, v)
         return w
 
@@ -244,7 +249,7 @@ def on_states(function: Callable[[Any], Any], domain: Space, codomain: Space) ->
     return lambda x: codomain.pack(function(domain.unpack(x)))
 
 
-def geometric_bound(k: int, lam: float, contraction: Factor) -> Factor:
+def geometric_bound(k: int, lam: Real, contraction: Factor) -> Factor:
     """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""
     number: Any = contraction
     bound: Factor = (1 - lam * (1 - number)) ** k / (1 - number)

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 from array_api_compat import array_namespace
 
 from .. import checks
-from ..arrays import Mask, Numbers, State
-from ..records import Record
+from ..arrays import Mask, Numbers, Real, State
+from ..records import Record, is_array
 from ..registry import find_backend
 from ..solution import sample_names
 from ..space import Space
@@ -42,12 +42,12 @@ class GrowthTest:
     name
         The estimator in words.
     k, lam, on_growth
-        As in the estimator.
+        As in the estimator. An array in place of λ is None: programs and caches are found by this record.
     """
 
     name: str
     k: int
-    lam: float
+    lam: float | None
     on_growth: OnGrowth
 
     @property
@@ -119,9 +119,10 @@ class GrowthTest:
         flags, firsts, lasts = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
         samples = [i for i, flag in enumerate(flags) if flag]
         growth = max(_ratio(lasts[i], firsts[i]) for i in samples)
+        steps = "its steps" if self.lam is None else f"steps with lam={self.lam:g}"
         warn(
             f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: the last of its {self.k} "
-            f"terms is up to {growth:.0e} times as large as the first, because steps with lam={self.lam:g} do not "
+            f"terms is up to {growth:.0e} times as large as the first, because {steps} do not "
             "contract. Use gradient=Implicit(), which is exact and needs no contraction (with NewtonKrylov as the "
             "solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
             GrowingGradientWarning,
@@ -135,7 +136,7 @@ class Terms(Record):
     """
 
     k: int
-    lam: float
+    lam: Real
     on_growth: OnGrowth
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class Terms(Record):
     @property
     def growth(self) -> GrowthTest:
         """The test whether the terms, or the cotangents that stand for them, grow."""
-        return GrowthTest(repr(self), self.k, self.lam, self.on_growth)
+        return GrowthTest(repr(self), self.k, None if is_array(self.lam) else self.lam, self.on_growth)
 
 
 def _ratio(after: float, before: float) -> float:

@@ -12,7 +12,7 @@ from .base import AtFixedPoint, Derivative
 from .inexact import OnFailure, check_on_failure, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Implicit(AtFixedPoint):
     r"""The exact gradient, Eq. (2) and (4): the adjoint system (I - ∂F/∂h)ᵀ w = v, solved per sample.
 

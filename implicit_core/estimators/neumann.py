@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..arrays import Operator, State
+from ..arrays import Operator, Real, State
 from ..space import Space
 from .base import AtFixedPoint, Factor, geometric_bound
 from .growth import OnGrowth, Terms
@@ -24,7 +24,8 @@ class Neumann(Terms, AtFixedPoint):
     k
         Terms of the series, at least 1.
     lam
-        λ in (0, 1]: a large one is more accurate, a small one better conditioned.
+        λ in (0, 1]: a large one is more accurate, a small one better conditioned. The value has a derivative of zero
+        in an array λ, the gradient has that of its terms.
     on_growth
         What to do with samples whose terms grow, so that A is no estimate: ``"warn"`` with a
         :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The last term is
@@ -51,7 +52,7 @@ class Neumann(Terms, AtFixedPoint):
     """
 
     k: int = 5
-    lam: float = 0.5
+    lam: Real = 0.5
     on_growth: OnGrowth = field(default="warn", repr=False)
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .. import checks
-from ..arrays import Numbers, Operator, State
+from .. import checks, settings
+from ..arrays import Count, Numbers, Operator, Real, State
 from ..linear_solvers import Richardson
 from ..linear_solvers.base import ratio
-from ..records import Record
+from ..records import in_words, shown
 from ..space import Space
 from .base import AtFixedPoint, Derivative, geometric_count
 from .inexact import OnFailure, check_on_failure, settled
@@ -18,7 +18,7 @@ MARGIN = 2.0
 
 
 @dataclass(frozen=True, repr=False)
-class NeumannSeries(Record, AtFixedPoint):
+class NeumannSeries(AtFixedPoint):
     r"""The Neumann series to an accuracy: each sample takes the terms of Eq. (18) that it needs.
 
     .. math::
@@ -66,10 +66,10 @@ class NeumannSeries(Record, AtFixedPoint):
     array([1.99902344])
     """
 
-    lam: float = 0.5
-    rtol: float = 1e-3
-    max_terms: int = 200
-    contraction: float | None = None
+    lam: Real = 0.5
+    rtol: Real = 1e-3
+    max_terms: Count = 200
+    contraction: Real | None = None
     on_failure: OnFailure = field(default="warn", repr=False)
     check: bool = field(default=True, repr=False)
 
@@ -79,7 +79,7 @@ class NeumannSeries(Record, AtFixedPoint):
         set_field = object.__setattr__
         set_field(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0, low_open=True))
-        set_field(self, "max_terms", checks.integer("max_terms", self.max_terms, 1))
+        set_field(self, "max_terms", checks.count("max_terms", self.max_terms, 1))
         if self.contraction is not None:
             set_field(self, "contraction", checks.real("contraction", self.contraction, 0.0, 1.0, high_open=True))
         check_on_failure(self.on_failure)
@@ -97,16 +97,18 @@ class NeumannSeries(Record, AtFixedPoint):
         )
         with space.backend.solving():
             result = solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
+            # The sum approximates the inverse for every λ: how far it is from it has no derivative.
+            lam = settings.bound(self, space, constant=True).lam
             return settled(
                 space,
-                space.axpy(self.lam, result.r, result.x),
+                space.axpy(lam, result.r, result.x),
                 result.status,
                 result.residual,
                 self.on_failure,
-                f"the Neumann series did not reach rtol={self.rtol:g}",
+                f"the Neumann series did not reach rtol={shown(self.rtol)}",
                 "The residual is the norm of the next term. If it exceeds the norm of the cotangent, the series has no "
                 "sum: use Implicit(), which needs no contraction, or a smaller lam, which helps where the eigenvalues "
-                f"of ∂F/∂h have real parts below 1. Otherwise raise max_terms, which is {self.max_terms}",
+                f"of ∂F/∂h have real parts below 1. Otherwise raise max_terms, which is {in_words(self.max_terms)}",
             )
 
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
@@ -164,5 +166,5 @@ class _UntilRemainder(Richardson):
         # Beside a sum that overflows any remainder would be small: infinity times zero is NaN, which reaches no goal.
         return ratio(rest, size + 0 * size, space)
 
-    def goal(self, space: Space, x: State, growth: Numbers, size: Numbers, target: Numbers) -> float:
+    def goal(self, space: Space, x: State, growth: Numbers, size: Numbers, target: Numbers) -> Real:
         return self.series.rtol

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .. import checks
-from ..arrays import Array, H, State, Z
+from .. import checks, settings
+from ..arrays import Array, H, Real, State, Z
 from ..problem import BoundLinearization, Problem
 from ..space import Space
 from .base import Estimator, Factor, bind, geometric_bound
@@ -28,7 +28,7 @@ class Unroll(Terms, Estimator):
     k
         Steps, at least 1.
     lam
-        λ in (0, 1].
+        λ in (0, 1]. The value, and the gradient, have a derivative in an array λ.
     recompute
         Keep the k states only, and linearize F again in the pullback: k more evaluations, one linearization at a time.
     on_growth
@@ -57,7 +57,7 @@ class Unroll(Terms, Estimator):
     """
 
     k: int = 5
-    lam: float = 0.5
+    lam: Real = 0.5
     recompute: bool = False
     on_growth: OnGrowth = field(default="warn", repr=False)
 
@@ -66,7 +66,8 @@ class Unroll(Terms, Estimator):
         checks.instance("recompute", self.recompute, bool, "True")
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
-        space, lam = bind(problem, h), self.lam
+        space = bind(problem, h)
+        lam = settings.bound(self, space).lam
 
         def step(problem: Problem[H, Z], h: H) -> H:
             return _blend(space, lam, space.backend.guarded(problem.f, "f", "h")(h, z), h)
@@ -82,7 +83,8 @@ class Unroll(Terms, Estimator):
 
     def vjp_with(self, growth: GrowthTest, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """:meth:`vjp`, with a test in the name of another estimator."""
-        space, lam = bind(problem, h), self.lam
+        space = bind(problem, h)
+        lam = settings.bound(self, space).lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
             for _ in range(self.k):
@@ -109,7 +111,8 @@ class Unroll(Terms, Estimator):
         return h, pullback
 
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
-        space, lam = bind(problem, h), self.lam
+        space = bind(problem, h)
+        lam = settings.bound(self, space).lam
         checks.like_z(space.backend, "dz", dz, z)
         with space.backend.on_device_of(h):
             at = problem.linearize(h, z).require("jvp_h", "jvp_z")
@@ -138,24 +141,28 @@ def _checked(space: Space, growth: GrowthTest, first: H, last: H) -> H:
 # Arithmetic on the user's pytrees, leaf by leaf, so that the k steps are a plain graph in a framework with autodiff.
 
 
-def _blend(space: Space, lam: float, f: H, h: H) -> H:
+def _blend(space: Space, lam: Real, f: H, h: H) -> H:
     """λ f + (1 - λ) h (Eq. 13)."""
     if isinstance(f, float) and space.backend.has_autodiff:  # cut off from the graph (Decision 80)
         checks.like(space.backend, "the result of f", f, h, "h")
-    return _copy(space, f) if lam == 1.0 else _axpy(space, lam, f, _scale(space, 1 - lam, h))
+    return _copy(space, f) if settings.is_one(lam) else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 
 
-def _axpy(space: Space, factor: float, x: H, y: H) -> H:
+def _axpy(space: Space, factor: Real, x: H, y: H) -> H:
     """``factor x + y``."""
-    flatten = space.backend.flatten
-    leaves = space.axpy(factor, State(tuple(flatten(x)[0])), State(tuple(flatten(y)[0])))
-    total: H = space.backend.unflatten(space.structure, list(leaves))
+    backend = space.backend
+    leaves = [
+        space.multiply_add(settings.like(backend, factor, b), a, b)
+        for a, b in zip(backend.flatten(x)[0], backend.flatten(y)[0], strict=True)
+    ]
+    total: H = backend.unflatten(space.structure, leaves)
     return total
 
 
-def _scale(space: Space, factor: float, x: H) -> H:
+def _scale(space: Space, factor: Real, x: H) -> H:
     """``factor x``."""
-    scaled: H = space.backend.map(lambda a: factor * a, x)
+    backend = space.backend
+    scaled: H = backend.map(lambda a: settings.like(backend, factor, a) * a, x)
     return scaled
 
 

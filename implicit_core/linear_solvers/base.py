@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from .. import checks
-from ..arrays import Index, Mask, Numbers, Operator, State
+from .. import checks, settings
+from ..arrays import Count, Index, Mask, Numbers, Operator, Real, State
 from ..backend import Known, Watch
 from ..coupling import as_mask, halves, random_state
-from ..records import Record
+from ..records import Record, is_array
 from ..solution import CoupledSamplesError, Status
 from ..space import Space
 
@@ -84,6 +84,8 @@ class LinearSolver(Record, ABC):
     residual that the method computes along the way: after each cycle it recomputes b - A x, and the next cycle
     starts from there.
 
+    Settings that are numbers may be arrays without axes, as for :class:`Solver`.
+
     Parameters
     ----------
     rtol, atol
@@ -112,9 +114,9 @@ class LinearSolver(Record, ABC):
     True
     """
 
-    rtol: float = 1e-6
-    atol: float = 0.0
-    max_steps: int = 200
+    rtol: Real = 1e-6
+    atol: Real = 0.0
+    max_steps: Count = 200
     check_every: int = 1
     check: bool = field(default=True, repr=False)
 
@@ -132,7 +134,7 @@ class LinearSolver(Record, ABC):
         set_field = object.__setattr__
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
         set_field(self, "atol", checks.real("atol", self.atol, 0.0))
-        set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
+        set_field(self, "max_steps", checks.count("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
         checks.instance("check", self.check, bool, "False")
 
@@ -185,9 +187,14 @@ class LinearSolver(Record, ABC):
         CoupledSamplesError
             If A couples samples, where that can be seen for nothing.
         """
-        xp, backend = space.xp, space.backend
-        if backend.capturing(b[0]):
+        if space.backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
+        solver = settings.bound(self, space, constant=True)
+        return solver._run(space, operator, settings.with_settings(space, solver, b))
+
+    def _run(self, space: Space, operator: Operator, b: State) -> LinearResult:
+        """:meth:`run`, with settings to compute with."""
+        xp, backend = space.xp, space.backend
         space.shard_as(b)
         # A cotangent of 1e-25 is not zero in float32, nor is one of 1e-7 in float16. With a unit for each sample a
         # system of coupled samples is another one, whose residuals show nothing: only samples that need one get it.
@@ -196,10 +203,11 @@ class LinearSolver(Record, ABC):
             scale = space.select(space.out_of_range(scale), scale, xp.ones_like(scale))
         b = space.divide(b, scale)
         size = space.norm(b)
-        target = self.rtol * size + space.scalar(self.atol) / scale
+        target = self.rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
         nothing, zeros = space.full(0.0), space.zeros()
         checked = self.check and space.samples > 1
-        watched = checked and backend.readable(nothing)  # not b, which may be a constant
+        # b may be a constant of a program that is traced, or be mapped while new arrays are not.
+        watched = checked and backend.readable(nothing) and backend.readable(size)
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
             d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
@@ -232,14 +240,17 @@ class LinearSolver(Record, ABC):
             return _Carry(x, r, norm, growth, error, active, steps, products, moved)
 
         # Without a step this is the error to report. Otherwise the first step replaces it.
-        error = size if self.max_steps else self.error(space, zeros, b, size, size, 0)
+        error = size
+        if settings.is_zero(self.max_steps) or is_array(self.max_steps):
+            without = self.error(space, zeros, b, size, size, 0)
+            error = space.select(self.max_steps == 0, without, size)
         moved = nothing if checked and not watched else None
         carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, moved)
         check_every = 1 if self.loops else self.check_every
         watcher = _Watcher(self, space, operator, target)
         watch = Watch(watcher.suspects, watcher.look) if watched else None
         # One more step is none, since no sample is active then, but a look at the last one.
-        steps = self.max_steps and self.max_steps + (check_every == 1)
+        steps = settings.if_positive(space, self.max_steps, self.max_steps + (check_every == 1))
         carry = backend.while_loop(lambda c: (c.active,), body, carry, steps, check_every, watch)
         ran_out = carry.steps >= self.max_steps
         converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .. import checks
-from ..arrays import Array, History, Mask, Matrices, Numbers, Operator, State
+from .. import checks, settings
+from ..arrays import Array, History, Index, Mask, Matrices, Numbers, Operator, State
 from ..backend import Known
+from ..records import is_array
 from ..space import Space
 from .arnoldi import arnoldi_step, unit
 from .base import Cycle, LinearSolver, ratio
@@ -51,7 +52,12 @@ class GMRES(LinearSolver):
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         # Decision 75.
-        steps = max(min(self.restart, self.max_steps, space.dimension), 1)
+        steps = max(min(self.restart, space.dimension), 1)
+        most: Index = steps  # no more than the basis has room for
+        if is_array(self.max_steps):
+            most = settings.within(space, self.max_steps, 1, steps)
+        else:
+            most = steps = max(min(steps, self.max_steps), 1)
         hessenberg = _Hessenberg(space, steps + 1)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
@@ -65,7 +71,7 @@ class GMRES(LinearSolver):
         v = unit(space, r, norm)
         basis = space.set_row(space.history(steps + 1), 0, v)
         carry = _Carry(v, basis, hessenberg.empty(), active, 0)
-        carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
+        carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
         weights = hessenberg.least_squares(carry.qr, norm)
         return space.state(space.combine(weights, carry.basis)), carry.steps, hessenberg.growth(carry.qr)
 

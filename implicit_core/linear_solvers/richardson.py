@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import checks
-from ..arrays import Mask, Numbers, Operator, State
+from ..arrays import Mask, Numbers, Operator, Real, State
 from ..space import Space
 from .base import Cycle, LinearSolver
 
@@ -42,7 +42,7 @@ class Richardson(LinearSolver):
     array([-1.,  4.])
     """
 
-    relaxation: float = 1.0
+    relaxation: Real = 1.0
 
     monotone: ClassVar[bool] = False
     loops: ClassVar[bool] = False

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .. import checks
-from ..arrays import Array, History, Index, Matrices, State
+from .. import checks, settings
+from ..arrays import Array, History, Index, Matrices, Real, State
 from ..carry import Point
 from ..space import Space, total
 from ..system import System
@@ -58,8 +58,8 @@ class Anderson(Solver):
     """
 
     memory: int = 5
-    damping: float = 1.0
-    regularization: float = 1e-10
+    damping: Real = 1.0
+    regularization: Real = 1e-10
 
     copies_results: ClassVar[bool] = False
 
@@ -80,7 +80,7 @@ class Anderson(Solver):
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         space, slot = system.space, point.index % self.memory
-        proposal = point.f if self.damping == 1.0 else space.axpy(self.damping, point.residual, point.x)
+        proposal = point.f if settings.is_one(self.damping) else space.axpy(self.damping, point.residual, point.x)
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, point.residual)
         filled = memory.filled[_at_most(space, point.index, self.memory - 1)]
@@ -95,7 +95,7 @@ def _at_most(space: Space, index: Index, limit: int) -> Index:
     return min(index, limit) if isinstance(index, int) else space.xp.clip(index, None, limit)
 
 
-def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:
+def ridge(space: Space, m: int, regularization: Real) -> tuple[Array, Array]:
     """The (1, m, m) constants that regularize Gram matrices G: ``G * scaling + floor`` is regular, whatever G.
 
     An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This one is
@@ -104,7 +104,7 @@ def ridge(space: Space, m: int, regularization: float) -> tuple[Array, Array]:
     """
     identity = space.eye(m)[None, :, :]
     tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
-    return 1 + max(regularization, 4 * m * space.eps) * identity, tiny * identity
+    return 1 + settings.at_least(space, regularization, 4 * m * space.eps) * identity, tiny * identity
 
 
 def mixing_weights(space: Space, gram: Matrices, filled: Matrices, ridge: tuple[Array, Array]) -> Matrices:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
-from ..arrays import H, Operator, State, Z
+from ..arrays import Count, H, Operator, Real, State, Z
 from ..carry import Point
 from ..iteration import Iteration
 from ..problem import Problem
@@ -38,6 +38,10 @@ class Solver(Record, ABC):
     shapes (or None), and ``step(system, memory, point) -> (x, memory)``, the next point to evaluate F at. Arithmetic on
     states is in ``system.space``. The caller freezes samples that are finished.
 
+    Settings that are numbers, such as tolerances, ``max_steps`` and ``damping``, may be arrays without axes, which JAX
+    may trace or map; then the record is a pytree with these arrays as leaves, and has no hash. An array that is out of
+    range and cannot be read becomes NaN. Settings have no derivatives.
+
     Parameters
     ----------
     rtol, atol
@@ -46,11 +50,12 @@ class Solver(Record, ABC):
         alone, but twice the tolerance at the start is the most. For :class:`NewtonKrylov` a residual that rounding
         errors of F explain in every component is enough, if it is at most ‖F(h)‖ / 1000. atol is rtol / 1000 unless
         given, so that a fixed point at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε,
-        with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero the number of steps is forced:
-        only a value that is not finite ends a sample.
+        with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero, as numbers and not as arrays,
+        the number of steps is forced: only a value that is not finite ends a sample.
     max_steps
         Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
-        start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual.
+        start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual. If a traced
+        array, there can be no trace of the residuals.
     check_every
         Steps between two tests of whether all samples are finished. Each test waits for the device.
     freeze
@@ -82,9 +87,9 @@ class Solver(Record, ABC):
     array([0.526316, 0.526316])
     """
 
-    rtol: float = 1e-5
-    atol: float | None = None
-    max_steps: int = 100
+    rtol: Real = 1e-5
+    atol: Real | None = None
+    max_steps: Count = 100
     check_every: int = 1
     freeze: bool = field(default=True, repr=False)
     check: bool = field(default=True, repr=False)
@@ -107,13 +112,13 @@ class Solver(Record, ABC):
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
         if self.atol is not None:
             set_field(self, "atol", checks.real("atol", self.atol, 0.0))
-        set_field(self, "max_steps", checks.integer("max_steps", self.max_steps, 1))
+        set_field(self, "max_steps", checks.count("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
         checks.instance("freeze", self.freeze, bool, "True")
         checks.instance("check", self.check, bool, "False")
 
     @property
-    def absolute_tolerance(self) -> float:
+    def absolute_tolerance(self) -> Real:
         """``atol``, or its default, rtol / 1000 (Decision 4)."""
         return 1e-3 * self.rtol if self.atol is None else self.atol
 

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import optree
 
-from .. import checks
-from ..arrays import Array, H, Mask, PyTree, Z
+from .. import checks, settings
+from ..arrays import Array, H, Mask, PyTree, Real, Z
 from ..carry import Carry
 from ..iteration import MOVED, Iteration
 from ..problem import Problem
 from ..progress import Start
+from ..records import Record
 from ..solution import Solution
 from .base import Solver
 
@@ -29,8 +30,8 @@ def without_compacting(solver: Any) -> Any:
     return solver.solver if isinstance(solver, Compacting) else solver
 
 
-@dataclass(frozen=True)
-class Compacting:
+@dataclass(frozen=True, repr=False)
+class Compacting(Record):
     """Another solver, which evaluates F for the unfinished samples alone once half of the batch is finished.
 
     Where few samples take many steps, most of the work of F is for samples that are finished. Each time that at most
@@ -91,17 +92,17 @@ class Compacting:
     # A layer asks which tolerances its value is held against.
 
     @property
-    def rtol(self) -> float:
+    def rtol(self) -> Real:
         """The solver's."""
         return self.solver.rtol
 
     @property
-    def atol(self) -> float | None:
+    def atol(self) -> Real | None:
         """The solver's."""
         return self.solver.atol
 
     @property
-    def absolute_tolerance(self) -> float:
+    def absolute_tolerance(self) -> Real:
         """The solver's."""
         return self.solver.absolute_tolerance
 
@@ -109,7 +110,9 @@ class Compacting:
         """See :class:`FixedPointSolver`."""
         iteration = _Compacting(problem, h0, z, self.solver, self.batched, trace=trace)
         space = iteration.space
-        if not space.backend.readable(space.full(0.0)):  # h0 may be a constant of a traced program
+        readable = space.backend.readable
+        # h0 may be a constant of a traced program.
+        if not (readable(space.full(0.0)) and all(readable(array) for _, array in settings.arrays_in(self.solver))):
             return self.solver.solve(problem, h0, z, trace=trace)
         return iteration.run()
 

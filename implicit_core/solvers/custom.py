@@ -4,17 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .. import checks, progress
-from ..arrays import H, PyTree, Z
+from .. import checks, progress, settings
+from ..arrays import H, PyTree, Real, Z
 from ..problem import Problem, with_derivatives
+from ..records import Record
 from ..registry import find_backend
 from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
 from ..space import Space
 from .fixed_point_iteration import FixedPointIteration
 
 
-@dataclass(frozen=True)
-class CallableSolver:
+@dataclass(frozen=True, repr=False)
+class CallableSolver(Record):
     """A callable ``(problem, h0, z) -> h`` as a solver. Two evaluations of F measure its start and its result.
 
     ``solve`` wraps a bare callable in this with the default tolerances. Samples within them, whose residual also fell,
@@ -46,8 +47,8 @@ class CallableSolver:
     """
 
     function: Callable[[Problem[Any, Any], Any, Any], Any]
-    rtol: float = 1e-5
-    atol: float | None = None
+    rtol: Real = 1e-5
+    atol: Real | None = None
 
     runs_user_code: ClassVar[bool] = True
     """It may do anything, so that an adapter can neither add a batch axis nor assume that it is not differentiated."""
@@ -92,7 +93,7 @@ class CallableSolver:
 
     def _ran_away(self, space: Space, start: Stats, end: Stats, h: PyTree) -> Any:
         """Where the residual has not fallen, or may not have, as rounding hides it (Decision 69)."""
-        rtol = progress.reachable(space, self.rtol)
-        cap = progress.largest_converged(space.xp, start.residual, start.tolerance, rtol)
+        rtol = progress.reachable(space, settings.bound(self, space, constant=True).rtol)
+        cap = progress.largest_converged(space, start.residual, start.tolerance, rtol)
         hidden = progress.is_hidden(space, space.xp.reshape(cap, (-1, 1)), space.norm(space.pack(h)))
         return (end.residual > cap) | space.per_sample(hidden)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import checks
-from ..arrays import State
+from .. import checks, settings
+from ..arrays import Real, State
 from ..carry import Point
 from ..system import System
 from .base import Solver
@@ -38,7 +38,7 @@ class FixedPointIteration(Solver):
     0.739085
     """
 
-    damping: float = 1.0
+    damping: Real = 1.0
 
     keeps_best: ClassVar[bool] = False
     copies_results: ClassVar[bool] = False
@@ -51,6 +51,6 @@ class FixedPointIteration(Solver):
         return None
 
     def step(self, system: System, memory: None, point: Point) -> tuple[State, None]:
-        if self.damping == 1.0:
+        if settings.is_one(self.damping):
             return point.f, None
         return system.space.axpy(self.damping, point.residual, point.x), None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .. import checks
+from .. import checks, settings
 from ..arrays import Array, H, Numbers, Z
 from ..estimators import AtFixedPoint, Derivative, Estimator, Implicit
 from ..estimators.base import bind
@@ -137,6 +137,8 @@ def certify(
     steps, seed = checks.integer("steps", steps, 1), checks.integer("seed", seed, 0)
     confidence = checks.real("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
     checks.instance("linear_solver", linear_solver, LinearSolver, "GMRES()")
+    gradient = settings.numbers("gradient", gradient)
+    linear_solver = settings.numbers("linear_solver", linear_solver)
     backend = bind(problem, h).backend
     if cotangent is not None:
         checks.like(backend, "cotangent", cotangent, h, "h")

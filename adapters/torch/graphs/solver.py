@@ -12,6 +12,7 @@ from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Problem
+from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution
 from implicit_core.solvers import Anderson, Solver
 from implicit_core.warnings_ import warn
@@ -149,6 +150,8 @@ class CUDAGraphs:
             raise NotRecordableError(
                 f"{type(self.solver).__name__} solves linear systems, which stop on a data-dependent test"
             )
+        if name := next((name for name, _ in arrays_in(self.solver)), None):
+            raise NotRecordableError(f"{name} of its solver is a tensor, whose number a graph would read only once")
         make_recorder = self._recorder(device)
         if transforming():
             raise NotRecordableError("a transform of torch.func is active")

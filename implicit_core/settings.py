@@ -1,0 +1,199 @@
+"""Settings that are arrays, where a computation needs them: of its dtype, or as numbers (Decision 140)."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from array_api_compat import to_device
+
+from .arrays import Array, Count, Real, State
+from .backend import Backend
+from .records import PLAIN, Record, is_array
+from .registry import find_backend
+from .space import Space
+
+R = TypeVar("R")
+"""A record, or a solver that is none."""
+
+NUMBER = (Real, Real | None, float, float | None, "Real", "Real | None", "float", "float | None")
+INTEGER = (Count, int, "Count", "int")
+"""How a dataclass annotates a setting that is one number. Arrays in other fields are for the class that has them."""
+
+
+def arrays_in(record: object) -> Iterator[tuple[str, Array]]:
+    """The arrays in a record, and in the records in it, with the names of their fields; none in other objects."""
+    if not isinstance(record, Record):
+        return
+    for name, value in vars(record).items():
+        if type(value) in PLAIN:
+            continue
+        if is_array(value):
+            yield name, value
+        else:
+            yield from arrays_in(value)
+
+
+def bound(record: R, space: Space, *, constant: bool = False) -> R:
+    """The record, whose arrays have the dtype and the device of a space. A record of numbers is returned as it is.
+
+    Parameters
+    ----------
+    record
+        A record, or another object, which has no such settings.
+    space
+        The space that it computes in.
+    constant
+        Cut the settings off from derivatives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is an array of another framework, or has axes.
+    """
+    if not isinstance(record, Record):
+        return record
+    changed: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if type(value) in PLAIN:
+            continue
+        if isinstance(value, Record):
+            inner = bound(value, space, constant=constant)
+            if inner is not value:
+                changed[name] = inner
+        elif is_array(value) and _kind(record, name) is not None:
+            changed[name] = _one_number(record, name, value, space, constant=constant)
+    return _with(record, changed) if changed else record
+
+
+def numbers(name: str, record: R) -> R:
+    """The record, whose arrays became numbers, for what is computed with numbers alone.
+
+    Raises
+    ------
+    TypeError
+        If an array cannot be read, or has axes. The error calls the record ``name``.
+    """
+    if not isinstance(record, Record):
+        return record
+    changed: dict[str, Any] = {}
+    for field, value in vars(record).items():
+        if isinstance(value, Record):
+            changed[field] = numbers(name, value)
+        elif is_array(value) and (kind := _kind(record, field)) is not None:
+            backend = find_backend(value, field)
+            if tuple(value.shape) != () or not backend.readable(value) or backend.is_wrapped(value):
+                raise TypeError(
+                    f"{name} must have settings that are numbers here, but {field} of {type(record).__name__} is an "
+                    f"array of shape {tuple(value.shape)} whose number is not known: write {field}=float(...)"
+                )
+            changed[field] = kind(value)
+    return _with(record, changed) if changed else record
+
+
+def with_settings(space: Space, record: object, x: State) -> State:
+    """``x``, which is traced if a setting is: a loop reads no numbers then, whatever it starts from."""
+    for _, array in arrays_in(record):
+        if space.backend.readable(x[0]) and not space.backend.readable(array):
+            known = space.xp.all(array == array)
+            x = State(tuple(space.xp.where(known, a, a) for a in x))
+    return x
+
+
+# Decisions on settings that Python makes for numbers.
+
+
+def is_zero(setting: Any) -> bool:
+    """Whether a setting is the number zero, and no array."""
+    return isinstance(setting, (int, float)) and setting == 0
+
+
+def is_one(setting: Any) -> bool:
+    """Whether a setting is the number one, and no array."""
+    return isinstance(setting, (int, float)) and setting == 1
+
+
+def absolute(space: Space, atol: Any) -> Any:
+    """An absolute tolerance; zero if it is an array that holds NaN, which no residual would be above."""
+    return space.xp.where(atol >= 0, atol, space.xp.zeros_like(atol)) if is_array(atol) else atol
+
+
+def at_least(space: Space, setting: Any, least: float) -> Any:
+    """The larger of a setting and a number; the number if the setting is NaN."""
+    if not is_array(setting):
+        return max(setting, least)
+    return space.xp.where(setting >= least, setting, space.xp.full_like(setting, least))
+
+
+def zero_where_zero(space: Space, setting: Any, other: Any) -> Any:
+    """``other``, zero where a setting is zero."""
+    if not is_array(setting):
+        return other if setting else 0.0
+    return space.xp.where(setting == 0, space.xp.zeros_like(other), other)
+
+
+def if_positive(space: Space, setting: Any, other: Any) -> Any:
+    """``other``, an integer, if a setting is positive; else zero."""
+    if not is_array(setting):
+        return other if setting else 0
+    return space.xp.where(setting > 0, other, space.xp.zeros_like(other))
+
+
+def within(space: Space, setting: Any, low: float, high: float) -> Any:
+    """The number in [low, high] that is closest to a setting."""
+    return space.xp.clip(setting, low, high) if is_array(setting) else max(low, min(high, setting))
+
+
+def quotient(space: Space, numerator: Any, setting: Any) -> Any:
+    """``numerator / setting``; the numerator where the setting is zero."""
+    if not is_array(setting):
+        return numerator / setting if setting else numerator
+    positive = setting > 0
+    return space.xp.where(positive, numerator / space.xp.where(positive, setting, 1.0), numerator)
+
+
+def like(backend: Backend, setting: Any, x: Array) -> Any:
+    """A setting in the dtype of ``x``, to be multiplied by it."""
+    return backend.xp.astype(setting, x.dtype) if is_array(setting) else setting
+
+
+def _kind(record: Record, name: str) -> type[float] | type[int] | None:
+    """The type of a setting that is one number; None of any other."""
+    of_record: Any = record
+    annotation = next(field.type for field in fields(of_record) if field.name == name)
+    return float if annotation in NUMBER else int if annotation in INTEGER else None
+
+
+def _one_number(record: Record, name: str, value: Array, space: Space, *, constant: bool) -> Any:
+    """A setting to compute with: an array without axes; an integer is a number if it can be read."""
+    kind, owner = _kind(record, name), type(record).__name__
+    if tuple(value.shape) != ():
+        raise ValueError(
+            f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}: one "
+            "layer for each of its numbers is jax.vmap(lambda settings: ...) over the record"
+        )
+    backend = find_backend(value, name)
+    if not backend.has_autodiff:
+        return float(value) if kind is float else int(value)
+    if backend is not space.backend:
+        raise TypeError(
+            f"{name} of {owner} is an array of {backend.name}, and the state one of {space.backend.name}: write "
+            f"{name}=float(...)"
+        )
+    if kind is int and backend.readable(value) and not backend.is_wrapped(value):
+        return int(value)
+    value = backend.stop_gradient(value) if constant else value
+    if kind is float:
+        value = space.xp.astype(value, space.dtype)
+    return value if backend.device(value) == space.device else to_device(value, space.device)
+
+
+def _with(record: R, changed: dict[str, Any]) -> R:
+    """The record with other settings, which are checked again if a framework made the record without a check."""
+    new: Any = copy.copy(record)
+    made_by_framework = vars(new).pop("_leaves", None) is not None
+    vars(new).update(changed)
+    if made_by_framework and hasattr(new, "__post_init__"):
+        new.__post_init__()
+    result: R = new
+    return result
