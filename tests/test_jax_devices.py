@@ -174,7 +174,7 @@ def on_one_device() -> Any:
     """The value and the gradient of a long loop of ``joint_step``."""
 
     def long(w: Any, x: Any) -> Any:
-        return iterate(lambda h: joint_step(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x))
+        return iterate(lambda h: joint_step(h, (w, x), jnp.mean(h, 0, keepdims=True)), jnp.zeros_like(x))
 
     gradient = jax.grad(lambda w, x: jnp.sum(long(w, x) ** 3), (0, 1))
     return on_host(jax.jit(lambda w, x: (long(w, x), gradient(w, x)))(*uneven()))

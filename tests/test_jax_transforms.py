@@ -190,9 +190,9 @@ def value_and_both_modes(f: Layer) -> Callable[..., Any]:
 
 @functools.cache
 def joint() -> Any:
-    return value_and_both_modes(lambda w, x: iterate(lambda h: coupled(h, (w, x), jnp.mean(h, 0)), jnp.zeros_like(x)))(
-        *uneven()
-    )
+    return value_and_both_modes(
+        lambda w, x: iterate(lambda h: coupled(h, (w, x), jnp.mean(h, 0, keepdims=True)), jnp.zeros_like(x))
+    )(*uneven())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,11 @@ def test_f_may_communicate_with_other_samples_of_a_vmap(estimator: ic.Estimator,
     assert np.all(solution.status == ic.CONVERGED)
     stacked = jax.jit(
         lambda w, x: icj.fixed_point(
-            lambda h, z: coupled(h, z, jnp.mean(h, 0)), jnp.zeros_like(x), (w, x), solver=solver, gradient=ic.OneStep()
+            lambda h, z: coupled(h, z, jnp.mean(h, 0, keepdims=True)),
+            jnp.zeros_like(x),
+            (w, x),
+            solver=solver,
+            gradient=ic.OneStep(),
         )
     )(w, x)
     assert np.all(solution.stats.steps == stacked.stats.steps)
@@ -285,7 +289,7 @@ def test_a_layer_within_an_f_that_communicates_with_other_samples(estimator: ic.
 
     def theirs(x: Any) -> Any:
         inner = lambda h: iterate(lambda u: 0.3 * jnp.tanh(u) + h, jnp.zeros_like(h), 60)  # noqa: E731
-        return iterate(lambda h: 0.2 * jnp.mean(h, 0) + 0.1 * x * inner(h) + x, jnp.zeros_like(x), 60)
+        return iterate(lambda h: 0.2 * jnp.mean(h, 0, keepdims=True) + 0.1 * x * inner(h) + x, jnp.zeros_like(x), 60)
 
     x = jnp.sin(jnp.arange(6.0).reshape(2, 3))
     mapped = jax.vmap(ours, axis_name="samples")

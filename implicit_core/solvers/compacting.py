@@ -213,7 +213,7 @@ class _Compacting(Iteration):
     def _part(self, carry: Carry, rows: Array) -> tuple["_Compacting", Carry]:
         xp, backend, n = self.space.xp, self.space.backend, self.space.samples
         samples = xp.reshape(
-            rows[:, None] * (n // self.rows) + xp.arange(n // self.rows, device=self.space.device), (-1,)
+            rows[:, None] * (n // self.rows) + xp.arange(n // self.rows, device=self.space.device)[None, :], (-1,)
         )
 
         def take(x: Any) -> Any:
