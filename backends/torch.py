@@ -17,7 +17,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, bu
 from torch.utils import _pytree as torch_pytree
 
 from implicit_core.arrays import H, History, Matrices, Numbers, PyTree, Row, State, Z
-from implicit_core.backend import Backend, IsLeaf, Loop, Stream
+from implicit_core.backend import Backend, Function, IsLeaf, Loop, Stream, WrittenArgumentError
 from implicit_core.space import Space, total
 
 DEFAULT_STREAM = (0, 1)
@@ -385,6 +385,20 @@ class TorchBackend(Backend):
 
     def stop_gradient(self, x: Tensor) -> Tensor:
         return x.detach()
+
+    def guarded(self, function: Function, name: str, *arguments: str) -> Function:
+        n = len(arguments)
+
+        def counted(*args: Any) -> Any:
+            tensors = [x for x in self.flatten(args[:n])[0] if isinstance(x, Tensor)]
+            before = writes(tensors)
+            result = function(*args)
+            if writes(tensors) != before:
+                raise WrittenArgumentError(name, *arguments)
+            return result
+
+        guarded: Any = counted
+        return guarded  # type: ignore[no-any-return]  # it is called as the function is
 
     def protected(self, f: Callable[[H, Z], H]) -> Callable[[H, Z], H]:
         return f if isinstance(f, Protected) else Protected(f)

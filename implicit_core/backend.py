@@ -314,7 +314,7 @@ class Backend:
         return self.guarded(f, "f", "h")
 
     def guarded(self, function: Function, name: str, *arguments: str) -> Function:
-        """A function of the user's, whose first arguments are read-only, in a framework that has such arrays.
+        """A function of the user's that cannot write to its first arguments, or raises an error, in some frameworks.
 
         ``name`` and ``arguments``, one for each of these, are what an error calls them.
         """

@@ -298,7 +298,7 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
     h_before, z_before = ([backend.xp.asarray(leaf, copy=True) for leaf in arrays(tree)] for tree in (h0, z))
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     try:
-        value = backend.guarded(problem.f, "f", "h")(h_copy, z_copy)
+        value = (problem.f if backend.sees_writes else backend.protected(problem.f))(h_copy, z_copy)
     except WrittenArgumentError:
         found.add("writes", "F writes to its argument h", "compute a new array instead")
         return False

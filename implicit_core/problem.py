@@ -314,9 +314,12 @@ class Problem(Generic[H, Z]):
             if self._linearize is None:
                 raw = self._from_callbacks(backend, h, z)
             else:
-                raw = backend.guarded(self._linearize, "linearize", "h")(h, z)
+                linearize = self._linearize
+                if not backend.has_autodiff:  # where it has, this is mostly its adapter's
+                    linearize = backend.guarded(linearize, "linearize", "h")
+                raw = linearize(h, z)
         checks.instance("the result of linearize", raw, Linearization, "Linearization(value, vjp_h, vjp_z)")
-        if self._linearize is not None:
+        if self._linearize is not None and not backend.has_autodiff:
             raw = raw.wrap(lambda name, product: backend.guarded(product, name, *VECTORS.get(name, ("v",))))
         value: Any = raw.value
         if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 80)
@@ -327,7 +330,7 @@ class Problem(Generic[H, Z]):
 
     def _from_callbacks(self, backend: Backend, h: H, z: Z) -> Linearization[H, Z]:
         vjp, jvp = self._vjp, self._jvp
-        value = backend.guarded(self.f, "f", "h")(h, z)
+        value = backend.protected(self.f)(h, z)
         pull = push = None
         if vjp is not None:
             pull = backend.guarded(lambda h, v: vjp(h, z, v), "vjp", "h", "v")

@@ -218,6 +218,24 @@ def test_derivatives_that_write(estimator: ic.Estimator) -> None:
     np.testing.assert_array_equal(h, 0)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_derivatives_of_tensors_that_write(estimator: ic.Estimator) -> None:
+    """Neumann's gradient was wrong by half. Without a counter, as in inference mode, nothing is known."""
+
+    def vjp(h: Any, z: Any, v: Any) -> Any:
+        return v.mul_(0.5), v
+
+    def jvp(h: Any, z: Any, dh: Any, dz: Any) -> Any:
+        return dh.mul_(0.5).add_(dz)
+
+    h, z, v = (torch.full((2,), x, dtype=torch.float64) for x in (0.0, 1.0, 1.0))
+    problem = ic.Problem(lambda h, z: 0.5 * h + z, vjp=vjp, jvp=jvp)
+    with pytest.raises(ValueError, match="vjp wrote to its argument h or v"):
+        estimator.vjp(problem, h, z)[1](v)
+    with pytest.raises(ValueError, match="jvp wrote to its argument h or dh or dz"):
+        estimator.jvp(problem, h, z, torch.ones_like(z))
+
+
 @pytest.mark.parametrize("name", ["vjp_h", "vjp_z", "vjp", "jvp_h", "jvp_z", "jvp"])
 def test_parts_of_a_linearization_that_write(name: str) -> None:
     def in_place(*vectors: Any) -> Any:

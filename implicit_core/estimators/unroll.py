@@ -69,8 +69,11 @@ class Unroll(Terms, Estimator):
         space = bind(problem, h)
         lam = settings.bound(self, space).lam
 
+        backend = space.backend
+
         def step(problem: Problem[H, Z], h: H) -> H:
-            return _blend(space, lam, space.backend.guarded(problem.f, "f", "h")(h, z), h)
+            f = problem.f if backend.has_autodiff else backend.protected(problem.f)
+            return _blend(space, lam, f(h, z), h)
 
         # Whoever watches F sees the last step alone (Decision 72): a loop that is traced lets nothing out.
         inner = problem.unwatched or problem
