@@ -33,8 +33,8 @@ mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_
 test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4, TORCH=2.6.0.
 	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# Without the fixtures of the other tests, which need JAX and more.
-test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch, in an environment of its own.
+# Without the fixtures of the other tests, which need CuPy and more.
+test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch and JAX, in an environment of its own.
 	@$(PACKAGES_VENV)/bin/python -m pytest -n $(WORKERS) --confcutdir tests/packages tests/packages $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting with ruff.
