@@ -44,8 +44,8 @@ test-oldest: $(OLDEST_VENV)/.test ## Run the tests on the oldest versions that p
 test-newest: $(NEWEST_VENV)/.test ## Run the tests on the newest versions of all packages.
 	@$(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# Without the fixtures of the other tests, which need JAX and more.
-test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch, in an environment of its own.
+# Without the fixtures of the other tests, which need CuPy and more.
+test-packages: $(PACKAGES_VENV)/.packages ## Run the layer beside other packages for PyTorch and JAX, in an environment of its own.
 	@$(PACKAGES_VENV)/bin/python -m pytest -n $(WORKERS) --confcutdir tests/packages tests/packages $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting with ruff.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from . import checks
 from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
-from .registry import find_adapter, find_backend, not_compiled
+from .registry import find_backend, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
 from .start import with_start
@@ -80,7 +80,7 @@ def solve(
     def run(h0: H) -> Solution[H]:
         return solve_from_arrays(problem, h0, z, solver=solver, throw=throw, trace=trace)
 
-    return run(h0) if find_adapter(h0) is not None else with_start(run, problem.f, h0, z)
+    return with_start(run, problem.f, h0, z)
 
 
 def solve_from_arrays(

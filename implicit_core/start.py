@@ -18,8 +18,7 @@ def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
     belong, F is evaluated once at the numbers. If h0 holds NumPy arrays, F's first result may show that they belong
     elsewhere, and ``run`` starts again.
     """
-    leaves = leaves_of(h0)
-    if leaves and not any(map(_has_dtype, leaves)):
+    if not _has_dtype(h0) and (leaves := leaves_of(h0)) and not any(map(_has_dtype, leaves)):
         h0 = _from_numbers(f, h0, z)
     try:
         return run(h0)

@@ -10,6 +10,8 @@ from torch.autograd.functional import jacobian
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
+torch.set_num_threads(1)
+
 STEPS = 400
 """Plain iteration of the cell, whose weight is 0.9 times an orthogonal matrix: 0.9 ** 400 is 5e-19."""
 
