@@ -76,10 +76,15 @@ def read_only(x: Any) -> Any:
     return x
 
 
+def strict_to_numpy(x: Any) -> np.ndarray:
+    """A copy, since NumPy exports no read-only array before version 2.1."""
+    return np.asarray(np.from_dlpack(array_api_strict.asarray(x, copy=True)))
+
+
 LIBRARIES = [
     Library("numpy", array_api_compat.numpy, np.asarray, np.asarray),
     Library("numpy-readonly", array_api_compat.numpy, lambda x: read_only(np.array(x)), np.asarray),
-    Library("array_api_strict", array_api_strict, array_api_strict.asarray, lambda x: np.asarray(np.from_dlpack(x))),
+    Library("array_api_strict", array_api_strict, array_api_strict.asarray, strict_to_numpy),
     Library("torch", array_api_compat.torch, lambda x: torch.asarray(np.array(x)), lambda x: x.detach().numpy()),
     Library("jax", jax.numpy, lambda x: jax.device_put(np.array(x)), np.asarray),  # nothing is compiled for it
 ]

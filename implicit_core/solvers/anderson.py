@@ -92,7 +92,8 @@ class Anderson(Solver):
 
 def _at_most(space: Space, index: Index, limit: int) -> Index:
     """The smaller of the loop's counter, which may be an array, and a constant."""
-    return min(index, limit) if isinstance(index, int) else space.xp.clip(index, None, limit)
+    # Not `clip`, which reads the numbers of an array of PyTorch in older versions of array-api-compat.
+    return min(index, limit) if isinstance(index, int) else space.xp.where(index < limit, index, limit)
 
 
 def ridge(space: Space, m: int, regularization: Real) -> tuple[Array, Array]:
