@@ -69,10 +69,12 @@ class Record:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(_same(getattr(self, name), getattr(other, name)) for name in _names(type(self), _is_compared))
+        kind: Any = type(self)
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _names(kind, _is_compared))
 
     def __hash__(self) -> int:
-        names = _names(type(self), _is_hashed)
+        kind: Any = type(self)
+        names = _names(kind, _is_hashed)
         values = [getattr(self, name) for name in names]
         for name, value in zip(names, values, strict=True):
             if type(value) not in PLAIN and is_array(value):
@@ -84,7 +86,8 @@ class Rest:
     """A record without its leaves: the structure of a node."""
 
     def __init__(self, record: Record, leaves: tuple[str, ...]) -> None:
-        self.kind, self.leaves = type(record), leaves
+        self.kind: Any = type(record)
+        self.leaves = leaves
         self.settings = {field.name: getattr(record, field.name) for field in _fields(record)}
         for name in leaves:
             del self.settings[name]
@@ -133,8 +136,8 @@ def unflatten(rest: Rest, leaves: Any) -> Any:
 
 
 def is_array(value: object) -> bool:
-    """Whether a setting is an array. NumPy's scalars are numbers."""
-    return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, Real)
+    """Whether a setting is an array. NumPy's scalars are numbers, and their classes have these attributes, too."""
+    return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, (Real, type))
 
 
 def in_words(value: object) -> str:
@@ -154,6 +157,7 @@ def _fields(record: Any) -> tuple[Field[Any], ...]:
     return fields(record)
 
 
+@functools.cache
 def _names(kind: Any, predicate: Callable[[Field[Any]], bool]) -> tuple[str, ...]:
     """The names of the fields that satisfy ``predicate``; kept, since a static argument is hashed at every call."""
     names: tuple[str, ...] = _kept_names(kind, predicate)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from . import checks
 from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
-from .registry import find_backend, not_compiled
+from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
 from .start import with_start

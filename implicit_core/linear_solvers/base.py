@@ -250,7 +250,7 @@ class LinearSolver(Record, ABC):
         watcher = _Watcher(self, space, operator, target)
         watch = Watch(watcher.suspects, watcher.look) if watched else None
         # One more step is none, since no sample is active then, but a look at the last one.
-        steps = settings.if_positive(space, self.max_steps, self.max_steps + (check_every == 1))
+        steps = settings.if_positive(space, self.max_steps, self.max_steps + int(check_every == 1))
         carry = backend.while_loop(lambda c: (c.active,), body, carry, steps, check_every, watch)
         ran_out = carry.steps >= self.max_steps
         converged = carry.error <= self.goal(space, carry.x, carry.growth, size, target)
