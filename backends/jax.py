@@ -165,14 +165,19 @@ class JAXSpace(Space):
         return table[:, -1:, :]
 
 
+def debugs_nans() -> bool:
+    """Whether JAX looks for NaN in the result of every operation."""
+    debugs: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
+    return debugs
+
+
 def unseen(operation: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
     """``operation(xp, *arrays)``, whose result says by NaN that there is no number, with no error of `jax_debug_nans`.
 
     Outside of compiled programs JAX looks at what every operation of its own makes, so NumPy computes it then.
     """
     # To switch the flag off for an operation would switch it off for all compiled programs of the thread, for good.
-    debugs: bool = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
-    if debugs and not any(isinstance(x, Tracer) for x in arrays):
+    if debugs_nans() and not any(isinstance(x, Tracer) for x in arrays):
         devices = arrays[-1].sharding.device_set
         if len(devices) == 1:
             on_host: jax.Array = jax.device_put(operation(np, *map(np.asarray, arrays)), *devices)
@@ -282,10 +287,16 @@ def _lowered(context: Any, *operands: Any, size: int, function: Callable[..., No
 
 
 def _batched(
-    axis: Any, operands: Sequence[Any], dims: Sequence[int | None], **params: Any
-) -> tuple[Sequence[Any], list[int]]:
-    results = _told.bind(*(bdim_at_front(x, dim, axis.size) for x, dim in zip(operands, dims, strict=True)), **params)
-    return results, [0] * len(results)
+    axis: Any, operands: Sequence[Any], dims: Sequence[int | None], *, size: int, function: Callable[..., None]
+) -> tuple[Sequence[Any], list[int | None]]:
+    # A leaf has the axis if one of its two candidates has; all arrays of the function have it if one of them has.
+    leaves = [dims[i] is not None or dims[size + i] is not None for i in range(size)]
+    rest = [any(dim is not None for dim in dims[2 * size :])] * (len(operands) - 2 * size)
+    moved = [
+        bdim_at_front(x, dim, axis.size) if mapped else x
+        for x, dim, mapped in zip(operands, dims, [*leaves, *leaves, *rest], strict=True)
+    ]
+    return _told.bind(*moved, size=size, function=function), [0 if mapped else None for mapped in leaves]
 
 
 _LOWERED = lower_fun(_call, multiple_results=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from implicit_core import checks
 from implicit_core.arrays import H, Numbers, Z
-from implicit_core.backends.jax import BACKEND, coupled_axes, sharded
+from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, sharded
 from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, OneStep, Unroll
 from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
@@ -145,8 +145,9 @@ def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: Laye
     if f.has_named_axes:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
         return _solving(f, *settings)(*arguments)
-    # A trace has NaN where samples are finished, and JAX would look at all results of a program.
-    seen = options.trace and jax.config.jax_debug_nans  # type: ignore[attr-defined]  # all options are made at run time
+    # A trace has NaN where samples are finished, and JAX would look at all results of a program. It has a row for each
+    # step, whose number a program would not know.
+    seen = options.trace and (debugs_nans() or is_array(getattr(solver, "max_steps", None)))
     solution: Solution[H]
     if is_traced(arguments):
         solving = _mapped_solving(f, *settings) if seen else compiled(_mapped_solving, f, *settings)

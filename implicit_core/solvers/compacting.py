@@ -277,7 +277,7 @@ class _Compacting(Iteration):
         """The solution of all rows, with that of the rows that were left in their place."""
         xp, backend = self.space.xp, self.space.backend
         ones = xp.astype(left, xp.int32)
-        place = ones * (xp.cumulative_sum(ones) - 1)
+        place = ones * (xp.cumulative_sum(ones, dtype=ones.dtype) - 1)
 
         def merge(a: Any, b: Any, axis: int = 0) -> Any:
             if a is None:
