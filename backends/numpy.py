@@ -19,7 +19,7 @@ WRITE = re.compile("assignment destination|output array")
 
 
 class Guarded:
-    """A function of the user's that is handed read-only views of its first arguments (Decision 122).
+    """A function of the user's that is handed read-only views of its first arguments (Decision 109).
 
     A function that needs writable memory, as some compiled ones do, is handed copies.
     """

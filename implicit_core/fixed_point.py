@@ -108,7 +108,7 @@ def fixed_point(
 
 def _by_layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The solution by the layer of the framework that F computes in."""
-    # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 131.
+    # A number, or an array of NumPy, may be the start where z is of a framework with autodiff. Decision 105.
     adapter = find_adapter(h0) or find_adapter(z)
     if adapter is not None:
         layer: Layer = adapter.layer

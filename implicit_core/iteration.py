@@ -190,7 +190,7 @@ class Iteration:
         if only:
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
-        self.unmodified = self._is_left(kept, h)  # Decisions 7, 8 and 122.
+        self.unmodified = self._is_left(kept, h)  # Decisions 7, 8 and 109.
         del start, h, kept  # memory: a solve holds few states besides the solver's own
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)

@@ -1,4 +1,4 @@
-"""Records of settings: in words, compared by value, and as nodes of pytrees whose leaves are arrays (Decision 140)."""
+"""Records of settings: in words, compared by value, and as nodes of pytrees whose leaves are arrays (Decision 110)."""
 
 import functools
 import importlib

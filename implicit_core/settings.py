@@ -1,4 +1,4 @@
-"""Settings that are arrays, where a computation needs them: of its dtype, or as numbers (Decision 140)."""
+"""Settings that are arrays, where a computation needs them: of its dtype, or as numbers (Decision 110)."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The start of a solve as arrays of the framework that F computes in (Decision 131)."""
+"""The start of a solve as arrays of the framework that F computes in (Decision 105)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

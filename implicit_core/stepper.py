@@ -169,7 +169,7 @@ class Stepper(Generic[H, Z]):
         space = iteration.space
         backend = space.backend
         with backend.on_device_of(state.value), backend.solving():
-            if not backend.immutable:  # Decision 120.
+            if not backend.immutable:  # Decision 107.
                 carry = carry._replace(memory=_copied(backend, carry.memory))
             return _state(iteration, iteration.advance(carry, iteration.masks(carry)))
 

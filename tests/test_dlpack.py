@@ -19,6 +19,7 @@ from torch import nn
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
+from implicit_core.adapters.jax.problem import compiled_once
 from implicit_core.adapters import torch as ict
 from implicit_core.backend import Stream
 from implicit_core.backends.torch import BACKEND as TORCH_BACKEND
@@ -27,7 +28,7 @@ from implicit_core.dlpack import borrow_derivatives
 CONVERTERS: dict[str, Callable[..., ic.Problem]] = {
     "torch": lambda f, **options: borrow_derivatives(ict.problem(f, **options), "torch"),
     "jax": lambda f, **options: borrow_derivatives(icj.problem(f, **options), "jax"),
-    "jax, compiled": lambda f, **options: borrow_derivatives(icj.problem(f, jit=True, **options), "jax"),
+    "jax, compiled": lambda f, **options: borrow_derivatives(icj.problem(compiled_once(f), **options), "jax"),
 }
 LIBRARY = {"torch": TORCH, "jax": JAX, "jax, compiled": JAX}
 OTHERS = [library for library in LIBRARIES if library.name.startswith(("numpy", "array_api_strict"))]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
+from implicit_core.adapters.jax.problem import compiled_once
 from implicit_core.adapters import torch as ict
 
 
@@ -199,7 +200,7 @@ def test_a_layer_of_jax(gradient: ic.Estimator, compiled: bool) -> None:
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("make", [ict.problem, icj.problem, lambda f: icj.problem(f, jit=True)])
+@pytest.mark.parametrize("make", [ict.problem, icj.problem, lambda f: icj.problem(compiled_once(f))])
 def test_problems_of_adapters(make: Any) -> None:
     library = TORCH if make is ict.problem else JAX
     h, z = start(library, "tuple"), library.array(np.array(0.3))

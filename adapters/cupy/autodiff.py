@@ -89,7 +89,10 @@ def from_jax(f: Map[H, Z], *, batch_ndim: int = 0, scale: Any = None) -> Problem
     >>> pullback(2 * value)["w"].shape
     (8, 8)
     """
-    return borrow_derivatives(_adapter("jax").problem(f, batch_ndim=batch_ndim, scale=scale, jit=True), "jax")
+    make = _adapter("jax").problem
+    from implicit_core.adapters.jax.problem import compiled_once  # JAX is there
+
+    return borrow_derivatives(make(compiled_once(f), batch_ndim=batch_ndim, scale=scale), "jax")
 
 
 def _adapter(framework: str) -> ModuleType:

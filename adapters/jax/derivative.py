@@ -55,7 +55,7 @@ def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], grad
         w: H = compiled(_solution, jacobian, Inverse(static, f.batch_ndim, f.units, f.axes))(b, residuals, numbers)
         return w
 
-    # h itself depends on no setting of the estimator, so the first derivative is zero. Decision 141.
+    # h itself depends on no setting of the estimator, so the first derivative is zero. Decision 111.
     return with_rule(h, inputs, rule, parameters=arrays)
 
 

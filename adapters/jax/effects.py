@@ -66,7 +66,7 @@ def communication_axes(jaxpr: Jaxpr) -> set[str]:
 
 
 def without_references(program: ClosedJaxpr, arguments: Sequence[Any]) -> ClosedJaxpr:
-    """The same program of arrays alone: mutable arrays that it closes over are read now. Decision 130.
+    """The same program of arrays alone: mutable arrays that it closes over are read now. Decision 104.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
 """F's derivatives from JAX, as the callbacks of a Problem."""
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from implicit_core.backends.jax import BACKEND
 from implicit_core.problem import Linearization, Map, Problem
 
 from .closure import hoist
-from .leaves import Arrays, Units, is_differentiable, partition
+from .leaves import Arrays, Units, is_array, is_differentiable, partition
 from .maps import EagerMap, TracedMap
 
 
@@ -60,6 +61,28 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None, jit: boo
     made = JAXProblem(f, linearize=lambda h, z: linearize(f, h, z, jit=jit), batch_ndim=batch_ndim, scale=scale)
     made.traced = jit
     return made
+
+
+def compiled_once(f: Map[H, Z]) -> Map[H, Z]:
+    """``f``, which JAX traces once for all calls, for loops outside of JAX: it keeps what it closes over at first.
+
+    Leaves of z that are not arrays are constants of the program.
+    """
+    jitted = jax.jit(lambda h, arrays, static: f(h, static.combine(arrays)), static_argnums=2)
+
+    @functools.wraps(f)
+    def call(h: H, z: Z) -> H:
+        arrays, static = partition(z, lambda leaf: is_array(leaf) or is_differentiable(leaf))
+        for leaf in static.others:
+            if not isinstance(leaf, Hashable):
+                raise TypeError(
+                    "the leaves of z that are not arrays are part of the compiled program and must be hashable, got a "
+                    f"leaf of type {type(leaf).__name__}"
+                )
+        result: H = jitted(h, arrays, static)
+        return result
+
+    return call
 
 
 def _with_arrays_of_jax(f: Map[H, Z]) -> Map[H, Z]:

@@ -1,4 +1,4 @@
-"""Traced programs, kept by what they compute: equal ones are one object, and are compiled once (Decision 105)."""
+"""Traced programs, kept by what they compute: equal ones are one object, and are compiled once (Decision 102)."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence

@@ -1,4 +1,4 @@
-"""The settings of a layer that are arrays, separated from those that a program is specific to (Decision 140).
+"""The settings of a layer that are arrays, separated from those that a program is specific to (Decision 110).
 
 A program that JAX keeps must not refer to a tracer, and a function that JAX maps must not close over one. So arrays in
 the solver and in the estimator are arguments there, as the arrays of z are.

@@ -1,4 +1,4 @@
-"""An F that writes to the state of a module, which would hold traced arrays afterwards (Decision 132)."""
+"""An F that writes to the state of a module, which would hold traced arrays afterwards (Decision 106)."""
 
 import gc
 import weakref
