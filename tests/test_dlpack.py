@@ -19,8 +19,8 @@ from torch import nn
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
-from implicit_core.adapters.jax.problem import compiled_once
 from implicit_core.adapters import torch as ict
+from implicit_core.adapters.jax.problem import compiled_once
 from implicit_core.backend import Stream
 from implicit_core.backends.torch import BACKEND as TORCH_BACKEND
 from implicit_core.dlpack import borrow_derivatives

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
-from implicit_core.adapters.jax.problem import compiled_once
 from implicit_core.adapters import torch as ict
+from implicit_core.adapters.jax.problem import compiled_once
 
 
 class Pair(NamedTuple):
