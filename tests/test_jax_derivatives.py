@@ -443,3 +443,35 @@ def test_complete_jacobians_of_a_pytree_by_finite_differences() -> None:
         assert jax.tree.structure(ours) == jax.tree.structure(unflat(np.zeros(8), h0))
         flat = np.concatenate([np.asarray(ours["a"]).reshape(6, 2), np.asarray(ours["b"][0])])
         np.testing.assert_allclose(flat, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [EXACT, ic.Implicit(ic.GMRES(rtol=1e-12)), ic.NeumannSeries(1.0, 1e-11), ic.Neumann(90, 1.0), ic.Unroll(60, 1.0)],
+    ids=repr,
+)
+def test_a_while_loop_within_f_has_forward_mode(estimator: ic.Estimator) -> None:
+    """JAX cannot transpose the loop, so no pullback is needed where there is none."""
+
+    def f(h: Any, z: Any) -> Any:
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, 0.8 * jnp.tanh(s[1]) + 0.3 * z), (0, h))[1]
+
+    def unrolled(z: Any) -> Any:
+        return jax.lax.scan(lambda h, _: (0.8 * jnp.tanh(h) + 0.3 * z, None), jnp.zeros(3), length=300)[0]
+
+    def ours(z: Any) -> Any:
+        return icj.fixed_point(f, jnp.zeros(3), z, solver=ic.Anderson(rtol=1e-13), gradient=estimator).value
+
+    z = jnp.asarray([1.0, 2.0, 0.5])
+    tangent = jnp.asarray([1.0, -1.0, 2.0])
+
+    def twice(g: Any) -> Any:
+        return jax.jvp(lambda z: jax.jvp(g, (z,), (tangent,))[1], (z,), (tangent,))[1]
+
+    for transform in (lambda g: jax.jacfwd(g)(z), lambda g: jax.jit(jax.jacfwd(g))(z), twice):
+        np.testing.assert_allclose(transform(ours), transform(unrolled), rtol=1e-7, atol=1e-9)
+    mapped = jax.vmap(jax.jacfwd(ours))(jnp.stack([z, -z]))
+    np.testing.assert_allclose(mapped[1], jax.jacfwd(unrolled)(-z), rtol=1e-7, atol=1e-9)
+    if isinstance(estimator, (ic.Implicit, ic.NeumannSeries)):
+        with pytest.raises(NotImplementedError, match="forward mode alone"):
+            jax.grad(lambda z: ours(z).sum())(z)

@@ -13,6 +13,7 @@ from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
 
+from .forward_only import can_be_transposed, forward_only
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, Units
 from .maps import EagerMap, TracedMap
@@ -145,15 +146,17 @@ def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays, Ar
         def push_h(w: H) -> H:
             return jacobian(w, residuals)
 
+        def transposed(_: object, v: H) -> H:
+            return inverse(lambda w: jax.linear_transpose(push_h, b)(w)[0], v, numbers, dual=True)
+
+        both_modes = can_be_transposed(jacobian.jaxpr, push_h, b)
         # JAX differentiates and transposes the linear solve as one operation, to every order. Decision 26.
         w: H = jax.lax.custom_linear_solve(
             lambda w: jax.tree.map(jnp.subtract, w, push_h(w)),
             b,
             solve=lambda _, b: inverse(push_h, b, numbers),
-            transpose_solve=lambda _, v: inverse(
-                lambda w: jax.linear_transpose(push_h, b)(w)[0], v, numbers, dual=True
-            ),
+            transpose_solve=transposed if both_modes else None,
         )
-        return w
+        return w if both_modes else forward_only(w)
 
     return solution
