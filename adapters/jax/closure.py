@@ -46,7 +46,7 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
     made, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
     made = without_references(made, jax.tree.leaves(arguments))
     result = jax.tree.unflatten(jax.tree.structure(shapes), made.out_avals)
-    return Hoisted(program(without_constants(made.jaxpr), result), list(map(_as_array, made.consts)))
+    return Hoisted(program(without_constants(made.jaxpr), len(made.consts), result), list(map(_as_array, made.consts)))
 
 
 def _as_array(const: Any) -> Any:

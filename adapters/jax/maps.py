@@ -46,7 +46,7 @@ class TracedMap(Generic[H]):
 
     def __call__(self, h: H, inputs: Arrays) -> H:
         """F(h, z)."""
-        size = len(inputs) - len(self.program.jaxpr.constvars)
+        size = len(inputs) - self.program.constants
         return self.program(h, inputs[:size], inputs[size:])
 
     @property

@@ -41,15 +41,17 @@ class Program(Generic[R]):
     Attributes
     ----------
     jaxpr
-        The program. Its constants are the arrays that the function closes over.
+        The program. Its first inputs are the arrays that the function closes over.
+    constants
+        How many these are. Newer versions of JAX count them as inputs like any other.
     result
         The types of the result, a pytree.
     shared
         Whether equal programs are this object, so that what is compiled for it is found again.
     """
 
-    def __init__(self, jaxpr: Jaxpr, result: PyTree, *, shared: bool) -> None:
-        self.jaxpr, self.result, self.shared = jaxpr, result, shared
+    def __init__(self, jaxpr: Jaxpr, constants: int, result: PyTree, *, shared: bool) -> None:
+        self.jaxpr, self.constants, self.result, self.shared = jaxpr, constants, result, shared
         self._structure = jax.tree.structure(result)
 
     def __call__(self, *inputs: PyTree) -> R:
@@ -80,15 +82,15 @@ class Program(Generic[R]):
         return tuple(sorted(communication_axes(self.jaxpr)))
 
 
-def program(jaxpr: Jaxpr, result: PyTree) -> Program[Any]:
+def program(jaxpr: Jaxpr, constants: int, result: PyTree) -> Program[Any]:
     """The program of a jaxpr: one made before, if it is equal."""
     try:
         if jaxpr.effects:
             raise _NoKeyError
-        key = _Key((jax.tree.structure(result), tuple(jax.tree.leaves(result)), _key(jaxpr, ())))
+        key = _Key((constants, jax.tree.structure(result), tuple(jax.tree.leaves(result)), _key(jaxpr, ())))
     except _NoKeyError:
-        return Program(jaxpr, result, shared=False)
-    return _PROGRAMS.setdefault(key, Program(jaxpr, result, shared=True))
+        return Program(jaxpr, constants, result, shared=False)
+    return _PROGRAMS.setdefault(key, Program(jaxpr, constants, result, shared=True))
 
 
 def _evaluation(program: Program[R]) -> Callable[..., R]:

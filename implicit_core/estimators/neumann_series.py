@@ -161,7 +161,7 @@ class _UntilRemainder(Richardson):
             growth = ratio(norm, before, space)
             known = (growth < 1) & ((norm == 0) | (products > 1))
             growth = space.select(known, growth, space.xp.ones_like(growth))  # a remainder beyond all goals
-            rest = MARGIN * lam * norm * growth / space.xp.maximum(1 - growth, space.eps**2)
+            rest = MARGIN * lam * norm * growth / space.xp.maximum(1 - growth, space.xp.full_like(growth, space.eps**2))
         size = space.norm(space.axpy(lam, r, x))
         # Beside a sum that overflows any remainder would be small: infinity times zero is NaN, which reaches no goal.
         return ratio(rest, size + 0 * size, space)

@@ -328,7 +328,8 @@ def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
 
 def positive(length: Numbers, space: Space) -> Numbers:
     """A length to divide by: at least the smallest normal number."""
-    positive: Numbers = space.xp.maximum(length, float(space.backend.finfo(space.dtype).smallest_normal))
+    smallest = float(space.backend.finfo(space.dtype).smallest_normal)
+    positive: Numbers = space.xp.maximum(length, space.xp.full_like(length, smallest))
     return positive
 
 
