@@ -36,6 +36,17 @@ _NOTICED: ContextVar[list[jax.Array] | None] = ContextVar("what a traced solve h
 
 
 @contextmanager
+def noticing() -> Iterator[list[jax.Array]]:
+    """Within this context traced solves append what they noticed to a list, see :meth:`Backend.noticed`."""
+    noticed = list[jax.Array]()
+    token = _NOTICED.set(noticed)
+    try:
+        yield noticed
+    finally:
+        _NOTICED.reset(token)
+
+
+@contextmanager
 def coupled_axes(axes: Sequence[str]) -> Iterator[None]:
     """Within this context a sample is one system with its counterparts along named axes.
 
@@ -311,6 +322,7 @@ class JAXBackend(Backend):
 
     immutable = True
     has_autodiff = True
+    compiles = True
     tracing = JAXTracing()
 
     def device(self, x: jax.Array) -> None:
@@ -400,30 +412,18 @@ class JAXBackend(Backend):
             carry = jax.lax.cond(cond(carry), lambda c: _scan(masked, c, rest), lambda c: c, carry)
         return carry
 
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: Count) -> Carry:
+        if not isinstance(times, int):
+            result: Carry = jax.lax.fori_loop(0, times, lambda _, c: body(c), jax.tree.map(jnp.asarray, carry))
+            return result
         if times <= 1 or not staging():
             return super().repeat(body, carry, times)
         # The first step before the loop (Decision 51): a constant start has no tangent there, and needs no cotangent,
         # which a scan would not know.
         return _scan(body, body(carry), times - 1)
 
-    def notices(self) -> bool:
-        return _NOTICED.get() is not None
-
-    def notice(self, mask: Any) -> None:
-        noticed = _NOTICED.get()
-        if noticed is not None:
-            noticed.append(mask)
-
-    @contextmanager
-    def noticing(self) -> Iterator[list[jax.Array]]:
-        """Within this context traced solves append what they noticed to a list: masks that should hold nowhere."""
-        noticed = list[jax.Array]()
-        token = _NOTICED.set(noticed)
-        try:
-            yield noticed
-        finally:
-            _NOTICED.reset(token)
+    def noticed(self) -> Any:
+        return _NOTICED.get()
 
     def count(self, masks: Sequence[Any]) -> list[int]:
         counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()

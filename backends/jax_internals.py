@@ -4,6 +4,9 @@ Everything else takes them from here. What JAX promises to keep is in its `API c
 <https://docs.jax.dev/en/latest/api_compatibility.html>`_.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 try:
@@ -31,6 +34,16 @@ try:
     from jax.interpreters.mlir import register_lowering as register_lowering  # tells XLA how to compile one
 except ImportError as error:
     raise ImportError(f"implicit_core does not work with JAX {jax.__version__}: {error}") from error
+
+
+def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """``body``, which writes to mutable arrays, as a function of arrays."""
+    try:
+        from jax.experimental.pallas import run_state  # takes long to import, for an F that asks for it alone
+    except ImportError as error:
+        raise ImportError(f"implicit_core does not work with JAX {jax.__version__}: {error}") from error
+    function: Callable[[Any], Any] = run_state(body)
+    return function
 
 
 def without_constants(jaxpr: Jaxpr) -> Jaxpr:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import optree
 from array_api_compat import device as device_of
 
-from .arrays import Array, Mask, PyTree
+from .arrays import Array, Count, Mask, PyTree
 from .space import Space
 
 Carry = TypeVar("Carry")
@@ -113,6 +113,9 @@ class Backend:
     """Whether arrays cannot be written to."""
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
+    compiles: bool = False
+    """Whether the adapter compiles solves: its ``solve_compiled(problem, h0, z, solver, trace=...)`` returns a
+    solution, or None where a solve is to be run as it is."""
     sees_writes: bool = False
     """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluations are checked."""
     streams: Streams | None = None
@@ -289,8 +292,8 @@ class Backend:
             steps += chunk
         return carry
 
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
-        """Apply ``body`` a fixed number of times."""
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: Count) -> Carry:
+        """Apply ``body`` a fixed number of times, which may be traced."""
         for _ in range(times):
             carry = body(carry)
         return carry
@@ -302,12 +305,12 @@ class Backend:
         number = int(sum(digits[1:], digits[0]))
         return [number // base**i % base for i in range(len(masks))]
 
-    def notices(self) -> bool:
-        """Whether a solve that cannot read its numbers is to pass what it noticed to :meth:`notice`."""
-        return False
+    def noticed(self) -> list[Mask] | None:
+        """Where a solve that cannot read its numbers leaves masks that should hold nowhere; None if nobody asks.
 
-    def notice(self, mask: Mask) -> None:
-        """Tell whoever runs a traced solve of a mask that should hold nowhere: he repeats it where numbers are read."""
+        Whoever asks repeats such a solve where numbers can be read.
+        """
+        return None
 
     def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""

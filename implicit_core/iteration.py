@@ -217,7 +217,7 @@ class Iteration:
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
-        looked_at = readable or space.backend.notices()
+        looked_at = readable or space.backend.noticed() is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
@@ -365,8 +365,9 @@ class Iteration:
         if best is not None:
             best = self._keep(best, point, carry.steps, self.masks(carry)[1])
             carry = carry._replace(best=best)
-        if carry.settled is not None and not isinstance(point.index, int):
-            space.backend.notice(self._moved(point, carry.settled))
+        noticed = space.backend.noticed()
+        if noticed is not None and carry.settled is not None:
+            noticed.append(self._moved(point, carry.settled))
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
@@ -483,7 +484,9 @@ class Iteration:
         if floor is not None and jacobian is not None and late is not False:
             small = (point.norm <= cap) & (point.norm <= progress.LARGEST_ROUNDING * point.f_norm)
             stalled = (least > progress.HALF * made.marked_least) & late
-            rounding = progress.is_rounding(space, point.x, point.f, point.residual, jacobian)
+            rounding = progress.is_rounding(
+                space, point.x, point.f, point.residual, jacobian, progress.both_known(now, late)
+            )
             rounding = rounding & stalled & active & small & now
             floor, active = space.select(rounding, point.norm, floor), active & ~rounding
         made = Progress(cap, atol, made.least, marked_least, space.select(now, point.norm, made.marked), floor)

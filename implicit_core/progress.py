@@ -126,17 +126,26 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     return hidden
 
 
-def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Operator) -> Mask:
+def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Operator, when: Known) -> Mask:
     """Where rounding errors of F explain F(x) - x, in every component (Decision 90).
 
-    They are some ε |J| |x|, which products of J with x under random signs estimate, from below.
+    They are some ε |J| |x|, which products of J with x under random signs estimate, from below. Unless ``when`` holds,
+    there are no products, and the result means nothing.
     """
     xp, draw = space.xp, random.Random(0)
     sizes = [xp.abs(a) + xp.abs(b) for a, b in zip(x, f, strict=True)]
-    largest = [xp.zeros_like(a) for a in x]
-    for _ in range(SIGNS):
-        flipped = State(tuple(s * a for s, a in zip(signs(space, draw), x, strict=True)))
-        largest = [xp.maximum(a, xp.abs(b)) for a, b in zip(largest, jacobian(flipped), strict=True)]
+    drawn = [signs(space, draw) for _ in range(SIGNS)]
+    rows = [xp.concat(list(each), axis=0) for each in zip(*drawn, strict=True)]
+
+    def product(carry: tuple[Index, State]) -> tuple[Index, State]:
+        i, largest = carry
+        flipped = State(tuple(space.take(s, i, 0) * a for s, a in zip(rows, x, strict=True)))
+        products = zip(largest, jacobian(flipped), strict=True)
+        return i + 1, State(tuple(xp.maximum(a, xp.abs(b)) for a, b in products))
+
+    start = space.shard(State(tuple(xp.zeros_like(a) for a in x)))
+    count: Any = SIGNS if isinstance(when, bool) else xp.where(when, SIGNS, 0)
+    largest = space.backend.repeat(product, (0, start), count)[1]
     beyond = State(
         tuple(
             xp.astype(xp.abs(r) > EXPLAINED * float(space.backend.finfo(dtype).eps) * (a + b), space.dtype)
@@ -167,6 +176,13 @@ def both(mask: Mask, known: Known) -> Mask:
         return mask
     result: Any = mask & known if known is not False else mask != mask
     return result  # type: ignore[no-any-return]  # booleans are a mask
+
+
+def both_known(a: Known, b: Known) -> Known:
+    """``a & b``, where each may be known."""
+    if isinstance(a, bool):
+        return b if a else False
+    return both(a, b)
 
 
 def without_progress(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from . import checks
 from .arrays import H, PyTree, Z
 from .problem import Map, Problem, as_problem
-from .registry import find_adapter, find_backend, not_compiled
+from .registry import find_backend, load_adapter, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
 from .start import with_start
@@ -88,10 +88,10 @@ def solve_from_arrays(
 ) -> Solution[H]:
     """:func:`solve` where h0 holds arrays of the framework that F computes in; for layers, which see to that."""
     checks.no_masks("z", z)
-    backend, adapter = find_backend(h0), find_adapter(h0)
-    solve_compiled = getattr(adapter, "solve_compiled", None)
+    backend = find_backend(h0)
+    compiler = load_adapter(backend.name) if backend.compiles else None
     with backend.on_device_of(h0), backend.solving():
-        solution = None if solve_compiled is None else solve_compiled(problem, h0, z, solver, trace=trace)
+        solution = None if compiler is None else compiler.solve_compiled(problem, h0, z, solver, trace=trace)
         if solution is None:
             solution = solve_as_it_is(problem, h0, z, solver, trace=trace)
         return solution.raise_for_status() if throw else solution

@@ -32,13 +32,17 @@ os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}
 
 STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
 """JAX refuses what it would promote: the library promotes nothing, and neither do the tests' own functions."""
-PROMOTING = {"optax": "Adam raises a float to the power of an int32 count"}
-"""Packages for which JAX has to promote, and why."""
+PROMOTING = {
+    "complex numbers": "real and complex arrays are multiplied",
+    "flax": "normalizations broadcast their statistics, which are float32",
+    "optax": "Adam raises a float to the power of an int32 count",
+}
+"""Packages, and arithmetic of the user's own, for which JAX has to promote, and why."""
 
 
 @contextmanager
 def promoting(package: str) -> Iterator[None]:
-    """JAX promotes, as it does by default, for one of these packages; so it does in processes that are started here."""
+    """JAX promotes, as it does by default, for one of these; so it does in processes that are started here."""
     assert package in PROMOTING
     with pytest.MonkeyPatch.context() as patch:
         for name in STRICT:

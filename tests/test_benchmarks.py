@@ -107,7 +107,7 @@ def test_solvers_compared_with_other_libraries(tmp_path: Path, capsys: pytest.Ca
         ours, *others = (row["evaluations"][name] for name in ("ours", "TorchDEQ", "SciPy", "jaxopt"))
         assert ours <= min(count for count in others if count)
     # A step of plain iteration copies the result of F: Decision 6.
-    limits = {"fixed point": 7, "Anderson": 22, "Broyden": 34}
+    limits = {"fixed point": 7, "Anderson": 22, "Broyden": 36}
     for row in record["overhead"]:
         assert 0 < row["operations"]["ours"] <= limits[row["solver"]] < row["operations"]["TorchDEQ"]
 

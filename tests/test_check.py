@@ -29,8 +29,8 @@ def coupled_cells(xp, rng, array):
     one = array(np.ones((N, 1)))
 
     def norm(h, z):
-        centred = h - xp.mean(h, 0)
-        return xp.tanh(0.3 * centred / xp.sqrt(xp.mean(centred**2, 0) + 1e-5) + z)
+        centred = h - xp.mean(h, 0, keepdims=True)
+        return xp.tanh(0.3 * centred / xp.sqrt(xp.mean(centred**2, 0, keepdims=True) + 1e-5) + z)
 
     def attention(h, z):
         scores = xp.exp(h @ weight @ h.T)
@@ -43,7 +43,7 @@ def coupled_cells(xp, rng, array):
         norm,
         attention,
         lambda h, z: xp.tanh(0.5 * h + 1e-3 * dense @ h + z),
-        lambda h, z: xp.tanh(0.5 * h + 1e-8 * xp.mean(h, 0) + z),
+        lambda h, z: xp.tanh(0.5 * h + 1e-8 * xp.mean(h, 0, keepdims=True) + z),
     ]
 
 

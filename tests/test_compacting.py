@@ -82,13 +82,14 @@ def test_the_steps_are_the_solvers_own_and_most_rows_are_saved(library: Library,
     part, rows = layer.solve(ic.Compacting(solver, batched=(True, False)), trace=True)
     assert_same(library, whole, part)
     assert set(all_rows) == {BATCH}
-    assert len(rows) == len(all_rows) + 1 == part.stats.evaluations
+    assert len(all_rows) == (1 if library is JAX else whole.stats.evaluations)  # JAX traces F once
+    assert len(rows) == whole.stats.evaluations + 1 == part.stats.evaluations
     assert rows.pop() == BATCH  # the test
     assert rows == sorted(rows, reverse=True)
     assert min(rows) <= len(SLOW)
     # No more than the work of each sample until the batch is halved, and of the slow ones afterwards.
     fast = sum(n == BATCH for n in rows)
-    assert sum(rows) <= BATCH * fast + 2 * len(SLOW) * (len(rows) - fast) < 0.8 * sum(all_rows)
+    assert sum(rows) <= BATCH * fast + 2 * len(SLOW) * (len(rows) - fast) < 0.8 * BATCH * whole.stats.evaluations
 
 
 @pytest.mark.parametrize("library", QUICK, ids=[x.name for x in QUICK])

@@ -180,6 +180,7 @@ def test_gradients_in_pytorch(name: str, estimator: ic.Estimator) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.promotes("complex numbers")
 def test_gradients_in_jax(name: str, estimator: ic.Estimator) -> None:
     def f(h: Any, z: Any) -> Any:
         return MAPS[name](jnp, h, z)
@@ -229,6 +230,7 @@ def test_the_two_conventions() -> None:
     np.testing.assert_allclose(gradient, [8 * z.conjugate()], rtol=1e-5)
 
 
+@pytest.mark.promotes("complex numbers")
 def test_a_batch_of_mixed_leaves() -> None:
     """A wave and a real field, three samples of different difficulty, one of them without a finite start."""
 

@@ -223,7 +223,7 @@ def test_an_axis_that_f_binds_itself_is_none_that_it_communicates_over() -> None
 
 def test_an_axis_of_vmap_that_f_only_asks_for_its_position() -> None:
     def run(x: jax.Array) -> jax.Array:
-        return layer(lambda h, x: plain(h, x * (1 + jax.lax.axis_index("samples"))))(x)
+        return layer(lambda h, x: plain(h, x * (1.0 + jnp.astype(jax.lax.axis_index("samples"), x.dtype))))(x)
 
     batch = np.stack([X, X])
     expected = np.stack([dense(x)[0] for x in (X, 2 * X)])

@@ -13,6 +13,8 @@ from jax_layers import SOLVER
 
 import implicit_core as ic
 
+pytestmark = pytest.mark.promotes("flax")
+
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 LONG = ic.Neumann(60, 1.0)
 WRITES = r"f must not write to the state of a module"

@@ -268,7 +268,7 @@ def test_f_may_ask_which_sample_it_is() -> None:
     """An index of the axis is not communication: samples stay independent."""
 
     def solve(x: Any) -> Any:
-        f = lambda h, z: 0.5 * jnp.tanh(h) + z + 0.1 * jax.lax.axis_index("samples")  # noqa: E731
+        f = lambda h, z: 0.5 * jnp.tanh(h) + z + 0.1 * jnp.astype(jax.lax.axis_index("samples"), z.dtype)  # noqa: E731
         return icj.fixed_point(f, jnp.zeros(2), x).status
 
     x = jnp.asarray([[jnp.nan, 0.0], [0.1, 0.2], [0.3, 0.4]])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from implicit_core.backends.jax_internals import ClosedJaxpr, Jaxpr, Literal, eval_jaxpr, jaxprs_in_params
+from implicit_core.backends.jax_internals import ClosedJaxpr, Jaxpr, Literal, eval_jaxpr, jaxprs_in_params, run_state
 
 from .leaves import replaced
 
@@ -97,7 +97,6 @@ def _evaluated(
 
     JAX's ``run_state`` is a primitive that neither ``vmap`` nor ``grad`` knows; its evaluation has no mutable arrays.
     """
-    from jax.experimental.pallas import run_state  # imported for an F that asks for it alone
 
     def body(state: tuple[list[Any], list[Any]]) -> None:
         references, results = state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from implicit_core import checks
 from implicit_core.arrays import H, Numbers, Z
-from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, sharded
+from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, noticing, sharded
 from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, OneStep, Unroll
 from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
@@ -193,7 +193,7 @@ def _watched_solving(
     solving = _solving(f, solver, trace)
 
     def watched(h0: H, inputs: Arrays, numbers: Arrays) -> tuple[Solution[H], jax.Array]:
-        with BACKEND.noticing() as noticed:
+        with noticing() as noticed:
             solution = solving(h0, inputs, numbers)
         # The units of a solve may be changed, and what is not finite is worth a second look.
         looks = jnp.any(solution.status == Status.NONFINITE.value)

@@ -6,7 +6,6 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import PyTreeDef
 
 from implicit_core.arrays import PyTree
@@ -71,9 +70,9 @@ class Units:
     """
 
     def __init__(self, scale: PyTree) -> None:
-        self.scale = jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "shape") else x, scale)
+        self.scale = jax.tree.map(lambda x: jax.device_get(x) if hasattr(x, "shape") else x, scale)
         leaves, structure = jax.tree.flatten(self.scale)
-        numbers = ((x.shape, x.dtype, x.tobytes()) if isinstance(x, np.ndarray) else float(x) for x in leaves)
+        numbers = ((x.shape, x.dtype, x.tobytes()) if hasattr(x, "shape") else float(x) for x in leaves)
         self._key = structure, *numbers
 
     def __hash__(self) -> int:

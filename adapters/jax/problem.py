@@ -68,6 +68,7 @@ def compiled_once(f: Map[H, Z]) -> Map[H, Z]:
 
     Leaves of z that are not arrays are constants of the program.
     """
+    checks.function("f", f)
     jitted = jax.jit(lambda h, arrays, static: f(h, static.combine(arrays)), static_argnums=2)
 
     @functools.wraps(f)

@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
-import numpy as np
 
 from implicit_core.arrays import PyTree
 from implicit_core.backends.jax_internals import (
@@ -196,12 +195,12 @@ def _value(x: Any, rules: Rules) -> Hashable:
         return (kind, *[_value(item, rules) for item in x])
     if isinstance(x, dict):
         return (kind, *[(name, _value(item, rules)) for name, item in x.items()])
-    if isinstance(x, np.ndarray):
-        return (kind, x.shape, x.dtype, x.tobytes())
-    if isinstance(x, (float, complex, np.inexact)):
-        return (kind, repr(x))  # 0.0 equals -0.0, and NaN does not equal itself
     if isinstance(x, jax.Array):
         return _Identity(x)
+    if hasattr(x, "tobytes"):  # an array or a number of NumPy
+        return (kind, x.shape, x.dtype, x.tobytes())
+    if isinstance(x, (float, complex)):
+        return (kind, repr(x))  # 0.0 equals -0.0, and NaN does not equal itself
     if is_dataclass(x) and not isinstance(x, type):
         return (kind, *[_value(getattr(x, field.name), rules) for field in fields(x) if field.compare])
     if isinstance(x, CODE) and "<locals>" in getattr(x, "__qualname__", "<locals>"):  # a new object at each call
