@@ -198,6 +198,9 @@ class Iteration:
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         self.unread = None if readable or only else self._outside(point)
         if self.unread is not None:
+            noticed = space.backend.noticed()
+            if noticed is not None:
+                noticed.append(self.unread)
             large = not self.forced and solver.absolute_tolerance > space.smallest
             if large is not False:
                 self.unread = self.unread & ~progress.both(point.norm <= self.atol, large)

@@ -99,6 +99,7 @@ def by_operations(
     jacobian: Program[H], residuals: Arrays, v: H, gradient: AtFixedPoint, f: TracedMap[H] | EagerMap[H, Z]
 ) -> H:
     """D v, by operations that JAX transposes."""
+    w: H
     watches = False
     if isinstance(gradient, Neumann):
         growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
@@ -108,12 +109,13 @@ def by_operations(
     numbers, static = split_record(gradient)
     inverse = Inverse(static, f.batch_ndim, f.units, f.axes)
     if not watches:
-        w: H = compiled(_operations, jacobian, inverse)(v, residuals, numbers)
+        w = compiled(_operations, jacobian, inverse)(v, residuals, numbers)
         return w
     start, reference = fork(v, growth)
     total, last = compiled(_series, jacobian, inverse)(start, v, residuals, numbers)
-    checked: H = compare(total, last, reference, growth)
-    return checked
+    # λ comes last: transposed, the cotangent that the terms are compared with has it already.
+    w = compiled(_scaled, inverse)(compare(total, last, reference, growth), numbers)
+    return w
 
 
 # Functions of arrays alone, to be compiled for a Jacobian.
@@ -124,7 +126,7 @@ def _operations(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays, 
 
 
 def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays, Arrays], tuple[H, H]]:
-    """``Neumann.inverse`` and the last term of its sum, which begins at ``start``."""
+    """The sum of ``Neumann.inverse``, without λ, and its last term. It begins at ``start``."""
 
     def series(start: H, v: H, residuals: Arrays, numbers: Arrays) -> tuple[H, H]:
         space = inverse.space(v)
@@ -134,9 +136,22 @@ def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays, A
             product, b = on_states(lambda w: jacobian(w, residuals), space, space), space.pack(v)
             before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
             total = gradient.sum_of_terms(space, product, before, b, 1)
-            return space.unpack(space.scale(gradient.lam, total)), space.unpack(space.sub(total, before))
+            return space.unpack(total), space.unpack(space.sub(total, before))
 
     return series
+
+
+def _scaled(inverse: Inverse) -> Callable[[H, Arrays], H]:
+    """λ times a sum of terms."""
+
+    def scaled(total: H, numbers: Arrays) -> H:
+        space = inverse.space(total)
+        gradient = settings.bound(inverse.gradient.combine(numbers), space)
+        assert isinstance(gradient, Neumann)
+        w: H = space.unpack(space.scale(gradient.lam, space.pack(total)))
+        return w
+
+    return scaled
 
 
 def _solution(jacobian: Program[H], inverse: Inverse) -> Callable[[H, Arrays, Arrays], H]:
