@@ -47,9 +47,9 @@ def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], grad
         # F is linearized at h, which has this rule too, so the second derivative uses the first one. Decision 47.
         at = f.linearized(h, inputs, indices)
         jacobian, residuals = at.of_h()
-        b = at.push_z(tangents)
         if of_operations:
-            return by_operations(jacobian, residuals, b, static.combine(numbers), f)
+            return by_operations(jacobian, residuals, at.push_z(tangents), static.combine(numbers), f)
+        b = at.dependent_push_z(tangents)
         # The solution of the system depends on no setting of its solver.
         like_b = jax.typeof(jax.tree.leaves(b)[0])
         numbers = [setting_placed(jax.lax.stop_gradient(x), like_b) for x in numbers]

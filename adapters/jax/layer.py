@@ -257,10 +257,10 @@ def _unrolled(
     else:
         h_k, norms = steps(gradient, h)
     static, numbers = split(LayerOptions(options.solver, gradient))
-    evaluations = solution.stats.evaluations
+    kept = {"evaluations": solution.stats.evaluations, "trace": solution.stats.trace}
+    solution = solution._replace(stats=solution.stats._replace(evaluations=0, trace=None))
     solution = compiled(_telling, f, static)(solution, norms, numbers)
-    stats = solution.stats._replace(evaluations=evaluations)
-    return announced(solution._replace(value=h_k, stats=stats), options)
+    return announced(solution._replace(value=h_k, stats=solution.stats._replace(**kept)), options)
 
 
 def _stepping(

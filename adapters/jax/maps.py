@@ -141,6 +141,12 @@ class Linearized(NamedTuple, Generic[H]):
         """(∂F/∂z) dz."""
         return self._pushed(1, tangents)
 
+    def dependent_push_z(self, tangents: Arrays) -> H:
+        """The same, known to depend on the tangents even where it is zero."""
+        program, residuals = self._push(1)
+        tangent: H = compiled(_dependent_pushforward, program)(tangents, residuals)
+        return tangent
+
     def push(self, dh: H, tangents: Arrays) -> H:
         """The sum of both."""
         return self._pushed(2, (dh, tangents))
@@ -175,6 +181,10 @@ class Linearized(NamedTuple, Generic[H]):
 
 
 def _pushforward(program: Program[H]) -> Callable[[Any, Arrays], H]:
+    return program.__call__
+
+
+def _dependent_pushforward(program: Program[H]) -> Callable[[Any, Arrays], H]:
     return lambda tangents, residuals: depending_on(jax.tree.leaves(tangents), program(tangents, residuals))
 
 
