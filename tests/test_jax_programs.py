@@ -1,6 +1,7 @@
 """Without ``jit``: what is compiled is kept by what it computes, so that a second call compiles nothing."""
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -381,3 +382,43 @@ def test_arrays_that_an_f_which_is_never_traced_closes_over_are_refused_derivati
     assert total(jnp.asarray(0.5)) == pytest.approx(4.0, rel=1e-4)
     with pytest.raises(ValueError, match="pass them in z"):
         jax.grad(total)(jnp.asarray(0.5))
+
+
+def test_threads_find_their_own_programs() -> None:
+    results: list[tuple[float, float]] = []
+
+    def work(slope: float) -> None:
+        def total(z: Any) -> Any:
+            return ic.fixed_point(lambda h, z: slope * h + z, jnp.zeros(3), z, gradient=ic.Implicit()).value.sum()
+
+        results.extend((slope, float(jax.grad(total)(jnp.ones(3))[0])) for _ in range(5))
+
+    threads = [threading.Thread(target=work, args=(slope,)) for slope in (0.5, 0.25, 0.125)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 15
+    np.testing.assert_allclose([found for _, found in results], [1 / (1 - slope) for slope, _ in results], rtol=1e-4)
+
+
+def test_what_is_kept_within_a_transformation_serves_all_others() -> None:
+    """No tracer stays in a cache, whichever transformation filled it."""
+
+    def total(z: Any) -> Any:
+        f = lambda h, z: jnp.tanh(0.31 * h) + z  # noqa: E731
+        return ic.fixed_point(f, jnp.zeros(3), z, solver=ic.Anderson(rtol=1e-6), gradient=ic.Implicit()).value.sum()
+
+    x, slope = jnp.ones(3), jax.grad(total)
+    with jax.checking_leaks():
+        first = jax.jit(slope)(x)
+        others = [
+            slope(x),
+            jax.vmap(slope)(x[None])[0],
+            jax.lax.scan(lambda c, _: (c, slope(c)), x, None, length=2)[1][0],
+            jax.checkpoint(slope)(x),
+        ]
+        second = jax.jit(jax.hessian(total))(x), jax.hessian(total)(x)
+    for other in others:
+        np.testing.assert_allclose(other, first, rtol=1e-5)
+    np.testing.assert_allclose(*second, rtol=1e-4, atol=1e-6)
