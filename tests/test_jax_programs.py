@@ -163,6 +163,20 @@ def under_second_rule(scale: float) -> Callable[[Any], Any]:
     return f
 
 
+def twin_in_rule(scale: float) -> Callable[[Any], Any]:
+    """The rule calls another function of the same value, whose own rule has the number."""
+    return within_a_rule(own_derivative(scale))
+
+
+def within_a_rule(derivative: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @jax.custom_jvp
+    def f(x: Any) -> Any:
+        return jnp.exp(x)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), derivative(*primals) * tangents[0]))
+    return f
+
+
 MAKERS: dict[str, Callable[[float], Callable[[Any], Any]]] = {
     "a number": lambda scale: lambda x: scale * x,
     "an exponent": lambda scale: lambda x: x**scale,
@@ -175,6 +189,7 @@ MAKERS: dict[str, Callable[[float], Callable[[Any], Any]]] = {
     "a rule for pullbacks": with_vjp,
     "a rule in its own terms": own_derivative,
     "a rule in a rule": under_second_rule,
+    "a rule of a twin": twin_in_rule,
     "relu": lambda scale: lambda x: scale * jax.nn.relu(x),
     "softmax": lambda scale: lambda x: jax.nn.softmax(scale * x),
     "checkpoint": lambda scale: jax.checkpoint(lambda x: scale * x),
@@ -196,6 +211,25 @@ def test_programs_are_one_if_and_only_if_they_compute_the_same(name: str) -> Non
         assert not np.array_equal(other.closed_over[0], one.closed_over[0])
     else:
         assert other.program is not one.program
+
+
+@pytest.mark.parametrize("convert", [jnp.asarray, np.asarray, lambda scale: np.full(3, scale)])
+@pytest.mark.parametrize("make", [with_jvp, with_vjp])
+def test_arrays_that_a_rule_closes_over_are_told_apart(make: Any, convert: Any) -> None:
+    """F has no such argument, so the program either holds their numbers or is not shared."""
+
+    def slope(scale: float) -> Any:
+        function = make(convert(scale))
+
+        def total(z: Any) -> Any:
+            f = lambda h, z: 0.5 * function(h) + z  # noqa: E731
+            return ic.fixed_point(f, jnp.zeros(3), z, gradient=ic.Implicit()).value.sum()
+
+        return jax.grad(total)(jnp.ones(3)), jax.jit(jax.grad(total))(jnp.ones(3))
+
+    for scale in (0.5, 0.25, 0.5):
+        for found in slope(scale):
+            np.testing.assert_allclose(found, 1 / (1 - scale / 2), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from implicit_core.backends.jax_internals import (
     Jaxpr,
     JaxprEqn,
     Literal,
+    Tracer,
     Var,
     eval_jaxpr,
     jaxprs_in_params,
@@ -29,7 +30,9 @@ KEPT = 256
 """How many compiled functions are kept; the ones used last."""
 CODE = (FunctionType, MethodType, functools.partial)
 RULES = 3
-"""How deep derivatives of derivatives of functions with rules of their own are compared."""
+"""How many functions with rules of their own are followed from one into another."""
+TWICE = 2
+"""How often a function is followed into a rule of its own, or of another function of the same value."""
 
 
 class Program(Generic[R]):
@@ -195,6 +198,8 @@ def _value(x: Any, rules: Rules) -> Hashable:
         return (kind, *[_value(item, rules) for item in x])
     if isinstance(x, dict):
         return (kind, *[(name, _value(item, rules)) for name, item in x.items()])
+    if isinstance(x, Tracer):  # another number at each call
+        raise _NoKeyError
     if isinstance(x, jax.Array):
         return _Identity(x)
     if hasattr(x, "tobytes"):  # an array or a number of NumPy
@@ -235,25 +240,29 @@ class _Identity:
 def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     """A function with a rule: what it computes, and what its derivative does.
 
-    The rule is Python code, so it is traced. A rule that calls its own function, as softmax does, is not followed.
+    The rule is Python code, so it is traced. A rule may call its own function, and is followed to a limited depth then.
     """
     params = dict(eqn.params)
     call: ClosedJaxpr | None = params.get("call_jaxpr")
     if call is None or params.get("symbolic_zeros"):
         raise _NoKeyError
     value = _Key((eqn.primitive, _key(call.jaxpr, rules), tuple(_value(const, rules) for const in call.consts)))
-    if value in rules:
+    if rules.count(value) == TWICE:
         return value
-    if len(rules) == RULES:
+    if value not in rules and len(set(rules)) == RULES:
         raise _NoKeyError
     inputs = [v for v in eqn.invars if isinstance(v, Var)]
     jaxpr = jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=call.jaxpr.debug_info
     )
-    return value, _key(_derivative(jaxpr, pulls="custom_vjp" in eqn.primitive.name), (*rules, value))
+    made = _derivative(jaxpr, pulls="custom_vjp" in eqn.primitive.name)
+    if any(isinstance(const, jax.Array) for const in made.consts):  # the rule closes over them, and F does not know
+        raise _NoKeyError
+    rules = *rules, value
+    return value, _key(made.jaxpr, rules), tuple(_value(const, rules) for const in made.consts)
 
 
-def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> Jaxpr:
+def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> ClosedJaxpr:
     types, outputs = _types(jaxpr.invars), _types(jaxpr.outvars)
     moving = [i for i, x in enumerate(types) if is_differentiable(x)]
 
@@ -268,7 +277,7 @@ def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> Jaxpr:
         return jax.vjp(function, at)[1](cotangents) if pulls else jax.jvp(function, (at,), (tangents,))
 
     cotangents = list(filter(is_differentiable, outputs))
-    made: Jaxpr = jax.make_jaxpr(derivative)(types, [types[i] for i in moving], cotangents).jaxpr
+    made: ClosedJaxpr = jax.make_jaxpr(derivative)(types, [types[i] for i in moving], cotangents)
     return made
 
 
