@@ -114,7 +114,7 @@ class Backend:
     has_autodiff: bool = False
     """Whether the framework differentiates functions of its arrays. They return new arrays then."""
     compiles: bool = False
-    """Whether the adapter compiles solves: its ``solve_compiled(problem, h0, z, solver, trace=...)`` returns a
+    """Whether the adapter compiles solves. Its ``solve_compiled(problem, h0, z, solver, trace=...)`` returns a
     solution, or None where a solve is to be run as it is."""
     sees_writes: bool = False
     """Whether :meth:`protected` keeps F from writing to its argument. Otherwise the first evaluations are checked."""
