@@ -349,10 +349,11 @@ class Iteration:
             made, point = self._judge(made, best, point, jacobian)
         settled = carry.settled
         if settled is not None:
-            if not isinstance(point.index, int):  # nobody looks after each step, so what has moved is kept apart
-                moved = progress.both(self._moved(point, settled), ~before.active)
-                settled = space.select(moved, space.full(-1.0), settled)
-            settled = space.select(active, point.norm, settled)
+            latest = space.select(active, point.norm, settled)
+            if not isinstance(point.index, int):  # nobody looks after each step, so what has moved is marked for good
+                marked = (settled < 0) | progress.both(self._moved(point, settled), ~before.active)
+                latest = space.select(marked, space.full(-1.0), latest)
+            settled = latest
         if best is not None and solver.retries_nonfinite:  # Decision 20.
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE
             retry = ~finite(point.norm) & finite(best.norm) & lasting
@@ -370,7 +371,7 @@ class Iteration:
             carry = carry._replace(best=best)
         noticed = space.backend.noticed()
         if noticed is not None and carry.settled is not None:
-            noticed.append(self._moved(point, carry.settled))
+            noticed.append((carry.settled < 0) | self._moved(point, carry.settled))
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
