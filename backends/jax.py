@@ -26,6 +26,8 @@ from implicit_core.space import Space, total
 
 Carry = TypeVar("Carry")
 
+STACKED = 1024
+"""Numbers of up to so many samples are carried by a loop in one array. Where they are more, a copy costs time."""
 UNROLLED = 8
 """Loops of a static length up to this are unrolled where they are compiled: XLA fuses across their steps."""
 
@@ -388,29 +390,31 @@ class JAXBackend(Backend):
         if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
             return super().while_loop(masks, body, carry, max_steps, check_every, watch)
         chunks, rest = (max_steps, 0) if check_every == 1 else divmod(max_steps, check_every)
+        packing = _Packing(jax.tree.map(jnp.asarray, carry))
 
-        def cond(carry: Carry) -> Any:
-            return jnp.any(masks(carry)[0])  # type: ignore[arg-type]  # masks are arrays
+        def cond(packed: list[jax.Array]) -> Any:
+            return jnp.any(masks(packing.unpack(packed))[0])  # type: ignore[arg-type]  # masks are arrays
 
-        def masked(carry: Carry) -> Carry:
-            return body(carry, masks(carry))
+        def masked(packed: list[jax.Array]) -> list[jax.Array]:
+            carry: Any = packing.unpack(packed)
+            return packing.pack(body(carry, masks(carry)))
 
-        def more(state: tuple[Any, Carry]) -> Any:
+        def more(state: tuple[Any, list[jax.Array]]) -> Any:
             return (state[0] < chunks) & cond(state[1])
 
-        def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        def chunk(state: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
             return state[0] + 1, _scan(masked, state[1], check_every)
 
-        start = jnp.zeros_like(chunks), jax.tree.map(jnp.asarray, carry)
-        carry = jax.lax.while_loop(more, chunk, start)[1]
+        packed = jax.lax.while_loop(more, chunk, (jnp.zeros_like(chunks), packing.pack(carry)))[1]
         if not isinstance(rest, int):
-            state = jnp.zeros_like(rest), carry
-            carry = jax.lax.while_loop(
+            state = jnp.zeros_like(rest), packed
+            packed = jax.lax.while_loop(
                 lambda state: (state[0] < rest) & cond(state[1]), lambda state: (state[0] + 1, masked(state[1])), state
             )[1]
         elif rest:
-            carry = jax.lax.cond(cond(carry), lambda c: _scan(masked, c, rest), lambda c: c, carry)
-        return carry
+            packed = jax.lax.cond(cond(packed), lambda c: _scan(masked, c, rest), lambda c: c, packed)
+        result: Carry = packing.unpack(packed)
+        return result
 
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: Count) -> Carry:
         if not isinstance(times, int):
@@ -436,6 +440,35 @@ def _scan(body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
     unroll = times if times <= UNROLLED else 1
     carry, _ = jax.lax.scan(lambda c, _: (body(c), None), carry, length=times, unroll=unroll)
     return carry
+
+
+class _Packing:
+    """A loop's carry with its per-sample numbers, (N, 1), stacked in one array for each type if they are few.
+
+    XLA on the CPU compiles a kernel for each array that a loop carries (Decision 114).
+    """
+
+    def __init__(self, carry: Any) -> None:
+        leaves, self.structure = jax.tree.flatten(carry)
+        groups: dict[Any, list[int]] = {}
+        for i, x in enumerate(leaves):
+            kind = jax.typeof(x)
+            is_of_samples = kind.ndim == 2 and kind.shape[1] == 1 and kind.shape[0] <= STACKED
+            groups.setdefault((kind.dtype, kind.sharding, kind.manual_axis_type) if is_of_samples else i, []).append(i)
+        self.groups = list(groups.values())
+
+    def pack(self, carry: Any) -> list[jax.Array]:
+        """The arrays to carry."""
+        leaves = jax.tree.leaves(carry)
+        groups = [[leaves[i] for i in group] for group in self.groups]
+        return [group[0] if len(group) == 1 else jnp.stack(group) for group in groups]
+
+    def unpack(self, packed: list[jax.Array]) -> Any:
+        """The carry."""
+        leaves: dict[int, jax.Array] = {}
+        for group, x in zip(self.groups, packed, strict=True):
+            leaves.update(zip(group, [x] if len(group) == 1 else x, strict=True))
+        return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(leaves))])
 
 
 def staging() -> bool:

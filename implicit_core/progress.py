@@ -132,10 +132,8 @@ def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Ope
     They are some ε |J| |x|, which products of J with x under random signs estimate, from below. Unless ``when`` holds,
     there are no products, and the result means nothing.
     """
-    xp, draw = space.xp, random.Random(0)
+    xp, rows = space.xp, signs(space, random.Random(0), SIGNS)
     sizes = [xp.abs(a) + xp.abs(b) for a, b in zip(x, f, strict=True)]
-    drawn = [signs(space, draw) for _ in range(SIGNS)]
-    rows = [xp.concat(list(each), axis=0) for each in zip(*drawn, strict=True)]
 
     def product(carry: tuple[Index, State]) -> tuple[Index, State]:
         i, largest = carry

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 """An array."""
+PRIME = 46337
+"""The largest prime whose square is an int32."""
 Axes = tuple[int, ...]
 """The axes of an array, the one with the largest stride first."""
 
@@ -488,16 +490,22 @@ def normal(space: Space, draw: Callable[[float, float], float], n: int, d: int) 
     return space.xp.reshape(space.xp.asarray(numbers, dtype=space.dtype, device=space.device), (n, d))
 
 
-def signs(space: Space, draw: random.Random) -> State:
-    """A state (1, D) of random signs."""
-    return State(
-        tuple(
-            space.xp.asarray(
-                [[1.0 if draw.random() < 0.5 else -1.0 for _ in range(d)]], dtype=space.dtype, device=space.device
-            )
-            for _, d in space.flat_shapes
-        )
-    )
+def signs(space: Space, draw: random.Random, n: int = 1) -> State:
+    """A state (n, D) of random signs. Any four in a row are independent, within 46337 successive ones."""
+    # Random cubic polynomials of the index, modulo a prime. They are computed in int32 wherever the state is, and are no
+    # constants of a program that is traced.
+    xp, leaves = space.xp, []
+    for _, d in space.flat_shapes:
+        drawn = [[[draw.randrange(PRIME)] for _ in range(n)] for _ in range(5)]
+        table = xp.asarray(drawn, dtype=xp.int32, device=space.device)
+        index = xp.arange(d, dtype=xp.int32, device=space.device)[None, :]
+        first, second, third, constant, of_block = (table[i, :, :] for i in range(5))
+        x, block = index % PRIME, index // PRIME
+        value = (first * x + second) % PRIME
+        value = (value * x + third) % PRIME
+        value = (value * x + (of_block * block + constant) % PRIME) % PRIME
+        leaves.append(1 - 2 * xp.astype(2 * value < PRIME, space.dtype))
+    return State(tuple(leaves))
 
 
 def total(terms: Iterable[Any]) -> Any:

@@ -1,5 +1,6 @@
 """What a solve and a layer tell: statuses, residuals and tolerances that are true of the value that is returned."""
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.space import signs
 
 SOLVERS = [ic.FixedPointIteration, ic.Anderson, ic.Broyden]
 OWN = "ConvergenceWarning"
@@ -89,6 +91,52 @@ def test_statuses_are_those_of_a_traced_solve() -> None:
             traced = jax.jit(lambda h0, f=f, solver=solver: ic.solve(f, h0, None, solver=solver, batch_ndim=1))(h0)
             assert not np.any(np.asarray(traced.converged))
             np.testing.assert_array_equal(eager.converged, traced.converged)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 100])
+def test_a_traced_newton_solve_evaluates_the_start_once_more_and_is_the_same(max_steps: int) -> None:
+    a = 0.3 * np.random.default_rng(0).standard_normal((8, 8))
+    z = np.random.default_rng(1).standard_normal((5, 8)) * np.asarray([0.0, 0.1, 1.0, 3.0, np.nan])[:, None]
+    problem = ic.Problem(
+        lambda h, z: np.sin(h @ a) * 2 + z,
+        jvp=lambda h, z, dh, dz: np.cos(h @ a) * 2 * (dh @ a) + dz,
+        batch_ndim=1,
+    )
+    solver = ic.NewtonKrylov(rtol=1e-10, max_steps=max_steps)
+    expected = ic.solve(problem, np.zeros((5, 8)), z, solver=solver, trace=True)
+
+    @jax.jit
+    def solve(z: Any) -> Any:
+        return ic.solve(
+            lambda h, z: jnp.sin(h @ a) * 2 + z, jnp.zeros_like(z), z, solver=solver, batch_ndim=1, trace=True
+        )
+
+    solution = solve(jnp.asarray(z))
+    np.testing.assert_allclose(solution.value, expected.value, atol=1e-12)
+    np.testing.assert_array_equal(solution.status, expected.status)
+    np.testing.assert_array_equal(solution.stats.steps, expected.stats.steps)
+    assert solution.stats.evaluations == expected.stats.evaluations + (max_steps > 1)
+    np.testing.assert_allclose(solution.stats.trace, expected.stats.trace, atol=1e-13)
+    if max_steps == 100:  # three loops of GMRES, that of the signs, and that of the steps
+        assert solve.lower(jnp.asarray(z)).as_text().count("stablehlo.while") == 5
+    # A start that is a root needs no step.
+    if max_steps > 1:
+        assert solve(jnp.zeros((5, 8))).stats.evaluations == 1
+
+
+def test_random_signs(library: Library) -> None:
+    space = ic.Problem(lambda h, z: h).space(library.array(np.zeros(50_000)), "h0")
+    rows = library.numpy(signs(space, random.Random(0), 40)[0])
+    assert rows.shape == (40, 50_000)
+    assert set(np.unique(rows)) == {-1.0, 1.0}
+    # The mean of n independent signs, or of products of them, has the standard deviation n^(-1/2).
+    spread = 50_000**-0.5
+    assert np.max(np.abs(rows.mean(axis=1))) < 4 * spread
+    assert np.max(np.abs(np.corrcoef(rows) - np.eye(40))) < 5 * spread
+    for lag in (1, 2, 7):
+        assert np.abs((rows[:, :-lag] * rows[:, lag:]).mean()) < 5 * spread / 40**0.5
+    numpy_space = ic.Problem(lambda h, z: h).space(np.zeros(50_000), "h0")
+    np.testing.assert_array_equal(rows, signs(numpy_space, random.Random(0), 40)[0])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -508,7 +556,7 @@ def test_a_warm_start_needs_the_tolerance_alone() -> None:
         assert np.all(solution.stats.steps == steps)
 
 
-@pytest.mark.parametrize("k", [10.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("k", [10.0, 1e2, 1e3, 3e3])
 def test_newton_knows_what_rounding_explains_of_a_stiff_map(k: float, library: Library) -> None:
     """In float32 ‖F(h) - h‖ cannot fall below some ε ‖∂F/∂h‖ ‖h‖, however good the answer (Decision 90)."""
     n = 16
