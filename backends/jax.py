@@ -355,6 +355,15 @@ class JAXBackend(Backend):
     def stop_gradient(self, x: Any) -> Any:
         return jax.lax.stop_gradient(x)
 
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """What a solve within F or within a step notices is inside of the loop, and no one can look at it."""
+        token = _NOTICED.set(None)
+        try:
+            yield
+        finally:
+            _NOTICED.reset(token)
+
     def known(self) -> AbstractContextManager[Any]:
         return jax.ensure_compile_time_eval()
 

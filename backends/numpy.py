@@ -12,7 +12,7 @@ from implicit_core.arrays import PyTree, State
 from implicit_core.backend import Backend, Function, WrittenArgumentError
 from implicit_core.space import Space
 
-READ_ONLY = re.compile(r"read.?only|writ", re.IGNORECASE)
+READ_ONLY = re.compile(r"read.?only|writ(e)?able|assignment destination|output array", re.IGNORECASE)
 """What errors of functions that cannot work with a read-only array say, in NumPy and elsewhere."""
 WRITE = re.compile("assignment destination|output array")
 """What NumPy's errors about a write to a read-only array say."""
@@ -34,9 +34,9 @@ class Guarded:
     def __call__(self, *args: Any) -> Any:
         n = len(self._arguments)
         try:
-            return self._function(*map(self._handed, args[:n]), *args[n:])
+            return owned(self._function(*map(self._handed, args[:n]), *args[n:]))
         except Exception as error:
-            if self._handed is copied or not READ_ONLY.search(str(error)):
+            if self._handed is copied or isinstance(error, OSError) or not READ_ONLY.search(str(error)):
                 raise
             return self._again(error, *args)
 
@@ -51,7 +51,14 @@ class Guarded:
         if WRITE.search(str(error)) or not all(map(is_same, own, args)):
             raise WrittenArgumentError(self._name, *self._arguments) from error
         self._handed = copied
-        return value
+        return owned(value)
+
+
+def owned(tree: PyTree) -> PyTree:
+    """A result, without views of what was handed out: the user may write to it."""
+    if type(tree) is np.ndarray:
+        return tree if tree.flags.writeable else np.array(tree)
+    return BACKEND.map(lambda x: np.array(x) if isinstance(x, np.ndarray) and not x.flags.writeable else x, tree)
 
 
 def read_only(tree: PyTree) -> PyTree:

@@ -118,6 +118,7 @@ class Iteration:
             problem = with_derivatives(problem, h0)
         self.system = System(problem, h0, z)
         self.space = self.system.space
+        self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
         solver = self.solver = settings.bound(solver, self.space, constant=True)
         self.atol: Numbers = self.space.scalar(settings.absolute(self.space, solver.absolute_tolerance))
         self.rtol = progress.reachable(self.space, solver.rtol)
@@ -205,9 +206,8 @@ class Iteration:
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         self.unread = None if readable or only else self._outside(point)
         if self.unread is not None:
-            noticed = space.backend.noticed()
-            if noticed is not None:
-                noticed.append(self.unread)
+            if self.noticed is not None:
+                self.noticed.append(self.unread)
             large = not self.forced and solver.absolute_tolerance > space.smallest
             if large is not False:
                 self.unread = self.unread & ~progress.both(point.norm <= self.atol, large)
@@ -227,7 +227,7 @@ class Iteration:
             floor = space.full(0.0) if jacobian is not None else None
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
-        looked_at = readable or space.backend.noticed() is not None
+        looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
@@ -393,9 +393,8 @@ class Iteration:
         if best is not None:
             best = self._keep(best, point, carry.steps, self.masks(carry)[1])
             carry = carry._replace(best=best)
-        noticed = space.backend.noticed()
-        if noticed is not None and carry.settled is not None:
-            noticed.append((carry.settled < 0) | self._moved(point, carry.settled))
+        if self.noticed is not None and carry.settled is not None:
+            self.noticed.append((carry.settled < 0) | self._moved(point, carry.settled))
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(

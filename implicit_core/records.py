@@ -1,13 +1,13 @@
 """Records of settings: in words, compared by value, and as nodes of pytrees whose leaves are arrays (Decision 110)."""
 
-import functools
 import importlib
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import Field, fields
 from numbers import Real
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from array_api_compat import array_namespace
 
@@ -27,6 +27,8 @@ _JOINING = {"jax": "implicit_core.backends.jax"}
 _REGISTER: list[Register] = []
 _KINDS: WeakSet[type["Record"]] = WeakSet()
 """The classes that have instances. A class is registered no earlier, so that its author can register it otherwise."""
+_NAMES: WeakKeyDictionary[Any, dict[Any, tuple[str, ...]]] = WeakKeyDictionary()
+_LOCK = threading.RLock()
 
 
 class Record:
@@ -41,13 +43,16 @@ class Record:
 
     def __new__(cls, *_args: Any, **_settings: Any) -> Self:
         """A new record, of a class that frameworks know as a node of their pytrees from now on."""
-        if cls not in _KINDS:
-            _KINDS.add(cls)
-            for register in _REGISTER:
-                register(cls)
         if _JOINING:
-            for framework in [name for name in _JOINING if sys.modules.get(name) is not None]:
-                importlib.import_module(_JOINING.pop(framework))
+            for framework, module in list(_JOINING.items()):
+                if sys.modules.get(framework) is not None:
+                    importlib.import_module(module)
+                    _JOINING.pop(framework, None)
+        if cls not in _KINDS:
+            with _LOCK:
+                for register in _REGISTER:
+                    register(cls)
+                _KINDS.add(cls)
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -93,7 +98,10 @@ class Rest:
             del self.settings[name]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rest) and vars(self) == vars(other)
+        if not isinstance(other, Rest) or (self.kind, self.leaves) != (other.kind, other.leaves):
+            return False
+        # A program that is kept for one is used for the other, and 1, 1.0 and True, or 0.0 and -0.0, may differ there.
+        return _identical(self.settings, other.settings)
 
     def __hash__(self) -> int:
         names = _names(self.kind, _is_hashed)
@@ -111,9 +119,10 @@ def subscribe(register: Register) -> None:
     register
         Makes the class a node of a framework's pytrees, by :func:`flatten` and :func:`unflatten`.
     """
-    _REGISTER.append(register)
-    for kind in list(_KINDS):
-        register(kind)
+    with _LOCK:
+        _REGISTER.append(register)
+        for kind in list(_KINDS):
+            register(kind)
 
 
 def flatten(record: Record) -> tuple[tuple[Any, ...], Rest]:
@@ -157,16 +166,12 @@ def _fields(record: Any) -> tuple[Field[Any], ...]:
     return fields(record)
 
 
-@functools.cache
 def _names(kind: Any, predicate: Callable[[Field[Any]], bool]) -> tuple[str, ...]:
     """The names of the fields that satisfy ``predicate``; kept, since a static argument is hashed at every call."""
-    names: tuple[str, ...] = _kept_names(kind, predicate)
-    return names
-
-
-@functools.cache
-def _kept_names(kind: Any, predicate: Callable[[Field[Any]], bool]) -> tuple[str, ...]:
-    return tuple(field.name for field in _fields(kind) if predicate(field))
+    of_kind = _NAMES.setdefault(kind, {})
+    if predicate not in of_kind:
+        of_kind[predicate] = tuple(field.name for field in _fields(kind) if predicate(field))
+    return of_kind[predicate]
 
 
 def _is_compared(field: Field[Any]) -> bool:
@@ -175,6 +180,13 @@ def _is_compared(field: Field[Any]) -> bool:
 
 def _is_hashed(field: Field[Any]) -> bool:
     return field.compare if field.hash is None else field.hash
+
+
+def _identical(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    pairs = zip(a.values(), b.values(), strict=True)
+    return all(
+        type(x) is type(y) and (repr(x) == repr(y) if isinstance(x, (float, complex)) else x == y) for x, y in pairs
+    )
 
 
 def _same(a: Any, b: Any) -> bool:

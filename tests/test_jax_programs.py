@@ -1,8 +1,11 @@
 """Without ``jit``: what is compiled is kept by what it computes, so that a second call compiles nothing."""
 
+import dataclasses
+import functools
 import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +17,9 @@ from jax.experimental import pallas
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
-from implicit_core.adapters.jax import programs
+from implicit_core.adapters.jax import maps, programs
 from implicit_core.adapters.jax.closure import hoist
+from implicit_core.estimators import AtFixedPoint
 
 W = 0.4 * np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
 X = np.random.default_rng(1).normal(size=(4, 3))
@@ -103,6 +107,16 @@ def test_other_transformations_compile_nothing_again(
         )
     assert compilations == []
     np.testing.assert_array_equal(results[0], results[2])
+    with jax.disable_jit():  # a loop of the steps, differentiated
+
+        def steps(x: Any) -> Any:
+            h = jnp.zeros(3)
+            for _ in range(60):
+                h = cell(jnp.asarray(W))(h, x)
+            return h.sum()
+
+        expected = transform(steps)(jnp.asarray(X) if transform not in PLAIN else jnp.asarray(X[0]))
+    np.testing.assert_allclose(results[0], expected, rtol=5e-2, atol=2e-2)
 
 
 PLAIN = (jax.jacfwd, jax.jacrev, jax.hessian)
@@ -279,6 +293,222 @@ def test_the_settings_of_jax_are_a_part_of_a_program() -> None:
             assert total(jnp.ones(2)).dtype == (jnp.float64 if wide else jnp.float32)
 
 
+NUMBER = [1.0]
+"""What code of the user's reads besides its settings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Scaled(ic.Solver):
+    p: Any = 1
+
+    def init(self, system: Any, x: Any) -> None:
+        return None
+
+    def step(self, system: Any, memory: None, point: Any) -> tuple[Any, None]:
+        factor = NUMBER[0] * (1.0 if self.p is True or str(self.p) == "0.0" else 0.25)
+        return system.space.axpy(factor, point.residual, point.x), None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Halved(AtFixedPoint):
+    def inverse(self, space: Any, jacobian: Any, v: Any) -> Any:
+        return space.axpy(NUMBER[0], jacobian(v), v)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_code_of_the_users_may_read_more_than_its_settings(transform: Any, compilations: list[float]) -> None:
+    x = jnp.ones(1)
+    for number in (1.0, 0.5, 0.25, 0.25):
+        compilations.clear()
+        NUMBER[0] = number
+
+        def total(x: Any) -> Any:
+            return ic.fixed_point(lambda h, z: 0.5 * h + z, jnp.zeros(1), x, gradient=Halved()).value.sum()
+
+        def value(x: Any) -> Any:
+            return ic.solve(lambda h, z: 0.5 * h + z, jnp.zeros(1), x, solver=Scaled(max_steps=3, p=True)).value
+
+        np.testing.assert_allclose(transform(jax.grad(total))(x), 1 + 0.5 * number, rtol=1e-6)
+        expected = 0.0
+        for _ in range(2):
+            expected += number * (1 - 0.5 * expected)
+        np.testing.assert_allclose(transform(value)(x), expected, rtol=1e-6)
+    NUMBER[0] = 1.0
+    if transform is not jax.jit:
+        assert compilations == []
+
+
+@pytest.mark.parametrize(("one", "other"), [(True, 1), (1, True), (0.0, -0.0), (-0.0, 0.0)])
+def test_settings_that_are_equal_but_not_the_same_are_told_apart(one: Any, other: Any) -> None:
+    for p in (one, other):
+        solver = Scaled(max_steps=3, p=p)
+        values = [ic.solve(lambda h, z: 0.5 * h + z, xp.zeros(1), xp.ones(1), solver=solver).value for xp in (jnp, np)]
+        np.testing.assert_allclose(*values)
+
+
+def test_a_solve_within_a_step() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+    class Nested(ic.Solver):
+        def init(self, system: Any, x: Any) -> None:
+            return None
+
+        def step(self, system: Any, memory: None, point: Any) -> tuple[Any, None]:
+            inner = ic.solve(lambda h, z: 0.5 * (h + z), jnp.zeros((2, 1)), point.f[0], batch_ndim=1)
+            return system.space.pack(inner.value), None
+
+    h0, z = jnp.zeros((2, 1)), jnp.ones((2, 1))
+    for gradient in (ic.OneStep(), ic.Unroll()):
+        options: dict[str, Any] = {"solver": Nested(), "gradient": gradient, "batch_ndim": 1}
+        solution = ic.fixed_point(lambda h, z: 0.5 * h + z, h0, z, **options)
+        np.testing.assert_allclose(solution.value, 2.0, rtol=1e-3)
+
+
+def test_callables_on_the_host_are_compared_by_identity() -> None:
+    @dataclasses.dataclass(eq=False)
+    class Times:
+        factor: float = dataclasses.field(compare=False)
+
+        def __call__(self, h: Any) -> Any:
+            return np.asarray(self.factor * h)
+
+    for factor in (0.5, 0.25):
+        times = Times(factor)
+
+        def f(h: Any, z: Any, times: Times = times) -> Any:
+            return jax.pure_callback(times, jax.ShapeDtypeStruct((1,), h.dtype), h) + z
+
+        value = ic.fixed_point(f, jnp.zeros(1), jnp.ones(1), gradient=ic.OneStep()).value
+        np.testing.assert_allclose(value, 1 / (1 - factor), rtol=1e-4)
+
+
+def test_what_the_first_half_of_a_vjp_returns_is_a_part_of_its_program() -> None:
+    def twin(first: bool) -> Callable[[Any], Any]:
+        @jax.custom_vjp
+        def g(x: Any) -> Any:
+            return 0.1 * jnp.round(x)
+
+        g.defvjp(lambda x: (0.3 * (jnp.sin(x) if first else jnp.cos(x)), None), lambda _, v: (v,))
+        return g
+
+    for first in (True, False):
+
+        def f(h: Any, z: Any, g: Any = twin(first)) -> Any:
+            return g(h) + z
+
+        # What does not depend on z calls g itself: the fixed point, and the first step from it, which are both 1.1.
+        value, _ = jax.value_and_grad(
+            lambda z, f=f: ic.fixed_point(f, jnp.zeros(()), z, gradient=ic.Unroll(2, 1.0)).value
+        )(1.0)
+        np.testing.assert_allclose(value, 0.3 * (np.sin(1.1) if first else np.cos(1.1)) + 1, rtol=1e-5)
+
+
+def test_a_third_derivative_of_rules_within_rules() -> None:
+    """Functions of one value, whose rules differ three rules down."""
+
+    def nested(number: float, depth: int) -> Callable[[Any], Any]:
+        @jax.custom_jvp
+        def g(h: Any) -> Any:
+            return jnp.tanh(h)
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            (x,), (dx,) = primals, tangents
+            inner = jnp.tanh(x) if depth < 0 else nested(number, depth - 1)(x)
+            return g(x), (number if depth == 0 else 1.0) * (1 - inner**2) * dx
+
+        g.defjvp(rule)
+        return g
+
+    def third(number: float) -> float:
+        g = nested(number, 2)
+
+        def value(z: Any) -> Any:
+            f = lambda h, z: 0.5 * g(h) + z  # noqa: E731
+            solver = ic.FixedPointIteration(rtol=1e-12)
+            return ic.fixed_point(f, jnp.zeros(()), z, solver=solver, gradient=ic.Neumann(80, 1.0)).value
+
+        derivative: Any = value
+        for _ in range(3):
+            derivative = jax.grad(derivative)
+        return float(derivative(jnp.float64(0.3)))
+
+    alone = third(0.5)
+    programs._compiled.cache_clear()
+    maps._kept_linearization.cache_clear()
+    gc.collect()
+    assert third(1.0) != pytest.approx(alone, rel=1e-3)
+    assert third(0.5) == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [lambda a: jax.jit(lambda h: a * h), lambda a: jax.jit(jax.jit(lambda h: a * h))])
+def test_arrays_that_a_compiled_function_within_f_closes_over_are_not_kept(
+    make: Any, compilations: list[float]
+) -> None:
+    kept = []
+    for number in (0.1, 0.2, 0.3):
+        array = jnp.full(3, number)
+        kept.append(weakref.ref(array))
+        g = make(array)
+
+        def total(z: Any, g: Any = g) -> Any:
+            return ic.fixed_point(lambda h, z: g(h) + z, jnp.zeros(3), z, gradient=ic.Implicit()).value.sum()
+
+        compilations.clear()
+        np.testing.assert_allclose(jax.grad(total)(jnp.ones(3)), 1 / (1 - number), rtol=1e-4)
+        del array, g, total
+    assert compilations == []
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_a_function_as_solver_made_anew_compiles_nothing(compilations: list[float]) -> None:
+    for number in (1.0, 2.0, 3.0):
+        array = jnp.full(2, number)
+
+        def solver(f: Any, h0: Any, z: Any, array: Any = array) -> Any:
+            return 0.0 * array + 2.0
+
+        compilations.clear()
+        value = ic.fixed_point(lambda h, z: 0.5 * h + z, jnp.zeros(2), jnp.ones(2), solver=solver).value
+        np.testing.assert_allclose(value, 2.0)
+        ref = weakref.ref(array)
+        del array, solver
+    assert compilations == []
+    gc.collect()
+    assert ref() is None
+
+
+@jax.custom_batching.custom_vmap
+def halved(h: Any) -> Any:
+    return 0.5 * h
+
+
+@halved.def_vmap
+def _(size: int, is_mapped: Any, h: Any) -> Any:
+    return 0.5 * h, is_mapped[0]
+
+
+def test_a_rule_of_vmap_in_f_compiles_nothing_again(compilations: list[float]) -> None:
+    for _ in range(2):
+        compilations.clear()
+        value = ic.fixed_point(lambda h, z: halved(h) + z, jnp.zeros(2), jnp.ones(2), gradient=ic.OneStep()).value
+        np.testing.assert_allclose(value, 2.0, rtol=1e-4)
+    assert compilations == []
+
+
+@pytest.mark.parametrize("numbers", [(2, 2.0), (1, True), (0.0, -0.0)])
+def test_the_value_has_the_structure_of_its_own_start(numbers: Any) -> None:
+    @functools.partial(jax.tree_util.register_dataclass, data_fields=["a"], meta_fields=["tag"])
+    @dataclasses.dataclass
+    class State:
+        a: Any
+        tag: Any
+
+    for tag in numbers:
+        for solve in (ic.fixed_point, ic.solve):
+            value = solve(lambda h, z: State(0.5 * h.a + z, h.tag), State(jnp.zeros(3), tag), jnp.ones(3)).value
+            assert repr(value.tag) == repr(tag)
+
+
 def test_units_are_compared_by_their_numbers(compilations: list[float]) -> None:
     def value(scale: Any) -> Any:
         solution = ic.fixed_point(
@@ -308,12 +538,17 @@ def test_equal_layers_of_a_model_share_their_program() -> None:
 
 
 def test_how_many_programs_are_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = programs._compiled
-    for i in range(programs.KEPT // 16):
+    made = functools.lru_cache(maxsize=4)(programs._compiled.__wrapped__)
+    monkeypatch.setattr(programs, "_compiled", made)
+    assert maps._kept_linearization.cache_info().maxsize == programs.KEPT
+    gc.collect()
+    size = len(programs._PROGRAMS)
+    for i in range(8):
         ic.fixed_point(lambda h, z, i=i: (0.1 + 0.001 * i) * h + z, jnp.zeros(2), jnp.ones(2), gradient=ic.OneStep())
     gc.collect()
-    assert made.cache_info().currsize <= programs.KEPT == made.cache_info().maxsize
     before = len(programs._PROGRAMS)
+    assert made.cache_info().currsize == 4
+    assert before - size <= 4 + 8, "linearizations are kept, too"
     made.cache_clear()
     gc.collect()
     assert len(programs._PROGRAMS) < before, "a program lives as long as what is compiled for it"
@@ -416,6 +651,19 @@ def test_arrays_that_an_f_which_is_never_traced_closes_over_are_refused_derivati
     assert total(jnp.asarray(0.5)) == pytest.approx(4.0, rel=1e-4)
     with pytest.raises(ValueError, match="pass them in z"):
         jax.grad(total)(jnp.asarray(0.5))
+
+
+@pytest.mark.parametrize("gradient", [ic.Neumann(60, 1.0), ic.NeumannSeries(1.0, 1e-6), ic.Implicit(), ic.Unroll(60)])
+def test_where_jax_traces_the_solve_they_have_derivatives(gradient: ic.Estimator) -> None:
+    """F is traced then, whatever its problem says."""
+
+    def total(w: Any) -> Any:
+        problem = icj.problem(lambda h, z: w * h + 1.0, jit=False)
+        return ic.fixed_point(problem, jnp.zeros(2), None, gradient=gradient).value.sum()
+
+    w = jnp.asarray(0.5)  # the derivative of 2 / (1 - w) is 8
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(w), 8.0, rtol=1e-3)
+    np.testing.assert_allclose(jax.jit(lambda w: jax.jvp(total, (w,), (w,)))(w)[1], 4.0, rtol=1e-3)
 
 
 def test_threads_find_their_own_programs() -> None:

@@ -71,6 +71,24 @@ def test_what_f_keeps_is_an_error(transform: str) -> None:
         transforms()[transform](lambda x: ic.fixed_point(f, jnp.zeros_like(x), x).value)
 
 
+def test_an_f_of_the_same_operations_that_keeps_nothing_hides_no_write() -> None:
+    kept: list[Any] = []
+
+    def make(keeps: bool) -> Callable[[Any, Any], Any]:
+        def f(h: Any, x: Any) -> Any:
+            if keeps:
+                kept.append(h)
+            return in_a_cycle(h, x)
+
+        return f
+
+    for _ in range(2):
+        ic.fixed_point(make(False), jnp.zeros_like(X), X, solver=SOLVER, gradient=LONG)
+        with pytest.raises(ValueError, match=WRITES):
+            ic.fixed_point(make(True), jnp.zeros_like(X), X, solver=SOLVER, gradient=LONG)
+        kept.clear()
+
+
 def plain(h: Any, x: Any) -> Any:
     return jnp.tanh(0.5 * h + x)
 

@@ -309,10 +309,49 @@ def test_results_are_the_users_to_write_to() -> None:
     swapped.value["a"][...] = 0.0
 
 
+@pytest.mark.parametrize(
+    "gradient", [ic.Neumann(3), ic.OneStep(), ic.Unroll(3), ic.Implicit(), ic.NeumannSeries(), ic.BPTT(3)], ids=str
+)
+def test_so_are_gradients_and_aux(gradient: ic.Estimator) -> None:
+    """Also where a callback returns its argument, or a part of it."""
+    h, z = np.full(2, 2.0), np.ones(2)
+    by_callbacks = ic.Problem(
+        lambda h, z: 0.5 * h + z, vjp=lambda h, z, v: (0.5 * v, v), jvp=lambda h, z, dh, dz: 0.5 * dh + dz
+    )
+
+    def linearize(h: Any, z: Any) -> ic.Linearization:
+        return ic.Linearization(0.5 * h + z, vjp_h=lambda v: 0.5 * v, vjp_z=lambda v: v)
+
+    for problem in (by_callbacks, ic.Problem(lambda h, z: 0.5 * h + z, linearize=linearize)):
+        gradient.vjp(problem, h, z)[1](np.ones(2))[...] = 0.0
+    identity = ic.Problem(lambda h, z: h + z, jvp=lambda h, z, dh, dz: dz)
+    gradient.jvp(identity, h, z, np.ones(2))[1][...] = 0.0
+    solution = ic.fixed_point(lambda h, z: (0.5 * h + z, {"h": h}), np.zeros(2), z, has_aux=True)
+    solution.aux["h"][...] = 0.0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("could not write to the log"), OSError("Read-only file system")])
+def test_an_error_that_has_nothing_to_do_with_it_is_raised(error: Exception) -> None:
+    calls = []
+
+    def f(h: Any, z: Any) -> Any:
+        calls.append(h)
+        if len(calls) == 1:
+            raise error
+        return 0.5 * h + z
+
+    with pytest.raises(type(error), match=str(error)):
+        ic.solve(f, np.zeros(2), np.ones(2))
+    assert len(calls) == 1
+
+
 def test_views_are_handed_out_without_a_copy() -> None:
     h = np.zeros(3)
-    seen = BACKEND.guarded(lambda h: h, "f", "h")(h)
-    assert seen.base is h
-    assert not seen.flags.writeable
+    seen: list[Any] = []
+    value = BACKEND.guarded(lambda h: (seen.append(h), h)[1], "f", "h")(h)
+    assert seen[0].base is h
+    assert not seen[0].flags.writeable
     assert h.flags.writeable
+    assert value.flags.writeable
+    assert not np.shares_memory(value, h)
     assert BACKEND.guarded(lambda h: h, "f", "h")(np.float64(1.0)) == 1.0

@@ -1,20 +1,31 @@
 """F as a function of arrays alone: the arrays that it closes over become an argument (Decision 45)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from implicit_core.backends.jax import staging
-from implicit_core.backends.jax_internals import Tracer, without_constants
+from implicit_core.backends.jax_internals import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Tracer,
+    eval_jaxpr,
+    without_constants,
+)
 
 from .effects import without_references
 from .leaves import Arrays
-from .programs import Program, program
+from .programs import Program, compiled, program
 
 R = TypeVar("R")
 T = TypeVar("T")
+
+UNDER_JIT = "jit", "pjit"
+"""The names of the primitive in newer and in older versions of JAX."""
 
 
 class Hoisted(NamedTuple, Generic[R]):
@@ -44,9 +55,55 @@ def hoist(function: Callable[..., R], *arguments: object) -> Hoisted[R]:
         return function(*arguments)
 
     made, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
-    made = without_references(made, jax.tree.leaves(arguments))
+    leaves = jax.tree.leaves(arguments)
+    made = without_references(_with_outer_constants(made, leaves), leaves)
     result = jax.tree.unflatten(jax.tree.structure(shapes), made.out_avals)
     return Hoisted(program(without_constants(made.jaxpr), len(made.consts), result), list(map(_as_array, made.consts)))
+
+
+def _with_outer_constants(made: ClosedJaxpr, arguments: Sequence[Any]) -> ClosedJaxpr:
+    """The same program, where arrays that functions under ``jit`` within it close over are constants of it, too."""
+    if not any(map(_closes_over_arrays, made.eqns)):
+        return made
+    return jax.make_jaxpr(lambda *arguments: _inlined(made.jaxpr, made.consts, arguments))(*arguments)
+
+
+def _inlined(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+    unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    for eqn in jaxpr.eqns:
+        operands = [x.val if isinstance(x, Literal) else known[x] for x in eqn.invars]
+        if _closes_over_arrays(eqn):
+            inner = eqn.params["jaxpr"]
+            results = _inlined(inner.jaxpr, inner.consts, operands)
+        else:
+            inputs = [x for x in eqn.invars if not isinstance(x, Literal)]
+            alone = jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed)
+            results = eval_jaxpr(alone, [], *[known[x] for x in inputs])
+        known.update(zip(eqn.outvars, results, strict=True))
+    return [x.val if isinstance(x, Literal) else known[x] for x in jaxpr.outvars]
+
+
+def _closes_over_arrays(eqn: JaxprEqn) -> bool:
+    inner = eqn.params.get("jaxpr")
+    if eqn.primitive.name not in UNDER_JIT or not isinstance(inner, ClosedJaxpr):
+        return False
+    return bool(inner.consts) or any(map(_closes_over_arrays, inner.eqns))
+
+
+def compiled_for(make: Callable[..., Callable[..., Any]], *settings: Any) -> Callable[..., Any]:
+    """:func:`compiled`, with settings that may hold code of the user's.
+
+    Such code may read more than its settings, so it is traced at each call, as F is. What it computes is compiled once.
+    """
+    if all(getattr(setting, "self_contained", True) for setting in settings):
+        return compiled(make, *settings)
+
+    def traced(*inputs: object) -> Any:
+        hoisted = hoist(make(*settings), *inputs)
+        return hoisted.program(*inputs, hoisted.closed_over)
+
+    return traced
 
 
 def _as_array(const: Any) -> Any:

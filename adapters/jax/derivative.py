@@ -13,11 +13,12 @@ from implicit_core.estimators import AtFixedPoint, Derivative, Neumann
 from implicit_core.estimators.base import on_states
 from implicit_core.space import Space
 
+from .closure import compiled_for
 from .forward_only import can_be_transposed, forward_only
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, Units
 from .maps import EagerMap, TracedMap
-from .programs import Program, compiled
+from .programs import Program
 from .rule_primitive import with_rule
 from .settings import split_record
 
@@ -53,7 +54,7 @@ def with_derivative(h: H, inputs: Arrays, f: TracedMap[H] | EagerMap[H, Z], grad
         # The solution of the system depends on no setting of its solver.
         like_b = jax.typeof(jax.tree.leaves(b)[0])
         numbers = [setting_placed(jax.lax.stop_gradient(x), like_b) for x in numbers]
-        w: H = compiled(_solution, jacobian, Inverse(static, f.batch_ndim, f.units, f.axes))(b, residuals, numbers)
+        w: H = compiled_for(_solution, jacobian, Inverse(static, f.batch_ndim, f.units, f.axes))(b, residuals, numbers)
         return w
 
     # h itself depends on no setting of the estimator, so the first derivative is zero. Decision 111.
@@ -80,6 +81,11 @@ class Inverse:
     batch_ndim: int
     units: Units
     axes: tuple[str, ...]
+
+    @property
+    def self_contained(self) -> bool:
+        """See :class:`Static`."""
+        return self.gradient.self_contained
 
     def space(self, v: H, *, dual: bool = False) -> Space:
         """The space of a tangent, or of a cotangent."""
@@ -109,12 +115,12 @@ def by_operations(
     numbers, static = split_record(gradient)
     inverse = Inverse(static, f.batch_ndim, f.units, f.axes)
     if not watches:
-        w = compiled(_operations, jacobian, inverse)(v, residuals, numbers)
+        w = compiled_for(_operations, jacobian, inverse)(v, residuals, numbers)
         return w
     start, reference = fork(v, growth)
-    total, last = compiled(_series, jacobian, inverse)(start, v, residuals, numbers)
+    total, last = compiled_for(_series, jacobian, inverse)(start, v, residuals, numbers)
     # λ comes last: transposed, the cotangent that the terms are compared with has it already.
-    w = compiled(_scaled, inverse)(compare(total, last, reference, growth), numbers)
+    w = compiled_for(_scaled, inverse)(compare(total, last, reference, growth), numbers)
     return w
 
 

@@ -16,19 +16,18 @@ from implicit_core.layer import LayerOptions, Watched, announced, of_value, solv
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
 from implicit_core.solve import solve_as_it_is
-from implicit_core.solvers import FixedPointSolver
+from implicit_core.solvers import FixedPointIteration, FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
 
 from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
-from .closure import hoist, is_traced
+from .closure import compiled_for, hoist, is_traced
 from .derivative import with_derivative
 from .growth import Growth, compare, fork
 from .leaves import Arrays, Static, T, Units, is_array, partition
 from .maps import EagerMap, TracedMap
 from .problem import JAXProblem
 from .problem import problem as problem_of
-from .programs import compiled
 from .settings import StaticOptions, split, split_record
 from .state import hoist_without_writes
 
@@ -70,7 +69,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     except jax.errors.JAXTypeError as error:
         error.add_note(UNTRACEABLE)
         raise
-    return _with_value(f, _solve(f, h0, inputs, static, options), inputs, options)
+    return _like_start(_with_value(f, _solve(f, h0, inputs, static, options), inputs, options), h0)
 
 
 def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver, *, trace: bool) -> Solution[H] | None:
@@ -91,7 +90,9 @@ def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver
         h0, f, inputs, static = _map(problem, h0, z)
     except jax.errors.JAXTypeError:  # it reads a number of an array, or converts it to one of NumPy
         return None
-    return _solve(f, h0, inputs, static, LayerOptions(solver, OneStep(), trace=trace)) if f.shared else None
+    if not f.shared:
+        return None
+    return _like_start(_solve(f, h0, inputs, static, LayerOptions(solver, OneStep(), trace=trace)), h0)
 
 
 def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -109,7 +110,8 @@ def _map(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, AnyMap[H], Arrays, Sta
     If h0 is on all devices, it is sharded as F(h0) is. If it is a Python number, it gets the dtype of F(h0).
     """
     arrays, static = partition(z, is_array)
-    if isinstance(problem, JAXProblem) and not problem.traced:
+    # Where JAX traces the solve, it traces F too: what F closes over has derivatives that F alone cannot know of.
+    if isinstance(problem, JAXProblem) and not problem.traced and not is_traced(_constants((h0, arrays))):
         return h0, EagerMap(problem.f, static, problem.batch_ndim, Units(problem.scale)), arrays, static
 
     def f(h: H, arrays: Arrays) -> H:
@@ -118,7 +120,7 @@ def _map(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, AnyMap[H], Arrays, Sta
             raise TypeError(f"the result of f must hold arrays of jax{remedy}")
         return value
 
-    hoisted = hoist_without_writes(f, h0, arrays)
+    hoisted = hoist_without_writes(f, h0, arrays, problem.f)
     result = hoisted.program.result
     if BACKEND.flatten(result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
         like_result = jax.tree.map(_like, h0, result)
@@ -150,12 +152,12 @@ def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: Laye
     seen = options.trace and (debugs_nans() or is_array(getattr(solver, "max_steps", None)))
     solution: Solution[H]
     if is_traced(arguments):
-        solving = _mapped_solving(f, *settings) if seen else compiled(_mapped_solving, f, *settings)
+        solving = _mapped_solving(f, *settings) if seen else compiled_for(_mapped_solving, f, *settings)
         solution = solving(*arguments)
         return solution
     if seen or not f.shared:
         return _solving(f, *settings)(*arguments)
-    solution, looks = compiled(_watched_solving, f, *settings)(*arguments)
+    solution, looks = compiled_for(_watched_solving, f, *settings)(*arguments)
     if bool(looks):  # what a compiled program can only notice, a Python loop looks into: it warns, raises, or goes on
         return _solving(f, *settings)(*arguments)
     evaluations = int(solution.stats.evaluations)
@@ -245,7 +247,7 @@ def _unrolled(
 
     def steps(gradient: Unroll | BPTT, h: H) -> tuple[H, tuple[Numbers, ...]]:
         numbers, static = split_record(gradient)
-        result: tuple[H, tuple[Numbers, ...]] = compiled(_stepping, f, static)(h, inputs, numbers)
+        result: tuple[H, tuple[Numbers, ...]] = compiled_for(_stepping, f, static)(h, inputs, numbers)
         return result
 
     h = solution.value
@@ -256,10 +258,12 @@ def _unrolled(
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
         h_k, norms = steps(gradient, h)
-    static, numbers = split(LayerOptions(options.solver, gradient))
+    # Of the solver, only the tolerances of a start are asked for, see `starting_solver`.
+    solver = starting_solver(options) if gradient.starts_from_h0 else FixedPointIteration()
+    static, numbers = split(LayerOptions(solver, gradient))
     kept = {"evaluations": solution.stats.evaluations, "trace": solution.stats.trace}
     solution = solution._replace(stats=solution.stats._replace(evaluations=0, trace=None))
-    solution = compiled(_telling, f, static)(solution, norms, numbers)
+    solution = compiled_for(_telling, f, static)(solution, norms, numbers)
     return announced(solution._replace(value=h_k, stats=solution.stats._replace(**kept)), options)
 
 
@@ -274,8 +278,9 @@ def _stepping(
         if recompute and not f.traced:
             raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
         watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f))
-        h_k: H = estimator.value(watched.problem, h, inputs)
-        return h_k, watched.norms()
+        with coupled_axes(f.axes):
+            h_k: H = estimator.value(watched.problem, h, inputs)
+            return h_k, watched.norms()
 
     return stepping
 
@@ -283,6 +288,15 @@ def _stepping(
 def _telling(f: AnyMap[H], options: StaticOptions) -> Callable[[Solution[H], tuple[Numbers, ...], Arrays], Solution[H]]:
     steps = _problem(f)
     return lambda solution, norms, numbers: of_value(solution, options.join(numbers), steps, norms)
+
+
+def _like_start(solution: Solution[H], h0: H) -> Solution[H]:
+    """The solution, its value with the structure of h0.
+
+    A program has the structure of the first call that it was made for, which is equal: 2 for 2.0, say.
+    """
+    value: H = jax.tree.unflatten(jax.tree.structure(h0), jax.tree.leaves(solution.value))
+    return solution._replace(value=value)
 
 
 def _like(x: jax.Array, result: ShapedArray) -> jax.Array:

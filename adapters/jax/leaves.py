@@ -26,10 +26,15 @@ class Static(Generic[T]):
         argument of ``jax.jit``.
     indices
         The indices of the arrays among the leaves.
+    self_contained
+        Whether what the pytree computes depends on nothing but what is in it. Code of the user's may read anything.
     """
 
-    def __init__(self, structure: PyTreeDef, others: Sequence[object], indices: Sequence[int]) -> None:
+    def __init__(
+        self, structure: PyTreeDef, others: Sequence[object], indices: Sequence[int], *, self_contained: bool = True
+    ) -> None:
         self.structure, self.others, self.indices = structure, tuple(others), tuple(indices)
+        self.self_contained = self_contained
 
     def combine(self, arrays: Arrays) -> T:
         """The pytree that has these arrays."""

@@ -15,7 +15,6 @@ from implicit_core.backends.jax_internals import (
     Jaxpr,
     JaxprEqn,
     Literal,
-    Tracer,
     Var,
     eval_jaxpr,
     jaxprs_in_params,
@@ -29,10 +28,12 @@ R = TypeVar("R")
 KEPT = 256
 """How many compiled functions are kept; the ones used last."""
 CODE = (FunctionType, MethodType, functools.partial)
+OWN_RULE = f"{__package__}.batching"
+"""The module that has a rule of ``vmap`` of its own."""
 RULES = 3
 """How many functions with rules of their own are followed from one into another."""
 TWICE = 2
-"""How often a function is followed into a rule of its own, or of another function of the same value."""
+"""How often a function is followed into a rule of its own, or of another one with an equal value and an equal rule."""
 
 
 class Program(Generic[R]):
@@ -158,11 +159,14 @@ class _Key:
 
 _PROGRAMS: WeakValueDictionary[_Key, Program[Any]] = WeakValueDictionary()
 _CLOSED: WeakKeyDictionary[ClosedJaxpr, _Key] = WeakKeyDictionary()
-Rules = tuple[Hashable, ...]
+Rules = tuple[tuple[Hashable, Hashable], ...]
+"""Functions with a rule of their own, the outer ones first: what they compute, and what their rule does."""
+CUT: Rules = ((None, None),)
+"""Stands for rules that are not followed."""
 
 
 def _key(jaxpr: Jaxpr, rules: Rules) -> _Key:
-    """The key of a jaxpr. ``rules`` are the functions with a rule of their own whose rule this is a part of."""
+    """The key of a jaxpr. ``rules`` are the functions whose rule this is a part of."""
     names: dict[Var, int] = {}
 
     def named(variables: Sequence[Var]) -> Hashable:
@@ -184,6 +188,10 @@ def _key(jaxpr: Jaxpr, rules: Rules) -> _Key:
 def _parameters(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     if eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call")):
         return _function_with_rule(jaxpr, eqn, rules)
+    if eqn.primitive.name == "custom_vmap_call":
+        rule = getattr(eqn.params["rule"], "rule", None)  # another object holds it at each call
+        if getattr(rule, "__module__", None) != OWN_RULE:  # of ours, JAX keeps the object with what it traced
+            return tuple((name, _value(rule if name == "rule" else x, rules)) for name, x in eqn.params.items())
     return tuple((name, _value(x, rules)) for name, x in eqn.params.items())
 
 
@@ -198,15 +206,13 @@ def _value(x: Any, rules: Rules) -> Hashable:
         return (kind, *[_value(item, rules) for item in x])
     if isinstance(x, dict):
         return (kind, *[(name, _value(item, rules)) for name, item in x.items()])
-    if isinstance(x, Tracer):  # another number at each call
+    if isinstance(x, jax.Array):  # another one at each call, or one that would be kept as long as the program
         raise _NoKeyError
-    if isinstance(x, jax.Array):
-        return _Identity(x)
     if hasattr(x, "tobytes"):  # an array or a number of NumPy
         return (kind, x.shape, x.dtype, x.tobytes())
     if isinstance(x, (float, complex)):
         return (kind, repr(x))  # 0.0 equals -0.0, and NaN does not equal itself
-    if is_dataclass(x) and not isinstance(x, type):
+    if is_dataclass(x) and not isinstance(x, type) and kind.__module__.partition(".")[0] == "jax":
         return (kind, *[_value(getattr(x, field.name), rules) for field in fields(x) if field.compare])
     if isinstance(x, CODE) and "<locals>" in getattr(x, "__qualname__", "<locals>"):  # a new object at each call
         raise _NoKeyError
@@ -222,21 +228,6 @@ def _closed(x: ClosedJaxpr, rules: Rules) -> Hashable:
     return key
 
 
-class _Identity:
-    """An array, which equals itself alone."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: jax.Array) -> None:
-        self.array = array
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.array is other.array
-
-
 def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     """A function with a rule: what it computes, and what its derivative does.
 
@@ -247,10 +238,8 @@ def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     if call is None or params.get("symbolic_zeros"):
         raise _NoKeyError
     value = _Key((eqn.primitive, _key(call.jaxpr, rules), tuple(_value(const, rules) for const in call.consts)))
-    if rules.count(value) == TWICE:
+    if rules is CUT:
         return value
-    if value not in rules and len(set(rules)) == RULES:
-        raise _NoKeyError
     inputs = [v for v in eqn.invars if isinstance(v, Var)]
     jaxpr = jaxpr.replace(
         constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=call.jaxpr.debug_info
@@ -258,8 +247,13 @@ def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     made = _derivative(jaxpr, pulls="custom_vjp" in eqn.primitive.name)
     if any(isinstance(const, jax.Array) for const in made.consts):  # the rule closes over them, and F does not know
         raise _NoKeyError
-    rules = *rules, value
-    return value, _key(made.jaxpr, rules), tuple(_value(const, rules) for const in made.consts)
+    consts = tuple(_value(const, rules) for const in made.consts)
+    function = value, _Key((_key(made.jaxpr, CUT), consts))
+    if rules.count(function) == TWICE:
+        return function
+    if function not in rules and len(set(rules)) == RULES:
+        raise _NoKeyError
+    return value, _key(made.jaxpr, (*rules, function)), consts
 
 
 def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> ClosedJaxpr:
@@ -274,7 +268,10 @@ def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> ClosedJaxpr:
             return list(filter(is_differentiable, eval_jaxpr(jaxpr, [], *every)))
 
         at = [inputs[i] for i in moving]
-        return jax.vjp(function, at)[1](cotangents) if pulls else jax.jvp(function, (at,), (tangents,))
+        if not pulls:
+            return jax.jvp(function, (at,), (tangents,))
+        value, pull = jax.vjp(function, at)
+        return value, pull(cotangents)
 
     cotangents = list(filter(is_differentiable, outputs))
     made: ClosedJaxpr = jax.make_jaxpr(derivative)(types, [types[i] for i in moving], cotangents)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from implicit_core.arrays import PyTree
 from implicit_core.estimators import Estimator
 from implicit_core.layer import LayerOptions
-from implicit_core.records import is_array
+from implicit_core.records import Record, is_array
 from implicit_core.solvers import FixedPointSolver
 
 from .leaves import Arrays, Static, partition
@@ -32,6 +32,11 @@ class StaticOptions(NamedTuple):
     trace: bool
     examine: Callable[[PyTree, PyTree], None] | None
 
+    @property
+    def self_contained(self) -> bool:
+        """See :class:`Static`."""
+        return self.solver.self_contained and self.gradient.self_contained
+
     def join(self, arrays: Arrays) -> LayerOptions:
         """The options that have these arrays."""
         n = len(self.solver.indices)
@@ -52,4 +57,13 @@ def split(options: LayerOptions) -> tuple[StaticOptions, Arrays]:
 
 def split_record(record: R) -> tuple[Arrays, Static[R]]:
     """The arrays in a record, and the rest of it. A solver that is no record has none."""
-    return partition(record, is_array)
+    arrays, static = partition(record, is_array)
+    static.self_contained = _is_ours(record)
+    return arrays, static
+
+
+def _is_ours(record: object) -> bool:
+    """Whether the code of a record is this package's, which reads nothing besides its settings."""
+    if type(record).__module__.partition(".")[0] != __package__.partition(".")[0]:
+        return False
+    return all(_is_ours(x) for x in vars(record).values() if isinstance(x, Record))

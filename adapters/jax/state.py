@@ -2,30 +2,38 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Generic
 
 import jax
 
 from implicit_core.arrays import H
-from implicit_core.backends.jax_internals import Jaxpr, Tracer
+from implicit_core.backends.jax_internals import Tracer
 
 from .closure import Hoisted, hoist
 from .leaves import Arrays
 
 WRITES_STATE = (
-    "f must not write to the state of a module, such as batch statistics or the count of a random stream: a solve "
-    "evaluates f many times, on traced arrays. Let f write to a copy of its own, and return the state of it with "
-    "has_aux=True: nnx.split(module) before the solve and nnx.merge(...) in f, or module.apply(..., mutable=...) of "
-    "linen in f. The module may be incomplete now; make it anew"
+    "f must not write to the state of a module, such as batch statistics or the count of a random stream, nor keep h "
+    "in a list or a log: a solve evaluates f many times, on traced arrays. Let f write to a copy of its own, and "
+    "return the state of it with has_aux=True: nnx.split(module) before the solve and nnx.merge(...) in f, or "
+    "module.apply(..., mutable=...) of linen in f. The module may be incomplete now; make it anew"
 )
 
-_HARMLESS: set[Hashable] = set()
-"""Programs that refer to their own tracers, such as those with a ``custom_jvp`` of a closure."""
+_HARMLESS: weakref.WeakSet[FunctionType] = weakref.WeakSet()
+"""Functions of the user's whose programs refer to their own tracers, as those with a ``custom_jvp`` of a closure do."""
 
 
-def hoist_without_writes(f: Callable[[H, Arrays], H], h: H, arrays: Arrays) -> Hoisted[H]:
+def hoist_without_writes(f: Callable[[H, Arrays], H], h: H, arrays: Arrays, of: object) -> Hoisted[H]:
     """:func:`hoist` of F, which may leave nothing behind that was traced.
+
+    Parameters
+    ----------
+    f, h, arrays
+        As for :func:`hoist`.
+    of
+        The user's function that ``f`` calls.
 
     Raises
     ------
@@ -34,18 +42,17 @@ def hoist_without_writes(f: Callable[[H, Arrays], H], h: H, arrays: Arrays) -> H
     """
     traced = _Traced(f)
     hoisted = hoist(traced.call, h, arrays)
-    if traced.is_gone():
-        return hoisted
-    program = _operations(hoisted.program.jaxpr)
-    if program in _HARMLESS:
+    if traced.is_gone() or (isinstance(of, FunctionType) and of in _HARMLESS):
         return hoisted
     # Alive in the program itself, in a cycle, or in something that F wrote to: only the last outlives the program.
     del hoisted
-    if not traced.is_gone():
-        gc.collect()
+    for generation in (1, 2):  # what is old takes long to look through
+        if not traced.is_gone():
+            gc.collect(generation)
     if not traced.is_gone():
         raise ValueError(WRITES_STATE)
-    _HARMLESS.add(program)
+    if isinstance(of, FunctionType):
+        _HARMLESS.add(of)
     return hoist(f, h, arrays)
 
 
@@ -67,7 +74,3 @@ class _Traced(Generic[H]):
 
     def is_gone(self) -> bool:
         return all(tracer() is None for tracer in self._tracers)
-
-
-def _operations(jaxpr: Jaxpr) -> Hashable:
-    return tuple((eqn.primitive, *(str(x.aval) for x in eqn.outvars)) for eqn in jaxpr.eqns)
