@@ -16,17 +16,18 @@ def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
 
     ``run`` solves with F and the start that it gets. If h0 holds numbers alone and z no arrays that say where they
     belong, F is evaluated once at the numbers. If h0 holds NumPy arrays, F's first result may show that they belong
-    elsewhere, and ``run`` starts again.
+    elsewhere, or F may refuse them beside the arrays of z, and ``run`` starts again.
     """
     if not _has_dtype(h0) and (leaves := leaves_of(h0)) and not any(map(_has_dtype, leaves)):
         h0 = _from_numbers(f, h0, z)
     try:
         return run(h0)
-    except checks.ForeignArrayError as error:
-        foreign = error.leaf
+    except TypeError as error:  # what F returned, or F itself, which got arrays of two frameworks
+        foreign = error.leaf if isinstance(error, checks.ForeignArrayError) else z
         if find_adapter(foreign) is None or find_backend(h0).name != "numpy":
             raise
-    return run(_arrays(find_backend(foreign), h0, [foreign]))
+    backend = find_backend(foreign)
+    return run(_arrays(backend, h0, [leaf for leaf in leaves_of(foreign) if backend.is_array(leaf)]))
 
 
 def _from_numbers(f: Callable[[H, Z], H], h0: H, z: Z) -> H:

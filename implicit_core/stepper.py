@@ -12,6 +12,7 @@ from .progress import Start
 from .registry import find_backend, not_compiled
 from .solution import Solution, Status
 from .solvers import Anderson, Compacting, Solver
+from .start import with_start
 
 Tree = TypeVar("Tree")
 
@@ -139,15 +140,30 @@ class Stepper(Generic[H, Z]):
         Parameters
         ----------
         h0
-            Where to start: an array or a pytree of real floating arrays, (batch..., state...).
+            Where to start: an array or a pytree of real floating arrays, (batch..., state...). As for :func:`solve`,
+            leaves may be Python numbers or arrays of NumPy.
         z
             Inputs and parameters, handed to F as they are.
+
+        Returns
+        -------
+        StepperState
+            The state at h0. Where h0 solves the equation, its samples are finished.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If h0, or what F returns, has a wrong type, structure, shape, dtype or device; if F writes to h.
         """
         checks.no_masks("z", z)
-        backend = find_backend(h0)
-        with backend.on_device_of(h0), backend.solving():
-            iteration = Iteration(self.problem, h0, z, self.solver, stepwise=True)
-            return _state(iteration, iteration.first())
+
+        def begin(h0: H) -> StepperState[H]:
+            backend = find_backend(h0)
+            with backend.on_device_of(h0), backend.solving():
+                iteration = Iteration(self.problem, h0, z, self.solver, stepwise=True)
+                return _state(iteration, iteration.first())
+
+        return with_start(begin, self.problem.f, h0, z)
 
     @not_compiled
     def step(self, state: StepperState[H], z: Z) -> StepperState[H]:
@@ -163,6 +179,16 @@ class Stepper(Generic[H, Z]):
             compares with, are of earlier z, so that a sample whose residual does not fall ends as STAGNATED. If z goes
             on changing, use ``rtol=0, atol=0``, which takes a step of every sample that is finite; for another problem
             begin again, ``init(state.value, z)``.
+
+        Returns
+        -------
+        StepperState
+            The next state. Samples that are finished keep their value.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``state`` is no state, or what F returns has a wrong type, structure, shape, dtype or device.
         """
         checks.no_masks("z", z)
         iteration, carry = self._resumed(state, z)
@@ -181,6 +207,16 @@ class Stepper(Generic[H, Z]):
         ----------
         state
             From :meth:`init` or :meth:`step`, with the same z all along.
+
+        Returns
+        -------
+        Solution
+            Value, status and stats, as for :func:`solve`.
+
+        Raises
+        ------
+        TypeError
+            If ``state`` is no state.
         """
         iteration, carry = self._resumed(state, None)
         backend = iteration.space.backend

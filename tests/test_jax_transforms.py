@@ -230,6 +230,25 @@ def test_f_may_communicate_with_other_samples_of_a_vmap(estimator: ic.Estimator,
         assert_close(value_and_both_modes(lambda w, x: mapped(w, x).value)(w, x), joint(), 1e-7)
 
 
+@pytest.mark.parametrize("estimator", [ic.Unroll(2, 1.0), ic.BPTT(3)], ids=repr)
+def test_what_is_told_of_steps_is_told_of_the_whole_system(estimator: ic.Estimator) -> None:
+    """The residual of the value is that of the one system, not of the part that a mapped sample holds."""
+    options: dict[str, Any] = {
+        "solver": ic.FixedPointIteration(max_steps=3, rtol=1e-9, atol=0.3),
+        "gradient": estimator,
+    }
+    x = jnp.arange(4.0)[:, None]
+
+    def one(x: Any) -> ic.Solution:
+        return ic.fixed_point(lambda h, z: 0.5 * jax.lax.pmean(h, "samples") + z, jnp.zeros(1), x, **options)
+
+    parts = jax.vmap(one, axis_name="samples")(x)
+    whole = ic.fixed_point(lambda h, z: 0.5 * jnp.mean(h, 0, keepdims=True) + z, jnp.zeros((4, 1)), x, **options)
+    assert_close(parts.value, whole.value, 1e-14)
+    np.testing.assert_allclose(parts.stats.residual, float(whole.stats.residual), rtol=1e-12)
+    assert np.all(parts.status == whole.status)
+
+
 def test_f_may_communicate_in_a_program_within_it() -> None:
     w, x = uneven()
     for inner in (jax.jit, lambda f: lambda h: jax.lax.scan(lambda c, _: (f(c), None), h, length=1)[0]):

@@ -90,6 +90,22 @@ def test_solve(start: str, way: Any) -> None:
 
 
 @pytest.mark.parametrize("call", [ic.solve, ic.fixed_point])
+@pytest.mark.parametrize("array", [torch.ones, jnp.ones])
+def test_an_array_of_numpy_beside_inputs_of_another_framework(array: Any, call: Any) -> None:
+    """PyTorch has no sum of an array of NumPy and a tensor."""
+    z = array(2)
+    value = call(lambda h, z: 0.5 * h + z["x"], np.zeros(2), {"x": z, "n": 3}, solver=SOLVER).value
+    assert type(value) is type(z)
+    np.testing.assert_allclose(value, 2.0, rtol=1e-6)
+    with pytest.raises(TypeError, match="no such operation"):
+        call(refuses, np.zeros(2), z, solver=SOLVER)
+
+
+def refuses(h: Any, z: Any) -> Any:
+    raise TypeError("no such operation")
+
+
+@pytest.mark.parametrize("call", [ic.solve, ic.fixed_point])
 def test_numbers_take_the_dtype_of_the_result(call: Any) -> None:
     for dtype in (np.float32, np.float16, jnp.bfloat16):
         w = jnp.asarray(1.0, dtype)

@@ -332,6 +332,17 @@ def test_f_that_writes_to_its_argument() -> None:
     np.testing.assert_allclose(state.value.numpy(), [-1.0, 4.0], atol=1e-7)
 
 
+def test_a_start_of_numbers_or_of_another_framework() -> None:
+    for cos in (np.cos, jnp.cos):
+        stepper = ic.Stepper(lambda h, z, cos=cos: cos(h))
+        state = stepper.init(0.5, None)
+        while not state.finished:
+            state = stepper.step(state, None)
+        np.testing.assert_allclose(state.value, 0.739085, rtol=1e-4)
+    state = ic.Stepper(lambda h, z: 0.5 * h + z).init(np.zeros(2), torch.ones(2, dtype=torch.float64))
+    assert torch.is_tensor(state.value)
+
+
 def test_solvers_without_steps_are_refused_in_a_sentence() -> None:
     class Own(ic.Anderson):
         def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> Any:
