@@ -37,7 +37,7 @@ mnist1d: $(EXAMPLES_VENV)/.examples ## Train on MNIST-1D. More options: MNIST1D_
 test: $(if $(INSTALLED),$(WHEEL_VENV)/.wheel,$(VENV)/.test) ## Run the tests; with INSTALLED=1 on the wheel. Options: PYTEST_ARGS="-k anderson", WORKERS=4, TORCH=2.6.0.
 	@cd $(if $(INSTALLED),build/suite,.) && $(abspath $(<D))/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# Neither is a part of .ci/run (Decision 110).
+# Neither is a part of .ci/run (Decision 113).
 test-oldest: $(OLDEST_VENV)/.test ## Run the tests on the oldest versions that pyproject.toml allows, and Python 3.11.
 	@$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 

@@ -17,6 +17,13 @@ STATIC = (
 )
 
 
+def with_aux(value: Any) -> tuple[Any, Any]:
+    """What f returns with ``has_aux=True``."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(value).__name__}")
+    return value
+
+
 class ForeignArrayError(TypeError):
     """A leaf is no array of the framework that the others belong to: ``leaf``."""
 

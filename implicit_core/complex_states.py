@@ -48,6 +48,10 @@ def to_real(tree: PyTree) -> PyTree:
     TypeError
         If there is no array.
 
+    Notes
+    -----
+    The parts are views of a NumPy array, and of a tensor.
+
     Examples
     --------
     >>> import numpy as np
@@ -97,7 +101,7 @@ def to_complex(tree: PyTree) -> PyTree:
         return backend.unflatten(structure, [backend.complex(*x) if _is_parts(x) else x for x in leaves])
 
 
-def as_real(f: Callable[[Any, Z], Any]) -> Callable[[Any, Z], Any]:
+def as_real(f: Callable[[Any, Z], Any], *, has_aux: bool = False) -> Callable[[Any, Z], Any]:
     """An F of complex states, as one of their real and imaginary parts.
 
     Solvers and estimators work with real numbers. An F that conjugates, or takes an absolute value, has no complex
@@ -108,18 +112,20 @@ def as_real(f: Callable[[Any, Z], Any]) -> Callable[[Any, Z], Any]:
     ----------
     f
         ``f(h, z)``, which returns the structure, shapes and dtypes of h. Some or all arrays of h are complex.
+    has_aux
+        Whether f returns ``(h, aux)``, for :func:`fixed_point` with ``has_aux=True``. ``aux`` may be complex.
 
     Returns
     -------
     callable
         ``to_real(f(to_complex(parts), z))``, for ``h0 = to_real(...)``. Where you write derivatives yourself, pass it
         to :class:`Problem` with the derivatives of the parts: for F = A h the pullback of v is
-        ``to_real(A.conj().T @ to_complex(v))``.
+        ``to_real(A.conj().T @ to_complex(v))``. A ``scale`` that is no single number has the structure of the parts.
 
     Raises
     ------
     TypeError
-        If f is not callable, or a Problem. In a call, also if f does not return what it has to.
+        If f is not callable, or a Problem. In a call, if f does not return what it has to.
 
     Examples
     --------
@@ -140,7 +146,9 @@ def as_real(f: Callable[[Any, Z], Any]) -> Callable[[Any, Z], Any]:
     def of_parts(h: Any, z: Z) -> Any:
         state = to_complex(h)
         backend = find_backend(state, "h")
-        return to_real(checks.like(backend, "the result of f", f(state, z), state, "h"))
+        value, *aux = checks.with_aux(f(state, z)) if has_aux else (f(state, z),)
+        value = to_real(checks.like(backend, "the result of f", value, state, "h"))
+        return (value, *aux) if has_aux else value
 
     return of_parts
 

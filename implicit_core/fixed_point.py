@@ -94,10 +94,7 @@ def fixed_point(
         raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
 
     def both(h: H, z: Z) -> tuple[H, PyTree]:
-        pair: Any = f(h, z)
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(pair).__name__}")
-        return pair
+        return checks.with_aux(f(h, z))
 
     solution = _by_layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
     # Decision 15.

@@ -278,6 +278,16 @@ def test_tensors_that_f_closes_over() -> None:
     np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=1e-9)
 
 
+def test_aux() -> None:
+    f = ic.as_real(lambda h, z: (A @ h + z, {"phase": h * 1j}), has_aux=True)
+    solution = ic.fixed_point(f, ic.to_real(np.zeros(N, complex)), SHIFT, solver=TIGHT, has_aux=True)
+    root = np.linalg.solve(np.eye(N) - A, SHIFT)
+    np.testing.assert_allclose(ic.to_complex(solution.value), root, atol=1e-10)
+    np.testing.assert_allclose(solution.aux["phase"], 1j * root, atol=1e-10)
+    with pytest.raises(TypeError, match=r"must return a pair \(h, aux\)"):
+        ic.solve(ic.as_real(lambda h, z: h, has_aux=True), ic.to_real(np.zeros(N, complex)), None)
+
+
 def test_refusals_name_the_helper() -> None:
     zeros = np.zeros(2, complex)
     with pytest.raises(
