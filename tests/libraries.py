@@ -112,3 +112,8 @@ def unflat(vector: np.ndarray, like: Any) -> Any:
     sizes = np.cumsum([np.size(leaf) for leaf in leaves])
     parts = np.split(np.asarray(vector), sizes[:-1])
     return optree.tree_unflatten(structure, [p.reshape(np.shape(x)) for p, x in zip(parts, leaves, strict=True)])
+
+
+def dispatched(limit: float) -> float:
+    """A limit of operations that PyTorch dispatches: before 2.13 it dispatches up to 15 % more for the same code."""
+    return limit if torch.__version__ >= (2, 13) else 1.15 * limit

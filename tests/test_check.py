@@ -43,7 +43,7 @@ def coupled_cells(xp, rng, array):
         norm,
         attention,
         lambda h, z: xp.tanh(0.5 * h + 1e-3 * dense @ h + z),
-        lambda h, z: xp.tanh(0.5 * h + 1e-8 * xp.mean(h, 0, keepdims=True) + z),
+        lambda h, z: xp.tanh(0.5 * h + 1e-7 * xp.mean(h, 0, keepdims=True) + z),  # above √ε, see is_rounding
     ]
 
 

@@ -152,7 +152,7 @@ def test_without_a_gpu_it_reports_this_and_writes_nothing(capsys: pytest.Capture
     assert gpu.main([]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Nothing can be run: no CUDA device: ")
-    assert "PyTorch is built without CUDA: pip install torch" in printed
+    assert ("PyTorch is built without CUDA: pip install torch" in printed) == (torch.version.cuda is None)
     assert 'JAX has no plugin for CUDA: pip install "jax[cuda13]"' in printed
     assert "--device cpu" in printed
     assert before == (set(gpu.RESULTS.glob("*")) if gpu.RESULTS.exists() else set())
