@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas
+from jax.experimental.xla_metadata import set_xla_metadata
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
 from implicit_core.adapters.jax import maps, programs
 from implicit_core.adapters.jax.closure import hoist
+from implicit_core.adapters.jax.leaves import is_array, partition
 from implicit_core.estimators import AtFixedPoint
 
 W = 0.4 * np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
@@ -225,6 +227,28 @@ def test_programs_are_one_if_and_only_if_they_compute_the_same(name: str) -> Non
         assert not np.array_equal(other.closed_over[0], one.closed_over[0])
     else:
         assert other.program is not one.program
+
+
+def test_where_an_operation_is_placed_is_a_part_of_its_program() -> None:
+    def marked(name: str) -> Callable[[Any], Any]:
+        def f(x: Any) -> Any:
+            with set_xla_metadata(group=name):
+                return 2.0 * x
+
+        return f
+
+    one, same, other = (hoist(marked(name), jnp.ones(3)).program for name in ("a", "a", "b"))
+    assert one is same
+    assert one is not other
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, True), (1, 1.0), (0.0, -0.0), (True, 1.0)])
+def test_static_leaves_that_are_equal_but_not_the_same_are_told_apart(a: Any, b: Any) -> None:
+    x = jnp.ones(2)
+    (_, one), (_, same), (_, other) = (partition({"x": x, "n": n}, is_array) for n in (a, a, b))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
 
 
 @pytest.mark.parametrize("convert", [jnp.asarray, np.asarray, lambda scale: np.full(3, scale)])

@@ -330,6 +330,19 @@ def test_so_are_gradients_and_aux(gradient: ic.Estimator) -> None:
     solution.aux["h"][...] = 0.0
 
 
+def test_a_write_to_the_copy_that_a_function_needs_is_refused() -> None:
+    """Compiled code says that it needs writable memory, and then writes to it."""
+
+    def f(h: Any, z: Any) -> Any:
+        if not h.flags.writeable:
+            raise ValueError("buffer source array is read-only")
+        h += 1.0
+        return 0.5 * h + z
+
+    with pytest.raises(ValueError, match=WROTE):
+        ic.solve(f, np.zeros(2), Z)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("could not write to the log"), OSError("Read-only file system")])
 def test_an_error_that_has_nothing_to_do_with_it_is_raised(error: Exception) -> None:
     calls = []
