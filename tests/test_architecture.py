@@ -196,10 +196,13 @@ def test_import_brings_in_no_framework() -> None:
     assert not set(loaded) & FRAMEWORKS
 
 
-def test_import_takes_less_than_150_ms_beyond_numpy() -> None:
-    # Processor time, which other work on the machine disturbs least.
-    code = "import numpy, time; t = time.process_time(); import implicit_core; print(time.process_time() - t)"
-    assert min(float(python(code)) for _ in range(5)) < 0.150
+def test_import_takes_less_than_twice_the_time_of_numpy() -> None:
+    # Processor time, which other work on the machine disturbs least, and a ratio, since machines differ.
+    code = (
+        "import time; start = time.process_time(); import numpy; between = time.process_time();"
+        "import implicit_core; print((time.process_time() - between) / (between - start))"
+    )
+    assert min(float(python(code)) for _ in range(5)) < 2
 
 
 def test_a_framework_that_was_not_imported_is_not_imported_for_a_solve() -> None:

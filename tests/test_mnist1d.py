@@ -186,6 +186,8 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(
     assert path.read_bytes() == before
 
 
+# Whether a step's map contracts everywhere depends on how a processor rounds. The layer warns where it does not.
+@pytest.mark.filterwarnings("ignore::implicit_core.GrowingGradientWarning", "ignore::implicit_core.ConvergenceWarning")
 def test_it_learns(whole: Data) -> None:
     """Without gradients for the encoder the accuracy is at most 37 %; guessing gives 10 %."""
     training = Training(Settings(epochs=4, batch_size=20, channels=16, lr=1e-2), first(whole.train, 1000))
