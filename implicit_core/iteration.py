@@ -33,8 +33,6 @@ PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
 MOVED = 64
 """A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
-BEFORE = -1
-"""The index of a start that the loop evaluates once more."""
 UNKNOWN = -1.0
 """Stands for a residual that was not measured, until a trace is returned."""
 COUPLED = (
@@ -126,7 +124,6 @@ class Iteration:
         self.forced = settings.is_zero(solver.rtol) and settings.is_zero(solver.absolute_tolerance)
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
         self.unmodified: Any = True
-        self.observed_late = False
         self.start: Start  # unless the number of steps is forced
 
     def run(self) -> Solution[Any]:
@@ -178,12 +175,8 @@ class Iteration:
 
     def loop(self, begin: Callable[[], Carry], steps: int) -> Carry:
         """At most so many steps from a start, which has no name here, since that would keep its states."""
-        watch, loop, check_every = (
-            Watch(self._watched, self._note),
-            self.space.backend.while_loop,
-            self.solver.check_every,
-        )
-        return loop(self.masks, self.advance, begin(), steps + int(self.observed_late), check_every, watch)
+        watch = Watch(self._watched, self._note)
+        return self.space.backend.while_loop(self.masks, self.advance, begin(), steps, self.solver.check_every, watch)
 
     def begin(self) -> Carry:
         """The first evaluation, at h0."""
@@ -231,15 +224,7 @@ class Iteration:
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
-        memory = solver.init(self.system, point.x)
-        # A loop that is compiled observes the start in its body, which evaluates F there once more: otherwise a program
-        # has the linear solver twice. Decision 114.
-        self.observed_late = not (jacobian is None or readable or only or self.stepwise)
-        if self.observed_late:
-            point = point._replace(index=BEFORE)
-            steps = Count(space.select(point.active, 0, steps.array(space)))
-        else:
-            memory = self._observed(memory, point, jacobian)
+        memory = self._observed(solver.init(self.system, point.x), point, jacobian)
         return Carry(point, made, settled, steps, best, trace, memory)
 
     def _kept(self, h: PyTree) -> State | None:
@@ -280,10 +265,6 @@ class Iteration:
             another = point.index + 1 < self.solver.max_steps
             point = point._replace(active=progress.both(point.active, another))
         return self.solver.observe(self.system, memory, point, jacobian)
-
-    def _memory_where(self, mask: Mask, new: Any, old: Any) -> Any:
-        """The new memory where ``mask``, one boolean, holds. Memory that is the same takes no operation."""
-        return self.space.backend.map(lambda a, b: a if a is b else self.space.xp.where(mask, a, b), new, old)
 
     def tolerance(self, f_norm: Numbers) -> Numbers:
         """The tolerance, atol + rtol ‖F(x)‖."""
@@ -344,15 +325,10 @@ class Iteration:
         if not isinstance(before.index, int) or before.index == 0:
             self._check(stepped, before.x)
         x, memory = stepped
-        moving, recorded = self._moving(active, carry), before.active
-        if self.observed_late:
-            observed: Any = before.index > BEFORE
-            moving, memory = progress.both_known(moving, observed), self._memory_where(observed, memory, carry.memory)
-            recorded = recorded | ~observed
         # F may reuse the memory of its result. Where a sample is frozen `where` makes a new array. Decision 6.
         if active is True and (solver.copies_results or x is before.f):
             x = space.copy(x)
-        x = space.round(space.where(moving, x, before.x))
+        x = space.round(space.where(self._moving(active, carry), x, before.x))
         made = carry.progress
 
         def is_active(norm: Numbers, f_norm: Numbers) -> Mask:
@@ -383,7 +359,7 @@ class Iteration:
             retry = ~finite(point.norm) & finite(best.norm) & lasting
             point = point._replace(active=point.active | retry)
         memory = self._observed(memory, point, jacobian)
-        trace = carry.trace and self._record(carry.trace, point, recorded)
+        trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
 
     def finish(self, carry: Carry) -> Solution[Any]:
@@ -399,7 +375,7 @@ class Iteration:
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
             steps=space.per_sample(carry.steps.array(space)),
-            evaluations=point.index + 1 + int(self.observed_late),
+            evaluations=point.index + 1,
             residual=space.per_sample(self.in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),

@@ -94,7 +94,7 @@ def test_statuses_are_those_of_a_traced_solve() -> None:
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 100])
-def test_a_traced_newton_solve_evaluates_the_start_once_more_and_is_the_same(max_steps: int) -> None:
+def test_a_traced_newton_solve_has_the_trace_of_an_eager_one(max_steps: int) -> None:
     a = 0.3 * np.random.default_rng(0).standard_normal((8, 8))
     z = np.random.default_rng(1).standard_normal((5, 8)) * np.asarray([0.0, 0.1, 1.0, 3.0, np.nan])[:, None]
     problem = ic.Problem(
@@ -115,13 +115,8 @@ def test_a_traced_newton_solve_evaluates_the_start_once_more_and_is_the_same(max
     np.testing.assert_allclose(solution.value, expected.value, atol=1e-12)
     np.testing.assert_array_equal(solution.status, expected.status)
     np.testing.assert_array_equal(solution.stats.steps, expected.stats.steps)
-    assert solution.stats.evaluations == expected.stats.evaluations + (max_steps > 1)
+    assert solution.stats.evaluations == expected.stats.evaluations
     np.testing.assert_allclose(solution.stats.trace, expected.stats.trace, atol=1e-13)
-    if max_steps == 100:  # three loops of GMRES, that of the signs, and that of the steps
-        assert solve.lower(jnp.asarray(z)).as_text().count("stablehlo.while") == 5
-    # A start that is a root needs no step.
-    if max_steps > 1:
-        assert solve(jnp.zeros((5, 8))).stats.evaluations == 1
 
 
 def test_random_signs(library: Library) -> None:

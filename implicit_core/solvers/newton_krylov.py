@@ -30,8 +30,7 @@ class NewtonKrylov(Solver):
     """Inexact Newton: (I - ∂F/∂h) d = F(h) - h by a matrix-free Krylov solve, h ← h + t d.
 
     t is halved, per sample, until the residual is finite and falls enough (Armijo's rule on its norm); each trial is
-    one step, and one evaluation of F. A loop that JAX compiles evaluates F at the start twice. Needs the JVP of F,
-    which PyTorch and JAX make for a plain f.
+    one step, and one evaluation of F. Needs the JVP of F, which PyTorch and JAX make for a plain f.
 
     Parameters
     ----------
