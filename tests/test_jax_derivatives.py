@@ -213,7 +213,7 @@ def test_scalar_states(estimator: ic.Estimator, h0: Any) -> None:
         return icj.fixed_point(lambda h, z: jnp.cos(h) + z, h0, theta, solver=SOLVER, gradient=estimator).value
 
     dtype = jnp.asarray(h0).dtype
-    atol = 1e-9 if dtype == jnp.float64 else 2e-6
+    atol = 1e-9 if dtype == jnp.float64 else 5e-6  # linear solvers accept 16 ε (‖A‖ ‖x‖ + ‖b‖)
     theta = jnp.asarray(0.0, dtype)
     h = root(theta)
     assert (h.shape, h.dtype) == ((), dtype)
