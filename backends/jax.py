@@ -399,7 +399,8 @@ class JAXBackend(Backend):
         if self.readable(masks(carry)[0]):  # type: ignore[arg-type]  # masks are arrays
             return super().while_loop(masks, body, carry, max_steps, check_every, watch)
         chunks, rest = (max_steps, 0) if check_every == 1 else divmod(max_steps, check_every)
-        packing = _Packing(jax.tree.map(jnp.asarray, carry))
+        carry = jax.tree.map(jnp.asarray, carry)
+        packing = _Packing(carry)
 
         def cond(packed: list[jax.Array]) -> Any:
             return jnp.any(masks(packing.unpack(packed))[0])  # type: ignore[arg-type]  # masks are arrays

@@ -12,7 +12,7 @@ from implicit_core.arrays import PyTree, State
 from implicit_core.backend import Backend, Function, WrittenArgumentError
 from implicit_core.space import Space
 
-READ_ONLY = re.compile(r"read.?only|writ(e)?able|assignment destination|output array", re.IGNORECASE)
+READ_ONLY = re.compile(r"read.?only|write?able|assignment destination|output array", re.IGNORECASE)
 """What errors of functions that cannot work with a read-only array say, in NumPy and elsewhere."""
 WRITE = re.compile("assignment destination|output array")
 """What NumPy's errors about a write to a read-only array say."""

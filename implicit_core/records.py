@@ -100,8 +100,7 @@ class Rest:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rest) or (self.kind, self.leaves) != (other.kind, other.leaves):
             return False
-        # A program that is kept for one is used for the other, and 1, 1.0 and True, or 0.0 and -0.0, may differ there.
-        return _identical(self.settings, other.settings)
+        return list(map(exact, self.settings.values())) == list(map(exact, other.settings.values()))
 
     def __hash__(self) -> int:
         names = _names(self.kind, _is_hashed)
@@ -149,6 +148,11 @@ def is_array(value: object) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, (Real, type))
 
 
+def exact(value: Any) -> tuple[type, Any]:
+    """A value, to compare programs by: 1, 1.0 and True differ, and 0.0 from -0.0, while NaN equals itself."""
+    return type(value), repr(value) if isinstance(value, (float, complex)) else value
+
+
 def in_words(value: object) -> str:
     """A setting in words: of an array its type alone, ``float32[]``, since its numbers may not be known."""
     if not is_array(value):
@@ -180,13 +184,6 @@ def _is_compared(field: Field[Any]) -> bool:
 
 def _is_hashed(field: Field[Any]) -> bool:
     return field.compare if field.hash is None else field.hash
-
-
-def _identical(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    pairs = zip(a.values(), b.values(), strict=True)
-    return all(
-        type(x) is type(y) and (repr(x) == repr(y) if isinstance(x, (float, complex)) else x == y) for x, y in pairs
-    )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -491,7 +491,7 @@ def normal(space: Space, draw: Callable[[float, float], float], n: int, d: int) 
 
 
 def signs(space: Space, draw: random.Random, n: int = 1) -> State:
-    """A state (n, D) of random signs. Any four in a row are independent, within 46337 successive ones."""
+    """A state (n, D) of random signs. Among 46337 successive signs of a row any four are independent."""
     # Random cubic polynomials of the index, modulo a prime. They are computed in int32 wherever the state is, so that a
     # program that is traced holds no constants of its length.
     xp, leaves = space.xp, []

@@ -260,8 +260,8 @@ def test_arrays_that_a_rule_closes_over_are_told_apart(make: Any, convert: Any) 
         function = make(convert(scale))
 
         def total(z: Any) -> Any:
-            f = lambda h, z: 0.5 * function(h) + z  # noqa: E731
-            return ic.fixed_point(f, jnp.zeros(3), z, gradient=ic.Implicit()).value.sum()
+            gradient = ic.Implicit()
+            return ic.fixed_point(lambda h, z: 0.5 * function(h) + z, jnp.zeros(3), z, gradient=gradient).value.sum()
 
         return jax.grad(total)(jnp.ones(3)), jax.jit(jax.grad(total))(jnp.ones(3))
 
@@ -446,9 +446,11 @@ def test_a_third_derivative_of_rules_within_rules() -> None:
         g = nested(number, 2)
 
         def value(z: Any) -> Any:
-            f = lambda h, z: 0.5 * g(h) + z  # noqa: E731
-            solver = ic.FixedPointIteration(rtol=1e-12)
-            return ic.fixed_point(f, jnp.zeros(()), z, solver=solver, gradient=ic.Neumann(80, 1.0)).value
+            settings: dict[str, Any] = {
+                "solver": ic.FixedPointIteration(rtol=1e-12),
+                "gradient": ic.Neumann(80, 1.0),
+            }
+            return ic.fixed_point(lambda h, z: 0.5 * g(h) + z, jnp.zeros(()), z, **settings).value
 
         derivative: Any = value
         for _ in range(3):
@@ -712,8 +714,8 @@ def test_what_is_kept_within_a_transformation_serves_all_others() -> None:
     """No tracer stays in a cache, whichever transformation filled it."""
 
     def total(z: Any) -> Any:
-        f = lambda h, z: jnp.tanh(0.31 * h) + z  # noqa: E731
-        return ic.fixed_point(f, jnp.zeros(3), z, solver=ic.Anderson(rtol=1e-6), gradient=ic.Implicit()).value.sum()
+        settings: dict[str, Any] = {"solver": ic.Anderson(rtol=1e-6), "gradient": ic.Implicit()}
+        return ic.fixed_point(lambda h, z: jnp.tanh(0.31 * h) + z, jnp.zeros(3), z, **settings).value.sum()
 
     x, slope = jnp.ones(3), jax.grad(total)
     with jax.checking_leaks():

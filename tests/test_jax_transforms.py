@@ -232,7 +232,7 @@ def test_f_may_communicate_with_other_samples_of_a_vmap(estimator: ic.Estimator,
 
 @pytest.mark.parametrize("estimator", [ic.Unroll(2, 1.0), ic.BPTT(3)], ids=repr)
 def test_what_is_told_of_steps_is_told_of_the_whole_system(estimator: ic.Estimator) -> None:
-    """The residual of the value is that of the one system, not of the part that a mapped sample holds."""
+    """Each mapped sample holds a part of one system, and is told the residual of the whole system."""
     options: dict[str, Any] = {
         "solver": ic.FixedPointIteration(max_steps=3, rtol=1e-9, atol=0.3),
         "gradient": estimator,

@@ -13,13 +13,14 @@ from implicit_core.backends.jax_internals import (
     JaxprEqn,
     Literal,
     Tracer,
+    Var,
     eval_jaxpr,
     without_constants,
 )
 
 from .effects import without_references
 from .leaves import Arrays
-from .programs import Program, compiled, program
+from .programs import Program, alone, compiled, program
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -70,18 +71,19 @@ def _with_outer_constants(made: ClosedJaxpr, arguments: Sequence[Any]) -> Closed
 
 def _inlined(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
-    unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+
+    def value(x: Var | Literal) -> Any:
+        return x.val if isinstance(x, Literal) else known[x]
+
     for eqn in jaxpr.eqns:
-        operands = [x.val if isinstance(x, Literal) else known[x] for x in eqn.invars]
         if _closes_over_arrays(eqn):
             inner = eqn.params["jaxpr"]
-            results = _inlined(inner.jaxpr, inner.consts, operands)
+            results = _inlined(inner.jaxpr, inner.consts, list(map(value, eqn.invars)))
         else:
-            inputs = [x for x in eqn.invars if not isinstance(x, Literal)]
-            alone = jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed)
-            results = eval_jaxpr(alone, [], *[known[x] for x in inputs])
+            part = alone(jaxpr, eqn)
+            results = eval_jaxpr(part, [], *map(value, part.invars))
         known.update(zip(eqn.outvars, results, strict=True))
-    return [x.val if isinstance(x, Literal) else known[x] for x in jaxpr.outvars]
+    return list(map(value, jaxpr.outvars))
 
 
 def _closes_over_arrays(eqn: JaxprEqn) -> bool:

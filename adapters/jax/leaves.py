@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from implicit_core.arrays import PyTree
+from implicit_core.records import exact
 
 T = TypeVar("T")
 Arrays = Sequence[jax.Array]
@@ -31,7 +32,7 @@ class Static(Generic[T]):
     """
 
     def __init__(
-        self, structure: PyTreeDef, others: Sequence[object], indices: Sequence[int], *, self_contained: bool = True
+        self, structure: PyTreeDef, others: Sequence[object], indices: Sequence[int], *, self_contained: bool
     ) -> None:
         self.structure, self.others, self.indices = structure, tuple(others), tuple(indices)
         self.self_contained = self_contained
@@ -54,9 +55,7 @@ class Static(Generic[T]):
 
     @cached_property
     def _key(self) -> Hashable:
-        # Numbers are compared by their representations: 0.0 equals -0.0, and NaN does not equal itself.
-        others = tuple(repr(x) if isinstance(x, (float, complex)) else x for x in self.others)
-        return self.structure, others, tuple(map(type, self.others)), self.indices
+        return self.structure, tuple(map(exact, self.others)), self.indices
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -87,12 +86,14 @@ class Units:
         return isinstance(other, Units) and self._key == other._key
 
 
-def partition(tree: T, predicate: Callable[[object], bool]) -> tuple[list[jax.Array], Static[T]]:
-    """The leaves of a pytree that satisfy ``predicate``, and everything else."""
+def partition(
+    tree: T, predicate: Callable[[object], bool], *, self_contained: bool = True
+) -> tuple[list[jax.Array], Static[T]]:
+    """The leaves of a pytree that satisfy ``predicate``, and everything else. ``self_contained`` as for Static."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
     indices = [i for i, leaf in enumerate(leaves) if predicate(leaf)]
     others = replaced(leaves, indices, [None] * len(indices))
-    return [leaves[i] for i in indices], Static(structure, others, indices)
+    return [leaves[i] for i in indices], Static(structure, others, indices, self_contained=self_contained)
 
 
 def is_array(leaf: object) -> bool:

@@ -19,6 +19,7 @@ from implicit_core.backends.jax_internals import (
     eval_jaxpr,
     jaxprs_in_params,
 )
+from implicit_core.records import exact
 
 from .effects import communication_axes, has_named_axes
 from .leaves import Arrays, is_differentiable
@@ -210,13 +211,11 @@ def _value(x: Any, rules: Rules) -> Hashable:
         raise _NoKeyError
     if hasattr(x, "tobytes"):  # an array or a number of NumPy
         return (kind, x.shape, x.dtype, x.tobytes())
-    if isinstance(x, (float, complex)):
-        return (kind, repr(x))  # 0.0 equals -0.0, and NaN does not equal itself
     if is_dataclass(x) and not isinstance(x, type) and kind.__module__.partition(".")[0] == "jax":
         return (kind, *[_value(getattr(x, field.name), rules) for field in fields(x) if field.compare])
     if isinstance(x, CODE) and "<locals>" in getattr(x, "__qualname__", "<locals>"):  # a new object at each call
         raise _NoKeyError
-    return (kind, x)
+    return exact(x)
 
 
 def _closed(x: ClosedJaxpr, rules: Rules) -> Hashable:
@@ -240,11 +239,7 @@ def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     value = _Key((eqn.primitive, _key(call.jaxpr, rules), tuple(_value(const, rules) for const in call.consts)))
     if rules is CUT:
         return value
-    inputs = [v for v in eqn.invars if isinstance(v, Var)]
-    jaxpr = jaxpr.replace(
-        constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=call.jaxpr.debug_info
-    )
-    made = _derivative(jaxpr, pulls="custom_vjp" in eqn.primitive.name)
+    made = _derivative(alone(jaxpr, eqn), pulls="custom_vjp" in eqn.primitive.name)
     if any(isinstance(const, jax.Array) for const in made.consts):  # the rule closes over them, and F does not know
         raise _NoKeyError
     consts = tuple(_value(const, rules) for const in made.consts)
@@ -254,6 +249,14 @@ def _function_with_rule(jaxpr: Jaxpr, eqn: JaxprEqn, rules: Rules) -> Hashable:
     if function not in rules and len(set(rules)) == RULES:
         raise _NoKeyError
     return value, _key(made.jaxpr, (*rules, function)), consts
+
+
+def alone(jaxpr: Jaxpr, eqn: JaxprEqn) -> Jaxpr:
+    """One operation of a jaxpr as a jaxpr of its own, whose inputs are the variables among its operands."""
+    inputs = [x for x in eqn.invars if isinstance(x, Var)]
+    unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    part: Jaxpr = jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed)
+    return part
 
 
 def _derivative(jaxpr: Jaxpr, *, pulls: bool) -> ClosedJaxpr:

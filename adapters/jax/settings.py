@@ -57,9 +57,7 @@ def split(options: LayerOptions) -> tuple[StaticOptions, Arrays]:
 
 def split_record(record: R) -> tuple[Arrays, Static[R]]:
     """The arrays in a record, and the rest of it. A solver that is no record has none."""
-    arrays, static = partition(record, is_array)
-    static.self_contained = _is_ours(record)
-    return arrays, static
+    return partition(record, is_array, self_contained=_is_ours(record))
 
 
 def _is_ours(record: object) -> bool:
