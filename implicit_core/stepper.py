@@ -24,6 +24,10 @@ WITHOUT_STEPS = (
     "Stepper makes the steps of a solver that has init and step, and the loop of Solver.solve, such as Anderson(); got "
     "{solver!r}, which solves in one call: use implicit_core.solve"
 )
+OTHER_MEMORY = (
+    "the state's memory is not the one that {solver!r} has: it is from another solver, other settings or other shapes; "
+    "begin with this one, stepper.init(state.value, z)"
+)
 
 
 class StepperMemory(NamedTuple):
@@ -188,7 +192,8 @@ class Stepper(Generic[H, Z]):
         Raises
         ------
         TypeError, ValueError
-            If ``state`` is no state, or what F returns has a wrong type, structure, shape, dtype or device.
+            If ``state`` is no state, or another solver's, or what F returns has a wrong type, structure, shape, dtype
+            or device.
         """
         checks.no_masks("z", z)
         iteration, carry = self._resumed(state, z)
@@ -197,7 +202,15 @@ class Stepper(Generic[H, Z]):
         with backend.on_device_of(state.value), backend.solving():
             if not backend.immutable:  # Decision 107.
                 carry = carry._replace(memory=_copied(backend, carry.memory))
-            return _state(iteration, iteration.advance(carry, iteration.masks(carry)))
+            try:
+                return _state(iteration, iteration.advance(carry, iteration.masks(carry)))
+            except Exception as error:
+                # Only now, since to make a memory takes as long as a step.
+                if _shapes(backend, carry.memory) != _shapes(
+                    backend, self.solver.init(iteration.system, carry.point.x)
+                ):
+                    raise TypeError(OTHER_MEMORY.format(solver=self.solver)) from error
+                raise
 
     @not_compiled
     def solution(self, state: StepperState[H]) -> Solution[H]:
@@ -261,6 +274,11 @@ def _state(iteration: Iteration, carry: Carry) -> StepperState[Any]:
     if backend.has_autodiff:  # without a graph, a framework may still carry forward-mode tangents
         state = backend.map(lambda x: backend.stop_gradient(x) if backend.is_array(x) else x, state)
     return state
+
+
+def _shapes(backend: Backend, memory: Any) -> Any:
+    leaves, structure = backend.flatten(memory)
+    return structure, [backend.is_array(x) and x.shape for x in leaves]
 
 
 def _copied(backend: Backend, tree: Tree) -> Tree:

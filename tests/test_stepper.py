@@ -343,6 +343,38 @@ def test_a_start_of_numbers_or_of_another_framework() -> None:
     assert torch.is_tensor(state.value)
 
 
+@pytest.mark.parametrize("other", SOLVERS, ids=NAMES)
+def test_a_state_of_another_solver_is_refused_in_a_sentence(library: Library, other: ic.Solver) -> None:
+    make, h0, z = layer(library)
+    problem = make(batch_ndim=1)
+    for solver in SOLVERS:
+        state = ic.Stepper(problem, solver=solver).init(h0, z)
+        if type(solver) is type(other):  # other settings may go on: tolerances that change, for one
+            continue
+        if isinstance(other, ic.FixedPointIteration):  # it has no memory, and goes on from any
+            ic.Stepper(problem, solver=other).step(state, z)
+        else:
+            with pytest.raises(
+                TypeError, match=r"from another solver, other settings or other shapes; .*init\(state.value, z\)"
+            ):
+                ic.Stepper(problem, solver=other).step(state, z)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+def test_an_error_of_f_is_told_as_it_is(library: Library, solver: ic.Solver) -> None:
+    h0 = library.array(np.ones((3, 5)))
+
+    def f(h: Any, z: Any) -> Any:
+        if isinstance(z, str):
+            raise KeyError(z)
+        return 0.5 * h
+
+    stepper = ic.Stepper(ic.Problem(f, jvp=lambda h, z, dh, dz: 0.5 * dh, batch_ndim=1), solver=solver)
+    state = stepper.step(stepper.init(h0, None), None)
+    with pytest.raises(KeyError, match="unknown"):
+        stepper.step(state, "unknown")
+
+
 def test_solvers_without_steps_are_refused_in_a_sentence() -> None:
     class Own(ic.Anderson):
         def solve(self, problem: Any, h0: Any, z: Any, *, trace: bool = False) -> Any:
