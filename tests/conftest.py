@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import jax
 import pytest
@@ -83,6 +84,20 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.node.get_closest_marker("promotes")
     with nullcontext() if marker is None else promoting(*marker.args):
         yield
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """Grows by the seconds of each compilation of JAX."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(autouse=True)
