@@ -98,13 +98,13 @@ def test_arrays_of_two_devices_are_distinguished() -> None:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops make a few steps and do not read their masks; the meta device is treated as any other."""
-    backend = torch_backend.BACKEND
+    kind = type(torch_backend.BACKEND)
 
-    def some_steps(masks: Any, body: Any, carry: Any, max_steps: int, *rest: Any) -> Any:
+    def some_steps(backend: Any, masks: Any, body: Any, carry: Any, max_steps: int, *rest: Any) -> Any:
         return backend.repeat(lambda c: body(c, masks(c)), carry, min(4, max_steps))
 
-    monkeypatch.setattr(backend, "while_loop", some_steps)
-    monkeypatch.setattr(backend, "readable", lambda x: True)
+    monkeypatch.setattr(kind, "while_loop", some_steps)
+    monkeypatch.setattr(kind, "readable", lambda self, x: True)
     monkeypatch.setattr(torch_layer, "without_numbers", lambda h0: False)
 
 

@@ -336,7 +336,8 @@ def test_the_trace_needs_a_number_of_steps_that_is_known() -> None:
     expected = residuals(solver)
     assert expected.shape == (6, 4)
     np.testing.assert_allclose(jax.jit(residuals)(as_arrays(solver, ["rtol"])), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(residuals(as_arrays(solver, ["max_steps"])), expected)
+    # Another program, which may round otherwise.
+    np.testing.assert_allclose(residuals(as_arrays(solver, ["max_steps"])), expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(TypeError, match="trace=True needs a max_steps that is known when the program is traced"):
         jax.jit(residuals)(as_arrays(solver, ["max_steps"]))
 
@@ -782,8 +783,7 @@ def test_settings_on_several_devices(make: Any) -> None:
         solution = ic.fixed_point(f, jnp.zeros_like(x), (w, x), solver=solver, gradient=gradient, batch_ndim=1)
         return jnp.sum(solution.value**2)
 
-    axis = {"axis_names": ("data",), "axis_shapes": (2,)}
-    mesh = jax.make_mesh(**axis, axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     total = jax.shard_map(
         lambda *args: jax.lax.psum(of_shard(*args), "data"),
@@ -792,7 +792,7 @@ def test_settings_on_several_devices(make: Any) -> None:
         out_specs=spec(),
     )
     np.testing.assert_allclose(jax.jit(jax.grad(total))(W, X, *arrays), expected, rtol=1e-9, atol=1e-12)
-    mesh = jax.make_mesh(**axis, axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(X, jax.sharding.NamedSharding(mesh, spec("data")))
         found = jax.jit(jax.grad(of_shard))(W, sharded, *arrays)

@@ -326,9 +326,8 @@ def test_a_trace_under_transformations() -> None:
         largest = np.asarray(jax.jit(lambda w, x: jnp.nanmax(trace(w, x)[1], axis=0))(w, x))
         with pytest.raises(FloatingPointError):  # the NaN in a result of a compiled program cannot be told apart
             jax.jit(trace)(w, x)
-    np.testing.assert_allclose(mapped.T, plain, atol=1e-12)
-    np.testing.assert_array_equal(within, plain)
-    np.testing.assert_allclose(largest, np.nanmax(plain, axis=0), atol=1e-12)
+    for found, expected in ((mapped.T, plain), (within, plain), (largest, np.nanmax(plain, axis=0))):
+        np.testing.assert_allclose(found, expected, atol=1e-9)  # other programs, which may round otherwise
 
 
 # What makes NaN on purpose.
