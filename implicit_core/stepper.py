@@ -206,9 +206,8 @@ class Stepper(Generic[H, Z]):
                 return _state(iteration, iteration.advance(carry, iteration.masks(carry)))
             except Exception as error:
                 # Only now, since to make a memory takes as long as a step.
-                if _shapes(backend, carry.memory) != _shapes(
-                    backend, self.solver.init(iteration.system, carry.point.x)
-                ):
+                own = self.solver.init(iteration.system, carry.point.x)
+                if _shapes(backend, carry.memory) != _shapes(backend, own):
                     raise TypeError(OTHER_MEMORY.format(solver=self.solver)) from error
                 raise
 

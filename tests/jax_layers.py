@@ -15,6 +15,17 @@ from implicit_core.adapters import jax as icj
 SOLVER = ic.FixedPointIteration(rtol=1e-13, max_steps=300)
 EXACT = ic.Implicit(ic.Richardson(rtol=1e-13))  # compiled in a fraction of the time that GMRES takes
 CONVERGED = [EXACT, ic.Neumann(300, 1.0), ic.Unroll(300, 1.0), ic.BPTT(300)]
+GRADIENTS = [
+    ic.Unroll(20, 1.0),
+    ic.Unroll(20, 1.0, recompute=True),
+    ic.Neumann(40, 1.0),
+    ic.NeumannSeries(1.0, 1e-9),
+    ic.OneStep(),
+    ic.Implicit(),
+    ic.Implicit(ic.BiCGSTAB()),
+    ic.BPTT(40),
+]
+"""Every estimator, exact to three digits or more for a map of contraction 0.5, but for one step."""
 Layer = Callable[[jax.Array, jax.Array], jax.Array]
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_layers import GRADIENTS
 
 import implicit_core as ic
 from implicit_core.adapters.jax import maps, programs
@@ -20,16 +21,6 @@ from implicit_core.adapters.jax import maps, programs
 W = 0.4 * np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
 X = np.random.default_rng(1).normal(size=(4, 3))
 SOLVERS = [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden(), ic.NewtonKrylov()]
-GRADIENTS = [
-    ic.Unroll(20, 1.0),
-    ic.Unroll(20, 1.0, recompute=True),
-    ic.Neumann(40, 1.0),
-    ic.NeumannSeries(1.0, 1e-9),
-    ic.OneStep(),
-    ic.Implicit(),
-    ic.Implicit(ic.BiCGSTAB()),
-    ic.BPTT(40),
-]
 
 
 def exact(w: Any, x: Any) -> tuple[Any, Any]:

@@ -6,21 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_layers import GRADIENTS
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
 
 SOLVERS = [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()]
-GRADIENTS = [
-    ic.Unroll(20, 1.0),
-    ic.Unroll(20, 1.0, recompute=True),
-    ic.Neumann(40, 1.0),
-    ic.NeumannSeries(1.0, 1e-9),
-    ic.OneStep(),
-    ic.Implicit(),
-    ic.Implicit(ic.BiCGSTAB()),
-    ic.BPTT(40),
-]
 
 
 def reads(h: Any, z: Any) -> Any:
