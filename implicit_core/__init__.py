@@ -33,6 +33,8 @@ from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
 from .problem import Linearization, Problem
+from .root import root
+from .root_problem import RootProblem
 from .solution import (
     CONVERGED,
     DIVERGED,
@@ -88,6 +90,7 @@ __all__ = [
     "Problem",
     "Report",
     "Richardson",
+    "RootProblem",
     "Solution",
     "SolveError",
     "Solver",
@@ -100,6 +103,7 @@ __all__ = [
     "check",
     "fixed_point",
     "magnitudes",
+    "root",
     "solve",
     "solve_linear",
     "to_complex",

@@ -11,7 +11,7 @@ from . import checks
 from .arrays import Array, H, PyTree, State, Z
 from .backend import WrittenArgumentError
 from .coupling import coupling, is_rounding, random_state, repeated, separating, testable, unchecked
-from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, with_derivatives, zero_tangent
+from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, zero_tangent
 from .registry import find_adapter, find_backend
 from .solution import Status
 from .solve import as_solver, solve
@@ -224,7 +224,7 @@ def check(
         if not is_function:
             found.notes.append("derivatives, which an F like this has none of")
             return found.report(problem, "h0")
-        made = with_derivatives(problem, (h0, z))
+        made = problem.with_derivatives((h0, z))
         problem = _pullbacks_alone(made) if changed and made is not problem else made
         with undisturbed(problem.f, h0):
             return _at_a_point(problem, space, h0, z, solver, seed, found)

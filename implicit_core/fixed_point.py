@@ -81,22 +81,29 @@ def fixed_point(
     >>> bool(solution.status == ic.CONVERGED)
     True
     """
-    checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
-    checks.instance("throw", throw, bool, "True")
-    checks.instance("trace", trace, bool, "True")
+    options = LayerOptions(as_solver(solver), gradient, throw, trace)
+    return layered(f, lambda f: as_problem(f, batch_ndim, scale), h0, z, options, has_aux=has_aux)
+
+
+def layered(
+    f: Any, problem: Callable[[Any], Problem[H, Z]], h0: H, z: Z, options: LayerOptions, *, has_aux: bool
+) -> Solution[H]:
+    """The layer of ``problem(f)``, with the auxiliary result of f if it has one."""
+    checks.instance("gradient", options.gradient, Estimator, "Unroll(k=5, lam=0.5)")
+    checks.instance("throw", options.throw, bool, "True")
+    checks.instance("trace", options.trace, bool, "True")
     checks.instance("has_aux", has_aux, bool, "True")
     checks.supported("h0", h0)  # before an adapter makes it an array of its framework
     checks.no_masks("z", z)
-    options = LayerOptions(as_solver(solver), gradient, throw, trace)
     if not has_aux:
-        return _by_layer(as_problem(f, batch_ndim, scale), h0, z, options)
+        return _by_layer(problem(f), h0, z, options)
     if isinstance(f, Problem):
         raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
 
     def both(h: H, z: Z) -> tuple[H, PyTree]:
         return checks.with_aux(f(h, z))
 
-    solution = _by_layer(as_problem(lambda h, z: both(h, z)[0], batch_ndim, scale), h0, z, options)
+    solution = _by_layer(problem(lambda h, z: both(h, z)[0]), h0, z, options)
     # Decision 15.
     backend = find_backend(solution.value)
     with backend.on_device_of(solution.value):

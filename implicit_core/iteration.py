@@ -17,11 +17,11 @@ from . import checks, progress, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
 from .carry import Best, Carry, Count, Point
-from .problem import Problem, with_derivatives
+from .problem import Problem
 from .progress import Progress, Start
 from .records import is_array
 from .solution import CoupledSamplesError, Solution, Stats, Status
-from .system import System
+from .system import system_of
 from .warnings_ import warn
 
 if TYPE_CHECKING:
@@ -113,15 +113,18 @@ class Iteration:
         self.checked = False
         self.units: Numbers | None = None
         if solver.uses_jacobian and isinstance(problem, Problem):
-            problem = with_derivatives(problem, h0)
-        self.system = System(problem, h0, z)
+            problem = problem.with_derivatives(h0)
+        self.system = system_of(problem, h0, z)
         self.space = self.system.space
         self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
         solver = self.solver = settings.bound(solver, self.space, constant=True)
-        self.atol: Numbers = self.space.scalar(settings.absolute(self.space, solver.absolute_tolerance))
+        # A root's default is zero: any other number would be in the units of somebody else's g.
+        of_root = self.system.is_root and solver.atol is None
+        self.absolute = 0.0 if of_root else solver.absolute_tolerance
+        self.atol: Numbers = self.space.scalar(settings.absolute(self.space, self.absolute))
         self.rtol = progress.reachable(self.space, solver.rtol)
         # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
-        self.forced = settings.is_zero(solver.rtol) and settings.is_zero(solver.absolute_tolerance)
+        self.forced = settings.is_zero(solver.rtol) and settings.is_zero(self.absolute)
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
         self.unmodified: Any = True
         self.start: Start  # unless the number of steps is forced
@@ -167,7 +170,8 @@ class Iteration:
 
     def _measure_in(self, units: Numbers) -> None:
         self.units = units
-        self.space = self.system.space = self.space.in_units(units)
+        self.system.in_units(units)
+        self.space = self.system.space
         self.atol = self.atol / units
 
     def _run(self) -> Solution[Any]:
@@ -187,7 +191,7 @@ class Iteration:
         h = space.unpack(start)
         kept = self._kept(h)
         # An infinite start is no start.
-        point, jacobian = self.measure(start, h, 0, lambda norm, _: finite(norm))
+        point, operator = self.measure(start, h, 0, lambda norm, _: finite(norm))
         if only:
             point = self._measured_in_units(point)
         # If F wrote to its argument, no sample is active: the first read of the loop shows it, without an extra read.
@@ -201,7 +205,7 @@ class Iteration:
         if self.unread is not None:
             if self.noticed is not None:
                 self.noticed.append(self.unread)
-            large = not self.forced and solver.absolute_tolerance > space.smallest
+            large = not self.forced and self.absolute > space.smallest
             if large is not False:
                 self.unread = self.unread & ~progress.both(point.norm <= self.atol, large)
             point = point._replace(active=point.active & ~self.unread)
@@ -213,18 +217,18 @@ class Iteration:
         if not self.forced:
             tolerance = self.tolerance(point.f_norm)
             cap = progress.largest_converged(space, point.norm, tolerance, self.rtol)
-            plain = self.units is None and not is_array(solver.absolute_tolerance)
-            atol = space.full(solver.absolute_tolerance) if plain else self.atol + space.full(0.0)
-            scale = settings.quotient(space, solver.absolute_tolerance if plain else atol, self.rtol)
+            plain = self.units is None and not is_array(self.absolute)
+            atol = space.full(self.absolute) if plain else self.atol + space.full(0.0)
+            scale = settings.quotient(space, self.absolute if plain else atol, self.rtol)
             self.start = Start(cap, point.norm, point.f_norm, scale)
-            floor = space.full(0.0) if jacobian is not None else None
+            floor = space.full(0.0) if operator is not None else None
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             point = point._replace(active=point.active & (point.norm > tolerance))
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
-        memory = self._observed(solver.init(self.system, point.x), point, jacobian)
+        memory = self._observed(solver.init(self.system, point.x), point, operator)
         return Carry(point, made, settled, steps, best, trace, memory)
 
     def _kept(self, h: PyTree) -> State | None:
@@ -242,29 +246,24 @@ class Iteration:
     def measure(
         self, x: State, h: PyTree, index: Index, is_active: Callable[[Numbers, Numbers], Mask]
     ) -> tuple[Point, Operator | None]:
-        """F at x, which is h in the user's form, and the Jacobian if the solver uses it.
+        """F at x, which is h in the user's form, and ``v -> (I - ∂F/∂h) v`` there if the solver uses it.
 
         ``is_active(norm, f_norm)`` says which samples are not finished, and is false for NaN.
         """
-        space, jacobian = self.space, None
-        if self.solver.uses_jacobian:  # Decision 21.
-            f, jacobian = self.system.linearize(h)
-        else:
-            f = self.system.evaluate(h)
-        if self.solver.copies_results and not space.backend.immutable:
-            f = space.copy(f)  # Decision 6.
-        residual = space.sub(f, x)
-        norm, f_norm = space.norm(residual), space.norm(f)
+        solver = self.solver
+        copies = solver.copies_results and not self.space.backend.immutable  # Decision 6.
+        found = self.system.evaluate(x, h, copies=copies, linearizes=solver.uses_jacobian)
         # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
         # Decisions 2 and 3.
-        return Point(x, f, residual, norm, f_norm, is_active(norm, f_norm), index), jacobian
+        active = is_active(found.norm, found.f_norm)
+        return Point(x, found.f, found.residual, found.norm, found.f_norm, active, index), found.operator
 
-    def _observed(self, memory: Any, point: Point, jacobian: Operator | None) -> Any:
+    def _observed(self, memory: Any, point: Point, operator: Operator | None) -> Any:
         """The solver's memory after an evaluation, the last of which no step follows."""
-        if jacobian is not None and not self.stepwise:
+        if operator is not None and not self.stepwise:
             another = point.index + 1 < self.solver.max_steps
             point = point._replace(active=progress.both(point.active, another))
-        return self.solver.observe(self.system, memory, point, jacobian)
+        return self.solver.observe(self.system, memory, point, operator)
 
     def tolerance(self, f_norm: Numbers) -> Numbers:
         """The tolerance, atol + rtol ‖F(x)‖."""
@@ -296,23 +295,28 @@ class Iteration:
             return None if self.units is not None else self.space.out_of_range(point.f_norm)
         return None if settled is None or settled is point.norm or self.checked else point.norm > settled
 
+    def _measured(self, point: Point) -> State:
+        """The state whose squares may leave the range of numbers."""
+        return point.residual if self.system.is_root else point.f
+
     def _measured_in_units(self, point: Point) -> Point:
         """The only point of a solve, with its norms in units of its own size, which needs no read to begin again."""
-        space = self.space
-        units = self.units = space.magnitude(point.f)
+        space, measured = self.space, self._measured(point)
+        units = self.units = space.magnitude(measured)
         self.atol = self.atol / units
-        norm, f_norm = (space.norm(space.divide(x, units)) for x in (point.residual, point.f))
+        norm, f_norm = (space.norm(space.divide(x, units)) for x in (point.residual, measured))
         return point._replace(norm=norm, f_norm=f_norm, active=finite(norm))
 
     def _outside(self, point: Point) -> Mask:
         """Where squares leave the range of numbers; not where F(h) is zero, or itself not finite."""
-        return self.space.out_of_range(point.f_norm) & self.space.out_of_range(self.space.magnitude(point.f))
+        magnitude = self.space.magnitude(self._measured(point))
+        return self.space.out_of_range(point.f_norm) & self.space.out_of_range(magnitude)
 
     def _note(self, carry: Carry) -> None:
         """Look closer, since the mask that was watched holds in some sample."""
         if carry.point.index == 0:
             if bool(self.space.xp.any(self._outside(carry.point))):
-                raise _OutOfRangeError(self.space.magnitude(carry.point.f))
+                raise _OutOfRangeError(self.space.magnitude(self._measured(carry.point)))
         else:
             self._check_samples(carry)
             self.checked = True
@@ -340,13 +344,13 @@ class Iteration:
         h = space.unpack(x)
         # A write to a start of zeros may have changed nothing.
         kept = self._kept(h) if isinstance(before.index, int) and before.index == 0 else None
-        point, jacobian = self.measure(x, h, before.index + 1, is_active)
+        point, operator = self.measure(x, h, before.index + 1, is_active)
         if kept is not None:
             self.unmodified = self.unmodified & self._is_left(kept, h)
             point = point._replace(active=point.active & self.unmodified)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
-            made, point = self._judge(made, best, point, jacobian)
+            made, point = self._judge(made, best, point, operator)
         settled = carry.settled
         if settled is not None:
             latest = space.select(active, point.norm, settled)
@@ -358,7 +362,7 @@ class Iteration:
             lasting = steps.array(space) - best.steps.array(space) < PATIENCE
             retry = ~finite(point.norm) & finite(best.norm) & lasting
             point = point._replace(active=point.active | retry)
-        memory = self._observed(memory, point, jacobian)
+        memory = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
 
@@ -400,7 +404,7 @@ class Iteration:
             valid = valid & ~self.unread
         last, norm, f_norm, converged = self._returned(carry, valid)
         status = self._status(carry, valid, norm)
-        if not self.forced:
+        if not (self.forced or self.system.is_root):
             hidden = progress.is_hidden(space, self.start.cap, f_norm)
             status = space.select(converged & hidden, Status.DIVERGED.value, status)
             converged = converged & ~hidden
@@ -463,7 +467,7 @@ class Iteration:
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
     def _judge(
-        self, made: Progress, best: Best | None, point: Point, jacobian: Operator | None
+        self, made: Progress, best: Best | None, point: Point, operator: Operator | None
     ) -> tuple[Progress, Point]:
         """The point, where samples without progress are no longer active."""
         space, evaluations = self.space, point.index + 1
@@ -484,12 +488,11 @@ class Iteration:
         marked_least = space.select(now, least, made.marked_least)
         active, floor = point.active & ~ended, made.floor
         late = evaluations >= progress.FIRST_ROUNDING
-        if floor is not None and jacobian is not None and late is not False:
+        if floor is not None and operator is not None and late is not False:
             small = (point.norm <= cap) & (point.norm <= progress.LARGEST_ROUNDING * point.f_norm)
             stalled = (least > progress.HALF * made.marked_least) & late
-            rounding = progress.is_rounding(
-                space, point.x, point.f, point.residual, jacobian, progress.both_known(now, late)
-            )
+            when = progress.both_known(now, late)
+            rounding = progress.is_rounding(space, point, operator, when, of_root=self.system.is_root)
             rounding = rounding & stalled & active & small & now
             floor, active = space.select(rounding, point.norm, floor), active & ~rounding
         made = Progress(cap, atol, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
@@ -501,8 +504,9 @@ class Iteration:
         assert carry.settled is not None
         if not bool(space.xp.any(self._moved(point, carry.settled))):
             return
-        f, again = (self.system.evaluate(space.unpack(space.copy(point.x))) for _ in range(2))
-        apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * point.f_norm
+        h = space.unpack(space.copy(point.x))
+        f, again = (self.system.evaluate(point.x, h, copies=True).residual for _ in range(2))
+        apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * self._rounded_size(point)
         if bool(space.xp.any(apart)):
             warn(CHANGES, ChangingFunctionWarning, once=True)
         else:
@@ -510,8 +514,13 @@ class Iteration:
 
     def _moved(self, point: Point, settled: Numbers) -> Mask:
         """The samples whose residual rose above ``settled`` by more than rounding can explain."""
-        moved: Mask = point.norm - settled > MOVED * self.space.coarsest_eps * point.f_norm
+        moved: Mask = point.norm - settled > MOVED * self.space.coarsest_eps * self._rounded_size(point)
         return moved
+
+    def _rounded_size(self, point: Point) -> Numbers:
+        """The size of numbers whose rounding errors are in a residual."""
+        # Of a root the residual at the start may be far smaller.
+        return point.f_norm + self.space.norm(point.x) if self.system.is_root else point.f_norm
 
     def _check(self, stepped: Any, x: State) -> None:
         """The first step is a pair of a state and a memory."""

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol
 
 from . import progress, settings
 from .arrays import H, Numbers, Z
-from .estimators import Estimator
+from .estimators import AtFixedPoint, Estimator
 from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
@@ -55,7 +55,9 @@ class Layer(Protocol):
 def undifferentiated(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
     """The layer of a framework without autodiff."""
     solution = solver_point(problem, h0, z, options)
-    watched = Watched(problem)
+    if isinstance(options.gradient, AtFixedPoint):
+        return told(solution, options, problem, ())
+    watched = Watched(problem.fixed_point_form(solution.value, z))
     value = options.gradient.value(watched.problem, solution.value, z)
     return watched.told(solution._replace(value=value), options)
 

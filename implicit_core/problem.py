@@ -262,6 +262,14 @@ class Problem(Generic[H, Z]):
             scale=self.scale,
         )
 
+    def with_derivatives(self, arrays: PyTree) -> "Problem[H, Z]":
+        """The problem, with the derivatives of the arrays' framework if it has none and there is an adapter."""
+        adapter = None if self.has_derivatives else find_adapter(arrays)
+        if adapter is None:
+            return self
+        made: Problem[H, Z] = adapter.problem(self.f, batch_ndim=self.batch_ndim, scale=self.scale)
+        return made
+
     def space(self, h: H, name: str = "h") -> Space:
         """The vector space of states shaped as h, which errors call ``name``."""
         return find_backend(h, name).space(h, self.batch_ndim, name, self.scale)
@@ -287,6 +295,11 @@ class Problem(Generic[H, Z]):
 
             watched._linearize = watched_linearize
         return watched
+
+    def fixed_point_form(self, h: H, z: Z, *, relaxed: bool = True) -> "Problem[H, Z]":
+        """The fixed-point problem that estimators differentiate: this one; see :class:`RootProblem` for roots."""
+        del h, z, relaxed
+        return self
 
     def left_out(self, h: H, z: Z) -> tuple[str, ...]:
         """What F could be differentiated in besides h and z, in words. Of callbacks nothing is known.
@@ -337,15 +350,6 @@ class Problem(Generic[H, Z]):
         if jvp is not None:
             push = backend.guarded(lambda h, dh, dz: jvp(h, z, dh, dz), "jvp", "h", "dh", "dz")
         return Linearization(value, vjp=pull and partial(pull, h), jvp=push and partial(push, h))
-
-
-def with_derivatives(problem: Problem[H, Z], arrays: PyTree) -> Problem[H, Z]:
-    """The problem, with the derivatives of the arrays' framework if it has none and there is an adapter."""
-    adapter = None if problem.has_derivatives else find_adapter(arrays)
-    if adapter is None:
-        return problem
-    made: Problem[H, Z] = adapter.problem(problem.f, batch_ndim=problem.batch_ndim, scale=problem.scale)
-    return made
 
 
 def as_problem(f: Problem[H, Z] | Map[H, Z], batch_ndim: int | None, scale: Any = None) -> Problem[H, Z]:

@@ -6,12 +6,15 @@ of a few checkpoints (Decision 70).
 """
 
 import random
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import settings
 from .arrays import Index, Mask, Numbers, Operator, Real, State
 from .backend import Known
 from .space import Space, signs
+
+if TYPE_CHECKING:
+    from .carry import Point
 
 NEAR = 10.0
 """A start within this many tolerances is near its fixed point, and needs the tolerance alone."""
@@ -126,19 +129,20 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     return hidden
 
 
-def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Operator, when: Known) -> Mask:
+def is_rounding(space: Space, point: "Point", operator: Operator, when: Known, *, of_root: bool) -> Mask:
     """Where rounding errors of F explain F(x) - x, in every component (Decision 90).
 
-    They are some ε |J| |x|, which products of J with x under random signs estimate, from below. Unless ``when`` holds,
-    there are no products, and the result means nothing.
+    They are some ε |A| |x| with A = I - ∂F/∂h, the operator, which products of A with x under random signs estimate,
+    from below. In F(x) - x itself x and F(x) are rounded, besides; the residual of a root is g alone. Unless ``when``
+    holds, there are no products, and the result means nothing.
     """
-    xp, rows = space.xp, signs(space, random.Random(0), SIGNS)
-    sizes = [xp.abs(a) + xp.abs(b) for a, b in zip(x, f, strict=True)]
+    xp, rows, x = space.xp, signs(space, random.Random(0), SIGNS), point.x
+    sizes = [0.0 if of_root else xp.abs(a) + xp.abs(b) for a, b in zip(x, point.f, strict=True)]
 
     def product(carry: tuple[Index, State]) -> tuple[Index, State]:
         i, largest = carry
         flipped = State(tuple(space.take(s, i, 0) * a for s, a in zip(rows, x, strict=True)))
-        products = zip(largest, jacobian(flipped), strict=True)
+        products = zip(largest, operator(flipped), strict=True)
         return i + 1, State(tuple(xp.maximum(a, xp.abs(b)) for a, b in products))
 
     start = space.shard(State(tuple(xp.zeros_like(a) for a in x)))
@@ -147,7 +151,7 @@ def is_rounding(space: Space, x: State, f: State, residual: State, jacobian: Ope
     beyond = State(
         tuple(
             xp.astype(xp.abs(r) > EXPLAINED * float(space.backend.finfo(dtype).eps) * (a + b), space.dtype)
-            for r, a, b, dtype in zip(residual, largest, sizes, space.dtypes, strict=True)
+            for r, a, b, dtype in zip(point.residual, largest, sizes, space.dtypes, strict=True)
         )
     )
     # The largest, since a sample may extend over devices.

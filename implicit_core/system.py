@@ -1,10 +1,34 @@
-"""A problem at one z, as the solvers see it."""
+"""A problem at one z, as the solvers see it: a residual, and its derivative."""
 
-from typing import Any
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from . import checks
-from .arrays import Operator, PyTree, State
+from .arrays import Array, Numbers, Operator, PyTree, State
 from .problem import Problem
+from .root_problem import RootProblem
+from .space import Space
+
+
+class Evaluation(NamedTuple):
+    """F at a point.
+
+    Attributes
+    ----------
+    f, residual
+        F(x), and F(x) - x, states.
+    norm, f_norm
+        ‖F(x) - x‖₂, and what a relative tolerance refers to, (N, 1).
+    operator
+        ``v -> (I - ∂F/∂h) v`` at x, if it was asked for.
+    """
+
+    f: State
+    residual: State
+    norm: Numbers
+    f_norm: Numbers
+    operator: Operator | None
 
 
 class System:
@@ -16,23 +40,104 @@ class System:
         The problem, a pytree with the state's shapes, and the inputs and parameters.
     """
 
+    is_root = False
+
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
-        checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
         self.problem, self.z = problem, z
         self.space = problem.space(h0, "h0")
         self.f = self.space.backend.protected(problem.f)
 
-    def evaluate(self, h: PyTree) -> State:
-        """F(h, z)."""
-        return self._accept(self.f(h, self.z))
+    def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:
+        """F at x, which is h in the user's form, in new memory with ``copies``: F may reuse its own."""
+        space, operator = self.space, None
+        if linearizes:  # Decision 21.
+            at = self.problem.linearize(h, self.z).require("jvp_h")
+            f = self._accept(at.value)
 
-    def linearize(self, h: PyTree) -> tuple[State, Operator]:
-        """F(h, z) and ``v -> (∂F/∂h) v`` there, for one evaluation of F."""
-        at = self.problem.linearize(h, self.z).require("jvp_h")
-        return self._accept(at.value), lambda v: self.space.pack(at.jvp_h(self.space.unpack(v)))
+            def operator(v: State) -> State:
+                return self.space.sub(v, self.space.pack(at.jvp_h(self.space.unpack(v))))
+
+        else:
+            f = self._accept(self.f(h, self.z))
+        f = space.copy(f) if copies else f
+        residual = space.sub(f, x)
+        return Evaluation(f, residual, space.norm(residual), space.norm(f), operator)
+
+    def in_units(self, units: Numbers) -> None:
+        """From now on, measure residuals in ``units``, (N, 1)."""
+        self.space = self.space.in_units(units)
+
+    def part(self, samples: Array, take: Callable[[Any], Any], like: PyTree, z: PyTree) -> "System":
+        """The system of some of the samples, with states shaped as ``like``; ``take`` takes them from an array."""
+        part = copy.copy(self)
+        part.space, part.z = self.space.part(like, samples), z
+        part._take(samples, take, like)
+        return part
+
+    def _take(self, samples: Array, take: Callable[[Any], Any], like: PyTree) -> None:
+        """Take the part of what a subclass holds besides."""
 
     def _accept(self, value: PyTree) -> State:
-        tracing = self.space.backend.tracing
-        if tracing is not None:
-            value = self.space.backend.map(tracing.constant, value)
-        return self.space.accept("the result of f", value)
+        return self.space.accept("the result of f", _constant(self.space, value))
+
+
+class RootSystem(System):
+    """g(·, z), as the F(x) = x - g(x) whose fixed points are its roots.
+
+    The residual is computed from g alone, so that it is as accurate as g is, whatever the size of x. A relative
+    tolerance refers to the residual at the start.
+
+    Attributes
+    ----------
+    image
+        The space of g, whose units are ``g_scale``.
+    first
+        The norm of the residual at the start, once it is known, (N, 1).
+    """
+
+    is_root = True
+
+    def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree) -> None:
+        super().__init__(problem, h0, z)
+        self.image: Space = problem.image(h0)
+        self.first: Numbers | None = None
+
+    def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:
+        """The residual -g(x). What is returned is always in new memory."""
+        del copies
+        operator = None
+        if linearizes:
+            at = self.problem.linearize(h, self.z).require("jvp_h")
+            g = self._accept(at.value)
+
+            def operator(v: State) -> State:
+                return self.image.pack(at.jvp_h(self.space.unpack(v)))
+
+        else:
+            g = self._accept(self.f(h, self.z))
+        residual = self.space.scale(-1.0, g)
+        norm = self.space.norm(residual)
+        if self.first is None:
+            self.first = norm
+        return Evaluation(self.space.add(x, residual), residual, norm, self.first, operator)
+
+    def in_units(self, units: Numbers) -> None:
+        """See :class:`System`."""
+        self.image, self.first = self.image.in_units(units), None
+
+    def _take(self, samples: Array, take: Callable[[Any], Any], like: PyTree) -> None:
+        self.image, self.first = self.image.part(like, samples), take(self.first)
+
+    def _accept(self, value: PyTree) -> State:
+        return self.image.accept("the result of g", _constant(self.image, value))
+
+
+def _constant(space: Space, value: PyTree) -> PyTree:
+    tracing = space.backend.tracing
+    return value if tracing is None else space.backend.map(tracing.constant, value)
+
+
+def system_of(problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> System:
+    """The system of a fixed-point problem, or of a root."""
+    checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
+    return RootSystem(problem, h0, z) if isinstance(problem, RootProblem) else System(problem, h0, z)

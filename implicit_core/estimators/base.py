@@ -211,10 +211,14 @@ class AtFixedPoint(Estimator):
         """The solver's point, unchanged."""
         return h
 
+    def _form(self, problem: Problem[H, Z], h: H, z: Z) -> Problem[H, Z]:
+        """The problem that is differentiated, of a fixed point."""
+        return problem.fixed_point_form(h, z, relaxed=self.derivative is not Derivative.OF_SOLUTION)
+
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """See :meth:`Estimator.vjp`."""
         space = bind(problem, h).dual
-        at = problem.linearize(h, z).require("vjp_h", "vjp_z")
+        at = self._form(problem, h, z).linearize(h, z).require("vjp_h", "vjp_z")
         jacobian = on_states(at.vjp_h, space, space)
 
         def pullback(h_bar: H) -> Z:
@@ -229,7 +233,7 @@ class AtFixedPoint(Estimator):
         """See :meth:`Estimator.jvp`."""
         space = bind(problem, h)
         checks.like_z(space.backend, "dz", dz, z)
-        at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+        at = self._form(problem, h, z).linearize(h, z).require("jvp_h", "jvp_z")
         jacobian = on_states(at.jvp_h, space, space)
         with space.backend.on_device_of(h):
             # Copied, since a callback may return the same array at every call.

@@ -67,8 +67,8 @@ class Unroll(Terms, Estimator):
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         space = bind(problem, h)
+        problem = problem.fixed_point_form(h, z)
         lam = settings.bound(self, space).lam
-
         backend = space.backend
 
         def step(problem: Problem[H, Z], h: H) -> H:
@@ -87,6 +87,7 @@ class Unroll(Terms, Estimator):
     def vjp_with(self, growth: GrowthTest, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """:meth:`vjp`, with a test in the name of another estimator."""
         space = bind(problem, h)
+        problem = problem.fixed_point_form(h, z)
         lam = settings.bound(self, space).lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
@@ -115,6 +116,7 @@ class Unroll(Terms, Estimator):
 
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         space = bind(problem, h)
+        problem = problem.fixed_point_form(h, z)
         lam = settings.bound(self, space).lam
         checks.like_z(space.backend, "dz", dz, z)
         with space.backend.on_device_of(h):

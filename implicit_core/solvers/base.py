@@ -130,10 +130,11 @@ class Solver(Record, ABC):
     def init(self, system: System, x: State) -> Any:
         """The method's memory before the first step, which starts at ``x``."""
 
-    def observe(self, system: System, memory: Any, point: Point, jacobian: Operator | None) -> Any:
+    def observe(self, system: System, memory: Any, point: Point, operator: Operator | None) -> Any:
         """The memory after F was evaluated at a point.
 
-        ``jacobian`` is ``v -> (∂F/∂h) v`` at ``point.x`` if ``uses_jacobian`` is set. It can be used here alone. In the
+        ``operator`` is ``v -> (I - ∂F/∂h) v`` at ``point.x``, where minus the residual has this derivative, if
+        ``uses_jacobian`` is set. It can be used here alone. In the
         last evaluation of such a solver ``point.active`` holds in no sample, as no step follows.
         """
         return memory

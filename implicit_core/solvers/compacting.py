@@ -170,8 +170,8 @@ class _Compacting(Iteration):
         """The solution, if F of all rows has the residuals that are told."""
         space, stats = self.space, solution.stats
         x = space.pack(solution.value)
-        f = self.system.evaluate(space.unpack(space.copy(x)))
-        norm, f_norm = space.norm(space.sub(f, x)), space.norm(f)
+        evaluation = self.system.evaluate(x, space.unpack(space.copy(x)))
+        norm, f_norm = evaluation.norm, evaluation.f_norm
         told, tolerance = (
             space.xp.reshape(numbers, (-1, 1))
             if self.units is None
@@ -222,9 +222,8 @@ class _Compacting(Iteration):
 
         part = copy.copy(self)
         like = backend.map(lambda a: backend.rows(a, rows), self.space.like)
-        part.space = self.space.part(like, samples)
-        part.system = copy.copy(self.system)
-        part.system.space, part.system.z = part.space, self._of_rows(lambda a: backend.rows(a, rows))
+        part.system = self.system.part(samples, take, like, self._of_rows(lambda a: backend.rows(a, rows)))
+        part.space = part.system.space
         part.atol, part.units, part.unread = take(self.atol), take(self.units), None
         if not self.forced:
             part.start = Start(*map(take, self.start))

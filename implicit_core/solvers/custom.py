@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from .. import checks, progress, settings
 from ..arrays import H, PyTree, Real, Z
-from ..problem import Problem, with_derivatives
+from ..problem import Problem
 from ..records import Record
 from ..registry import find_backend
 from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
@@ -77,7 +77,7 @@ class CallableSolver(Record):
         # A copy: h0, and what the function returns, may be in memory that F writes its results to.
         kept = backend.map(lambda x: backend.xp.asarray(x, copy=True), backend.map(backend.stop_gradient, h0))
         with backend.solving():
-            given = with_derivatives(problem.replace_f(counted), h0)
+            given = problem.replace_f(counted).with_derivatives(h0)
             h = self.function(given, backend.map(backend.stop_gradient, h0), z)
         h = checks.like(backend, "the result of the solver", h, h0, "h0")
         n = problem.batch_ndim

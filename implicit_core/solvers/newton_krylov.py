@@ -73,8 +73,8 @@ class NewtonKrylov(Solver):
         largest = float(space.backend.finfo(space.dtype).max)  # any residual is enough
         return Memory(x, space.full(largest), space.zeros(), space.full(1.0))
 
-    def observe(self, system: System, memory: Memory, point: Point, jacobian: Operator | None) -> Memory:
-        assert jacobian is not None  # uses_jacobian
+    def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
+        assert operator is not None  # uses_jacobian
         space, where = system.space, system.space.xp.where
         enough = point.norm <= (1 - SUFFICIENT * memory.fraction) * memory.norm
         accept = point.active & (enough | (memory.fraction < SHORTEST))
@@ -82,7 +82,7 @@ class NewtonKrylov(Solver):
         rhs = space.where(accept, point.residual, space.zeros())
         check = self.check and self.freeze and self.linear_solver.check
         linear_solver = replace(self.linear_solver, check=check)
-        newton = linear_solver.run(space, lambda v: space.sub(v, jacobian(v)), rhs).x
+        newton = linear_solver.run(space, operator, rhs).x
         fraction = where(accept, space.full(1.0), memory.fraction / 2)
         x = space.where(accept, point.x, memory.x)
         direction = space.where(accept, newton, memory.direction)

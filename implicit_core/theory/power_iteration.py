@@ -7,7 +7,7 @@ from ..arrays import Array, H, Numbers, Operator, State, Z
 from ..coupling import refuse_coupling
 from ..estimators.base import on_states
 from ..linear_solvers.arnoldi import unit
-from ..problem import BoundLinearization, Map, Problem, as_problem, with_derivatives
+from ..problem import BoundLinearization, Map, Problem, as_problem
 from ..space import Space
 from .krylov import length, start
 
@@ -157,7 +157,7 @@ def _linearize(
 ) -> tuple[Space, BoundLinearization[H, Z], Array | None]:
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
-    problem = with_derivatives(as_problem(f, batch_ndim), (h, z))
+    problem = as_problem(f, batch_ndim).with_derivatives((h, z))
     space = problem.space(h)
     checks.samples("h", space.batch_shape)
     at = problem.linearize(h, z).require(*names)

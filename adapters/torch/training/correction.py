@@ -165,8 +165,8 @@ class _KeepingPoints(Solver):
     def init(self, system: System, x: State) -> Any:
         return self.solver.init(system, x)
 
-    def observe(self, system: System, memory: Any, point: Point, jacobian: Operator | None) -> Any:
-        return self.solver.observe(system, memory, point, jacobian)
+    def observe(self, system: System, memory: Any, point: Point, operator: Operator | None) -> Any:
+        return self.solver.observe(system, memory, point, operator)
 
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:
         if point.index in self.steps:
