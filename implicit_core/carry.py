@@ -21,6 +21,8 @@ class Point(NamedTuple):
         Samples that are not finished, (N, 1).
     index
         How many evaluations came before this one.
+    accepted
+        Where the solver's ``accepts`` held, for ``step``; None before that.
     """
 
     x: State
@@ -30,6 +32,7 @@ class Point(NamedTuple):
     f_norm: Numbers
     active: Mask
     index: Index
+    accepted: Known | None = None
 
 
 class Count(NamedTuple):

@@ -281,9 +281,11 @@ class Iteration:
         return made._replace(cap=self.start.cap, atol=self.atol)
 
     def masks(self, carry: Carry) -> tuple[Mask, ...]:
-        """Where samples are active, and where they are better than before."""
-        active = carry.point.active
-        return (active,) if carry.best is None else (active, carry.point.norm < carry.best.norm)
+        """Where samples are active, where they are better than before, and where the solver goes on."""
+        point, best = carry.point, carry.best
+        better = None if best is None else point.norm < best.norm
+        accepted = self.solver.accepts(self.system, carry.memory, point)
+        return (point.active, *(mask for mask in (better, accepted) if mask is not None))
 
     def _watched(self, carry: Carry) -> Mask | None:
         """At the start, where squares may leave the range of numbers; later, where a finished sample moved.
@@ -325,7 +327,8 @@ class Iteration:
         """One step of the active samples."""
         space, solver, before, active = self.space, self.solver, carry.point, masks[0]
         best = carry.best and self._keep(carry.best, before, carry.steps, masks[1])
-        stepped = solver.step(self.system, carry.memory, before)
+        tells = len(masks) > (1 if best is None else 2)
+        stepped = solver.step(self.system, carry.memory, before._replace(accepted=masks[-1] if tells else True))
         if not isinstance(before.index, int) or before.index == 0:
             self._check(stepped, before.x)
         x, memory = stepped
@@ -336,6 +339,10 @@ class Iteration:
         made = carry.progress
 
         def is_active(norm: Numbers, f_norm: Numbers) -> Mask:
+            if solver.undoes_steps:
+                # Where F is not finite, a sample that was active goes back, and stays so. NaN equals nothing.
+                going_on = norm != UNKNOWN if made is None else ~(norm <= self.threshold(f_norm, made))
+                return going_on if active is True else going_on & (before.active | finite(norm))
             if made is None:
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
@@ -358,20 +365,27 @@ class Iteration:
                 marked = (settled < 0) | progress.both(self._moved(point, settled), ~before.active)
                 latest = space.select(marked, space.full(-1.0), latest)
             settled = latest
-        if best is not None and solver.retries_nonfinite:  # Decision 20.
-            lasting = steps.array(space) - best.steps.array(space) < PATIENCE
-            retry = ~finite(point.norm) & finite(best.norm) & lasting
-            point = point._replace(active=point.active | retry)
+        if best is not None and solver.undoes_steps:
+            point = self._given_up(best, point, steps)
         memory = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
+
+    def _given_up(self, best: Best, point: Point, steps: Count) -> Point:
+        """The point, where samples are no longer active whose steps have not been finite for a while (Decision 20)."""
+        space, now = self.space, progress.is_checkpoint(point.index + 1)
+        if now is False:
+            return point
+        late = steps.array(space) - best.steps.array(space) >= PATIENCE
+        given_up = ~finite(point.norm) & (late | ~finite(best.norm))
+        return point._replace(active=point.active & ~progress.both(given_up, now))
 
     def finish(self, carry: Carry) -> Solution[Any]:
         """Each sample's point and status."""
         self.refuse_writes(carry)
         space, point, best = self.space, carry.point, carry.best
         if best is not None:
-            best = self._keep(best, point, carry.steps, self.masks(carry)[1])
+            best = self._keep(best, point, carry.steps, point.norm < best.norm)
             carry = carry._replace(best=best)
         if self.noticed is not None and carry.settled is not None:
             self.noticed.append((carry.settled < 0) | self._moved(point, carry.settled))
@@ -463,7 +477,7 @@ class Iteration:
         """The samples that take a step: the active ones, or all that can."""
         if self.solver.freeze or active is True:
             return active
-        moving = finite(carry.point.norm)
+        moving = finite(carry.point.norm) | carry.point.active
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
     def _judge(

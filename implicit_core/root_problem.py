@@ -148,7 +148,7 @@ def _first(function: Callable[[H], H], pair: tuple[H, Z]) -> tuple[H, Z]:
 
 def _relaxation(space: Space, image: Space, at: BoundLinearization[Any, Any], *, sign_alone: bool) -> Numbers:
     """The α for which α ∂g/∂x leaves the length of a vector of random signs as it is, and turns it by less than 90°."""
-    xp, u = space.xp, signs(space, random.Random(0))
+    u = signs(space, random.Random(0))
     u = space.add(u, space.zeros())
     if at.has("vjp_h"):
         product = space.dual.pack(at.vjp_h(image.dual.unpack(u)))

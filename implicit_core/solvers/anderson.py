@@ -4,22 +4,50 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from .. import checks, settings
-from ..arrays import Array, History, Index, Matrices, Real, State
+from ..arrays import Array, History, Mask, Matrices, Numbers, Real, Row, State
 from ..carry import Point
 from ..space import Space, total
 from ..system import System
 from .base import Solver
+from .relaxation import first_relaxation, next_relaxation
+
+GROWTH = 10.0
+"""A step is undone if the residual after it is more than this much larger than before."""
 
 
 class Memory(NamedTuple):
-    """The last m evaluations: damped steps, residuals, and the residuals' inner products; and constants."""
+    """The last m evaluations, and what judges the last step.
+
+    Attributes
+    ----------
+    proposals, residuals
+        x + β r, and r, of the last m points; for roots x and r.
+    products
+        The residuals' Gram matrices, (N, m, m) for each leaf.
+    scaling
+        The ridge, (1, m, m).
+    floor
+        Added to the Gram matrix, (N, m, m): on the diagonal a large number where a slot is empty, so that its weight is
+        zero, and a tiny one where it is in use.
+    tiny
+        Rows of ``floor`` for slots in use.
+    ones
+        The right-hand side of the weights, (N, 1, m).
+    limit
+        The residual above which the last step is undone, (N, 1).
+    relaxation
+        β, (N, 1), for roots, whose residual has units of its own; None for fixed points.
+    """
 
     proposals: History
     residuals: History
     products: tuple[Matrices, ...]
-    filled: Any
     scaling: Array
-    floor: Array
+    floor: Matrices
+    tiny: Any
+    ones: Matrices
+    limit: Numbers
+    relaxation: Numbers | None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,6 +90,7 @@ class Anderson(Solver):
     regularization: Real = 1e-10
 
     copies_results: ClassVar[bool] = False
+    undoes_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,50 +99,97 @@ class Anderson(Solver):
         object.__setattr__(self, "regularization", checks.real("regularization", self.regularization, 0.0))
 
     def init(self, system: System, x: State) -> Memory:
-        space, m = system.space, self.memory
-        filled = space.xp.tril(space.xp.ones((m, m), dtype=space.dtype, device=space.device))
-        rows = space.xp.broadcast_to(filled[:, None, None, :], (m, space.samples, 1, m))
-        products = tuple(space.matrices(m, m) for _ in x)
+        space = system.space
+        m = min(self.memory, space.dimension + 1)  # more points are not affinely independent
+        # An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This
+        # one is relative to the diagonal (Decision 17), and at least rounding error, for residuals that are all equal.
+        ridge = settings.at_least(space, self.regularization, 4 * m * space.eps)
+        tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps  # for residuals that are all zero
+        rows = space.xp.broadcast_to(tiny * space.eye(m)[:, None, None, :], (m, space.samples, 1, m))
         return Memory(
-            space.history(m), space.history(m), products, space.table(rows), *ridge(space, m, self.regularization)
+            space.history(m),
+            space.history(m),
+            tuple(space.matrices(m, m) for _ in x),
+            1 + ridge * space.eye(m)[None, :, :],
+            space.matrices(m, m) + _empty(space, m),
+            space.table(rows),
+            space.matrices(1, m) + 1.0,
+            space.full(_largest(space)),
+            space.full(0.0) if system.is_root else None,
         )
 
+    def accepts(self, system: System, memory: Memory, point: Point) -> Mask:
+        """Not where F is not finite, or the residual grew by far: then a plain step from the point before follows."""
+        return point.norm <= memory.limit
+
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
-        space, slot = system.space, point.index % self.memory
-        proposal = point.f if settings.is_one(self.damping) else space.axpy(self.damping, point.residual, point.x)
+        space, slots, relaxation = system.space, memory.floor.shape[1], memory.relaxation
+        slot = point.index % slots
+        first, limit = point.index == 0, GROWTH * point.norm
+        if first is not False:
+            if relaxation is None:  # a plain step may make the residual grow
+                limit = space.select(first, memory.limit, limit)
+            else:
+                relaxation = space.select(first, first_relaxation(space, point), relaxation)
+        memory = memory._replace(limit=limit, relaxation=relaxation)
+        residual, proposal = point.residual, self._proposal(space, point, of_root=system.is_root)
+        if point.accepted is not True:
+            residual, proposal, memory = self._undone(space, memory, point, proposal)
+        floor = space.set_matrix_row(memory.floor, slot, memory.tiny[slot])
         proposals = space.set_row(memory.proposals, slot, proposal)
-        residuals = space.set_row(memory.residuals, slot, point.residual)
-        filled = memory.filled[_at_most(space, point.index, self.memory - 1)]
+        residuals = space.set_row(memory.residuals, slot, residual)
         products = space.gram(memory.products, residuals, slot)
-        weights = mixing_weights(space, total(products), filled, (memory.scaling, memory.floor))
+        weights = mixing_weights(space, space.multiply_add(total(products), memory.scaling, floor), memory.ones)
         x = space.state(space.combine(weights, proposals))
-        return x, memory._replace(proposals=proposals, residuals=residuals, products=products)
+        if memory.relaxation is not None:
+            mixed = space.state(space.combine(weights, residuals))
+            x = space.axpy(self.damping * memory.relaxation, mixed, x)
+        return x, memory._replace(proposals=proposals, residuals=residuals, products=products, floor=floor)
+
+    def _proposal(self, space: Space, point: Point, *, of_root: bool) -> State:
+        """What is combined: x + β r; of a root, whose β changes, x alone."""
+        if of_root:
+            return point.x
+        return point.f if settings.is_one(self.damping) else space.axpy(self.damping, point.residual, point.x)
+
+    def _undone(self, space: Space, memory: Memory, point: Point, proposal: State) -> tuple[State, State, Memory]:
+        """The residual and the proposal of the point before, where a point is undone, and all others are forgotten."""
+        accepted: Any = ~space.all_samples() if point.accepted is False else point.accepted
+        slots = memory.floor.shape[1]
+        before = (point.index - 1) % slots
+        old_residual, old_proposal = (
+            space.state(Row(tuple(space.take(a, before, 1) for a in history)))
+            for history in (memory.residuals, memory.proposals)
+        )
+        memory = memory._replace(floor=space.xp.where(accepted[:, :, None], memory.floor, _empty(space, slots)))
+        if memory.relaxation is None:
+            limit = space.full(_largest(space))
+        else:
+            limit = GROWTH * space.norm(old_residual)
+            after = space.where(point.norm < float("inf"), point.residual, old_residual)
+            step, change = space.sub(point.x, old_proposal), space.sub(old_residual, after)
+            new = next_relaxation(space, memory.relaxation, step, change, point.norm)
+            memory = memory._replace(relaxation=space.select(accepted, memory.relaxation, new))
+        memory = memory._replace(limit=space.select(accepted, memory.limit, limit))
+        return (
+            space.where(accepted, point.residual, old_residual),
+            space.where(accepted, proposal, old_proposal),
+            memory,
+        )
 
 
-def _at_most(space: Space, index: Index, limit: int) -> Index:
-    """The smaller of the loop's counter, which may be an array, and a constant."""
-    # Not `clip`, which reads the numbers of an array of PyTorch in older versions of array-api-compat.
-    return min(index, limit) if isinstance(index, int) else space.xp.where(index < limit, index, limit)
+def _empty(space: Space, m: int) -> Array:
+    """What makes the weights of empty slots zero, (1, m, m)."""
+    return _largest(space) * space.eye(m)[None, :, :]
 
 
-def ridge(space: Space, m: int, regularization: Real) -> tuple[Array, Array]:
-    """The (1, m, m) constants that regularize Gram matrices G: ``G * scaling + floor`` is regular, whatever G.
-
-    An absolute ridge would soon outweigh residuals that shrink, and turn the method into plain averaging. This one is
-    relative to G's diagonal (Decision 17). It is at least rounding error, for residuals that are all equal. The floor
-    is for residuals that are all zero.
-    """
-    identity = space.eye(m)[None, :, :]
-    tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps
-    return 1 + settings.at_least(space, regularization, 4 * m * space.eps) * identity, tiny * identity
+def _largest(space: Space) -> float:
+    """A number that residuals, and their squares, do not exceed."""
+    return float(space.backend.finfo(space.dtype).max) / 4
 
 
-def mixing_weights(space: Space, gram: Matrices, filled: Matrices, ridge: tuple[Array, Array]) -> Matrices:
-    """Weights, summing to one, that minimize the norm of the combined residual.
-
-    ``gram`` is (N, m, m); ``filled``, (N, 1, m), is one at the slots in use and zero elsewhere.
-    """
-    scaling, floor = ridge
-    weights = space.solve_rows(space.multiply_add(gram, scaling, floor), filled)
+def mixing_weights(space: Space, gram: Matrices, ones: Matrices) -> Matrices:
+    """Weights, summing to one, that minimize the norm of the combined residual; (N, m, m), (N, 1, m) -> (N, 1, m)."""
+    weights = space.solve_rows(gram, ones)
     total: Matrices = space.xp.sum(weights, axis=-1, keepdims=True)
     return weights / total

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
-from ..arrays import Count, H, Operator, Real, State, Z
+from ..arrays import Count, H, Mask, Operator, Real, State, Z
 from ..carry import Point
 from ..iteration import Iteration
 from ..problem import Problem
@@ -104,8 +104,9 @@ class Solver(Record, ABC):
     step is always new arrays or ``point.f`` itself, sets this to False."""
     uses_jacobian: ClassVar[bool] = False
     """Whether ``observe`` needs the Jacobian, which the arrays' framework makes for a problem without callbacks."""
-    retries_nonfinite: ClassVar[bool] = False
-    """Whether ``step`` can go back from a point where F is not finite, so that such a sample stays active."""
+    undoes_steps: ClassVar[bool] = False
+    """Whether a solver goes back from points that it does not accept, so that a sample where F is not finite stays
+    active, until no step from its best point has been finite for a while."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -138,6 +139,14 @@ class Solver(Record, ABC):
         last evaluation of such a solver ``point.active`` holds in no sample, as no step follows.
         """
         return memory
+
+    def accepts(self, system: System, memory: Any, point: Point) -> Mask | None:
+        """The samples that go on from a point, (N, 1), which ``step`` finds in ``point.accepted``; None stands for all.
+
+        A loop that can read finds out at no further wait for the device whether these are all samples, or none:
+        ``point.accepted`` is True or False then.
+        """
+        return None
 
     @abstractmethod
     def step(self, system: System, memory: Any, point: Point) -> tuple[State, Any]:

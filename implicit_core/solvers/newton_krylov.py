@@ -62,7 +62,7 @@ class NewtonKrylov(Solver):
 
     copies_results: ClassVar[bool] = False
     uses_jacobian: ClassVar[bool] = True
-    retries_nonfinite: ClassVar[bool] = True
+    undoes_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
