@@ -136,7 +136,18 @@ def of_value(
         return solution
     backend = find_backend(solution.value, "h")
     with backend.on_device_of(solution.value), backend.solving():
+        norms = in_terms_of_g(problem.relaxation, norms, solution)
         return _of_value(solution, options, problem.space(solution.value), *norms)
+
+
+def in_terms_of_g(
+    relaxation: Numbers | None, norms: tuple[Numbers, ...], solution: Solution[Any]
+) -> tuple[Numbers, ...]:
+    """Norms of F(x) - x as those of g, which F(x) = x - α g(x) stands for, relative to g at the solver's point."""
+    if relaxation is None:
+        return norms
+    first = solution.stats.residual
+    return norms[0] / relaxation, find_backend(first, "residual").xp.reshape(first, (-1, 1))
 
 
 def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from . import checks
-from .arrays import H, PyTree, Z
+from .arrays import H, Numbers, PyTree, Z
 from .backend import Backend
 from .registry import find_adapter, find_backend
 from .space import Space
@@ -234,6 +234,8 @@ class Problem(Generic[H, Z]):
         self.scale = checks.scale(scale)
         self._vjp, self._jvp, self._linearize = vjp, jvp, linearize
         self.unwatched: Problem[H, Z] | None = None
+        self.relaxation: Numbers | None = None
+        """α, (N, 1), where F(x) = x - α g(x) stands for a root of g."""
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", None) or repr(self.f)
@@ -247,13 +249,18 @@ class Problem(Generic[H, Z]):
         return self.f(h, z)
 
     @property
+    def base(self) -> "Problem[H, Z]":
+        """The problem whose class says where derivatives come from: of a root, the problem of g."""
+        return self
+
+    @property
     def has_derivatives(self) -> bool:
         """Whether a callback for derivatives was given."""
         return not (self._vjp is None and self._jvp is None and self._linearize is None)
 
     def replace_f(self, f: Map[H, Z]) -> "Problem[H, Z]":
         """The same problem with another callable for F, e.g. one that counts its calls."""
-        return Problem(
+        replaced = Problem(
             f,
             vjp=self._vjp,
             jvp=self._jvp,
@@ -261,6 +268,8 @@ class Problem(Generic[H, Z]):
             batch_ndim=self.batch_ndim,
             scale=self.scale,
         )
+        replaced.relaxation = self.relaxation
+        return replaced
 
     def with_derivatives(self, arrays: PyTree) -> "Problem[H, Z]":
         """The problem, with the derivatives of the arrays' framework if it has none and there is an adapter."""

@@ -58,11 +58,12 @@ class RootProblem(Problem[H, Z]):
     ) -> None:
         super().__init__(f, vjp=vjp, jvp=jvp, linearize=linearize, batch_ndim=batch_ndim, scale=scale)
         self.g_scale = checks.scale(g_scale)
+        self._base: Problem[H, Z] | None = None
 
     @classmethod
     def of(cls, g: Problem[H, Z], g_scale: PyTree = None) -> "RootProblem[H, Z]":
         """The root of the function that a :class:`Problem` is about."""
-        return cls(
+        root = cls(
             g.f,
             vjp=g._vjp,
             jvp=g._jvp,
@@ -71,6 +72,13 @@ class RootProblem(Problem[H, Z]):
             scale=g.scale,
             g_scale=g_scale,
         )
+        root._base = g.base
+        return root
+
+    @property
+    def base(self) -> Problem[H, Z]:
+        """The problem of g."""
+        return self if self._base is None else self._base
 
     def replace_f(self, f: Map[H, Z]) -> "RootProblem[H, Z]":
         """The same problem with another callable for g."""
@@ -96,12 +104,25 @@ class RootProblem(Problem[H, Z]):
             Whether the size and the sign of α matter. They do not where a linear system is solved, if ``g_scale`` says
             how large g is.
         """
-        factors = self._factors(h, z, relaxed=relaxed)
-        backend = find_backend(h, "h")
+        return self.with_factors(self.factors(h, z, relaxed=relaxed))
 
-        def f(x: H, z: Z) -> H:
-            value: H = backend.map(lambda x, factor, g: x - factor * g, x, factors, self.f(x, z))
-            return value
+    def factors(self, h: H, z: Z, *, relaxed: bool) -> H:
+        """α in units of x over units of g, for every number of h. It is a constant."""
+        space, image = self.space(h), self.image(h, "h")
+        backend = space.backend
+        with backend.on_device_of(h), backend.solving():
+            alpha = space.full(1.0)
+            given = self.with_derivatives(h)
+            # Where there are no derivatives, nothing depends on α.
+            if (relaxed or self.g_scale is None) and given.has_derivatives:
+                alpha = _relaxation(space, image, given.linearize(h, z), sign_alone=self.g_scale is not None)
+            ones = image.pack(backend.map(backend.xp.ones_like, h))
+            factors: H = backend.map(backend.stop_gradient, space.unpack(space.scale(alpha, ones)))
+            return factors
+
+    def with_factors(self, factors: H) -> Problem[H, Z]:
+        """The problem of F(x) = x - ``factors`` g(x)."""
+        backend = find_backend(factors, "h")
 
         def scaled(v: H) -> H:
             result: H = backend.map(lambda factor, v: -factor * v, factors, v)
@@ -110,6 +131,9 @@ class RootProblem(Problem[H, Z]):
         def plus(v: H, w: H) -> H:
             total: H = backend.map(lambda a, b: a + b, v, w)
             return total
+
+        def f(x: H, z: Z) -> H:
+            return plus(x, scaled(checks.structured(backend, self.f(x, z), x)))
 
         def linearize(x: H, z: Z) -> Linearization[H, Z]:
             at = self.linearize(x, z)
@@ -125,21 +149,11 @@ class RootProblem(Problem[H, Z]):
             )
 
         given = linearize if self.has_derivatives else None
-        return Problem(f, linearize=given, batch_ndim=self.batch_ndim, scale=self.scale)
-
-    def _factors(self, h: H, z: Z, *, relaxed: bool) -> PyTree:
-        """α in units of x over units of g, for every number of h."""
-        space, image = self.space(h), self.image(h, "h")
-        backend = space.backend
-        with backend.on_device_of(h), backend.solving():
-            # Where there are no derivatives, nothing depends on α.
-            given = self.with_derivatives((h, z))
-            alpha = space.full(1.0)
-            if (relaxed or self.g_scale is None) and given.has_derivatives:
-                alpha = _relaxation(space, image, given.linearize(h, z), sign_alone=self.g_scale is not None)
-            ones = image.pack(backend.map(backend.xp.ones_like, h))
-            factors: PyTree = space.unpack(space.scale(alpha, ones))
-            return backend.map(backend.stop_gradient, factors)
+        form = Problem(f, linearize=given, batch_ndim=self.batch_ndim, scale=self.scale)
+        space, image = self.space(factors), self.image(factors, "h")
+        ones = image.pack(backend.map(backend.xp.ones_like, factors))
+        form.relaxation = space.xp.abs(space.pack(factors)[0] / ones[0])[:, :1]
+        return form
 
 
 def _first(function: Callable[[H], H], pair: tuple[H, Z]) -> tuple[H, Z]:

@@ -11,9 +11,10 @@ from implicit_core import checks
 from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, noticing, sharded
 from implicit_core.backends.jax_internals import ShapedArray
-from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, OneStep, Unroll
-from implicit_core.layer import LayerOptions, Watched, announced, of_value, solver_point, starting_solver
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Estimator, OneStep, Unroll
+from implicit_core.layer import LayerOptions, Watched, announced, in_terms_of_g, of_value, solver_point, starting_solver
 from implicit_core.problem import Map, Problem
+from implicit_core.root_problem import RootProblem
 from implicit_core.solution import Solution
 from implicit_core.solve import solve_as_it_is
 from implicit_core.solvers import FixedPointIteration, FixedPointSolver
@@ -62,14 +63,19 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     options = replace(options, solver=without_compacting(options.solver))  # F is traced for one number of rows
     h0 = jax.tree.map(_as_array, h0)
     checks.state(BACKEND, "h0", h0, problem.batch_ndim)
-    if problem.has_derivatives and not isinstance(problem, JAXProblem):
+    if problem.has_derivatives and not isinstance(problem.base, JAXProblem):
         return _layer_of_callbacks(problem, h0, z, options)
     try:
         h0, f, inputs, static = _map(problem, h0, z)
+        solution, relaxation = _solve(f, h0, inputs, static, options), None
+        if isinstance(problem, RootProblem):
+            factors = _factors(problem, solution.value, z, options.gradient)
+            _, f, inputs, _ = _map(problem, solution.value, z, factors)
+            relaxation = problem.with_factors(factors).relaxation
     except jax.errors.JAXTypeError as error:
         error.add_note(UNTRACEABLE)
         raise
-    return _like_start(_with_value(f, _solve(f, h0, inputs, static, options), inputs, options), h0)
+    return _like_start(_with_value(f, solution, inputs, options, relaxation), h0)
 
 
 def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver, *, trace: bool) -> Solution[H] | None:
@@ -79,7 +85,7 @@ def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver
     run code of the user's, are run as they are.
     """
     user_code = getattr(solver, "runs_user_code", True) or not all(map(is_array, jax.tree.leaves(h0)))
-    callbacks = problem.has_derivatives and not isinstance(problem, JAXProblem)
+    callbacks = problem.has_derivatives and not isinstance(problem.base, JAXProblem)
     if (
         user_code
         or is_traced((h0, z, split_record(solver)[0]))
@@ -101,39 +107,56 @@ def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptio
     f = hoist(lambda h, arrays: problem.f(h, static.combine(arrays)), h0, arrays)
     with coupled_axes(f.program.axes):
         solution = solver_point(problem, *_constants((h0, z)), options)
+        if not isinstance(options.gradient, AtFixedPoint):
+            problem = problem.fixed_point_form(*_constants((solution.value, z)))
         return value_from_callbacks(problem, options, solution, z, f.closed_over)
 
 
-def _map(problem: Problem[H, Z], h0: H, z: Z) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:
+def _factors(problem: RootProblem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
+    """What makes an F of a root's g, see :meth:`RootProblem.factors`."""
+    of_solution = isinstance(gradient, AtFixedPoint) and gradient.derivative is Derivative.OF_SOLUTION
+    return _constants(problem.factors(*_constants((h, z)), relaxed=not of_solution))
+
+
+def _map(problem: Problem[H, Z], h0: H, z: Z, factors: H | None = None) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:
     """``h0``, F, its inputs, and z without its arrays. F is traced again if h0 has another type than F(h0).
 
-    If h0 is on all devices, it is sharded as F(h0) is. If it is a Python number, it gets the dtype of F(h0).
+    Of a root this is g, or with ``factors`` the F that it makes of g. If h0 is on all devices, it is sharded as F(h0)
+    is. If it is a Python number, it gets the dtype of F(h0).
     """
     arrays, static = partition(z, is_array)
+    function, g_units = problem.f, None
+    if isinstance(problem, RootProblem) and factors is None:
+        g_units = Units(problem.g_scale)
+    elif isinstance(problem, RootProblem):
+        function = problem.with_factors(factors).f
+    settings = problem.batch_ndim, Units(problem.scale), g_units
     # Where JAX traces the solve, it traces F too: what F closes over has derivatives that F alone cannot know of.
-    if isinstance(problem, JAXProblem) and not problem.traced and not is_traced(_constants((h0, arrays))):
-        return h0, EagerMap(problem.f, static, problem.batch_ndim, Units(problem.scale)), arrays, static
+    base = problem.base
+    if isinstance(base, JAXProblem) and not base.traced and not is_traced(_constants((h0, arrays))):
+        return h0, EagerMap(function, static, *settings), arrays, static
 
     def f(h: H, arrays: Arrays) -> H:
-        value: H = checks.structured(BACKEND, problem.f(h, static.combine(arrays)), h)
+        value: H = checks.structured(BACKEND, function(h, static.combine(arrays)), h)
         if remedy := checks.unregistered(jax.tree.leaves(value)):  # JAX would say that it is no type of its own
             raise TypeError(f"the result of f must hold arrays of jax{remedy}")
         return value
 
-    hoisted = hoist_without_writes(f, h0, arrays, problem.f)
+    hoisted = hoist_without_writes(f, h0, arrays, function)
     result = hoisted.program.result
     if BACKEND.flatten(result)[1] == BACKEND.flatten(h0)[1]:  # otherwise the solve raises
         like_result = jax.tree.map(_like, h0, result)
         if jax.tree.map(jax.typeof, like_result) != jax.tree.map(jax.typeof, h0):
             h0, hoisted = like_result, hoist(f, like_result, arrays)
-    traced = TracedMap(hoisted.program, problem.batch_ndim, Units(problem.scale))
+    traced = TracedMap(hoisted.program, *settings)
     return h0, traced, [*arrays, *hoisted.closed_over], static
 
 
 def _problem(f: AnyMap[H], mapped: Map[H, Any] | None = None, batch_ndim: int | None = None) -> Problem[H, Any]:
     """F, or F mapped over an axis of the batch, as a problem in its inputs."""
     batch_ndim = f.batch_ndim if batch_ndim is None else batch_ndim
-    return problem_of(mapped or f, batch_ndim=batch_ndim, scale=f.units.scale, jit=f.traced)
+    made = problem_of(mapped or f, batch_ndim=batch_ndim, scale=f.units.scale, jit=f.traced)
+    return made if f.g_units is None else RootProblem.of(made, f.g_units.scale)
 
 
 def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
@@ -225,22 +248,34 @@ def _by_user_code(
     return _constants(hoisted.program(h0, inputs, _constants(hoisted.closed_over)))
 
 
-def _with_value(f: AnyMap[H], solution: Solution[H], inputs: Arrays, options: LayerOptions) -> Solution[H]:
-    """The solution with the estimator's value from the solver's point, differentiable, and what is told of it."""
+def _with_value(
+    f: AnyMap[H], solution: Solution[H], inputs: Arrays, options: LayerOptions, relaxation: Numbers | None
+) -> Solution[H]:
+    """The solution with the estimator's value from the solver's point, differentiable, and what is told of it.
+
+    ``relaxation`` is α of a root, see :attr:`Problem.relaxation`.
+    """
     gradient, h = options.gradient, solution.value
     if isinstance(gradient, (Unroll, BPTT)) and type(gradient) in (Unroll, BPTT):  # a derived class may override `vjp`
-        return _unrolled(f, solution, inputs, gradient, options)
+        return _unrolled(f, solution, inputs, gradient, options, relaxation)
     has_both_modes = not f.has_custom_vjp
     if has_both_modes and isinstance(gradient, AtFixedPoint) and gradient.derivative is not Derivative.ONCE:
         value = with_derivative(h, inputs, f, gradient)
         # Under `jit` this is a check for `checkify`. Decision 53.
         return announced(solution, options)._replace(value=value)
     with coupled_axes(f.axes):
-        return value_from_callbacks(_problem(f), options, solution, inputs, ())
+        problem = _problem(f)
+        problem.relaxation = relaxation
+        return value_from_callbacks(problem, options, solution, inputs, ())
 
 
 def _unrolled(
-    f: AnyMap[H], solution: Solution[H], inputs: Arrays, gradient: Unroll | BPTT, options: LayerOptions
+    f: AnyMap[H],
+    solution: Solution[H],
+    inputs: Arrays,
+    gradient: Unroll | BPTT,
+    options: LayerOptions,
+    relaxation: Numbers | None,
 ) -> Solution[H]:
     """The k steps from the solver's point, which JAX differentiates."""
     growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
@@ -258,6 +293,7 @@ def _unrolled(
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
         h_k, norms = steps(gradient, h)
+    norms = in_terms_of_g(relaxation, norms, solution)
     # Of the solver, only the tolerances of a start are asked for, see `starting_solver`.
     solver = starting_solver(options) if gradient.starts_from_h0 else FixedPointIteration()
     static, numbers = split(LayerOptions(solver, gradient))

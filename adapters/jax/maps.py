@@ -36,11 +36,14 @@ class TracedMap(Generic[H]):
         ``program(h, arrays of z, closed-over arrays)``.
     batch_ndim, units
         As for :class:`Problem`.
+    g_units
+        The units of g where this is the g of a root.
     """
 
     program: Program[H]
     batch_ndim: int
     units: Units
+    g_units: Units | None = None
 
     traced = True
 
@@ -85,6 +88,7 @@ class EagerMap(Generic[H, Z]):
     static: Static[Z]
     batch_ndim: int
     units: Units
+    g_units: Units | None = None
 
     traced = shared = has_named_axes = has_custom_vjp = False
     axes: tuple[str, ...] = ()

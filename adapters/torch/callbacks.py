@@ -43,6 +43,8 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
         solution = solver_point(problem, h0, z_in, options)
     if options.examine is not None:
         options.examine(problem.f, solution.value)
+    if not isinstance(gradient, AtFixedPoint):
+        problem = problem.fixed_point_form(solution.value, z_in)
     if not torch.is_grad_enabled():
         without_graph = Watched(problem)
         value = gradient.value(without_graph.problem, solution.value, z_in)

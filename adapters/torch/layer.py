@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from implicit_core import checks, settings
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND, unprotected
-from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Map, Problem
 from implicit_core.registry import not_compiled
+from implicit_core.root_problem import RootProblem
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
 
@@ -77,7 +78,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         options = replace(options, solver=without_compacting(options.solver))
     h0 = as_tensors(h0, z)
     with full_precision(h0):
-        if problem.has_derivatives and not isinstance(problem, AutogradProblem):
+        if problem.has_derivatives and not isinstance(problem.base, AutogradProblem):
             return through_callbacks(problem, h0, z, options)
     return _by_autograd(problem, h0, z, options)
 
@@ -86,26 +87,30 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
     f = autocasted(unprotected(given.f), h0)
     autograd = problem(BACKEND.protected(f), batch_ndim=given.batch_ndim, scale=given.scale)
+    solved = RootProblem.of(autograd, given.g_scale) if isinstance(given, RootProblem) else autograd
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):
         if not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
             if torch.is_grad_enabled():
                 _check_all_in_z(autograd, h0, z)
-            return through_callbacks(autograd, h0, z, options)
+            return through_callbacks(solved, h0, z, options)
         if transforming():
-            solution = transformed(autograd, h0, z, options)
+            solution, autograd = transformed(solved, h0, z, options)
             options = replace(options, throw=False)
         else:
             with record_function("implicit_core.solve"):
-                solution = solver_point(autograd, h0, z, options)
+                solution = solver_point(solved, h0, z, options)
             if options.examine is not None:
                 options.examine(f, solution.value)
             if isinstance(gradient, AtFixedPoint):
                 solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():
+                    of_solution = gradient.derivative is Derivative.OF_SOLUTION
+                    autograd = solved.fixed_point_form(solution.value, z, relaxed=not of_solution)
                     solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
                 return solution
+            autograd = solved.fixed_point_form(solution.value, z)
         if isinstance(gradient, (Unroll, BPTT)):
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:

@@ -1,6 +1,7 @@
 """The layer within a transform of ``torch.func``."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,9 +9,10 @@ from torch import Tensor
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
 from implicit_core.layer import LayerOptions, solver_point
 from implicit_core.problem import Problem
+from implicit_core.root_problem import RootProblem
 from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution, Stats
 
@@ -37,8 +39,11 @@ SETTINGS = (
 )
 
 
-def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
-    """The solution, computed on values; its value is differentiable if the estimator is an :class:`AtFixedPoint`."""
+def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tuple[Solution[H], Problem[H, Z]]:
+    """The solution, computed on values; its value is differentiable if the estimator is an :class:`AtFixedPoint`.
+
+    The problem is that of F: of a root, F(x) = x - α g(x).
+    """
     gradient = options.gradient
     _check_settings(options)
     if isinstance(gradient, Unroll) and gradient.recompute:
@@ -58,15 +63,18 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         _check_inputs_known(f, leaves, externals)
     n = len(leaves)
     evaluations, tells = list[int](), list[bool]()
+    is_root = isinstance(given, RootProblem)
+    of_solution = isinstance(gradient, AtFixedPoint) and gradient.derivative is Derivative.OF_SOLUTION
 
     def run(batched: BatchedF, values: Sequence[Tensor]) -> Tensors:
         by_external = IdentityMap(zip(externals, values[n:], strict=True))
-        solution = solver_point(
-            _on_trees(batched, structure, values[n:]),
-            BACKEND.unflatten(structure, list(values[:n])),
-            BACKEND.map(lambda x: by_external.get(x, x), z),
-            options,
-        )
+        problem, z_in = _on_trees(batched, structure, values[n:]), BACKEND.map(lambda x: by_external.get(x, x), z)
+        factors: Sequence[Tensor] = ()
+        if isinstance(given, RootProblem):
+            problem = root = RootProblem.of(problem, given.g_scale)
+        solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
+        if is_root:
+            factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=not of_solution))[0]
         if options.throw:  # of the solver's point, since a status can be read here and not within a vmap
             solution.raise_for_status()
         stats = solution.stats
@@ -75,9 +83,10 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         tells.append(len(told) == 2)  # somebody else's solver may not
         told = told if tells[0] else 2 * [stats.residual]
         trace = () if stats.trace is None else (stats.trace,)
-        return *BACKEND.flatten(solution.value)[0], solution.status, stats.steps, stats.residual, *told, *trace
+        leaves = BACKEND.flatten(solution.value)[0]
+        return *leaves, *factors, solution.status, stats.steps, stats.residual, *told, *trace
 
-    axes = (0,) * (n + 5) + (1,) * options.trace
+    axes = (0,) * (n + n * is_root + 5) + (1,) * options.trace
     try:
         results = on_values(run, BatchedF(f, given.batch_ndim, given.scale), n, (*leaves, *externals), axes)
     except torch.OutOfMemoryError:
@@ -85,16 +94,29 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
     except RuntimeError:
         _check_inputs_known(f, leaves, externals)  # an unknown input is a tensor of the transform, which `run` met
         raise
-    h, (status, steps, residual, relative, tolerance, *trace) = results[:n], results[n:]
+    h, factors, told = results[:n], results[n : n + n * is_root], results[n + n * is_root :]
+    status, steps, residual, relative, tolerance, *trace = told
     if isinstance(gradient, AtFixedPoint):
-        h = attach(
-            Rule(random.replay(f), gradient, structure, n, given.batch_ndim, scale=given.scale), h, (), externals
-        )
+        rule = Rule(_relaxed(random.replay(f), len(factors)), gradient, structure, n, given.batch_ndim)
+        h = attach(replace(rule, scale=given.scale), h, (), (*externals, *factors))
     stats = Stats(steps, evaluations[0], residual, trace[0] if trace else None)
     if tells[0]:
         stats = stats._replace(relative=relative, tolerance=tolerance)
     point: H = BACKEND.unflatten(structure, list(h))
-    return Solution(point, status, stats)
+    form = given.with_factors(BACKEND.unflatten(structure, list(factors))) if isinstance(given, RootProblem) else given
+    return Solution(point, status, stats), form
+
+
+def _relaxed(f: OnLeaves, n: int) -> OnLeaves:
+    """F of a root on leaves, h - factors g, where the last n externals are the factors; F itself if there are none."""
+    if not n:
+        return f
+
+    def relaxed(h: Sequence[Tensor], externals: Sequence[Tensor]) -> Tensors:
+        g = f(h, externals[:-n])
+        return tuple(x - factor * y for x, factor, y in zip(h, externals[-n:], g, strict=True))
+
+    return relaxed
 
 
 def _check_settings(options: LayerOptions) -> None:
