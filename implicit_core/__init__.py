@@ -49,7 +49,17 @@ from .solution import (
     Status,
 )
 from .solve import solve
-from .solvers import Anderson, Broyden, CallableSolver, Compacting, FixedPointIteration, NewtonKrylov, Solver
+from .solvers import (
+    Anderson,
+    Broyden,
+    CallableSolver,
+    Compacting,
+    FixedPointIteration,
+    Newton,
+    NewtonKrylov,
+    Polyalgorithm,
+    Solver,
+)
 from .stepper import Stepper, StepperState
 
 __version__ = "0.1.0"
@@ -85,8 +95,10 @@ __all__ = [
     "Linearization",
     "Neumann",
     "NeumannSeries",
+    "Newton",
     "NewtonKrylov",
     "OneStep",
+    "Polyalgorithm",
     "Problem",
     "Report",
     "Richardson",

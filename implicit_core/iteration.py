@@ -20,6 +20,7 @@ from .carry import Best, Carry, Count, Point
 from .problem import Problem
 from .progress import Progress, Start
 from .records import is_array
+from .root_problem import RootProblem
 from .solution import CoupledSamplesError, Solution, Stats, Status
 from .system import system_of
 from .warnings_ import warn
@@ -72,6 +73,19 @@ class _OutOfRangeError(Exception):
         self.units = units
 
 
+class Origin(NamedTuple):
+    """What a solve that carries another one on holds a root's residuals against.
+
+    Attributes
+    ----------
+    tolerance, first
+        The tolerance, and the residual at the start of the first solve, (N, 1).
+    """
+
+    tolerance: Numbers
+    first: Numbers
+
+
 class Outcome(NamedTuple):
     """What becomes of each sample.
 
@@ -104,30 +118,51 @@ class Iteration:
         Whether to record every residual.
     stepwise
         The loop is the user's: nothing is read beside the start, there is no last step, and all counts are arrays.
+    origin
+        Where another solve of the same root began, which this one carries on.
     """
 
+    memory_may_grow = True
+    """Whether a solver's memory may change its shape from step to step, in a loop that is not traced."""
+
     def __init__(
-        self, problem: Problem[H, Z], h0: H, z: Z, solver: "Solver", *, trace: bool = False, stepwise: bool = False
+        self,
+        problem: Problem[H, Z],
+        h0: H,
+        z: Z,
+        solver: "Solver",
+        *,
+        trace: bool = False,
+        stepwise: bool = False,
+        origin: Origin | None = None,
     ) -> None:
-        self.solver, self.trace, self.stepwise = solver, trace, stepwise
+        self.solver, self.trace, self.stepwise, self.origin = solver, trace, stepwise, origin
         self.checked = False
         self.units: Numbers | None = None
-        if solver.uses_jacobian and isinstance(problem, Problem):
+        if isinstance(problem, RootProblem) or (solver.uses_jacobian and isinstance(problem, Problem)):
             problem = problem.with_derivatives(h0)
-        self.system = system_of(problem, h0, z)
+        self.system = system_of(problem, h0, z, None if origin is None else origin.first)
+        self.linearizes = solver.linearizes(self.system)
         self.space = self.system.space
         self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
         solver = self.solver = settings.bound(solver, self.space, constant=True)
         # A root's default is zero: any other number would be in the units of somebody else's g.
         of_root = self.system.is_root and solver.atol is None
         self.absolute = 0.0 if of_root else solver.absolute_tolerance
-        self.atol: Numbers = self.space.scalar(settings.absolute(self.space, self.absolute))
         self.rtol = progress.reachable(self.space, solver.rtol)
+        if origin is not None:
+            self.absolute, self.rtol = origin.tolerance, 0.0
+        self.atol: Numbers = self.space.scalar(settings.absolute(self.space, self.absolute))
         # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
-        self.forced = settings.is_zero(solver.rtol) and settings.is_zero(self.absolute)
+        self.forced = settings.is_zero(self.rtol) and settings.is_zero(self.absolute)
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
         self.unmodified: Any = True
         self.start: Start  # unless the number of steps is forced
+
+    def tells(self) -> Origin:
+        """What another solve of the same root needs to carry this one on, after it."""
+        first = self.start.f_norm
+        return Origin(self.in_units(self.tolerance(first)), self.in_units(first))
 
     def run(self) -> Solution[Any]:
         """The solution.
@@ -200,6 +235,7 @@ class Iteration:
         if self.unmodified is not True:
             point = point._replace(active=point.active & self.unmodified)
         readable = space.backend.readable(point.norm)
+        self.system.grows = readable and not self.stepwise and self.memory_may_grow
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         self.unread = None if readable or only else self._outside(point)
         if self.unread is not None:
@@ -222,7 +258,8 @@ class Iteration:
             scale = settings.quotient(space, self.absolute if plain else atol, self.rtol)
             self.start = Start(cap, point.norm, point.f_norm, scale)
             floor = space.full(0.0) if operator is not None else None
-            made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
+            waits = (point.norm, space.full(1, space.xp.int32)) if solver.patience else ()
+            made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor, *waits)
             point = point._replace(active=point.active & (point.norm > tolerance))
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
@@ -252,7 +289,7 @@ class Iteration:
         """
         solver = self.solver
         copies = solver.copies_results and not self.space.backend.immutable  # Decision 6.
-        found = self.system.evaluate(x, h, copies=copies, linearizes=solver.uses_jacobian)
+        found = self.system.evaluate(x, h, copies=copies, linearizes=self.linearizes)
         # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
         # Decisions 2 and 3.
         active = is_active(found.norm, found.f_norm)
@@ -307,6 +344,8 @@ class Iteration:
         units = self.units = space.magnitude(measured)
         self.atol = self.atol / units
         norm, f_norm = (space.norm(space.divide(x, units)) for x in (point.residual, measured))
+        if self.origin is not None:
+            f_norm = self.origin.first / units
         return point._replace(norm=norm, f_norm=f_norm, active=finite(norm))
 
     def _outside(self, point: Point) -> Mask:
@@ -460,7 +499,8 @@ class Iteration:
 
     def may_have_ended(self, point: Point) -> bool:
         """Whether there was a checkpoint, as far as is known."""
-        return not isinstance(point.index, int) or point.index + 1 >= progress.FIRST_CHECK
+        early = progress.FIRST_CHECK if self.solver.patience is None else 1
+        return not isinstance(point.index, int) or point.index + 1 >= early
 
     def ended(self, made: Progress) -> Mask:
         """The samples that were ended for lack of progress."""
@@ -488,6 +528,10 @@ class Iteration:
         least = made.least
         if least is not None:
             made = made._replace(least=(least := space.xp.minimum(least, point.norm)))
+        if self.solver.patience:
+            made = progress.halved(made, space, evaluations, point.norm)
+            out_of_patience = evaluations - made.halved_at >= self.solver.patience
+            made, point = self._ended(made, point, out_of_patience & point.active)
         now = progress.is_checkpoint(evaluations)
         if now is False:
             return made, point
@@ -495,12 +539,14 @@ class Iteration:
             assert best is not None
             least = space.xp.minimum(best.norm, point.norm)
         tolerance = self.tolerance(point.f_norm)
-        ended = progress.without_progress(made, self.start, evaluations, point.norm, least, tolerance)
+        # A solver that goes back from a point may be on its way back from far beyond.
+        goes_back = self.system.is_root and self.solver.undoes_steps
+        limit = float("inf") if goes_back else self.start.limit()
+        ended = progress.without_progress(made, limit, evaluations, point.norm, least, tolerance)
         ended = progress.both(ended & point.active, now)
-        never = space.full(self._never)
-        cap, atol = space.select(ended, never, made.cap), space.select(ended, never, made.atol)
+        made, point = self._ended(made, point, ended)
         marked_least = space.select(now, least, made.marked_least)
-        active, floor = point.active & ~ended, made.floor
+        cap, active, floor = made.cap, point.active, made.floor
         late = evaluations >= progress.FIRST_ROUNDING
         if floor is not None and operator is not None and late is not False:
             small = (point.norm <= cap) & (point.norm <= progress.LARGEST_ROUNDING * point.f_norm)
@@ -509,8 +555,14 @@ class Iteration:
             rounding = progress.is_rounding(space, point, operator, when, of_root=self.system.is_root)
             rounding = rounding & stalled & active & small & now
             floor, active = space.select(rounding, point.norm, floor), active & ~rounding
-        made = Progress(cap, atol, made.least, marked_least, space.select(now, point.norm, made.marked), floor)
-        return made, point._replace(active=active)
+        marked = space.select(now, point.norm, made.marked)
+        return made._replace(marked_least=marked_least, marked=marked, floor=floor), point._replace(active=active)
+
+    def _ended(self, made: Progress, point: Point, ended: Mask) -> tuple[Progress, Point]:
+        """The same, where samples have ended: no residual exceeds their threshold."""
+        space, never = self.space, self.space.full(self._never)
+        cap, atol = space.select(ended, never, made.cap), space.select(ended, never, made.atol)
+        return made._replace(cap=cap, atol=atol), point._replace(active=point.active & ~ended)
 
     def _check_samples(self, carry: Carry) -> None:
         """The residual of a sample that is finished, at a point that is kept, is the same whatever the others do."""

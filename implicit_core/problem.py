@@ -258,6 +258,11 @@ class Problem(Generic[H, Z]):
         """Whether a callback for derivatives was given."""
         return not (self._vjp is None and self._jvp is None and self._linearize is None)
 
+    @property
+    def has_jvp(self) -> bool:
+        """Whether a callback was given that may push tangents forward."""
+        return not (self._jvp is None and self._linearize is None)
+
     def replace_f(self, f: Map[H, Z]) -> "Problem[H, Z]":
         """The same problem with another callable for F, e.g. one that counts its calls."""
         replaced = Problem(

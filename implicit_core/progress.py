@@ -32,7 +32,8 @@ SIGNS, EXPLAINED, LARGEST_ROUNDING = 6, 4.0, 1e-3
 """How many products estimate the rounding errors of F, in which units they explain a residual, and the largest one, as
 a fraction of ‖F(h)‖."""
 HALF = 0.5
-"""A residual that did not fall to this fraction since the last checkpoint may be a rounding error."""
+"""A residual that did not fall to this fraction since the last checkpoint may be a rounding error; ``patience`` waits
+for one that did."""
 FIRST_CHECK, FIRST_ROUNDING, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 16, 32, 64, 256
 """The evaluations of the first checkpoint, where a sample that diverged is ended; of the first where a residual may be
 a rounding error; and of the first that end a state that ran away, a residual that neither falls nor grows, and any that
@@ -87,6 +88,9 @@ class Progress(NamedTuple):
         The least and the last residual at the last checkpoint.
     floor
         A residual that rounding errors of F explain; None where the solver has no Jacobian.
+    halved, halved_at
+        The last residual that was at most half of the one before in this place, and the evaluations until then; None
+        without ``patience``.
     """
 
     cap: Numbers
@@ -95,6 +99,8 @@ class Progress(NamedTuple):
     marked_least: Numbers
     marked: Numbers
     floor: Numbers | None = None
+    halved: Numbers | None = None
+    halved_at: Numbers | None = None
 
 
 def reachable(space: Space, rtol: Real) -> Real:
@@ -187,8 +193,19 @@ def both_known(a: Known, b: Known) -> Known:
     return both(a, b)
 
 
+def halved(progress: Progress, space: Space, evaluations: Index, norm: Numbers) -> Progress:
+    """The progress after an evaluation of a solver with ``patience``."""
+    assert progress.halved is not None
+    assert progress.halved_at is not None
+    fell = norm <= HALF * progress.halved
+    now = space.full(0, space.xp.int32) + evaluations
+    return progress._replace(
+        halved=space.select(fell, norm, progress.halved), halved_at=space.select(fell, now, progress.halved_at)
+    )
+
+
 def without_progress(
-    progress: Progress, start: Start, evaluations: Index, norm: Numbers, least: Numbers, tolerance: Numbers
+    progress: Progress, limit: Numbers | float, evaluations: Index, norm: Numbers, least: Numbers, tolerance: Numbers
 ) -> Mask:
     """The samples that end at a checkpoint.
 
@@ -203,5 +220,5 @@ def without_progress(
     # What rose by a transient and falls again may be above its least for long.
     still = (ran_away | flat) & (norm > FLAT * progress.marked)
     late = both(norm > FAST * progress.marked, evaluations >= FIRST_ANY)
-    ended: Mask = (norm > start.limit()) | (stuck & (still | late))
+    ended: Mask = (norm > limit) | (stuck & (still | late))
     return ended

@@ -12,7 +12,7 @@ from .registry import not_compiled
 from .root_problem import RootProblem
 from .solution import Solution
 from .solve import as_solver
-from .solvers import FixedPointSolver, NewtonKrylov
+from .solvers import FixedPointSolver, Polyalgorithm
 
 
 @not_compiled
@@ -21,7 +21,7 @@ def root(
     x0: H,
     z: Z,
     *,
-    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = NewtonKrylov(),
+    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Polyalgorithm(),
     gradient: Estimator = Implicit(),
     batch_ndim: int | None = None,
     scale: PyTree = None,
@@ -78,7 +78,7 @@ def root(
     >>> import jax, jax.numpy as jnp
     >>> import implicit_core as ic
     >>> def root(z):
-    ...     return ic.root(lambda x, z: x**3 + x - z, jnp.array(1.0), z, solver=ic.NewtonKrylov(rtol=1e-6)).value
+    ...     return ic.root(lambda x, z: x**3 + x - z, jnp.array(1.5), z).value
     >>> x, dx = jax.value_and_grad(root)(2.0)  # dx = 1 / (3 x² + 1)
     >>> round(float(x), 4), round(float(dx), 4)
     (1.0, 0.25)

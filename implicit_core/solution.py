@@ -75,6 +75,8 @@ class Stats(NamedTuple):
         The residual as a fraction of ‖F(h)‖₂; None if the solver is somebody else's and does not tell.
     tolerance
         What the residual was held against: a sample converged if it is no larger. None as for ``relative``.
+    solver
+        Which of the solvers of a :class:`Polyalgorithm` each sample ended with, integers; None for other solvers.
 
     Examples
     --------
@@ -91,6 +93,7 @@ class Stats(NamedTuple):
     trace: Array | None = None
     relative: Array | None = None
     tolerance: Array | None = None
+    solver: Array | None = None
 
 
 class Solution(NamedTuple, Generic[H]):

@@ -41,11 +41,19 @@ class System:
     """
 
     is_root = False
+    grows = False
+    """Whether a solver's memory may change its shape from step to step."""
 
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         self.problem, self.z = problem, z
         self.space = problem.space(h0, "h0")
         self.f = self.space.backend.protected(problem.f)
+
+    @property
+    def records(self) -> bool:
+        """Whether operations are being recorded or captured, so that no loop can stop on what it finds."""
+        backend = self.space.backend
+        return backend.recording() or backend.capturing(backend.flatten(self.space.like)[0][0])
 
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:
         """F at x, which is h in the user's form, in new memory with ``copies``: F may reuse its own."""
@@ -97,10 +105,10 @@ class RootSystem(System):
 
     is_root = True
 
-    def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree) -> None:
+    def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> None:
         super().__init__(problem, h0, z)
         self.image: Space = problem.image(h0)
-        self.first: Numbers | None = None
+        self.first = self._given = first
 
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:
         """The residual -g(x). What is returned is always in new memory."""
@@ -123,7 +131,10 @@ class RootSystem(System):
 
     def in_units(self, units: Numbers) -> None:
         """See :class:`System`."""
-        self.image, self.first = self.image.in_units(units), None
+        self.image = self.image.in_units(units)
+        if self._given is not None:
+            self._given = self._given / units
+        self.first = self._given
 
     def _take(self, samples: Array, take: Callable[[Any], Any], like: PyTree) -> None:
         self.image, self.first = self.image.part(like, samples), take(self.first)
@@ -137,7 +148,7 @@ def _constant(space: Space, value: PyTree) -> PyTree:
     return value if tracing is None else space.backend.map(tracing.constant, value)
 
 
-def system_of(problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> System:
-    """The system of a fixed-point problem, or of a root."""
+def system_of(problem: Problem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> System:
+    """The system of a fixed-point problem, or of a root; ``first`` as in :class:`RootSystem`, if it is known."""
     checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
-    return RootSystem(problem, h0, z) if isinstance(problem, RootProblem) else System(problem, h0, z)
+    return RootSystem(problem, h0, z, first) if isinstance(problem, RootProblem) else System(problem, h0, z)

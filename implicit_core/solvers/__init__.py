@@ -7,7 +7,9 @@ from .broyden import Broyden
 from .compacting import Compacting
 from .custom import CallableSolver
 from .fixed_point_iteration import FixedPointIteration
+from .newton import Newton
 from .newton_krylov import NewtonKrylov
+from .polyalgorithm import Polyalgorithm
 
 __all__ = [
     "Anderson",
@@ -16,7 +18,9 @@ __all__ = [
     "Compacting",
     "FixedPointIteration",
     "FixedPointSolver",
+    "Newton",
     "NewtonKrylov",
     "Point",
+    "Polyalgorithm",
     "Solver",
 ]

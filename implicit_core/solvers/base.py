@@ -58,6 +58,9 @@ class Solver(Record, ABC):
         array, there can be no trace of the residuals.
     check_every
         Steps between two tests of whether all samples are finished. Each test waits for the device.
+    patience
+        A sample ends, as STAGNATED, if its least residual was not halved within so many evaluations; None for no such
+        limit.
     freeze
         Whether a finished sample keeps its point, so that no sample's result depends on another's. False: it takes
         steps as long as others do, for the same evaluations, and is more accurate for it.
@@ -91,6 +94,7 @@ class Solver(Record, ABC):
     atol: Real | None = None
     max_steps: Count = 100
     check_every: int = 1
+    patience: int | None = field(default=None, repr=False)
     freeze: bool = field(default=True, repr=False)
     check: bool = field(default=True, repr=False)
 
@@ -115,6 +119,8 @@ class Solver(Record, ABC):
             set_field(self, "atol", checks.real("atol", self.atol, 0.0))
         set_field(self, "max_steps", checks.count("max_steps", self.max_steps, 1))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
+        if self.patience is not None:
+            set_field(self, "patience", checks.integer("patience", self.patience, 1))
         checks.instance("freeze", self.freeze, bool, "True")
         checks.instance("check", self.check, bool, "False")
 
@@ -127,6 +133,10 @@ class Solver(Record, ABC):
         """See :class:`FixedPointSolver`."""
         return Iteration(problem, h0, z, self, trace=trace).run()
 
+    def linearizes(self, system: System) -> bool:
+        """Whether ``observe`` is given an operator."""
+        return self.uses_jacobian
+
     @abstractmethod
     def init(self, system: System, x: State) -> Any:
         """The method's memory before the first step, which starts at ``x``."""
@@ -135,7 +145,7 @@ class Solver(Record, ABC):
         """The memory after F was evaluated at a point.
 
         ``operator`` is ``v -> (I - ∂F/∂h) v`` at ``point.x``, where minus the residual has this derivative, if
-        ``uses_jacobian`` is set. It can be used here alone. In the
+        ``linearizes`` says so. It can be used here alone. In the
         last evaluation of such a solver ``point.active`` holds in no sample, as no step follows.
         """
         return memory

@@ -128,6 +128,8 @@ class _FewRowsError(Exception):
 class _Compacting(Iteration):
     """One solve, which ends when few rows are left, and is carried on by another one of these rows."""
 
+    memory_may_grow = False
+
     def __init__(self, problem: Problem[H, Z], h0: H, z: Z, solver: Solver, batched: PyTree, *, trace: bool) -> None:
         super().__init__(problem, h0, z, solver, trace=trace)
         self.parted = False

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from .. import checks, progress, settings
 from ..arrays import H, PyTree, Real, Z
+from ..iteration import Iteration
 from ..problem import Problem
 from ..records import Record
 from ..registry import find_backend
+from ..root_problem import RootProblem
 from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
 from ..space import Space
 from .fixed_point_iteration import FixedPointIteration
@@ -25,7 +27,8 @@ class CallableSolver(Record):
     Parameters
     ----------
     function
-        Gets the :class:`Problem`, itself callable as F(h, z), ``h0`` and ``z``; returns h shaped as h0. Its
+        Gets the :class:`Problem`, itself callable as F(h, z), or g(x, z) for a root, ``h0`` and ``z``; returns h shaped
+        as h0. Its
         ``linearize`` has the derivatives of the arrays' framework, if the problem has none of its own.
     rtol, atol
         As for :class:`Solver`.
@@ -82,10 +85,15 @@ class CallableSolver(Record):
         h = checks.like(backend, "the result of the solver", h, h0, "h0")
         n = problem.batch_ndim
         h = backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0)
-        solution, start = (self.measuring().solve(problem, at, z) for at in (h, kept))
+        at_start = Iteration(problem, kept, z, self.measuring())
+        start = at_start.run()
+        origin = at_start.tells() if isinstance(problem, RootProblem) else None
+        solution = Iteration(problem, h, z, self.measuring(), origin=origin).run()
         xp, status, stats = backend.xp, solution.status, solution.stats
-        with backend.solving():
-            ran_away = self._ran_away(problem.space(kept), start.stats, stats, solution.value)
+        ran_away: Any = False  # a root cannot: its tolerance does not grow with the state
+        if origin is None:
+            with backend.solving():
+                ran_away = self._ran_away(problem.space(kept), start.stats, stats, solution.value)
         converged = status == Status.CONVERGED.value
         for mask, code in ((status == Status.MAX_STEPS.value, STAGNATED), (converged & ran_away, DIVERGED)):
             status = xp.where(mask, xp.full_like(status, code.value), status)

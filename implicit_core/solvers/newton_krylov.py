@@ -36,7 +36,7 @@ class NewtonKrylov(Solver):
     ----------
     linear_solver
         A :class:`LinearSolver`; its tolerance is the forcing term of the inexact Newton method.
-    rtol, atol, max_steps, check_every, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, check
         As for :class:`Solver`.
 
     Raises
