@@ -142,6 +142,7 @@ class Iteration:
         if isinstance(problem, RootProblem) or (solver.uses_jacobian and isinstance(problem, Problem)):
             problem = problem.with_derivatives(h0)
         self.system = system_of(problem, h0, z, None if origin is None else origin.first)
+        self.system.endless = stepwise
         self.linearizes = solver.linearizes(self.system)
         self.space = self.system.space
         self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
@@ -258,8 +259,11 @@ class Iteration:
             scale = settings.quotient(space, self.absolute if plain else atol, self.rtol)
             self.start = Start(cap, point.norm, point.f_norm, scale)
             floor = space.full(0.0) if operator is not None else None
-            waits = (point.norm, space.full(1, space.xp.int32)) if solver.patience else ()
-            made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor, *waits)
+            made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
+            if solver.patience:
+                made = made._replace(halved=point.norm, halved_at=space.full(1, space.xp.int32))
+            if solver.undoes_steps:
+                made = made._replace(failures=space.full(0.0))
             point = point._replace(active=point.active & (point.norm > tolerance))
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
@@ -396,6 +400,8 @@ class Iteration:
             point = point._replace(active=point.active & self.unmodified)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
+            if solver.undoes_steps and not (tells and masks[-1] is True):
+                made, point = self._given_up(made, before, point)
             made, point = self._judge(made, best, point, operator)
         settled = carry.settled
         if settled is not None:
@@ -404,20 +410,17 @@ class Iteration:
                 marked = (settled < 0) | progress.both(self._moved(point, settled), ~before.active)
                 latest = space.select(marked, space.full(-1.0), latest)
             settled = latest
-        if best is not None and solver.undoes_steps:
-            point = self._given_up(best, point, steps)
         memory = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
 
-    def _given_up(self, best: Best, point: Point, steps: Count) -> Point:
-        """The point, where samples are no longer active whose steps have not been finite for a while (Decision 20)."""
-        space, now = self.space, progress.is_checkpoint(point.index + 1)
-        if now is False:
-            return point
-        late = steps.array(space) - best.steps.array(space) >= PATIENCE
-        given_up = ~finite(point.norm) & (late | ~finite(best.norm))
-        return point._replace(active=point.active & ~progress.both(given_up, now))
+    def _given_up(self, made: Progress, before: Point, point: Point) -> tuple[Progress, Point]:
+        """The same, where samples have ended after too many steps in a row without a finite F (Decision 20)."""
+        space = self.space
+        assert made.failures is not None
+        failures = space.select(finite(before.norm), space.full(0.0), made.failures + 1)
+        going_on = (failures < PATIENCE) | finite(point.norm)
+        return made._replace(failures=failures), point._replace(active=point.active & going_on)
 
     def finish(self, carry: Carry) -> Solution[Any]:
         """Each sample's point and status."""

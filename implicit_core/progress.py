@@ -91,6 +91,8 @@ class Progress(NamedTuple):
     halved, halved_at
         The last residual that was at most half of the one before in this place, and the evaluations until then; None
         without ``patience``.
+    failures
+        After how many steps in a row F was not finite; None for a solver that does not undo steps.
     """
 
     cap: Numbers
@@ -101,6 +103,7 @@ class Progress(NamedTuple):
     floor: Numbers | None = None
     halved: Numbers | None = None
     halved_at: Numbers | None = None
+    failures: Numbers | None = None
 
 
 def reachable(space: Space, rtol: Real) -> Real:

@@ -43,6 +43,8 @@ class System:
     is_root = False
     grows = False
     """Whether a solver's memory may change its shape from step to step."""
+    endless = False
+    """Whether there may be more steps than the solver's ``max_steps``."""
 
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         self.problem, self.z = problem, z

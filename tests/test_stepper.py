@@ -44,12 +44,10 @@ def layer(library: Library, dtype: Any = np.float64) -> tuple[Any, Any, Any]:
 
 
 def assert_same(library: Library, got: Any, wanted: Any) -> None:
-    """Bit for bit, but for JAX: it compiles a solve, and rounds otherwise then."""
-    if library is JAX:
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
-    else:
-        np.testing.assert_equal(got, wanted)
+    """To rounding: JAX compiles a solve, and a step that some samples may undo selects, which moves its memory."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        rounding = 1e-5 if library is JAX or a.dtype == np.float32 else 1e-10
+        np.testing.assert_allclose(a, b, rtol=rounding, atol=1e-3 * rounding)
 
 
 def assert_same_solution(library: Library, got: ic.Solution[Any], wanted: ic.Solution[Any]) -> None:
@@ -240,7 +238,7 @@ def test_the_loop_is_the_users(solver: ic.Solver) -> None:
         state = stepper.step(state, z)
     assert state.converged.all()
     wanted = ic.solve(make(batch_ndim=1), h0, z, solver=solver)
-    np.testing.assert_array_equal(state.value, wanted.value)
+    np.testing.assert_allclose(state.value, wanted.value, rtol=1e-9)
     np.testing.assert_array_equal(state.steps, wanted.stats.steps)
 
 

@@ -114,8 +114,8 @@ def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptio
 
 def _factors(problem: RootProblem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
     """What makes an F of a root's g, see :meth:`RootProblem.factors`."""
-    of_solution = isinstance(gradient, AtFixedPoint) and gradient.derivative is Derivative.OF_SOLUTION
-    return _constants(problem.factors(*_constants((h, z)), relaxed=not of_solution))
+    relaxed = not isinstance(gradient, AtFixedPoint) or gradient.relaxes
+    return _constants(problem.factors(*_constants((h, z)), relaxed=relaxed))
 
 
 def _map(problem: Problem[H, Z], h0: H, z: Z, factors: H | None = None) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:

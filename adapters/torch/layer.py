@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from implicit_core import checks, settings
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND, unprotected
-from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, Watched, solver_point, told
 from implicit_core.problem import Map, Problem
 from implicit_core.registry import not_compiled
@@ -106,8 +106,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             if isinstance(gradient, AtFixedPoint):
                 solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():
-                    of_solution = gradient.derivative is Derivative.OF_SOLUTION
-                    autograd = solved.fixed_point_form(solution.value, z, relaxed=not of_solution)
+                    autograd = solved.fixed_point_form(solution.value, z, relaxed=gradient.relaxes)
                     solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
                 return solution
             autograd = solved.fixed_point_form(solution.value, z)

@@ -9,7 +9,7 @@ from torch import Tensor
 from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Unroll
+from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
 from implicit_core.layer import LayerOptions, solver_point
 from implicit_core.problem import Problem
 from implicit_core.root_problem import RootProblem
@@ -64,7 +64,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
     n = len(leaves)
     evaluations, tells = list[int](), list[bool]()
     is_root = isinstance(given, RootProblem)
-    of_solution = isinstance(gradient, AtFixedPoint) and gradient.derivative is Derivative.OF_SOLUTION
+    relaxes = not isinstance(gradient, AtFixedPoint) or gradient.relaxes
 
     def run(batched: BatchedF, values: Sequence[Tensor]) -> Tensors:
         by_external = IdentityMap(zip(externals, values[n:], strict=True))
@@ -74,7 +74,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
             problem = root = RootProblem.of(problem, given.g_scale)
         solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
         if is_root:
-            factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=not of_solution))[0]
+            factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=relaxes))[0]
         if options.throw:  # of the solver's point, since a status can be read here and not within a vmap
             solution.raise_for_status()
         stats = solution.stats

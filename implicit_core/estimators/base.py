@@ -156,6 +156,8 @@ class AtFixedPoint(Estimator):
 
     derivative: ClassVar[Derivative] = Derivative.OF_OPERATIONS
     """How frameworks with autodiff differentiate ``inverse``."""
+    relaxes: ClassVar[bool] = True
+    """Whether D depends on the α of a root's F(x) = x - α g(x), as it does unless it is the exact inverse."""
 
     @abstractmethod
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
@@ -213,7 +215,7 @@ class AtFixedPoint(Estimator):
 
     def _form(self, problem: Problem[H, Z], h: H, z: Z) -> Problem[H, Z]:
         """The problem that is differentiated, of a fixed point."""
-        return problem.fixed_point_form(h, z, relaxed=self.derivative is not Derivative.OF_SOLUTION)
+        return problem.fixed_point_form(h, z, relaxed=self.relaxes)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """See :meth:`Estimator.vjp`."""

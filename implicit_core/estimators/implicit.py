@@ -56,6 +56,7 @@ class Implicit(AtFixedPoint):
     on_failure: OnFailure = "raise"
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
+    relaxes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")

@@ -13,6 +13,8 @@ from .relaxation import first_relaxation, next_relaxation
 
 GROWTH = 10.0
 """A step is undone if the residual after it is more than this much larger than before."""
+FIRST, LONGER = 1.35, 1.5
+"""How many plain steps of a fixed point follow on the first step that is undone, and how many times more on others."""
 
 
 class Memory(NamedTuple):
@@ -33,8 +35,16 @@ class Memory(NamedTuple):
         Rows of ``floor`` for slots in use.
     ones
         The right-hand side of the weights, (N, 1, m).
-    limit
-        The residual above which the last step is undone, (N, 1).
+    limit, before
+        The residual above which the last step is undone, (N, 1), and the one before that. Negative where plain steps
+        are still to be made.
+    wait, pause
+        How many plain steps of a fixed point are still to be made, and how many there were, (N, 1): more
+        after each step that was undone, so that plain iteration alone is left where nothing else works.
+    undone_at
+        The index of the last point that was undone, (N, 1).
+    start
+        The residual and the damped step at the start, for fixed points.
     relaxation
         β, (N, 1), for roots, whose residual has units of its own; None for fixed points.
     """
@@ -47,6 +57,11 @@ class Memory(NamedTuple):
     tiny: Any
     ones: Matrices
     limit: Numbers
+    before: Numbers
+    wait: Numbers
+    pause: Numbers
+    undone_at: Numbers
+    start: tuple[State, ...] | None
     relaxation: Numbers | None
 
 
@@ -105,16 +120,21 @@ class Anderson(Solver):
         # one is relative to the diagonal (Decision 17), and at least rounding error, for residuals that are all equal.
         ridge = settings.at_least(space, self.regularization, 4 * m * space.eps)
         tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps  # for residuals that are all zero
-        rows = space.xp.broadcast_to(tiny * space.eye(m)[:, None, None, :], (m, space.samples, 1, m))
+        largest = space.full(_largest(space))
         return Memory(
             space.history(m),
             space.history(m),
             tuple(space.matrices(m, m) for _ in x),
             1 + ridge * space.eye(m)[None, :, :],
             space.matrices(m, m) + _empty(space, m),
-            space.table(rows),
+            space.table(tiny * space.eye(m)[:, None, None, :]),
             space.matrices(1, m) + 1.0,
-            space.full(_largest(space)),
+            largest,
+            largest,
+            space.full(0.0),
+            space.full(FIRST / LONGER),
+            space.full(-2, space.xp.int32),
+            None if system.is_root else (x, x),
             space.full(0.0) if system.is_root else None,
         )
 
@@ -131,11 +151,14 @@ class Anderson(Solver):
                 limit = space.select(first, memory.limit, limit)
             else:
                 relaxation = space.select(first, first_relaxation(space, point), relaxation)
-        memory = memory._replace(limit=limit, relaxation=relaxation)
+        memory = memory._replace(limit=limit, before=memory.limit, relaxation=relaxation)
         residual, proposal = point.residual, self._proposal(space, point, of_root=system.is_root)
+        if memory.start is not None and first is not False:
+            start = (space.where(first, a, b) for a, b in zip((residual, proposal), memory.start, strict=True))
+            memory = memory._replace(start=tuple(start))
         if point.accepted is not True:
             residual, proposal, memory = self._undone(space, memory, point, proposal)
-        floor = space.set_matrix_row(memory.floor, slot, memory.tiny[slot])
+        floor = space.set_matrix_row(memory.floor, slot, memory.ones * memory.tiny[slot])
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, residual)
         products = space.gram(memory.products, residuals, slot)
@@ -162,20 +185,31 @@ class Anderson(Solver):
             for history in (memory.residuals, memory.proposals)
         )
         memory = memory._replace(floor=space.xp.where(accepted[:, :, None], memory.floor, _empty(space, slots)))
+        kept, finite = accepted, point.norm < float("inf")
         if memory.relaxation is None:
-            limit = space.full(_largest(space))
+            assert memory.start is not None
+            waits = ~accepted & (memory.before < 0) & finite
+            kept = accepted | waits
+            # Where a plain step fails as well, only those from the start may not.
+            again = ~kept & (memory.undone_at == point.index - 1)
+            old_residual, old_proposal = (
+                space.where(again, new, old)
+                for new, old in zip(memory.start, (old_residual, old_proposal), strict=True)
+            )
+            undone_at = space.select(kept, memory.undone_at, space.full(0, space.xp.int32) + point.index)
+            pause = space.select(kept, memory.pause, LONGER * memory.pause)
+            wait = space.select(kept, memory.wait - 1, pause)
+            largest = space.full(_largest(space))
+            limit = space.select(wait > 1, -largest, largest)
+            memory = memory._replace(pause=pause, wait=wait, undone_at=undone_at)
         else:
             limit = GROWTH * space.norm(old_residual)
-            after = space.where(point.norm < float("inf"), point.residual, old_residual)
+            after = space.where(finite, point.residual, old_residual)
             step, change = space.sub(point.x, old_proposal), space.sub(old_residual, after)
             new = next_relaxation(space, memory.relaxation, step, change, point.norm)
             memory = memory._replace(relaxation=space.select(accepted, memory.relaxation, new))
         memory = memory._replace(limit=space.select(accepted, memory.limit, limit))
-        return (
-            space.where(accepted, point.residual, old_residual),
-            space.where(accepted, proposal, old_proposal),
-            memory,
-        )
+        return space.where(kept, point.residual, old_residual), space.where(kept, proposal, old_proposal), memory
 
 
 def _empty(space: Space, m: int) -> Array:

@@ -19,7 +19,7 @@ LEAST = 1e-3
 The update is then damped, and as regular as any (J. J. Moré and J. A. Trangenstein, On the global convergence of
 Broyden's method, Math. Comp. 30 (1976), damp it so).
 """
-GROWTH = 100.0
+GROWTH = 1e4
 """A step is undone if the residual after it is more than this much larger than before."""
 BLOCK = 16
 """By how many steps the memory grows."""
@@ -73,7 +73,7 @@ class Broyden(Solver):
     the steps only: it is kept, inverted, as m × m coefficients, one row of which is new at each step. The oldest step
     makes room for the newest. A denominator that is nearly zero, as in the first update of a skew map, counts as 0.001.
 
-    Where F is not finite after a step, or the residual a hundred times as large, the step is undone: a plain one from
+    Where F is not finite after a step, or the residual 10⁴ times as large, the step is undone: a plain one from
     the point before follows, and the method starts anew.
 
     A root in few unknowns has its inverse Jacobian as a matrix, which starts from the Jacobian at x0 where g has a JVP,
@@ -205,7 +205,7 @@ def _sized(solver: Broyden, system: System) -> int:
     """How many steps the memory holds at first."""
     if solver.memory is not None:
         return solver.memory
-    most = TRACED if is_array(solver.max_steps) else max(solver.max_steps, 1)
+    most = TRACED if system.endless or is_array(solver.max_steps) else max(solver.max_steps, 1)
     return min(most, BLOCK if system.grows else TRACED)
 
 
