@@ -439,9 +439,6 @@ class JAXBackend(Backend):
     def noticed(self) -> Any:
         return _NOTICED.get()
 
-    def unnoticed(self) -> AbstractContextManager[Any]:
-        return noticing()
-
     def count(self, masks: Sequence[Any]) -> list[int]:
         counts: list[int] = jnp.concatenate(masks, axis=1).sum(axis=0).tolist()
         return counts

@@ -312,10 +312,6 @@ class Backend:
         """
         return None
 
-    def unnoticed(self) -> AbstractContextManager[Any]:
-        """The context of a solve within a loop, whose masks cannot leave it for :meth:`noticed`."""
-        return nullcontext()
-
     def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
         return self.guarded(f, "f", "h")

@@ -15,7 +15,7 @@ from .problem import BoundLinearization, Linearization, Map, Problem, as_problem
 from .registry import find_adapter, find_backend
 from .solution import Status
 from .solve import as_solver, solve
-from .solvers import Anderson, FixedPointSolver
+from .solvers import Anderson, FixedPointSolver, Solver
 from .space import Space
 
 WIDTH = 80
@@ -250,7 +250,12 @@ def _at_a_point(
 ) -> Report:
     """The tests of derivatives."""
     xp = space.xp
-    solution = solve(problem, h0, z, solver=unchecked(solver))  # which would raise at the first coupled sample
+    solver = unchecked(solver)  # which would raise at the first coupled sample
+    if isinstance(solver, Solver):
+        solver = replace(
+            solver, freeze=False
+        )  # where samples are coupled, one that is finished goes on with the others
+    solution = solve(problem, h0, z, solver=solver)
     solved = bool(xp.all(solution.status == Status.CONVERGED.value))
     h, point = (solution.value, "solution") if solved else (h0, "h0")
     if not problem.has_derivatives:

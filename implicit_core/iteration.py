@@ -543,7 +543,7 @@ class Iteration:
             least = space.xp.minimum(best.norm, point.norm)
         tolerance = self.tolerance(point.f_norm)
         # A solver that goes back from a point may be on its way back from far beyond.
-        goes_back = self.system.is_root and self.solver.undoes_steps
+        goes_back = self.solver.overshoots or (self.system.is_root and self.solver.undoes_steps)
         limit = float("inf") if goes_back else self.start.limit()
         ended = progress.without_progress(made, limit, evaluations, point.norm, least, tolerance)
         ended = progress.both(ended & point.active, now)

@@ -9,7 +9,7 @@ from ..carry import Point
 from ..space import Space, total
 from ..system import System
 from .base import Solver
-from .relaxation import first_relaxation, next_relaxation
+from .relaxation import first_relaxation, largest_after, next_relaxation
 
 GROWTH = 10.0
 """A step is undone if the residual after it is more than this much larger than before."""
@@ -26,15 +26,12 @@ class Memory(NamedTuple):
         x + β r, and r, of the last m points; for roots x and r.
     products
         The residuals' Gram matrices, (N, m, m) for each leaf.
-    scaling
-        The ridge, (1, m, m).
-    floor
-        Added to the Gram matrix, (N, m, m): on the diagonal a large number where a slot is empty, so that its weight is
-        zero, and a tiny one where it is in use.
-    tiny
-        Rows of ``floor`` for slots in use.
-    ones
-        The right-hand side of the weights, (N, 1, m).
+    scaling, floor
+        Constants, (1, m, m): the ridge, and a tiny diagonal for residuals that are all zero.
+    used
+        One where a slot is in use, and zero where it is empty or its point was forgotten, (N, 1, m).
+    here
+        The rows of the identity, (1, 1, m) each.
     limit, before
         The residual above which the last step is undone, (N, 1), and the one before that. Negative where plain steps
         are still to be made.
@@ -53,9 +50,9 @@ class Memory(NamedTuple):
     residuals: History
     products: tuple[Matrices, ...]
     scaling: Array
-    floor: Matrices
-    tiny: Any
-    ones: Matrices
+    floor: Array
+    used: Matrices
+    here: Any
     limit: Numbers
     before: Numbers
     wait: Numbers
@@ -126,9 +123,9 @@ class Anderson(Solver):
             space.history(m),
             tuple(space.matrices(m, m) for _ in x),
             1 + ridge * space.eye(m)[None, :, :],
-            space.matrices(m, m) + _empty(space, m),
-            space.table(tiny * space.eye(m)[:, None, None, :]),
-            space.matrices(1, m) + 1.0,
+            tiny * space.eye(m)[None, :, :],
+            space.matrices(1, m),
+            space.table(space.eye(m)[:, None, None, :]),
             largest,
             largest,
             space.full(0.0),
@@ -143,9 +140,9 @@ class Anderson(Solver):
         return point.norm <= memory.limit
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
-        space, slots, relaxation = system.space, memory.floor.shape[1], memory.relaxation
+        space, slots, relaxation = system.space, memory.used.shape[2], memory.relaxation
         slot = point.index % slots
-        first, limit = point.index == 0, GROWTH * point.norm
+        first, limit = point.index == 0, largest_after(space, point, GROWTH)
         if first is not False:
             if relaxation is None:  # a plain step may make the residual grow
                 limit = space.select(first, memory.limit, limit)
@@ -158,16 +155,17 @@ class Anderson(Solver):
             memory = memory._replace(start=tuple(start))
         if point.accepted is not True:
             residual, proposal, memory = self._undone(space, memory, point, proposal)
-        floor = space.set_matrix_row(memory.floor, slot, memory.ones * memory.tiny[slot])
+        used = space.xp.maximum(memory.used, memory.here[slot])
         proposals = space.set_row(memory.proposals, slot, proposal)
         residuals = space.set_row(memory.residuals, slot, residual)
         products = space.gram(memory.products, residuals, slot)
-        weights = mixing_weights(space, space.multiply_add(total(products), memory.scaling, floor), memory.ones)
+        gram = total(products) * (space.xp.matrix_transpose(used) * used)
+        weights = mixing_weights(space, space.multiply_add(gram, memory.scaling, memory.floor), used)
         x = space.state(space.combine(weights, proposals))
         if memory.relaxation is not None:
             mixed = space.state(space.combine(weights, residuals))
             x = space.axpy(self.damping * memory.relaxation, mixed, x)
-        return x, memory._replace(proposals=proposals, residuals=residuals, products=products, floor=floor)
+        return x, memory._replace(proposals=proposals, residuals=residuals, products=products, used=used)
 
     def _proposal(self, space: Space, point: Point, *, of_root: bool) -> State:
         """What is combined: x + β r; of a root, whose β changes, x alone."""
@@ -178,13 +176,14 @@ class Anderson(Solver):
     def _undone(self, space: Space, memory: Memory, point: Point, proposal: State) -> tuple[State, State, Memory]:
         """The residual and the proposal of the point before, where a point is undone, and all others are forgotten."""
         accepted: Any = ~space.all_samples() if point.accepted is False else point.accepted
-        slots = memory.floor.shape[1]
+        slots = memory.used.shape[2]
         before = (point.index - 1) % slots
         old_residual, old_proposal = (
             space.state(Row(tuple(space.take(a, before, 1) for a in history)))
             for history in (memory.residuals, memory.proposals)
         )
-        memory = memory._replace(floor=space.xp.where(accepted[:, :, None], memory.floor, _empty(space, slots)))
+        forgotten = space.xp.zeros_like(memory.used)
+        memory = memory._replace(used=space.xp.where(accepted[:, :, None], memory.used, forgotten))
         kept, finite = accepted, point.norm < float("inf")
         if memory.relaxation is None:
             assert memory.start is not None
@@ -212,18 +211,16 @@ class Anderson(Solver):
         return space.where(kept, point.residual, old_residual), space.where(kept, proposal, old_proposal), memory
 
 
-def _empty(space: Space, m: int) -> Array:
-    """What makes the weights of empty slots zero, (1, m, m)."""
-    return _largest(space) * space.eye(m)[None, :, :]
-
-
 def _largest(space: Space) -> float:
     """A number that residuals, and their squares, do not exceed."""
     return float(space.backend.finfo(space.dtype).max) / 4
 
 
-def mixing_weights(space: Space, gram: Matrices, ones: Matrices) -> Matrices:
-    """Weights, summing to one, that minimize the norm of the combined residual; (N, m, m), (N, 1, m) -> (N, 1, m)."""
-    weights = space.solve_rows(gram, ones)
+def mixing_weights(space: Space, gram: Matrices, used: Matrices) -> Matrices:
+    """Weights, summing to one, that minimize the norm of the combined residual.
+
+    ``gram`` is (N, m, m); ``used``, (N, 1, m), is one at the slots in use and zero elsewhere.
+    """
+    weights = space.solve_rows(gram, used)
     total: Matrices = space.xp.sum(weights, axis=-1, keepdims=True)
     return weights / total

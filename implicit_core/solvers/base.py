@@ -108,6 +108,8 @@ class Solver(Record, ABC):
     step is always new arrays or ``point.f`` itself, sets this to False."""
     uses_jacobian: ClassVar[bool] = False
     """Whether ``observe`` needs the Jacobian, which the arrays' framework makes for a problem without callbacks."""
+    overshoots: ClassVar[bool] = False
+    """Whether a residual far beyond the first one, where others have diverged, may still fall."""
     undoes_steps: ClassVar[bool] = False
     """Whether a solver goes back from points that it does not accept, so that a sample where F is not finite stays
     active, until no step from its best point has been finite for a while."""

@@ -11,7 +11,7 @@ from ..space import Space, head
 from ..system import System
 from . import dense, dense_broyden
 from .base import Solver
-from .relaxation import first_relaxation, next_relaxation
+from .relaxation import first_relaxation, largest_after, next_relaxation
 
 LEAST = 1e-3
 """The least 1 - α, as which a smaller one counts: the update is singular where it is zero.
@@ -109,6 +109,7 @@ class Broyden(Solver):
     memory: int | None = None
 
     copies_results: ClassVar[bool] = False
+    overshoots: ClassVar[bool] = True
     undoes_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -149,7 +150,12 @@ class Broyden(Solver):
         m = memory.coefficients.shape[1]
         slot, previous = point.index % m, (point.index - 1) % m
         first, full = point.index == 0, not isinstance(point.index, int) or point.index >= m
-        x, residual, coefficients, limit = point.x, point.residual, memory.coefficients, GROWTH * point.norm
+        x, residual, coefficients, limit = (
+            point.x,
+            point.residual,
+            memory.coefficients,
+            largest_after(space, point, GROWTH),
+        )
         relaxation = memory.relaxation
         begins: Any = first  # where the method starts anew
         if first is not False:

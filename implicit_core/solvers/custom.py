@@ -77,14 +77,17 @@ class CallableSolver(Record):
             calls += all(map(backend.readable, backend.flatten(h)[0]))
             return problem.f(h, z)
 
-        # A copy: h0, and what the function returns, may be in memory that F writes its results to.
-        kept = backend.map(lambda x: backend.xp.asarray(x, copy=True), backend.map(backend.stop_gradient, h0))
+        # Copies: h0, and what the function returns, may be in memory that F writes its results to.
+        def copied(tree: PyTree) -> PyTree:
+            return backend.map(lambda x: backend.xp.asarray(x, copy=True), tree)
+
+        kept = copied(backend.map(backend.stop_gradient, h0))
         with backend.solving():
             given = problem.replace_f(counted).with_derivatives(h0)
             h = self.function(given, backend.map(backend.stop_gradient, h0), z)
         h = checks.like(backend, "the result of the solver", h, h0, "h0")
         n = problem.batch_ndim
-        h = backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0)
+        h = copied(backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0))
         at_start = Iteration(problem, kept, z, self.measuring())
         start = at_start.run()
         origin = at_start.tells() if isinstance(problem, RootProblem) else None

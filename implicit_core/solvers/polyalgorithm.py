@@ -147,8 +147,9 @@ class Polyalgorithm(Record):
             again = failed if number > 1 else failed & ~(stats.residual < float("inf"))
             start = _select(again, backend.map(backend.stop_gradient, h0), found.value)
             tracing = len(carry.traces) > 1
-            with backend.unnoticed():
-                new = Iteration(problem, start, z, solver, trace=tracing, origin=origin).run()
+            iteration = Iteration(problem, start, z, solver, trace=tracing, origin=origin)
+            iteration.noticed = None  # no mask leaves a loop that is traced
+            new = iteration.run()
             better = failed & ((new.status == CONVERGED) | ~(new.stats.residual >= stats.residual))
             of_value = {
                 name: _select(better, getattr(new.stats, name), getattr(stats, name))

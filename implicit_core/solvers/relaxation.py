@@ -1,4 +1,4 @@
-"""How long a plain step x + β r is for a root, whose residual has units of its own."""
+"""When a step is undone, and how long a plain step x + β r is for a root, whose residual has units of its own."""
 
 from ..arrays import Numbers, State
 from ..carry import Point
@@ -7,8 +7,15 @@ from ..space import Space
 
 SHARE = 0.5
 """The first step, as a share of ‖x‖ or of 1, whichever is larger."""
+ROUNDING = 64.0
+"""In units of ε ‖F(x)‖: residuals below this may grow by any factor."""
 SHORTER = 0.1
 """β becomes this much shorter where F was not finite after a step."""
+
+
+def largest_after(space: Space, point: Point, growth: float) -> Numbers:
+    """The residual above which the step from a point is undone: ``growth`` times as large as there, and no rounding."""
+    return space.multiply_add(ROUNDING * space.coarsest_eps, point.f_norm, growth * point.norm)
 
 
 def first_relaxation(space: Space, point: Point) -> Numbers:
