@@ -389,6 +389,7 @@ def test_a_tangent_through_a_problems_closure_is_refused() -> None:
 
 def test_the_adapter_reexports_fixed_point() -> None:
     assert ict.fixed_point is ic.fixed_point
+    assert ict.root is ic.root
 
 
 @pytest.mark.parametrize("h0", [0, 0.0, np.zeros(3), (0.0, np.zeros(3))], ids=repr)

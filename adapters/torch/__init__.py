@@ -1,6 +1,7 @@
 """PyTorch: F's derivatives from autograd, and the core's estimators inside it."""
 
 from implicit_core.fixed_point import fixed_point
+from implicit_core.root import root
 
 from .graphs import CUDAGraphs, GraphFallbackWarning
 from .layer import layer as layer  # `fixed_point` calls it for tensors (Decision 12)
@@ -28,4 +29,5 @@ __all__ = [
     "jacobian_penalty",
     "problem",
     "replace_dropout",
+    "root",
 ]

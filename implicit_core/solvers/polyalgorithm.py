@@ -27,6 +27,10 @@ SMALL: tuple[Solver, ...] = (
     Anderson(max_steps=80, patience=PATIENCE),
     Newton(max_steps=200),
 )
+WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
+    Broyden(max_steps=150, patience=3 * PATIENCE),
+    Anderson(max_steps=150, patience=3 * PATIENCE),
+)
 LARGE: tuple[Solver, ...] = (Anderson(max_steps=100, patience=PATIENCE), NewtonKrylov(max_steps=200))
 
 
@@ -52,8 +56,9 @@ class Polyalgorithm(Record):
     ----------
     solvers
         A tuple of :class:`Solver`, each with its own ``max_steps`` and ``patience``. None chooses by the size of the
-        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson and NewtonKrylov. Solvers
-        that need a Jacobian are left out where there are no derivatives.
+        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson and NewtonKrylov. Without
+        derivatives, as for a plain g in NumPy, it is Broyden and Anderson, and of others those that need a Jacobian are
+        left out.
     rtol, atol
         As for :class:`Solver`, for all of them.
 
@@ -125,6 +130,8 @@ class Polyalgorithm(Record):
 
     def _chosen(self, problem: Problem[Any, Any], h0: PyTree) -> Sequence[Solver]:
         """The solvers that can solve the problem."""
+        if self.solvers is None and not problem.has_jvp:
+            return WITHOUT_DERIVATIVES
         solvers = self.solvers or (SMALL if dense.is_small(problem.space(h0)) else LARGE)
         usable = [solver for solver in solvers if problem.has_jvp or not solver.uses_jacobian]
         return usable or solvers
