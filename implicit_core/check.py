@@ -13,6 +13,7 @@ from .backend import WrittenArgumentError
 from .coupling import coupling, is_rounding, random_state, repeated, separating, testable, unchecked
 from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, zero_tangent
 from .registry import find_adapter, find_backend
+from .root_problem import RootProblem
 from .solution import Status
 from .solve import as_solver, solve
 from .solvers import Anderson, FixedPointSolver, Solver
@@ -20,6 +21,10 @@ from .space import Space
 
 WIDTH = 80
 """Columns of a report."""
+
+OF_ROOT = (
+    "check looks at an F whose fixed point is sought: pass problem.fixed_point_form(x0, z), which is F(x) = x - α g(x)"
+)
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,8 @@ def check(
     """
     checks.function("f", f)
     problem = as_problem(f, batch_ndim)
+    if isinstance(problem, RootProblem):
+        raise TypeError(OF_ROOT)
     seed = checks.integer("seed", seed, 0)
     solver = as_solver(solver)
     backend = find_backend(h0, "h0")
@@ -236,7 +243,7 @@ def _pullbacks_alone(problem: Problem[H, Z]) -> Problem[H, Z]:
     def linearize(h: H, z: Z) -> Linearization[H, Z]:
         return replace(problem.linearize(h, z).raw, jvp_h=None, jvp_z=None, jvp=None)
 
-    return Problem(problem.f, linearize=linearize, batch_ndim=problem.batch_ndim, scale=problem.scale)
+    return problem.with_function(problem.f, linearize)
 
 
 def _at_a_point(

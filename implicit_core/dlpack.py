@@ -65,7 +65,7 @@ def borrow_derivatives(problem: Problem[Any, Any], framework: str) -> Problem[An
         derivatives = at.raw.wrap(lambda name, _: exchange.wrap(getattr(at, name), h))
         return replace(derivatives, value=value)
 
-    return Problem(f, linearize=linearize, batch_ndim=problem.batch_ndim, scale=problem.scale)
+    return problem.with_function(f, linearize)
 
 
 class _Exchange:

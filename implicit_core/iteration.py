@@ -194,6 +194,8 @@ class Iteration:
             self.start = start
         if units is not None:
             self._measure_in(units)
+        if start is not None and self.system.is_root:
+            self.system.first = start.f_norm
 
     def _in_range(self, run: Callable[[], Result]) -> Result:
         with self.space.backend.solving():

@@ -288,6 +288,12 @@ class Problem(Generic[H, Z]):
         """The vector space of states shaped as h, which errors call ``name``."""
         return find_backend(h, name).space(h, self.batch_ndim, name, self.scale)
 
+    def with_function(
+        self, f: Map[H, Z], linearize: Callable[[H, Z], Linearization[H, Z]] | None = None
+    ) -> "Problem[H, Z]":
+        """The same problem of another function with other derivatives, or none."""
+        return Problem(f, linearize=linearize, batch_ndim=self.batch_ndim, scale=self.scale)
+
     def watched(self, note: Callable[[H, H], None]) -> "Problem[H, Z]":
         """The same problem, which calls ``note(h, F(h, z))`` after each evaluation of F."""
 

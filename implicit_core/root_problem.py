@@ -84,6 +84,12 @@ class RootProblem(Problem[H, Z]):
         """The same problem with another callable for g."""
         return RootProblem.of(super().replace_f(f), self.g_scale)
 
+    def with_function(
+        self, f: Map[H, Z], linearize: Callable[[H, Z], Linearization[H, Z]] | None = None
+    ) -> "RootProblem[H, Z]":
+        """The same problem of another g with other derivatives, or none."""
+        return RootProblem.of(super().with_function(f, linearize), self.g_scale)
+
     def with_derivatives(self, arrays: PyTree) -> "RootProblem[H, Z]":
         """The problem, with derivatives of g by the arrays' framework if it has none."""
         made = super().with_derivatives(arrays)

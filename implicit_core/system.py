@@ -41,6 +41,7 @@ class System:
     """
 
     is_root = False
+    first: Numbers | None = None
     grows = False
     """Whether a solver's memory may change its shape from step to step."""
     endless = False

@@ -108,7 +108,7 @@ def test_solvers_compared_with_other_libraries(tmp_path: Path, capsys: pytest.Ca
         ours, *others = (row["evaluations"][name] for name in ("ours", "TorchDEQ", "SciPy", "jaxopt"))
         assert ours <= min(count for count in others if count)
     # A step of plain iteration copies the result of F: Decision 6.
-    limits = {"fixed point": 7, "Anderson": 28, "Broyden": 41}
+    limits = {"fixed point": 7, "Anderson": 30, "Broyden": 41}
     for row in record["overhead"]:
         assert 0 < row["operations"]["ours"] <= dispatched(limits[row["solver"]]) < row["operations"]["TorchDEQ"]
 

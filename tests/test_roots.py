@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from libraries import JAX, NUMPY, TORCH, Library
 
 import implicit_core as ic
+import implicit_core.theory
 from benchmarks.root_problems import TWENTY_THREE, RootProblem
 
 UNITS = [1e-160, 1e-9, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9, 1e160]
@@ -173,6 +174,43 @@ def test_the_residual_of_steps_is_that_of_g(library: Library, gradient: ic.Estim
         lam = getattr(gradient, "lam", 1.0)
         left = (1 - 2 * unit * alpha * lam) ** 2
         np.testing.assert_allclose(solution.stats.residual, unit * 52**0.5 * abs(left), atol=1e-12 * unit)
+
+
+# What else takes a problem.
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS[1:], ic.FixedPointIteration(damping=0.05, max_steps=500, rtol=1e-6)])
+def test_a_root_one_step_at_a_time(solver: ic.Solver) -> None:
+    problem, x0 = cubic(1.0, 1), np.ones((3, 1))
+    wanted = ic.solve(problem, x0, Z, solver=solver)
+    stepper = ic.Stepper(problem, solver=solver)
+    state = stepper.init(x0, Z)
+    while not state.finished.all():
+        state = stepper.step(state, Z)
+    np.testing.assert_array_equal(state.converged, wanted.converged)
+    np.testing.assert_allclose(state.value, wanted.value, rtol=1e-8)
+    np.testing.assert_array_equal(state.steps, wanted.stats.steps)
+
+
+def test_theory_speaks_of_the_map_that_estimators_differentiate() -> None:
+    """One unknown: α ∂g/∂x = 1, so that F is constant at the root, and OneStep exact."""
+    for problem in (cubic(-1e-3, 1), cubic(7.0, 1)):
+        assert np.all(ic.theory.contraction(problem, ROOT, Z) < 1e-12)
+        assert ic.theory.certify(problem, ROOT, Z, ic.OneStep(), cotangent=ROOT).cosine == pytest.approx(1.0)
+    assert np.all(ic.theory.contraction(cubic(1.0, 1, g_scale=56.0), ROOT, Z) == pytest.approx(1 - SLOPE[:, 0] / 56))
+    with pytest.raises(TypeError, match="fixed_point_form"):
+        ic.check(cubic(1.0), ROOT, Z)
+
+
+def test_borrowed_derivatives_of_a_root() -> None:
+    from implicit_core.adapters import torch as ict
+    from implicit_core.dlpack import borrow_derivatives
+
+    g = ict.problem(lambda x, z: x**3 + x - z, batch_ndim=1)
+    problem = borrow_derivatives(ic.RootProblem.of(g, 2.0), "torch")
+    solution = ic.solve(problem, np.ones((3, 1)), Z, solver=ic.Newton(**TIGHT))
+    np.testing.assert_allclose(solution.value, ROOT, rtol=1e-8)
+    np.testing.assert_allclose(ic.Implicit().vjp(problem, ROOT, Z)[1](np.ones((3, 1))), 1 / SLOPE, rtol=1e-6)
 
 
 # What users bring.

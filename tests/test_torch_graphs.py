@@ -756,6 +756,14 @@ def test_it_takes_a_solver(solver: Any) -> None:
         ict.CUDAGraphs(solver)
 
 
+def test_a_root_is_solved_without_a_recording() -> None:
+    graphs = Recorded(ic.Anderson(rtol=1e-6))
+    with pytest.warns(ict.GraphFallbackWarning, match="a root is sought"):
+        solution = ic.root(lambda x, z: x**3 + x - z, torch.ones(2), torch.tensor([2.0, 10.0]), solver=graphs)
+    torch.testing.assert_close(solution.value, torch.tensor([1.0, 2.0]))
+    assert not graphs._recordings
+
+
 def test_copies_and_pickles_begin_without_recordings() -> None:
     graphs = Recorded(ic.Broyden(memory=3))
     ic.solve(lambda h, z: torch.cos(h), torch.zeros(3), None, solver=graphs)

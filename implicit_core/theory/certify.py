@@ -142,6 +142,7 @@ def certify(
     backend = bind(problem, h).backend
     if cotangent is not None:
         checks.like(backend, "cotangent", cotangent, h, "h")
+    problem = problem.fixed_point_form(h, z)  # Decision 115.
     counted = CountedProblem(problem)
     of_each = 1 - (1 - confidence) / 4  # L_h, both sides of (6), the left side of (8)
     with backend.on_device_of(h), backend.solving():

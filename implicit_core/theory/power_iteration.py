@@ -157,7 +157,7 @@ def _linearize(
 ) -> tuple[Space, BoundLinearization[H, Z], Array | None]:
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
-    problem = as_problem(f, batch_ndim).with_derivatives((h, z))
+    problem = as_problem(f, batch_ndim).with_derivatives((h, z)).fixed_point_form(h, z)
     space = problem.space(h)
     checks.samples("h", space.batch_shape)
     at = problem.linearize(h, z).require(*names)

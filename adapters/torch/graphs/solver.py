@@ -12,6 +12,7 @@ from implicit_core import checks
 from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Problem
+from implicit_core.root_problem import RootProblem
 from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution
 from implicit_core.solvers import Anderson, Solver
@@ -146,6 +147,8 @@ class CUDAGraphs:
 
     def _replayed(self, problem: Problem[H, Z], h0: H, z: Z, trace: bool) -> Solution[H]:
         device = tensors(h0)[0].device
+        if isinstance(problem, RootProblem):
+            raise NotRecordableError("a root is sought, and only solves of fixed points are recorded")
         if self.solver.uses_jacobian:
             raise NotRecordableError(
                 f"{type(self.solver).__name__} solves linear systems, which stop on a data-dependent test"
