@@ -151,8 +151,10 @@ class Anderson(Solver):
         memory = memory._replace(limit=limit, before=memory.limit, relaxation=relaxation)
         residual, proposal = point.residual, self._proposal(space, point, of_root=system.is_root)
         if memory.start is not None and first is not False:
-            start = (space.where(first, a, b) for a, b in zip((residual, proposal), memory.start, strict=True))
-            memory = memory._replace(start=tuple(start))
+            # A copy: F may reuse the memory of its result.
+            now = residual, proposal if space.backend.immutable else space.copy(proposal)
+            start = tuple(space.where(first, a, b) for a, b in zip(now, memory.start, strict=True))
+            memory = memory._replace(start=start)
         if point.accepted is not True:
             residual, proposal, memory = self._undone(space, memory, point, proposal)
         used = space.xp.maximum(memory.used, memory.here[slot])

@@ -174,7 +174,8 @@ class Broyden(Solver):
                 new = next_relaxation(space, relaxation, space.state(memory.last), change, point.norm)
                 relaxation = space.select(kept, relaxation, new)
                 limit = space.select(kept, limit, memory.limit)
-            begins = ~kept | first
+            if first is not True:
+                begins = ~kept if first is False else ~kept | first
         r = space.row(residual if relaxation is None else space.scale(relaxation, residual))
         past = space.rows_in_use(memory.steps, point.index)
         n = past[0].shape[1]

@@ -79,9 +79,9 @@ class CallableSolver(Record):
 
         # Copies: h0, and what the function returns, may be in memory that F writes its results to.
         def copied(tree: PyTree) -> PyTree:
-            return backend.map(lambda x: backend.xp.asarray(x, copy=True), tree)
+            return backend.map(lambda x: backend.xp.asarray(backend.stop_gradient(x), copy=True), tree)
 
-        kept = copied(backend.map(backend.stop_gradient, h0))
+        kept = copied(h0)
         with backend.solving():
             given = problem.replace_f(counted).with_derivatives(h0)
             h = self.function(given, backend.map(backend.stop_gradient, h0), z)
