@@ -147,30 +147,30 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
-def scale(value: PyTree) -> PyTree:
-    """``value``, whose numbers are positive and finite; numbers in arrays where they can be read."""
+def scale(value: PyTree, name: str = "scale") -> PyTree:
+    """``value``, called ``name``, whose numbers are positive and finite; numbers in arrays where they can be read."""
     from .registry import find_backend, leaves_of  # which import this module
 
     if value is None:
         return None
-    no_masks("scale", value)
+    no_masks(name, value)
     for leaf in leaves_of(value):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            backend = find_backend(leaf, "scale")
+            backend = find_backend(leaf, name)
             if backend.recording():
                 continue
             if not backend.readable(leaf):
                 raise TypeError(
-                    "scale must be known when the program is traced: give numbers, or arrays from outside of jit, vmap "
-                    "and grad"
+                    f"{name} must be known when the program is traced: give numbers, or arrays from outside of jit, "
+                    "vmap and grad"
                 )
             xp = backend.xp
             with backend.known():
                 positive = bool(xp.all((leaf > 0) & (leaf < float("inf"))))
             if not positive:
-                raise ValueError("scale must be positive and finite, but an array in it is not")
+                raise ValueError(f"{name} must be positive and finite, but an array in it is not")
         else:
-            real("scale", leaf, 0.0, low_open=True)
+            real(name, leaf, 0.0, low_open=True)
     return value
 
 

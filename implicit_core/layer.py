@@ -143,7 +143,7 @@ def of_value(
 def in_terms_of_g(
     relaxation: Numbers | None, norms: tuple[Numbers, ...], solution: Solution[Any]
 ) -> tuple[Numbers, ...]:
-    """Norms of F(x) - x as those of g, which F(x) = x - α g(x) stands for, relative to g at the solver's point."""
+    """The norms of g, from norms of F(x) - x = -α g(x), and the residual at the solver's point beside them."""
     if relaxation is None:
         return norms
     first = solution.stats.residual

@@ -39,7 +39,7 @@ def root(
     ----------
     g
         g itself, ``g(x, z)``, which returns the structure, shapes and dtypes of x, or a :class:`Problem` whose f and
-        derivatives are those of g.
+        derivatives belong to g.
     x0
         Where to start: an array or a pytree of real floating arrays, (batch..., state...). Its gradient is zero.
     z
@@ -86,8 +86,8 @@ def root(
 
     def problem(g: Any) -> RootProblem[H, Z]:
         if isinstance(g, RootProblem) and g_scale is None:
-            made: Any = as_problem(g, batch_ndim, scale)
-            return made  # type: ignore[no-any-return]
+            as_problem(g, batch_ndim, scale)  # which refuses units beside those of the problem
+            return g
         return RootProblem.of(as_problem(g, batch_ndim, scale), g_scale)
 
     options = LayerOptions(as_solver(solver), gradient, throw, trace)

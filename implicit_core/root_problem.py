@@ -25,9 +25,9 @@ class RootProblem(Problem[H, Z]):
     vjp, jvp, linearize
         Derivatives of g, as for :class:`Problem`.
     batch_ndim, scale
-        As for :class:`Problem`; ``scale`` is that of x.
+        As for :class:`Problem`. ``scale`` holds the units of x.
     g_scale
-        The units of g, as ``scale`` is those of x. Norms of the residual, and tolerances, are those of g / g_scale.
+        The units of g. Norms and tolerances of the residual refer to g / g_scale.
         None for 1 in the solve; then α is chosen by one product with ∂g/∂x, such that α ∂g/∂x is about as large as 1.
 
     Examples
@@ -57,7 +57,7 @@ class RootProblem(Problem[H, Z]):
         g_scale: Any = None,
     ) -> None:
         super().__init__(f, vjp=vjp, jvp=jvp, linearize=linearize, batch_ndim=batch_ndim, scale=scale)
-        self.g_scale = checks.scale(g_scale)
+        self.g_scale = checks.scale(g_scale, "g_scale")
         self._base: Problem[H, Z] | None = None
 
     @classmethod
@@ -168,8 +168,7 @@ def _first(function: Callable[[H], H], pair: tuple[H, Z]) -> tuple[H, Z]:
 
 def _relaxation(space: Space, image: Space, at: BoundLinearization[Any, Any], *, sign_alone: bool) -> Numbers:
     """The α for which α ∂g/∂x leaves the length of a vector of random signs as it is, and turns it by less than 90°."""
-    u = signs(space, random.Random(0))
-    u = space.add(u, space.zeros())
+    u = space.add(signs(space, random.Random(0)), space.zeros())  # the same signs in every sample
     if at.has("vjp_h"):
         product = space.dual.pack(at.vjp_h(image.dual.unpack(u)))
     else:

@@ -54,7 +54,7 @@ class System:
 
     @property
     def records(self) -> bool:
-        """Whether operations are being recorded or captured, so that no loop can stop on what it finds."""
+        """Whether a program is being recorded or captured. No loop can stop on a data-dependent test then."""
         backend = self.space.backend
         return backend.recording() or backend.capturing(backend.flatten(self.space.like)[0][0])
 

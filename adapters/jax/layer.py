@@ -114,8 +114,7 @@ def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptio
 
 def _factors(problem: RootProblem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
     """What makes an F of a root's g, see :meth:`RootProblem.factors`."""
-    relaxed = not isinstance(gradient, AtFixedPoint) or gradient.relaxes
-    return _constants(problem.factors(*_constants((h, z)), relaxed=relaxed))
+    return _constants(problem.factors(*_constants((h, z)), relaxed=gradient.relaxes))
 
 
 def _map(problem: Problem[H, Z], h0: H, z: Z, factors: H | None = None) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:

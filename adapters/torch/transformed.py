@@ -42,7 +42,7 @@ SETTINGS = (
 def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tuple[Solution[H], Problem[H, Z]]:
     """The solution, computed on values; its value is differentiable if the estimator is an :class:`AtFixedPoint`.
 
-    The problem is that of F: of a root, F(x) = x - α g(x).
+    Also returns the problem that estimators differentiate: for a root, F(x) = x - α g(x).
     """
     gradient = options.gradient
     _check_settings(options)
@@ -64,7 +64,6 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
     n = len(leaves)
     evaluations, tells = list[int](), list[bool]()
     is_root = isinstance(given, RootProblem)
-    relaxes = not isinstance(gradient, AtFixedPoint) or gradient.relaxes
 
     def run(batched: BatchedF, values: Sequence[Tensor]) -> Tensors:
         by_external = IdentityMap(zip(externals, values[n:], strict=True))
@@ -74,7 +73,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
             problem = root = RootProblem.of(problem, given.g_scale)
         solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
         if is_root:
-            factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=relaxes))[0]
+            factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=gradient.relaxes))[0]
         if options.throw:  # of the solver's point, since a status can be read here and not within a vmap
             solution.raise_for_status()
         stats = solution.stats

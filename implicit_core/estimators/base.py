@@ -38,6 +38,8 @@ class Estimator(Record, ABC):
 
     starts_from_h0: ClassVar[bool] = False
     """Whether the estimator replaces the solve instead of following it."""
+    relaxes: ClassVar[bool] = True
+    """Whether the gradient depends on the α of a root's F(x) = x - α g(x), as it does unless it is exact."""
 
     @abstractmethod
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
@@ -156,8 +158,6 @@ class AtFixedPoint(Estimator):
 
     derivative: ClassVar[Derivative] = Derivative.OF_OPERATIONS
     """How frameworks with autodiff differentiate ``inverse``."""
-    relaxes: ClassVar[bool] = True
-    """Whether D depends on the α of a root's F(x) = x - α g(x), as it does unless it is the exact inverse."""
 
     @abstractmethod
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:

@@ -9,7 +9,7 @@ from ..carry import Point
 from ..space import Space, total
 from ..system import System
 from .base import Solver
-from .relaxation import first_relaxation, largest_after, next_relaxation
+from .relaxation import any_residual, fall, first_relaxation, largest_after, next_relaxation
 
 GROWTH = 10.0
 """A step is undone if the residual after it is more than this much larger than before."""
@@ -117,7 +117,7 @@ class Anderson(Solver):
         # one is relative to the diagonal (Decision 17), and at least rounding error, for residuals that are all equal.
         ridge = settings.at_least(space, self.regularization, 4 * m * space.eps)
         tiny = float(space.backend.finfo(space.dtype).smallest_normal) / space.eps  # for residuals that are all zero
-        largest = space.full(_largest(space))
+        largest = any_residual(space)
         return Memory(
             space.history(m),
             space.history(m),
@@ -186,10 +186,10 @@ class Anderson(Solver):
         )
         forgotten = space.xp.zeros_like(memory.used)
         memory = memory._replace(used=space.xp.where(accepted[:, :, None], memory.used, forgotten))
-        kept, finite = accepted, point.norm < float("inf")
+        kept = accepted
         if memory.relaxation is None:
             assert memory.start is not None
-            waits = ~accepted & (memory.before < 0) & finite
+            waits = ~accepted & (memory.before < 0) & (point.norm < float("inf"))
             kept = accepted | waits
             # Where a plain step fails as well, only those from the start may not.
             again = ~kept & (memory.undone_at == point.index - 1)
@@ -200,22 +200,16 @@ class Anderson(Solver):
             undone_at = space.select(kept, memory.undone_at, space.full(0, space.xp.int32) + point.index)
             pause = space.select(kept, memory.pause, LONGER * memory.pause)
             wait = space.select(kept, memory.wait - 1, pause)
-            largest = space.full(_largest(space))
+            largest = any_residual(space)
             limit = space.select(wait > 1, -largest, largest)
             memory = memory._replace(pause=pause, wait=wait, undone_at=undone_at)
         else:
             limit = GROWTH * space.norm(old_residual)
-            after = space.where(finite, point.residual, old_residual)
-            step, change = space.sub(point.x, old_proposal), space.sub(old_residual, after)
+            step, change = space.sub(point.x, old_proposal), fall(space, old_residual, point)
             new = next_relaxation(space, memory.relaxation, step, change, point.norm)
             memory = memory._replace(relaxation=space.select(accepted, memory.relaxation, new))
         memory = memory._replace(limit=space.select(accepted, memory.limit, limit))
         return space.where(kept, point.residual, old_residual), space.where(kept, proposal, old_proposal), memory
-
-
-def _largest(space: Space) -> float:
-    """A number that residuals, and their squares, do not exceed."""
-    return float(space.backend.finfo(space.dtype).max) / 4
 
 
 def mixing_weights(space: Space, gram: Matrices, used: Matrices) -> Matrices:

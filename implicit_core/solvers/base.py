@@ -147,8 +147,8 @@ class Solver(Record, ABC):
         """The memory after F was evaluated at a point.
 
         ``operator`` is ``v -> (I - ∂F/∂h) v`` at ``point.x``, where minus the residual has this derivative, if
-        ``linearizes`` says so. It can be used here alone. In the
-        last evaluation of such a solver ``point.active`` holds in no sample, as no step follows.
+        ``linearizes`` says so. It can be used here alone. In the last evaluation of such a solver ``point.active``
+        holds in no sample, as no step follows.
         """
         return memory
 

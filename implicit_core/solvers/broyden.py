@@ -11,7 +11,7 @@ from ..space import Space, head
 from ..system import System
 from . import dense, dense_broyden
 from .base import Solver
-from .relaxation import first_relaxation, largest_after, next_relaxation
+from .relaxation import any_residual, fall, first_relaxation, largest_after, next_relaxation
 
 LEAST = 1e-3
 """The least 1 - α, as which a smaller one counts: the update is singular where it is zero.
@@ -128,9 +128,8 @@ class Broyden(Solver):
         memory = _sized(self, system)
         coefficients, steps = space.matrices(memory, memory), space.history(memory)
         relaxation = space.full(1.0) if system.is_root else None
-        limit = space.full(float(space.backend.finfo(space.dtype).max) / GROWTH)
         constants = *_constants(space, memory), space.scalar(1.0), space.scalar(LEAST)
-        return Memory(steps, space.row(space.zeros()), coefficients, *constants, x, x, limit, relaxation)
+        return Memory(steps, space.row(space.zeros()), coefficients, *constants, x, x, any_residual(space), relaxation)
 
     def observe(self, system: System, memory: Any, point: Point, operator: Operator | None) -> Any:
         if isinstance(memory, Memory):
@@ -150,13 +149,8 @@ class Broyden(Solver):
         m = memory.coefficients.shape[1]
         slot, previous = point.index % m, (point.index - 1) % m
         first, full = point.index == 0, not isinstance(point.index, int) or point.index >= m
-        x, residual, coefficients, limit = (
-            point.x,
-            point.residual,
-            memory.coefficients,
-            largest_after(space, point, GROWTH),
-        )
-        relaxation = memory.relaxation
+        x, residual, coefficients = point.x, point.residual, memory.coefficients
+        limit, relaxation = largest_after(space, point, GROWTH), memory.relaxation
         begins: Any = first  # where the method starts anew
         if first is not False:
             limit = space.select(first, memory.limit, limit)
@@ -167,10 +161,9 @@ class Broyden(Solver):
             x, residual = space.where(kept, x, memory.x), space.where(kept, residual, memory.residual)
             coefficients = space.xp.where(kept[:, :, None], coefficients, space.xp.zeros_like(coefficients))
             if relaxation is None:
-                limit = space.select(kept, limit, space.full(float(space.backend.finfo(space.dtype).max) / GROWTH))
+                limit = space.select(kept, limit, any_residual(space))
             else:
-                after = space.where(point.norm < float("inf"), point.residual, memory.residual)
-                change = space.sub(memory.residual, after)
+                change = fall(space, memory.residual, point)
                 new = next_relaxation(space, relaxation, space.state(memory.last), change, point.norm)
                 relaxation = space.select(kept, relaxation, new)
                 limit = space.select(kept, limit, memory.limit)

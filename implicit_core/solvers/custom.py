@@ -28,8 +28,7 @@ class CallableSolver(Record):
     ----------
     function
         Gets the :class:`Problem`, itself callable as F(h, z), or g(x, z) for a root, ``h0`` and ``z``; returns h shaped
-        as h0. Its
-        ``linearize`` has the derivatives of the arrays' framework, if the problem has none of its own.
+        as h0. Its ``linearize`` has the derivatives of the arrays' framework, if the problem has none of its own.
     rtol, atol
         As for :class:`Solver`.
 
@@ -90,15 +89,16 @@ class CallableSolver(Record):
         h = copied(backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0))
         at_start = Iteration(problem, kept, z, self.measuring())
         start = at_start.run()
-        origin = at_start.tells() if isinstance(problem, RootProblem) else None
+        is_root = isinstance(problem, RootProblem)
+        origin = at_start.tells() if is_root and not at_start.forced else None
         solution = Iteration(problem, h, z, self.measuring(), origin=origin).run()
         xp, status, stats = backend.xp, solution.status, solution.stats
-        ran_away: Any = False  # a root cannot: its tolerance does not grow with the state
-        if origin is None:
+        endings = [(status == Status.MAX_STEPS.value, STAGNATED)]
+        if not is_root:  # whose tolerance does not grow with the state
             with backend.solving():
                 ran_away = self._ran_away(problem.space(kept), start.stats, stats, solution.value)
-        converged = status == Status.CONVERGED.value
-        for mask, code in ((status == Status.MAX_STEPS.value, STAGNATED), (converged & ran_away, DIVERGED)):
+            endings.append(((status == Status.CONVERGED.value) & ran_away, DIVERGED))
+        for mask, code in endings:
             status = xp.where(mask, xp.full_like(status, code.value), status)
         return Solution(solution.value, status, stats._replace(steps=stats.steps + calls + 1, evaluations=2 + calls))
 

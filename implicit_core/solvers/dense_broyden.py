@@ -7,7 +7,7 @@ from ..carry import Point
 from ..linear_solvers.base import ratio
 from ..space import Space
 from . import dense
-from .relaxation import first_relaxation, next_relaxation
+from .relaxation import any_residual, fall, first_relaxation, next_relaxation
 
 GROWTH = 4.0
 """A step is undone if the residual after it is more than this much larger than before."""
@@ -52,9 +52,8 @@ class Memory(NamedTuple):
 def init(space: Space, x: State) -> Memory:
     """The memory before the start is evaluated."""
     n, zeros, everywhere = space.dimension, space.zeros(), space.all_samples()
-    largest = space.full(float(space.backend.finfo(space.dtype).max) / GROWTH)
     one = space.full(1.0)
-    return Memory(x, zeros, largest, zeros, one, space.matrices(n, n), one, everywhere, everywhere)
+    return Memory(x, zeros, any_residual(space), zeros, one, space.matrices(n, n), one, everywhere, everywhere)
 
 
 def observe(space: Space, memory: Memory, point: Point, operator: Operator | None) -> Memory:
@@ -62,7 +61,7 @@ def observe(space: Space, memory: Memory, point: Point, operator: Operator | Non
     finite = point.norm < float("inf")
     kept = finite & (memory.returning | (point.norm <= GROWTH * memory.norm)) & point.active
     step = space.scale(memory.fraction, memory.direction)
-    change = space.sub(memory.residual, space.where(finite, point.residual, memory.residual))
+    change = fall(space, memory.residual, point)
     inverse = _updated(space, memory.inverse, step, change, kept & ~memory.returning)
     share = ratio(memory.norm * memory.norm, memory.norm * memory.norm + point.norm * point.norm, space)
     share = space.select(finite, space.xp.clip(share, SHORTER, SHORTEST), space.full(SHORTER))
@@ -118,7 +117,8 @@ def _updated(space: Space, inverse: Matrices, step: State, change: State, where:
     # H + (s - H y) (sᵀ H) / (sᵀ H y), transposed.
     mapped_step = space.matmul(dense.joined(space, step), xp.matrix_transpose(inverse))
     update = xp.matrix_transpose(mapped_step) * dense.joined(space, error)
-    return xp.where(usable[:, :, None], inverse + update, inverse)  # type: ignore[no-any-return]
+    updated: Matrices = xp.where(usable[:, :, None], inverse + update, inverse)
+    return updated
 
 
 def step(space: Space, memory: Memory) -> tuple[State, Memory]:

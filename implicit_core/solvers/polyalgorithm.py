@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from .. import checks
+from .. import checks, settings
 from ..arrays import Array, H, Mask, PyTree, Real, Z
 from ..backend import Known
 from ..iteration import Iteration, Origin
@@ -50,7 +50,7 @@ class Polyalgorithm(Record):
 
     A sample goes from one solver to the next where the first one stagnates, diverges or runs out of steps. The second
     solver begins at the best point of the first. Later ones begin at h0 again, since a point where others stagnate is a
-    poor start. ``stats.solver`` says which solver a sample ended with, and ``stats.evaluations`` counts those of all.
+    poor start. ``stats.solver`` says which solver a sample ended with, and ``stats.evaluations`` is their sum.
 
     Parameters
     ----------
@@ -92,6 +92,8 @@ class Polyalgorithm(Record):
         object.__setattr__(self, "rtol", checks.real("rtol", self.rtol, 0.0))
         if self.atol is not None:
             object.__setattr__(self, "atol", checks.real("atol", self.atol, 0.0))
+        if settings.is_zero(self.rtol) and settings.is_zero(self.absolute_tolerance):
+            raise ValueError("Polyalgorithm needs a tolerance, which says where a solver fails: give rtol or atol")
         if self.solvers is not None:
             checks.instance("solvers", self.solvers, tuple, "(Broyden(), Newton())")
             if not self.solvers:
@@ -103,11 +105,6 @@ class Polyalgorithm(Record):
     def absolute_tolerance(self) -> Real:
         """``atol``, or its default."""
         return 1e-3 * self.rtol if self.atol is None else self.atol
-
-    @property
-    def max_steps(self) -> int:
-        """The most evaluations of all solvers together."""
-        return sum(solver.max_steps for solver in self.solvers or max(SMALL, LARGE, key=len))
 
     def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
         """See :class:`FixedPointSolver`."""

@@ -18,6 +18,16 @@ def largest_after(space: Space, point: Point, growth: float) -> Numbers:
     return space.multiply_add(ROUNDING * space.coarsest_eps, point.f_norm, growth * point.norm)
 
 
+def any_residual(space: Space) -> Numbers:
+    """A limit that no finite residual exceeds, unless its square is out of range."""
+    return space.full(float(space.backend.finfo(space.dtype).max) / 4)
+
+
+def fall(space: Space, residual: State, point: Point) -> State:
+    """By how much the residual fell to a point; zero where it is not finite there."""
+    return space.sub(residual, space.where(point.norm < float("inf"), point.residual, residual))
+
+
 def first_relaxation(space: Space, point: Point) -> Numbers:
     """β at the start, with which the step is half as long as x, or as 1."""
     one: Numbers = space.full(1.0)
