@@ -4,7 +4,7 @@
     measure   a sample is active where ‖F(h) - h‖ > atol + rtol ‖F(h)‖, which is never true of NaN, or where the
               residual has not fallen
     advance   take the solver's step in the active samples, keep the points of the others, and measure
-    finish    a status for each sample
+    finish    a status for each sample; where the number of steps is forced, one more step, which is not measured
 
 A loop ends when no sample is active. The same four functions serve a Python loop, which reads how many samples are
 active, a traced or captured one, which cannot, and a loop of the user's own (:class:`~implicit_core.Stepper`).
@@ -404,7 +404,8 @@ class Iteration:
         if made is not None:
             if solver.undoes_steps and not (tells and masks[-1] is True):
                 made, point = self._given_up(made, before, point)
-            made, point = self._judge(made, best, point, operator)
+            accepted = masks[-1] if tells else True
+            made, point = self._judge(made, best, point, operator, accepted)
         settled = carry.settled
         if settled is not None:
             latest = space.select(active, point.norm, settled)
@@ -443,10 +444,21 @@ class Iteration:
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
             tolerance=space.per_sample(self.in_units(self._held_against(f_norm, carry.progress))),
         )
-        x = point.x if best is None else space.where(outcome.last, point.x, best.x)
+        x = self._moved_on(carry) if best is None else space.where(outcome.last, point.x, best.x)
         # Once more: without a graph, a framework may still carry forward-mode tangents.
         value = space.backend.map(space.backend.stop_gradient, space.unpack(x))
         return Solution(value, space.per_sample(outcome.status), stats)
+
+    def _moved_on(self, carry: Carry) -> State:
+        """The last point; where the number of steps is forced, the one after it.
+
+        So n evaluations of F are n steps, and F is not evaluated at the result (Decision 119).
+        """
+        space, solver, point = self.space, self.solver, carry.point
+        if not self.forced:
+            return point.x
+        x, _ = solver.step(self.system, carry.memory, point._replace(accepted=True))
+        return space.copy(space.round(space.where(point.active, x, point.x)))
 
     def refuse_writes(self, carry: Carry) -> None:
         """Raise an error if F wrote to its argument."""
@@ -526,9 +538,12 @@ class Iteration:
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
     def _judge(
-        self, made: Progress, best: Best | None, point: Point, operator: Operator | None
+        self, made: Progress, best: Best | None, point: Point, operator: Operator | None, accepted: Known
     ) -> tuple[Progress, Point]:
-        """The point, where samples without progress are no longer active."""
+        """The point, where samples without progress are no longer active.
+
+        ``accepted`` says where the solver went on from the point before, and did not go back from it.
+        """
         space, evaluations = self.space, point.index + 1
         least = made.least
         if least is not None:
@@ -547,7 +562,7 @@ class Iteration:
         # A solver that goes back from a point may be on its way back from far beyond.
         goes_back = self.solver.overshoots or (self.system.is_root and self.solver.undoes_steps)
         limit = float("inf") if goes_back else self.start.limit()
-        ended = progress.without_progress(made, limit, evaluations, point.norm, least, tolerance)
+        ended = progress.without_progress(made, limit, evaluations, point.norm, least, tolerance, accepted)
         ended = progress.both(ended & point.active, now)
         made, point = self._ended(made, point, ended)
         marked_least = space.select(now, least, made.marked_least)

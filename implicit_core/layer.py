@@ -15,7 +15,8 @@ from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
 from .registry import find_backend
-from .solution import Solution, Status, warn_of_failures
+from .root_problem import RootProblem
+from .solution import Solution, Stats, Status, warn_of_failures
 from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
 from .space import Space
@@ -57,22 +58,46 @@ def undifferentiated(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions)
     solution = solver_point(problem, h0, z, options)
     if isinstance(options.gradient, AtFixedPoint):
         return told(solution, options, problem, ())
-    watched = Watched(problem.fixed_point_form(solution.value, z))
+    watched = Watched(problem.fixed_point_form(solution.value, z), options.gradient)
     value = options.gradient.value(watched.problem, solution.value, z)
     return watched.told(solution._replace(value=value), options)
 
 
 def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
-    """The point at which the estimator starts: the solver's, or h0 itself with one evaluation of F.
+    """The point at which the estimator starts: the solver's, or h0 itself, where F is not evaluated.
 
     Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
     """
-    return solve_from_arrays(problem, h0, z, solver=starting_solver(options), trace=options.trace)
+    if options.gradient.starts_from_h0:
+        return unsolved(problem, h0, options)
+    return solve_from_arrays(problem, h0, z, solver=options.solver, trace=options.trace)
 
 
-def starting_solver(options: LayerOptions) -> FixedPointSolver:
-    """The solver that finds the point at which the estimator starts."""
-    return _measuring(options.solver) if options.gradient.starts_from_h0 else options.solver
+def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H]:
+    """The start of an estimator that replaces the solve. Its residual is not known yet.
+
+    ``stats.tolerance`` is the absolute tolerance alone, until :func:`of_value` knows ‖F(h0)‖.
+    """
+    backend = find_backend(h0)
+    with backend.on_device_of(h0), backend.solving():
+        space = problem.space(h0, "h0")
+        h = space.unpack(space.copy(space.pack(backend.map(backend.stop_gradient, h0))))
+        solver = settings.bound(measuring(options.solver), space, constant=True)
+        atol = solver.absolute_tolerance
+        if isinstance(problem, RootProblem) and solver.atol is None:
+            atol = 0.0
+        status, steps = (space.full(number, space.xp.int32) for number in (Status.MAX_STEPS.value, 0))
+        unknown, tolerance = space.full(float("inf")), space.full(0.0) + settings.absolute(space, atol)
+        trace = space.xp.reshape(space.matrices(0, 1), (0, *space.batch_shape)) if options.trace else None
+        stats = Stats(
+            space.per_sample(steps),
+            0,
+            space.per_sample(unknown),
+            trace,
+            space.per_sample(unknown),
+            space.per_sample(tolerance),
+        )
+        return Solution(h, space.per_sample(status), stats)
 
 
 class Watched(Generic[H, Z]):
@@ -82,6 +107,8 @@ class Watched(Generic[H, Z]):
     ----------
     problem
         The problem.
+    gradient
+        The estimator. If it replaces the solve, its first evaluation of F is remembered too.
 
     Attributes
     ----------
@@ -89,20 +116,28 @@ class Watched(Generic[H, Z]):
         The same problem, watched.
     """
 
-    def __init__(self, problem: Problem[H, Z]) -> None:
-        self._last = last = list[Any]()
+    def __init__(self, problem: Problem[H, Z], gradient: Estimator) -> None:
+        self._noted = noted = list[tuple[Any, Any]]()
+        self._with_first = with_first = gradient.starts_from_h0
 
         def note(h: H, f: H) -> None:  # no method, which would tie the problem, and what it holds, to this object
-            last[:] = h, f
+            noted[with_first:] = [(h, f)]
 
         self.problem = problem.watched(note)
 
     def norms(self) -> tuple[Numbers, ...]:
-        """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none."""
-        if not self._last:
+        """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none.
+
+        After them the same two at the first evaluation, if the estimator replaces the solve.
+        """
+        if not self._noted:
             return ()
-        h, f = self._last
-        self._last.clear()  # they may hold a graph
+        ends = [self._noted[-1], self._noted[0]] if self._with_first else self._noted
+        norms = [norm for h, f in ends for norm in self._norms_at(h, f)]
+        self._noted.clear()  # they may hold a graph
+        return tuple(norms)
+
+    def _norms_at(self, h: H, f: H) -> tuple[Numbers, Numbers]:
         backend = find_backend(h, "h")
         with backend.on_device_of(h), backend.solving():
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
@@ -146,8 +181,12 @@ def in_terms_of_g(
     """The norms of g, from norms of F(x) - x = -α g(x), and the residual at the solver's point beside them."""
     if relaxation is None:
         return norms
-    first = solution.stats.residual
-    return norms[0] / relaxation, find_backend(first, "residual").xp.reshape(first, (-1, 1))
+    norm, _, *at_start = norms
+    if at_start:
+        first = at_start[0] / relaxation
+        return norm / relaxation, first, first, first
+    residual = solution.stats.residual
+    return norm / relaxation, find_backend(residual, "residual").xp.reshape(residual, (-1, 1))
 
 
 def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
@@ -167,26 +206,26 @@ def is_forced(solver: object) -> bool:
     return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
 
 
-def _measuring(solver: object) -> FixedPointIteration:
-    """The solver that evaluates F once, with another's tolerances if it has any."""
+def measuring(solver: object) -> FixedPointIteration:
+    """A solver with the tolerances of another one, or the default ones if it has none."""
     rtol, atol = getattr(solver, "rtol", None), getattr(solver, "atol", None)
-    once = FixedPointIteration(max_steps=1)
-    return once if rtol is None else replace(once, rtol=rtol, atol=atol)
+    plain = FixedPointIteration()
+    return plain if rtol is None else replace(plain, rtol=rtol, atol=atol)
 
 
 def _of_value(
-    solution: Solution[H], options: LayerOptions, space: Space, norm: Numbers, f_norm: Numbers
+    solution: Solution[H], options: LayerOptions, space: Space, norm: Numbers, f_norm: Numbers, *at_start: Numbers
 ) -> Solution[H]:
-    """The solution told of h_k, given the norms at h_{k-1}."""
+    """The solution told of h_k, given the norms at h_{k-1}, and at h0 if no solve measured them."""
     xp, status, stats = space.xp, solution.status, solution.stats
     norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
     first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm
-    if options.gradient.starts_from_h0:  # of the solver's point, h0, this is the first residual
-        solver = settings.bound(_measuring(options.solver), space, constant=True)
-        rtol, atol = progress.reachable(space, solver.rtol), settings.absolute(space, solver.absolute_tolerance)
-        cap = progress.largest_converged(space, first, stats.tolerance, rtol)
-        tolerance = xp.minimum(rtol * f_norm + atol, cap - rounding)
-        status = xp.where(status == Status.CONVERGED.value, xp.full_like(status, Status.MAX_STEPS.value), status)
+    if at_start:
+        solver = settings.bound(measuring(options.solver), space, constant=True)
+        rtol: Any = progress.reachable(space, solver.rtol)
+        first, first_f = (space.per_sample(number) for number in at_start)
+        cap = progress.largest_converged(space, first, rtol * first_f + stats.tolerance, rtol)
+        tolerance = xp.minimum(rtol * f_norm + stats.tolerance, cap - rounding)
     elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point
         tolerance = xp.where(status == Status.CONVERGED.value, xp.maximum(first, rounding), xp.zeros_like(first))
     else:

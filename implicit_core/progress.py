@@ -208,13 +208,20 @@ def halved(progress: Progress, space: Space, evaluations: Index, norm: Numbers) 
 
 
 def without_progress(
-    progress: Progress, limit: Numbers | float, evaluations: Index, norm: Numbers, least: Numbers, tolerance: Numbers
+    progress: Progress,
+    limit: Numbers | float,
+    evaluations: Index,
+    norm: Numbers,
+    least: Numbers,
+    tolerance: Numbers,
+    accepted: Known,
 ) -> Mask:
     """The samples that end at a checkpoint.
 
     The residual went beyond the limit. Or the second half of all evaluations brought no smaller one, and either there
     were many evaluations and it is not falling fast, or it is not falling, and the tolerance was met by the growth of
-    the state alone or the residual is as large as it was half of the way.
+    the state alone or the residual is as large as it was half of the way. Where the solver is on its way back, as
+    ``accepted`` denies, a residual that does not fall says nothing.
     """
     # Tiny falls of an erratic residual are none; a steady one, at its least now, may be slow.
     stuck = (least >= progress.marked_least) | ((least > FALL * progress.marked_least) & (FALL * norm > least))
@@ -223,5 +230,5 @@ def without_progress(
     # What rose by a transient and falls again may be above its least for long.
     still = (ran_away | flat) & (norm > FLAT * progress.marked)
     late = both(norm > FAST * progress.marked, evaluations >= FIRST_ANY)
-    ended: Mask = (norm > limit) | (stuck & (still | late))
+    ended: Mask = (norm > limit) | both(stuck & (still | late), accepted)
     return ended

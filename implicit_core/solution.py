@@ -63,11 +63,12 @@ class Stats(NamedTuple):
         Evaluations of F until each sample was finished, integers of the batch's shape.
     evaluations
         Evaluations of F, each for the whole batch. The evaluations of a callable solver that JAX traced are not known:
-        then it is 2, the evaluations that measure its start and its result.
+        then it is 2, the evaluations that measure its start and its result. Zero for :class:`BPTT`, which replaces the
+        solve.
     residual
         ‖F(h) - h‖₂ at each sample's returned point h, of the batch's shape. :func:`fixed_point` with an estimator that
         takes steps of its own, :class:`Unroll` or :class:`BPTT`, returns h_k, and the residual is that of h_{k-1},
-        which the last step knows.
+        which the last step knows. So does :class:`FixedPointIteration` with both tolerances zero.
     trace
         The residual at every evaluation, (max_steps, batch...), NaN once a sample is finished; None unless asked for.
         JAX's ``jax_debug_nans`` raises where a compiled program returns it.

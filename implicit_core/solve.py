@@ -53,7 +53,7 @@ def solve(
     Solution
         The point at which each sample's residual ‖F(h) - h‖₂ was measured and met atol + rtol ‖F(h)‖₂. If no point
         did, the best one seen, or the last one of a solver that keeps no best, with a status that says so. n steps
-        evaluate F n times.
+        evaluate F n times. With both tolerances zero the number of steps is forced, see :class:`Solver`.
 
     Raises
     ------

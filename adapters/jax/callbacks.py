@@ -103,7 +103,7 @@ def _value(
     """The value, and the norms where F was evaluated last."""
     arrays, _ = partition(z, is_array)
     if not is_traced((closed_over, h, arrays, split_record(gradient)[0])):
-        watched = Watched(problem)
+        watched = Watched(problem, gradient)
         return gradient.value(watched.problem, h, z), watched.norms()
     layer, closed = _trace(problem, gradient, h, z)
     closed = closed._replace(f=closed_over)
@@ -122,12 +122,12 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
     pullbacks: list[Callable[[H, Arrays], Arrays]] = []
 
     def evaluate(h: H, arrays: Arrays) -> PyTree:
-        watched = Watched(problem)
+        watched = Watched(problem, gradient)
         value = gradient.value(watched.problem, h, static.combine(arrays))
         return value, _norms(gradient, watched)
 
     def forward(h: H, arrays: Arrays) -> tuple[PyTree, Arrays]:
-        watched = Watched(problem)
+        watched = Watched(problem, gradient)
         value, pullback = gradient.vjp(watched.problem, h, static.combine(arrays))
         pair = value, _norms(gradient, watched)
 
@@ -142,7 +142,7 @@ def _trace(problem: Problem[H, Z], gradient: Estimator, h: H, z: Z) -> tuple[_La
 
     def tangent(h: H, arrays: Arrays, tangents: Arrays) -> PyTree:
         dz = static.combine(replaced(arrays, indices, tangents))
-        watched = Watched(problem)
+        watched = Watched(problem, gradient)
         pushed = gradient.jvp(watched.problem, h, static.combine(arrays), dz)[1]
         return pushed, jax.tree.map(zeros_like, _norms(gradient, watched))
 

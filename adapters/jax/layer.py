@@ -12,12 +12,21 @@ from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, noticing, sharded
 from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Estimator, OneStep, Unroll
-from implicit_core.layer import LayerOptions, Watched, announced, in_terms_of_g, of_value, solver_point, starting_solver
+from implicit_core.layer import (
+    LayerOptions,
+    Watched,
+    announced,
+    in_terms_of_g,
+    measuring,
+    of_value,
+    solver_point,
+    unsolved,
+)
 from implicit_core.problem import Map, Problem
 from implicit_core.root_problem import RootProblem
 from implicit_core.solution import Solution
 from implicit_core.solve import solve_as_it_is
-from implicit_core.solvers import FixedPointIteration, FixedPointSolver
+from implicit_core.solvers import FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
 
 from .batching import MapOfArrays, with_vmap_as_batch
@@ -67,7 +76,11 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         return _layer_of_callbacks(problem, h0, z, options)
     try:
         h0, f, inputs, static = _map(problem, h0, z)
-        solution, relaxation = _solve(f, h0, inputs, static, options), None
+        relaxation = None
+        if options.gradient.starts_from_h0:
+            solution = unsolved(problem, _constants(h0), options)
+        else:
+            solution = _solve(f, h0, inputs, static, options)
         if isinstance(problem, RootProblem):
             factors = _factors(problem, solution.value, z, options.gradient)
             _, f, inputs, _ = _map(problem, solution.value, z, factors)
@@ -160,7 +173,7 @@ def _problem(f: AnyMap[H], mapped: Map[H, Any] | None = None, batch_ndim: int | 
 
 def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
-    solver = starting_solver(options)
+    solver = options.solver
     numbers, static_solver = split_record(solver)
     arguments = h0, inputs, numbers = _constants((h0, inputs, numbers))
     if getattr(solver, "runs_user_code", True):
@@ -287,14 +300,17 @@ def _unrolled(
     h = solution.value
     if growth.watches(f.axes):
         # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-        h_1, reference = fork(steps(replace(gradient, k=1), h)[0], growth, primal=True)
+        h_1, at_start = steps(replace(gradient, k=1), h)
+        h_1, reference = fork(h_1, growth, primal=True)
         h_k, norms = steps(replace(gradient, k=gradient.k - 1), h_1)
+        if gradient.starts_from_h0:
+            norms = (*norms[:2], *at_start[:2])
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
         h_k, norms = steps(gradient, h)
     norms = in_terms_of_g(relaxation, norms, solution)
-    # Of the solver, only the tolerances of a start are asked for, see `starting_solver`.
-    solver = starting_solver(options) if gradient.starts_from_h0 else FixedPointIteration()
+    # Of the solver, only the tolerances of a start are asked for.
+    solver = measuring(options.solver if gradient.starts_from_h0 else None)
     static, numbers = split(LayerOptions(solver, gradient))
     kept = {"evaluations": solution.stats.evaluations, "trace": solution.stats.trace}
     solution = solution._replace(stats=solution.stats._replace(evaluations=0, trace=None))
@@ -312,7 +328,7 @@ def _stepping(
         recompute = isinstance(estimator, Unroll) and estimator.recompute
         if recompute and not f.traced:
             raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
-        watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f))
+        watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f), estimator)
         with coupled_axes(f.axes):
             h_k: H = estimator.value(watched.problem, h, inputs)
             return h_k, watched.norms()

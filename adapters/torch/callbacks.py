@@ -46,7 +46,7 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
     if not isinstance(gradient, AtFixedPoint):
         problem = problem.fixed_point_form(solution.value, z_in)
     if not torch.is_grad_enabled():
-        without_graph = Watched(problem)
+        without_graph = Watched(problem, gradient)
         value = gradient.value(without_graph.problem, solution.value, z_in)
         return without_graph.told(solution._replace(value=value), options)
 
@@ -58,7 +58,7 @@ def through_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions
             raise ValueError(CLOSED_OVER)
         return value
 
-    watched = Watched(problem.replace_f(checked))
+    watched = Watched(problem.replace_f(checked), gradient)
     value, pull = gradient.vjp(watched.problem, solution.value, z_in)
     # One at the fixed point linearizes F at its value, which is the solver's point.
     norms = () if isinstance(gradient, AtFixedPoint) else watched.norms()

@@ -114,7 +114,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:
                 steps = autograd.replace_f(_recomputed(autograd.f))
-            watched = Watched(steps)
+            watched = Watched(steps, gradient)
             value = _unrolled(watched.problem, solution.value, z, gradient)
             return watched.told(solution._replace(value=value), options)
         return solution

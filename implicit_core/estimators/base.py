@@ -37,7 +37,7 @@ class Estimator(Record, ABC):
     """
 
     starts_from_h0: ClassVar[bool] = False
-    """Whether the estimator replaces the solve instead of following it."""
+    """Whether the estimator replaces the solve instead of following it. Its value evaluates F at h0 first."""
     relaxes: ClassVar[bool] = True
     """Whether the gradient depends on the α of a root's F(x) = x - α g(x), as it does unless it is exact."""
 

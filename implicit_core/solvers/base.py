@@ -51,7 +51,9 @@ class Solver(Record, ABC):
         errors of F explain in every component is enough, if it is at most ‖F(h)‖ / 1000. atol is rtol / 1000 unless
         given, so that a fixed point at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε,
         with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero, as numbers and not as arrays,
-        the number of steps is forced: only a value that is not finite ends a sample.
+        the number of steps is forced: only a value that is not finite ends a sample. A solver that does not keep its
+        best point, as :class:`FixedPointIteration`, then makes ``max_steps`` steps with as many evaluations of F, and
+        does not evaluate F at its result: status and residual are those of the point before it.
     max_steps
         Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
         start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual. If a traced

@@ -194,7 +194,7 @@ class _Compacting(Iteration):
 
     def _watched(self, carry: Carry) -> Mask | None:
         moved = super()._watched(carry)
-        if carry.point.index == 0:
+        if carry.point.index == 0 or self.forced:  # then no sample is finished, unless F is not finite
             return moved
         few = carry.point.active & self._are_few(carry)
         watched: Mask = few if moved is None else few | moved

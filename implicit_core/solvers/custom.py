@@ -13,7 +13,7 @@ from ..registry import find_backend
 from ..root_problem import RootProblem
 from ..solution import DIVERGED, STAGNATED, Solution, Stats, Status
 from ..space import Space
-from .fixed_point_iteration import FixedPointIteration
+from .here import Here
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,9 +59,9 @@ class CallableSolver(Record):
         checks.function("function", self.function)
         self.measuring()
 
-    def measuring(self) -> FixedPointIteration:
+    def measuring(self) -> Here:
         """The solver that evaluates F once, at its start, and returns that."""
-        return FixedPointIteration(rtol=self.rtol, atol=self.atol, max_steps=1)
+        return Here(rtol=self.rtol, atol=self.atol)
 
     def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
         """Call the function, and measure what it returned. There is no trace."""

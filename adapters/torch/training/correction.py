@@ -13,11 +13,12 @@ from implicit_core.estimators import Estimator, Unroll
 from implicit_core.fixed_point import fixed_point
 from implicit_core.problem import Map, Problem
 from implicit_core.solution import Solution
-from implicit_core.solvers import Anderson, FixedPointIteration, Solver
+from implicit_core.solvers import Anderson, Solver
+from implicit_core.solvers.here import Here
 from implicit_core.system import System
 
-HERE = FixedPointIteration(rtol=0.0, atol=0.0, max_steps=1)
-"""The solver that stays at its start, where nothing need have converged."""
+HERE = Here(rtol=0.0, atol=0.0)
+"""Nothing need have converged there."""
 
 
 class Trajectory(NamedTuple, Generic[H]):

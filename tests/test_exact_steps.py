@@ -1,0 +1,218 @@
+"""Exactly T steps: a forced number of steps costs T evaluations of F, and BPTT(T) costs T, in every framework."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from libraries import Library
+
+import implicit_core as ic
+from implicit_core.adapters import jax as icj
+from implicit_core.adapters import torch as ict
+from implicit_core.solvers import CallableSolver
+
+X = np.linspace(-1.0, 1.0, 6).reshape(2, 3)
+W = np.random.default_rng(0).normal(size=(3, 3)) / 3
+
+
+def cell(library: Library) -> tuple[Any, Any, list[int]]:
+    """tanh(h W + x), the start, and a list that grows with each evaluation where calls are not traced."""
+    xp, w, x, calls = library.xp, library.array(W), library.array(X), list[int]()
+
+    def f(h: Any, z: Any) -> Any:
+        calls.append(1)
+        return xp.tanh(h @ w + x)
+
+    return f, library.array(np.zeros_like(X)), calls
+
+
+def loop(steps: int, damping: float = 1.0) -> list[np.ndarray]:
+    """h_0, ..., h_steps by a loop."""
+    states = [np.zeros_like(X)]
+    for _ in range(steps):
+        h = states[-1]
+        states.append(damping * np.tanh(h @ W + X) + (1 - damping) * h)
+    return states
+
+
+def residual(h: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(np.tanh(h @ W + X) - h, axis=1)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_forced_number_of_steps(steps: int, damping: float, library: Library) -> None:
+    f, h0, calls = cell(library)
+    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=steps, damping=damping)
+    solution = ic.solve(f, h0, None, solver=solver, batch_ndim=1, trace=True)
+    states = loop(steps, damping)
+    np.testing.assert_allclose(library.numpy(solution.value), states[steps], rtol=1e-12)
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), residual(states[steps - 1]), rtol=1e-9)
+    assert int(solution.stats.evaluations) == steps
+    assert list(library.numpy(solution.stats.steps)) == [steps, steps]
+    assert list(library.numpy(solution.status)) == [ic.MAX_STEPS] * 2
+    assert library.numpy(solution.stats.trace).shape == (steps, 2)
+    if library.name != "jax":
+        assert len(calls) == steps
+
+
+def test_a_tolerance_keeps_the_measured_point(library: Library) -> None:
+    f, h0, _ = cell(library)
+    for tolerance in ({"rtol": 1e-3}, {"rtol": 0.0, "atol": 1e-3}):
+        solution = ic.solve(f, h0, None, solver=ic.FixedPointIteration(max_steps=50, **tolerance), batch_ndim=1)
+        value = library.numpy(solution.value)
+        np.testing.assert_allclose(library.numpy(solution.stats.residual), residual(value), rtol=1e-10)
+
+
+def test_the_steps_of_the_solver_and_of_unroll(library: Library) -> None:
+    f, h0, calls = cell(library)
+    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=4)
+    solution = ic.fixed_point(f, h0, None, solver=solver, gradient=ic.Unroll(k=3, lam=1.0), batch_ndim=1)
+    states = loop(7)
+    np.testing.assert_allclose(library.numpy(solution.value), states[7], rtol=1e-12)
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), residual(states[6]), rtol=1e-9)
+    if library.name != "jax":
+        assert len(calls) == 7
+
+
+def test_a_sample_that_is_not_finite_stays() -> None:
+    """Its last point is the one where F was found not to be finite; the others go on."""
+    with np.errstate(invalid="ignore"):
+        solution = ic.solve(
+            lambda h, z: np.sqrt(z - h),
+            np.zeros((2, 1)),
+            np.array([[1.0], [-1.0]]),
+            solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=3),
+            batch_ndim=1,
+        )
+    assert list(solution.status) == [ic.MAX_STEPS, ic.NONFINITE]
+    np.testing.assert_allclose(solution.value, [[1.0], [0.0]])  # 0, 1, 0, 1
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_the_result_is_in_memory_of_its_own(buffered: bool) -> None:
+    """F may return the same array at every call, or its argument."""
+    buffer = np.zeros(2)
+
+    def f(h: Any, z: Any) -> Any:
+        if not buffered:
+            return h
+        np.multiply(h, 0.5, out=buffer)
+        return buffer
+
+    h0 = np.ones(2)
+    value = ic.solve(f, h0, None, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=2)).value
+    assert value is not h0
+    assert not np.shares_memory(value, buffer)
+    assert not np.shares_memory(value, h0)
+    np.testing.assert_array_equal(value, np.full(2, 0.25 if buffered else 1.0))
+
+
+def test_a_callable_solver_stays_where_it_is() -> None:
+    """Its measurements, which have no tolerance, are no steps."""
+    f = lambda h, z: 0.5 * h + z  # noqa: E731
+    solver = CallableSolver(lambda problem, h0, z: h0 + 1.0, rtol=0.0, atol=0.0)
+    solution = ic.solve(f, np.zeros(2), np.ones(2), solver=solver)
+    np.testing.assert_array_equal(solution.value, np.ones(2))
+    np.testing.assert_allclose(solution.stats.residual, np.sqrt(0.5))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_traced_number_of_steps(steps: int) -> None:
+    f, h0 = lambda h, z: jnp.tanh(h @ W + X), jnp.zeros_like(X)
+
+    @jax.jit
+    def solve(n: Any) -> Any:
+        return ic.solve(f, h0, None, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=n), batch_ndim=1)
+
+    solution = solve(steps)
+    np.testing.assert_allclose(solution.value, loop(steps)[steps], rtol=1e-12)
+    assert int(solution.stats.evaluations) == steps
+
+
+# Backpropagation through time.
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_bptt_evaluates_f_once_for_each_step(steps: int, library: Library) -> None:
+    f, h0, calls = cell(library)
+    solution = ic.fixed_point(f, h0, None, gradient=ic.BPTT(steps), batch_ndim=1, trace=True)
+    states = loop(steps)
+    np.testing.assert_allclose(library.numpy(solution.value), states[steps], rtol=1e-12)
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), residual(states[steps - 1]), rtol=1e-9)
+    assert int(solution.stats.evaluations) == 0
+    assert library.numpy(solution.stats.trace).shape == (0, 2)
+    if library.name != "jax":
+        assert len(calls) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_bptt_in_torch_costs_its_steps(steps: int) -> None:
+    """With gradients, by autograd, by callbacks and in a transform of torch.func, whose closure costs two more."""
+    w, x, calls = torch.tensor(W), torch.tensor(X), list[int]()
+
+    def f(h: Any, w: Any) -> Any:
+        calls.append(1)
+        return torch.tanh(h @ w + x)
+
+    def loss(w: Any) -> Any:
+        return ict.fixed_point(f, torch.zeros_like(x), w, gradient=ic.BPTT(steps), batch_ndim=1).value.sum()
+
+    def plain(w: Any) -> Any:
+        h = torch.zeros_like(x)
+        for _ in range(steps):
+            h = f(h, w)
+        return h.sum()
+
+    wanted = torch.func.grad(plain)(w)
+    calls.clear()
+    leaf = w.clone().requires_grad_()
+    loss(leaf).backward()
+    assert len(calls) == steps
+    torch.testing.assert_close(leaf.grad, wanted)
+    torch.testing.assert_close(torch.func.grad(loss)(w), wanted)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_bptt_in_jax_costs_its_steps(steps: int) -> None:
+    calls = list[int]()
+
+    def f(h: Any, w: Any) -> Any:
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.tanh(h @ w + X)
+
+    @jax.jit
+    def run(w: Any) -> Any:
+        return icj.fixed_point(f, jnp.zeros_like(X), w, gradient=ic.BPTT(steps), batch_ndim=1).value
+
+    jax.block_until_ready(run(jnp.asarray(W)))
+    jax.effects_barrier()
+    assert len(calls) == steps
+    np.testing.assert_allclose(run(jnp.asarray(W)), loop(steps)[steps], rtol=1e-12)
+
+
+def test_bptt_tells_of_its_last_step(library: Library) -> None:
+    """CONVERGED within the tolerance, MAX_STEPS above it, DIVERGED after a residual that grew."""
+    half, h0 = lambda h, z: 0.5 * h + z, library.array(np.zeros((1, 2)))
+    z = library.array(np.ones((1, 2)))
+    for steps, status in ((40, ic.CONVERGED), (3, ic.MAX_STEPS)):
+        found = ic.fixed_point(half, h0, z, gradient=ic.BPTT(steps, on_growth="ignore"), batch_ndim=1)
+        assert int(library.numpy(found.status)[0]) == status
+    grows = ic.fixed_point(lambda h, z: 4.0 * h + z, h0, z, gradient=ic.BPTT(20, on_growth="ignore"), batch_ndim=1)
+    assert int(library.numpy(grows.status)[0]) == ic.DIVERGED
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0])
+def test_bptt_on_a_root_is_told_in_the_units_of_g(unit: float) -> None:
+    g = lambda x, z: unit * (x - 0.3 * torch.cos(x) - z)  # noqa: E731
+    z = torch.ones(1, dtype=torch.float64)
+    start = torch.zeros(1, dtype=torch.float64)
+    for steps, status in ((60, ic.CONVERGED), (1, ic.MAX_STEPS)):
+        found = ict.root(g, start, z, gradient=ic.BPTT(steps, on_growth="ignore"))
+        assert int(found.status) == status
+        bound = 2e-6 if status == ic.CONVERGED else 2.0
+        assert float(found.stats.residual) <= bound * unit
+        assert float(abs(g(found.value, z))) <= bound * unit
