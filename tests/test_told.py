@@ -116,7 +116,8 @@ def test_a_traced_newton_solve_has_the_trace_of_an_eager_one(max_steps: int) -> 
     np.testing.assert_array_equal(solution.status, expected.status)
     np.testing.assert_array_equal(solution.stats.steps, expected.stats.steps)
     assert solution.stats.evaluations == expected.stats.evaluations
-    np.testing.assert_allclose(solution.stats.trace, expected.stats.trace, atol=1e-13)
+    # Each inexact step carries rounding errors on.
+    np.testing.assert_allclose(solution.stats.trace, expected.stats.trace, rtol=1e-5, atol=1e-13)
 
 
 def test_random_signs(library: Library) -> None:

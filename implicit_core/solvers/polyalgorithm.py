@@ -31,7 +31,11 @@ WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
     Broyden(max_steps=150, patience=3 * PATIENCE),
     Anderson(max_steps=150, patience=3 * PATIENCE),
 )
-LARGE: tuple[Solver, ...] = (Anderson(max_steps=100, patience=PATIENCE), NewtonKrylov(max_steps=200))
+LARGE: tuple[Solver, ...] = (
+    Anderson(max_steps=100, patience=8),
+    NewtonKrylov(max_steps=200, patience=2 * PATIENCE),
+    Anderson(max_steps=300),
+)
 
 
 CONVERGED = Status.CONVERGED.value
@@ -56,9 +60,9 @@ class Polyalgorithm(Record):
     ----------
     solvers
         A tuple of :class:`Solver`, each with its own ``max_steps`` and ``patience``. None chooses by the size of the
-        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson and NewtonKrylov. Without
-        derivatives, as for a plain g in NumPy, it is Broyden and Anderson, and of others those that need a Jacobian are
-        left out.
+        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson, NewtonKrylov, and Anderson
+        for longer. Without derivatives, as for a plain g in NumPy, it is Broyden and Anderson, and of others those that
+        need a Jacobian are left out.
     rtol, atol
         As for :class:`Solver`, for all of them.
 

@@ -5,8 +5,8 @@ from ..carry import Point
 from ..linear_solvers.base import ratio
 from ..space import Space
 
-SHARE = 0.5
-"""The first step, as a share of ‖x‖ or of 1, whichever is larger."""
+SHARES = 1e-3, 0.5
+"""The least and the largest length of the first step, as a share of ‖x‖ or of 1, whichever is larger."""
 ROUNDING = 64.0
 """In units of ε ‖F(x)‖: residuals below this may grow by any factor."""
 SHORTER = 0.1
@@ -29,10 +29,11 @@ def fall(space: Space, residual: State, point: Point) -> State:
 
 
 def first_relaxation(space: Space, point: Point) -> Numbers:
-    """β at the start, with which the step is half as long as x, or as 1."""
+    """β at the start: 1, as for a g that is well scaled, unless the step is tiny or long beside x."""
     one: Numbers = space.full(1.0)
-    length = SHARE * space.xp.maximum(space.norm(point.x), one)
-    return space.select(point.norm > 0, length / space.select(point.norm > 0, point.norm, one), one)
+    size = ratio(space.xp.maximum(space.norm(point.x), one), point.norm, space)
+    least, largest = (share * size for share in SHARES)
+    return space.select(point.norm > 0, space.xp.minimum(space.xp.maximum(one, least), largest), one)
 
 
 def next_relaxation(space: Space, before: Numbers, step: State, change: State, norm: Numbers) -> Numbers:
