@@ -179,8 +179,30 @@ class LinearSolver(Record, ABC):
         rounding = FLOOR * eps * (2 + _cap(eps) * (1 + contraction) / (1 - contraction))
         return max(self.rtol, min(rounding, _cap(eps)))
 
-    def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
-        """Solve A x = b from x = 0.
+    def run(
+        self,
+        space: Space,
+        operator: Operator,
+        b: State,
+        *,
+        x0: State | None = None,
+        rtol: Numbers | Real | None = None,
+    ) -> LinearResult:
+        """Solve A x = b.
+
+        Parameters
+        ----------
+        space
+            The space of states.
+        operator
+            Products with A.
+        b
+            The right-hand side, a state.
+        x0
+            A state to start from, for one product more; None for zero. Samples in which its residual is not below ‖b‖
+            start from zero. Tolerances refer to ‖b‖ all the same.
+        rtol
+            A relative tolerance instead of the solver's: a number, or one for each sample, (N, 1).
 
         Raises
         ------
@@ -190,9 +212,10 @@ class LinearSolver(Record, ABC):
         if space.backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
         solver = settings.bound(self, space, constant=True)
-        return solver._run(space, operator, settings.with_settings(space, solver, b))
+        b = settings.with_settings(space, solver, b)
+        return solver._run(space, operator, b, x0, solver.rtol if rtol is None else rtol)
 
-    def _run(self, space: Space, operator: Operator, b: State) -> LinearResult:
+    def _run(self, space: Space, operator: Operator, b: State, x0: State | None, rtol: Numbers | Real) -> LinearResult:
         """:meth:`run`, with settings to compute with."""
         xp, backend = space.xp, space.backend
         space.shard_as(b)
@@ -203,8 +226,13 @@ class LinearSolver(Record, ABC):
             scale = space.select(space.out_of_range(scale), scale, xp.ones_like(scale))
         b = space.divide(b, scale)
         size = space.norm(b)
-        target = self.rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
+        target = rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
         nothing, zeros = space.full(0.0), space.zeros()
+        x, r, norm, used, active = zeros, b, size, 0, size > target
+        if x0 is not None:
+            x, r, norm = _start(space, operator, b, size, space.divide(x0, scale))
+            used = 1
+            active = (norm > target) & (used < self.max_steps)
         checked = self.check and space.samples > 1
         # b may be a constant of a program that is traced, or be mapped while new arrays are not.
         watched = checked and backend.readable(nothing) and backend.readable(size)
@@ -240,12 +268,12 @@ class LinearSolver(Record, ABC):
             return _Carry(x, r, norm, growth, error, active, steps, products, moved)
 
         # Without a step this is the error to report. Otherwise the first step replaces it.
-        error = size
+        error = norm
         if settings.is_zero(self.max_steps) or is_array(self.max_steps):
-            without = self.error(space, zeros, b, size, size, 0)
-            error = space.select(self.max_steps == 0, without, size)
+            without = self.error(space, x, r, norm, norm, used)
+            error = space.select(self.max_steps == 0, without, norm)
         moved = nothing if checked and not watched else None
-        carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, moved)
+        carry = _Carry(x, r, norm, nothing, error, active, space.full(used, xp.int32), used, moved)
         check_every = 1 if self.loops else self.check_every
         watcher = _Watcher(self, space, operator, target)
         watch = Watch(watcher.suspects, watcher.look) if watched else None
@@ -317,6 +345,14 @@ class _Watcher:
         self.products += 1
         if bool(xp.any(~others & (space.largest(image) > 0))):
             raise CoupledSamplesError(COUPLED)
+
+
+def _start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) -> tuple[State, State, Numbers]:
+    """x0, its residual and the norm of it, where it is below ‖b‖; else zero, b and ‖b‖."""
+    r = space.sub(b, operator(x0))
+    norm = space.norm(r)
+    usable = norm < size  # false for NaN
+    return space.where(usable, x0, space.zeros()), space.where(usable, r, b), space.select(usable, norm, size)
 
 
 def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
