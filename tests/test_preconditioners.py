@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
 import scipy.sparse.linalg
+import torch
 from libraries import NUMPY, Library
 
 import implicit_core as ic
@@ -121,3 +124,125 @@ def test_a_start_of_another_shape_is_refused() -> None:
     near = ic.solve_linear(np.diag([1.0, 2.0, 3.0]), np.ones(3), x0=1 / np.asarray([1.0, 2.0, 3.0]))
     assert (near.converged, near.stats.evaluations) == (True, 1)
     assert NUMPY.numpy(near.value)[2] == pytest.approx(1 / 3)
+
+
+# The adjoint system: h = tanh(S h + z) - (S D) h with a stiff diagonal, whose Jacobian is far from symmetric.
+
+STIFF = np.logspace(0, 3, 20)
+COUPLING = 0.3 * np.random.default_rng(4).normal(size=(20, 20))
+Z = np.random.default_rng(5).normal(size=(2, 20))
+
+
+def stiff_map(xp: Any, coupling: Any, stiff: Any) -> Any:
+    return lambda h, z: xp.tanh(h @ coupling.T) + z - stiff * h
+
+
+def preconditioner(xp: Any, coupling: Any, stiff: Any) -> ic.Preconditioner:
+    """A block triangular approximation of 1 + D - tanh' W: not symmetric, and made from the point."""
+
+    def prepare(h: Any, z: Any) -> Any:
+        slope = 1 - xp.tanh(h @ coupling.T) ** 2
+        return {"inverse": xp.linalg.inv(xp.diag(1 + stiff) - slope[..., :, None] * xp.tril(coupling))}
+
+    def times(matrix: Any, v: Any) -> Any:
+        return (matrix @ v[..., None])[..., 0]
+
+    return ic.Preconditioner(
+        lambda v, data: times(data["inverse"], v), lambda v, data: times(data["inverse"].mT, v), prepare
+    )
+
+
+def fixed_point(z: np.ndarray) -> np.ndarray:
+    h = np.zeros_like(z)
+    for _ in range(100):
+        h = (np.tanh(h @ COUPLING.T) + z) / (1 + STIFF)
+    return h
+
+
+def exact_gradient(z: np.ndarray, v: np.ndarray) -> np.ndarray:
+    slope = 1 - np.tanh(fixed_point(z) @ COUPLING.T) ** 2
+    return np.linalg.solve(np.swapaxes(np.diag(1 + STIFF) - slope[..., None] * COUPLING, -1, -2), v[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("solver", [ic.GMRES(**TIGHT), ic.BiCGSTAB(**TIGHT), ic.Richardson(**TIGHT)], ids=repr)
+def test_a_preconditioner_of_the_gradient_saves_products(solver: ic.LinearSolver) -> None:
+    products = 0
+    f, given = stiff_map(np, COUPLING, STIFF), preconditioner(np, COUPLING, STIFF)
+
+    def vjp(h: np.ndarray, z: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal products
+        products += 1
+        return (v * (1 - np.tanh(h @ COUPLING.T) ** 2)) @ COUPLING - STIFF * v, v
+
+    def jvp(h: np.ndarray, z: np.ndarray, dh: np.ndarray, dz: np.ndarray) -> np.ndarray:
+        return (1 - np.tanh(h @ COUPLING.T) ** 2) * (dh @ COUPLING.T) - STIFF * dh + dz
+
+    problem = ic.Problem(f, vjp=vjp, jvp=jvp, batch_ndim=1, scale=np.logspace(-1, 1, 20))
+    h, v = fixed_point(Z), np.ones((2, 20))
+    found, counts = [], []
+    for each in (given, None):
+        products = 0
+        gradient = ic.Implicit(solver, preconditioner=each, on_failure="ignore")
+        found.append(gradient.vjp(problem, h, Z)[1](v))
+        counts.append(products)
+    np.testing.assert_allclose(found[0], exact_gradient(Z, v), rtol=1e-7)
+    assert counts[0] < 0.6 * counts[1]
+    tangent = ic.Implicit(solver, preconditioner=given).jvp(problem, h, Z, v)[1]
+    assert np.sum(tangent * v[::-1]) == pytest.approx(np.sum(exact_gradient(Z, v[::-1]) * v), rel=1e-7)
+
+
+def test_a_preconditioner_of_the_gradient_in_torch() -> None:
+    coupling, stiff = torch.asarray(COUPLING), torch.asarray(STIFF)
+    f, h = stiff_map(torch, coupling, stiff), torch.asarray(fixed_point(Z))
+    given = preconditioner(torch, coupling, stiff)
+
+    counts: list[int] = []
+
+    class Counting(ic.GMRES):
+        def run(self, *arguments: Any, **keywords: Any) -> Any:
+            result = super().run(*arguments, **keywords)
+            counts.append(result.products)
+            return result
+
+    def loss(z: Any, inverse: Any) -> Any:
+        gradient = ic.Implicit(Counting(rtol=1e-11, max_steps=500), preconditioner=inverse)
+        solver = ic.CallableSolver(lambda problem, h0, z: h + 0.0 * z.detach())
+        return (ic.fixed_point(f, h, z, solver=solver, gradient=gradient, batch_ndim=1).value ** 2).sum()
+
+    z = torch.asarray(Z).requires_grad_()
+    for inverse in (given, None):
+        (grad,) = torch.autograd.grad(loss(z, inverse), z)
+        np.testing.assert_allclose(grad.numpy(), exact_gradient(Z, 2 * fixed_point(Z)), rtol=1e-7)
+    assert counts[0] < 0.6 * counts[1]
+    v = torch.asarray(np.random.default_rng(0).normal(size=Z.shape))
+    seconds = []
+    for inverse in (given, None):
+        (grad,) = torch.autograd.grad(loss(z, inverse), z, create_graph=True)
+        seconds.append(torch.autograd.grad((grad * v).sum(), z)[0].numpy())
+    np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-6, atol=1e-12)
+
+
+def test_a_preconditioner_of_the_gradient_in_jax() -> None:
+    """Within ``jit`` of ``vmap``, from arrays that are traced, and twice differentiated."""
+    h = jnp.asarray(fixed_point(Z))
+
+    def derivatives(h: Any, z: Any, coupling: Any, inverse: bool) -> Any:
+        f, given = stiff_map(jnp, coupling, jnp.asarray(STIFF)), preconditioner(jnp, coupling, jnp.asarray(STIFF))
+
+        def loss(z: Any) -> Any:
+            # With 11 products there is no gradient but with the preconditioner.
+            gradient = ic.Implicit(ic.GMRES(rtol=1e-9, max_steps=11), preconditioner=given if inverse else None)
+            solver = ic.FixedPointIteration(max_steps=1)
+            return jnp.sum(ic.fixed_point(f, h, z, solver=solver, gradient=gradient).value ** 2)
+
+        grad = jax.grad(loss)
+        return grad(z), jax.jvp(grad, (z,), (jnp.ones(20),))[1]
+
+    def twice(z: np.ndarray) -> np.ndarray:
+        return exact_gradient(z, 2 * fixed_point(z))
+
+    mapped = jax.jit(jax.vmap(derivatives, in_axes=(0, 0, None, None)), static_argnums=3)
+    first, along = mapped(h, jnp.asarray(Z), jnp.asarray(COUPLING), True)
+    np.testing.assert_allclose(first, twice(Z), rtol=1e-7)
+    np.testing.assert_allclose(along, (twice(Z + 1e-5) - twice(Z - 1e-5)) / 2e-5, rtol=1e-5, atol=1e-9)
+    assert np.all(np.isnan(mapped(h, jnp.asarray(Z), jnp.asarray(COUPLING), False)[0]))
