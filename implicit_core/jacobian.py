@@ -28,8 +28,6 @@ Product = Callable[[PyTree], PyTree]
 
 EXACT = 1e-3
 """The largest entry of A A⁻¹ - I for which A⁻¹ is an inverse, and not the least squares of a singular A."""
-SHIFT = 1e-8
-"""What is added to the diagonal of a singular sparse matrix, relative to its largest entry."""
 
 
 def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
@@ -206,7 +204,7 @@ class SparseFactors(AtPoint):
 
 def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
     """The factorization of a matrix on states."""
-    return factors_of_sparse(matrix) if is_sparse(matrix) else Inverse(inverse_transposed(space, matrix))
+    return factors_of_sparse(space, matrix) if is_sparse(matrix) else Inverse(inverse_transposed(space, matrix))
 
 
 def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
@@ -242,8 +240,8 @@ def inverse_of(space: Space, operator: Operator) -> Matrices:
     return dense.inverse(space, dense.transposed_matrix(space, operator))
 
 
-def factors_of_sparse(matrix: Matrix) -> SparseFactors:
-    """The factorization of a sparse matrix, slightly shifted if it is singular."""
+def factors_of_sparse(space: Space, matrix: Matrix) -> SparseFactors:
+    """The factorization of a sparse matrix, to which √ε of its largest entry times I is added if it is singular."""
     linalg = importlib.import_module("scipy.sparse.linalg")  # SciPy made the matrix
     finite = copy.copy(matrix)
     finite.data = finite.data.copy()
@@ -251,8 +249,8 @@ def factors_of_sparse(matrix: Matrix) -> SparseFactors:
     try:
         return SparseFactors(linalg.splu(finite))
     except RuntimeError:  # exactly singular
-        largest = float(abs(finite.data).max()) if finite.nnz else 1.0
-        return SparseFactors(linalg.splu((finite + SHIFT * (largest or 1.0) * _identity(finite)).tocsc()))
+        largest = float(abs(finite.data).max()) if finite.nnz else 0.0
+        return SparseFactors(linalg.splu((finite + space.eps**0.5 * (largest or 1.0) * _identity(finite)).tocsc()))
 
 
 def _identity(matrix: Matrix) -> Any:

@@ -71,6 +71,9 @@ def solve_linear(
     >>> a = np.array([[2.0, 1.0], [0.0, 4.0]])
     >>> ic.solve_linear(lambda v: a @ v, np.array([3.0, 4.0])).value.round(6)
     array([1., 1.])
+    >>> diagonal = np.diag(a)  # with a matrix, and a preconditioner
+    >>> ic.solve_linear(a, np.array([3.0, 4.0]), preconditioner=lambda v: v / diagonal).value.round(6)
+    array([1., 1.])
     """
     checks.instance("solver", solver, LinearSolver, "GMRES()")
     checks.instance("throw", throw, bool, "True")

@@ -186,7 +186,7 @@ class Problem(Generic[H, Z]):
         several leaves one after the other), in every framework. With NumPy and ``batch_ndim=0`` also a sparse array of
         SciPy, which is never made dense. It is factorized once at a point: for a step of :class:`Newton`, and for the
         gradient of :class:`Implicit`. Where a callback or autodiff gives products with ∂F/∂h as well, the gradient is
-        that of the products, and the factorization their preconditioner.
+        that of the products, and the factorization their preconditioner. Transforms of ``torch.func`` use products.
     batch_ndim
         How many first axes of every leaf of h index independent samples; 0 for one system.
     scale

@@ -115,6 +115,47 @@ def test_a_singular_jacobian_is_inverted_by_least_squares() -> None:
     assert np.isfinite(solution.value[1])
 
 
+def test_finished_rows_are_taken_out_of_a_batch() -> None:
+    problem = ic.RootProblem(root, jacobian=jacobian, batch_ndim=1)
+    solver = ic.Compacting(ic.Newton(rtol=1e-11), batched=True)
+    x, z = np.tile(X, (3, 1)), np.tile(X, (3, 1))
+    x[:6] = np.tile(reference(X), (2, 1)) + 1e-3
+    solution = ic.solve(problem, x, z, solver=solver)
+    assert np.all(solution.converged)
+    np.testing.assert_allclose(solution.value, np.tile(reference(X), (3, 1)), atol=1e-9)
+
+
+def test_leaves_stand_one_after_the_other() -> None:
+    def g(x: Any, z: Any) -> Any:
+        return {"a": x["a"] ** 3 - z, "b": x["b"] + x["a"][:1]}
+
+    def of_g(x: Any, z: Any) -> np.ndarray:
+        a = 3 * x["a"] ** 2
+        return np.asarray([[a[0], 0.0, 0.0], [0.0, a[1], 0.0], [1.0, 0.0, 1.0]])
+
+    problem = ic.RootProblem(g, jacobian=of_g)
+    solver = ic.Newton(rtol=1e-10)
+    solution = ic.solve(problem, {"a": np.ones(2), "b": np.zeros(1)}, np.asarray([8.0, 27.0]), solver=solver)
+    np.testing.assert_allclose(np.concatenate([solution.value["a"], solution.value["b"]]), [2.0, 3.0, -2.0], rtol=1e-8)
+
+
+def test_the_order_of_numbers_in_memory_does_not_matter() -> None:
+    """A state in channels-last order, which a solve keeps, and a Jacobian in C order: convergence is quadratic."""
+    w = torch.asarray(0.1 * np.random.default_rng(0).normal(size=(2, 2, 3, 3)))
+    z = torch.asarray(np.random.default_rng(1).normal(size=(1, 2, 3, 4)))
+
+    def g(x: Any, z: Any) -> Any:
+        return x + x**3 - torch.nn.functional.conv2d(x, w, padding=1) - z
+
+    def of_g(x: Any, z: Any) -> Any:
+        return torch.func.jacrev(lambda x: g(x, z))(x).reshape(1, 24, 24)
+
+    start = torch.zeros_like(z).contiguous(memory_format=torch.channels_last)
+    solution = ic.solve(ic.RootProblem(g, jacobian=of_g, batch_ndim=1), start, z, solver=ic.Newton(rtol=1e-11))
+    assert solution.converged.all()
+    assert solution.stats.evaluations < 10
+
+
 # A sparse Jacobian: one step of implicit Euler for u' = Δu + u - u³ + z on a square.
 
 

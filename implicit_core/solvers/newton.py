@@ -92,7 +92,7 @@ class Newton(Solver):
     def init(self, system: System, x: State) -> Memory:
         space, n = system.space, system.space.dimension
         nothing, everywhere = space.full(0.0), space.all_samples()
-        may_be_sparse = system.problem.jacobian is not None and space.backend.name == "numpy"
+        may_be_sparse = system.problem.jacobian is not None and space.backend.name == "numpy" and not space.batch_shape
         inverse = None if may_be_sparse else space.matrices(n, n)
         return Memory(x, space.zeros(), nothing, nothing + 1.0, everywhere, inverse)
 
@@ -135,7 +135,7 @@ def _renewed(
         if not bool(space.xp.any(where)):
             return before
         if is_sparse(operator.matrix):
-            return factors_of_sparse(operator.matrix)
+            return factors_of_sparse(space, operator.matrix)
         before = space.matrices(space.dimension, space.dimension)
     return dense.renewed(space, lambda: inverse_of(space, operator), before, where)
 
