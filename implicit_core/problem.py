@@ -376,7 +376,7 @@ class Problem(Generic[H, Z]):
 
     def _with_jacobian(self, raw: Linearization[H, Z], h: H, z: Z) -> Linearization[H, Z]:
         """The linearization, with products with the Jacobian where there are no others."""
-        from .jacobian import products  # which imports this module
+        from .solvers.jacobian import products  # which imports this module
 
         push, pull = products(self, h, z)
         if raw.vjp_h is None and raw.vjp is None:

@@ -77,7 +77,7 @@ class System:
         return Evaluation(f, residual, space.norm(residual), space.norm(f), operator)
 
     def _given_jacobian(self, h: PyTree) -> Operator:
-        from .jacobian import MatrixOperator, complement  # which imports solvers, and these this module
+        from .solvers.jacobian import MatrixOperator, complement  # which imports solvers, and these this module
 
         return MatrixOperator(self.space, lambda: complement(self.problem, self.space, h, self.z))
 
@@ -142,7 +142,7 @@ class RootSystem(System):
         return Evaluation(self.space.add(x, residual), residual, norm, self.first, operator)
 
     def _given_jacobian(self, h: PyTree) -> Operator:
-        from .jacobian import MatrixOperator, evaluated, inverse_units, on_states
+        from .solvers.jacobian import MatrixOperator, evaluated, inverse_units, on_states
 
         def matrix() -> Any:
             return on_states(evaluated(self.problem, self.space, h, self.z), self.space, inverse_units(self.image))

@@ -305,6 +305,21 @@ def test_a_layer_in_jax() -> None:
     np.testing.assert_allclose(hessian, np.stack(rows), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_check_finds_a_wrong_jacobian(sparse: bool) -> None:
+    m = 0.1 * np.random.default_rng(0).normal(size=(4, 4))
+    for wrong in (1.0, 1.01):
+        given = scipy.sparse.csr_array(wrong * m) if sparse else wrong * m
+        problem = ic.Problem(lambda h, z: m @ h + z, vjp=lambda h, z, v: (m.T @ v, v), jacobian=lambda h, z: given)  # noqa: B023
+        texts = [finding.text for finding in ic.check(problem, np.ones(4), np.ones(4)).findings]
+        assert any("the jacobian with respect to h differs" in text for text in texts) == (wrong != 1)
+        assert texts or wrong == 1
+        root = ic.RootProblem(lambda x, z: x - m @ x - z, jacobian=lambda x, z: np.eye(4) - given, g_scale=2.0)  # noqa: B023
+        form = root.fixed_point_form(np.ones(4), np.ones(4))
+        kinds = [finding.kind for finding in ic.check(form, np.ones(4), np.ones(4)).findings]
+        assert ("derivatives" in kinds) == (wrong != 1)
+
+
 @pytest.mark.parametrize(
     ("result", "batch_ndim", "error", "message"),
     [

@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 
 from .. import checks
 from ..arrays import H, Operator, State, Z
-from ..jacobian import complement, factorized
 from ..linear_solvers import GMRES, LinearSolver
 from ..preconditioner import AtPoint, Preconditioner
 from ..problem import Problem
+from ..solvers.jacobian import complement, factorized
 from ..space import Space
 from .base import AtFixedPoint, Derivative
 from .inexact import OnFailure, check_on_failure, settled

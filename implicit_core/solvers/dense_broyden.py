@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from ..arrays import Mask, Matrices, Numbers, Operator, State
 from ..carry import Point
-from ..jacobian import inverse_of
 from ..linear_solvers.base import ratio
 from ..space import Space
 from . import dense
+from .jacobian import inverse_of
 from .relaxation import any_residual, fall, first_relaxation, next_relaxation
 
 GROWTH = 4.0

@@ -5,13 +5,13 @@ from typing import ClassVar, NamedTuple
 
 from ..arrays import Mask, Matrices, Numbers, Operator, State
 from ..carry import Point
-from ..jacobian import MatrixOperator, SparseFactors, factors_of_sparse, inverse_of
 from ..linear_operators import is_sparse
 from ..linear_solvers.base import ratio
 from ..space import Space
 from ..system import System
 from . import dense
 from .base import Solver
+from .jacobian import MatrixOperator, SparseFactors, factors_of_sparse, inverse_of
 
 SUFFICIENT = 0.25
 """A fraction t of a step is kept if the next correction is below 1 - t / 4 of this one."""

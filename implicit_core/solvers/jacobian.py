@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .arrays import Array, Mask, Matrices, Operator, PyTree, State
-from .backend import Known
-from .linear_operators import is_sparse
-from .preconditioner import AtPoint
-from .problem import Problem
-from .registry import find_backend
-from .solvers import dense
-from .space import Space
+from ..arrays import Array, Mask, Matrices, Operator, PyTree, State
+from ..backend import Known
+from ..linear_operators import is_sparse
+from ..preconditioner import AtPoint
+from ..problem import Problem
+from ..registry import find_backend
+from ..space import Space
+from . import dense
 
 Matrix = Any
 """A dense matrix for each sample, (N, n, n), or a sparse one."""
