@@ -29,9 +29,10 @@ from .estimators import (
 )
 from .fixed_point import fixed_point
 from .iteration import ChangingFunctionWarning
-from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
+from .linear_solvers import CG, GMRES, MINRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
+from .preconditioner import Preconditioner
 from .problem import Linearization, Problem
 from .root import root
 from .root_problem import RootProblem
@@ -71,6 +72,7 @@ __all__ = [
     "DIVERGED",
     "GMRES",
     "MAX_STEPS",
+    "MINRES",
     "NONFINITE",
     "NPG",
     "STAGNATED",
@@ -99,6 +101,7 @@ __all__ = [
     "NewtonKrylov",
     "OneStep",
     "Polyalgorithm",
+    "Preconditioner",
     "Problem",
     "Report",
     "Richardson",

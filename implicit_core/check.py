@@ -17,6 +17,7 @@ from .root_problem import RootProblem
 from .solution import Status
 from .solve import as_solver, solve
 from .solvers import Anderson, FixedPointSolver, Solver
+from .solvers.jacobian import complement, multiply
 from .space import Space
 
 WIDTH = 80
@@ -265,7 +266,7 @@ def _at_a_point(
     solution = solve(problem, h0, z, solver=solver)
     solved = bool(xp.all(solution.status == Status.CONVERGED.value))
     h, point = (solution.value, "solution") if solved else (h0, "h0")
-    if not problem.has_derivatives:
+    if not (problem.has_derivatives or problem.jacobian is not None):
         found.notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
         return found.report(problem, point)
     at = problem.linearize(h, z)
@@ -370,6 +371,10 @@ def _derivatives(
                 scale = max(scale, size)
         except NotImplementedError:
             continue
+        if name == "h" and problem.jacobian is not None:
+            pushed = space.sub(space.pack(dh), multiply(space, complement(problem, space, at.h, at.z), space.pack(dh)))
+            values["jacobian"], size = _inner(whole, whole.pack(u), whole.pack(space.unpack(pushed)))
+            scale = max(scale, size)
         step = _step(backend, at.h if name == "h" else [leaves[i] for i in floats], eps)
         ahead, behind = (
             whole.pack(problem.f(_moved(backend, at.h, s * step, dh), _moved(backend, at.z, s * step, dz)))
@@ -378,7 +383,7 @@ def _derivatives(
         central, size = _inner(whole, whole.pack(u), whole.scale(0.5 / step, whole.sub(ahead, behind)))
         rounding = _inner(whole, whole.pack(u), whole.pack(at.value))[1] * eps / step
         scale = max(scale, size)
-        if len(values) == 2:
+        if "JVP" in values and "VJP" in values:
             error = abs(values["JVP"] - values["VJP"]) / scale if scale else 0.0
             found.measure("adjoint_error", error)
             if not error <= max(100 * eps, eps**0.75):

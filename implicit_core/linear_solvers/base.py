@@ -146,6 +146,24 @@ class LinearSolver(Record, ABC):
         finds one from d alone, ‖A d‖ / ‖d‖. It is a poor one after a cycle that reduces the residual by much.
         """
 
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """:meth:`cycle` with M⁻¹, an approximate inverse of A.
+
+        Here M⁻¹ stands to the right of A: with A M⁻¹ y ≈ r the correction is M⁻¹ y, and the residuals that the method
+        sees are those of A. A method whose A has to be symmetric overrides this.
+        """
+        y, used, *_ = self.cycle(space, lambda y: operator(precondition(y)), r, norm, target, active)
+        return precondition(y), used
+
     # The stop test: a sample is finished once its error is at most the goal. A method may have a test of its own.
 
     def error(self, space: Space, x: State, r: State, norm: Numbers, before: Numbers, products: int) -> Numbers:
@@ -187,6 +205,7 @@ class LinearSolver(Record, ABC):
         *,
         x0: State | None = None,
         rtol: Numbers | Real | None = None,
+        precondition: Operator | None = None,
     ) -> LinearResult:
         """Solve A x = b.
 
@@ -203,6 +222,9 @@ class LinearSolver(Record, ABC):
             start from zero. Tolerances refer to ‖b‖ all the same.
         rtol
             A relative tolerance instead of the solver's: a number, or one for each sample, (N, 1).
+        precondition
+            Products with M⁻¹, an approximate inverse of A: a fixed linear map. It changes how many products with A a
+            solve takes, and not what stops it, the residual b - A x.
 
         Raises
         ------
@@ -213,9 +235,18 @@ class LinearSolver(Record, ABC):
             raise NotImplementedError(RECORDED)
         solver = settings.bound(self, space, constant=True)
         b = settings.with_settings(space, solver, b)
-        return solver._run(space, operator, b, x0, solver.rtol if rtol is None else rtol)
+        rtol = solver.rtol if rtol is None else rtol
+        return solver._run(space, operator, b, x0, rtol, precondition)
 
-    def _run(self, space: Space, operator: Operator, b: State, x0: State | None, rtol: Numbers | Real) -> LinearResult:
+    def _run(
+        self,
+        space: Space,
+        operator: Operator,
+        b: State,
+        x0: State | None,
+        rtol: Numbers | Real,
+        precondition: Operator | None,
+    ) -> LinearResult:
         """:meth:`run`, with settings to compute with."""
         xp, backend = space.xp, space.backend
         space.shard_as(b)
@@ -238,7 +269,12 @@ class LinearSolver(Record, ABC):
         watched = checked and backend.readable(nothing) and backend.readable(size)
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
-            d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            if precondition is None:
+                d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            else:
+                d, used, *known = self.preconditioned_cycle(
+                    space, operator, precondition, c.r, c.norm, target / 2, c.active
+                )
             some_finished = masks[0] is not True
             if checked and some_finished:
                 d = space.where(c.active, d, zeros)

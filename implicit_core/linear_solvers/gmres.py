@@ -9,7 +9,7 @@ from ..backend import Known
 from ..records import is_array
 from ..space import Space
 from .arnoldi import arnoldi_step, unit
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -51,6 +51,19 @@ class GMRES(LinearSolver):
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
+        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
+
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator | None,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """See :class:`LinearSolver`. M⁻¹ stands to the right of A, so that the least residual is one of A."""
         # Decision 75.
         steps = max(min(self.restart, space.dimension), 1)
         most: Index = steps  # no more than the basis has room for
@@ -61,19 +74,28 @@ class GMRES(LinearSolver):
         hessenberg = _Hessenberg(space, steps + 1)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
-            j = c.steps
-            step = arnoldi_step(space, operator, c.v, c.basis, space.norm)
+            j, growth = c.steps, c.growth
+            u = c.v if precondition is None else precondition(c.v)
+            step = arnoldi_step(space, operator, u, space.rows_in_use(c.basis, j + 1), space.norm)
+            step = step._replace(column=hessenberg.padded(step.column))
             qr, decrease, ok = hessenberg.append(c.qr, step.column, step.height, j, c.active)
+            if growth is not None:
+                length = space.xp.linalg.vector_norm(step.column, axis=-1, keepdims=True)
+                seen = space.xp.hypot(length, step.height) / positive(space.norm(u), space)
+                growth = space.select(ok, space.xp.maximum(growth, seen), growth)
             v = unit(space, step.rest, step.height)
             basis = space.set_row(c.basis, j + 1, v)
-            return _Carry(v, basis, qr, ok & (norm * decrease > target), j + 1)
+            return _Carry(v, basis, qr, ok & (norm * decrease > target), j + 1, growth)
 
         v = unit(space, r, norm)
         basis = space.set_row(space.history(steps + 1), 0, v)
-        carry = _Carry(v, basis, hessenberg.empty(), active, 0)
+        carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
         weights = hessenberg.least_squares(carry.qr, norm)
-        return space.state(space.combine(weights, carry.basis)), carry.steps, hessenberg.growth(carry.qr)
+        y = space.state(space.combine(weights, carry.basis))
+        if precondition is None or carry.growth is None:
+            return y, carry.steps, hessenberg.growth(carry.qr)
+        return precondition(y), carry.steps, carry.growth
 
 
 class _QR(NamedTuple):
@@ -101,6 +123,8 @@ class _Carry(NamedTuple):
     qr: _QR
     active: Mask
     steps: int
+    growth: Numbers | None
+    """The largest ‖A u‖ / ‖u‖ among the u = M⁻¹ v; None without a preconditioner, where the Hessenberg matrix tells."""
 
 
 class _Hessenberg:
@@ -118,6 +142,11 @@ class _Hessenberg:
         identity = self.identity[None, :, :]
         rotations, triangle = (space.matrices(size, size) + identity for _ in range(2))  # two, since rows are replaced
         return _QR(rotations, triangle, space.matrices(1, size)[:, 0, :])
+
+    def padded(self, column: Array) -> Array:
+        """A column that ends where the basis does, with zeros to the size of the matrix."""
+        missing = self.size - column.shape[1]
+        return self.space.xp.concat([column, self.space.matrices(1, missing)[:, 0, :]], axis=1) if missing else column
 
     def append(self, qr: _QR, column: Array, height: Numbers, j: int, active: Mask) -> tuple[_QR, Numbers, Mask]:
         """Append column j of the Hessenberg matrix, in the active samples in which the matrix stays regular.
