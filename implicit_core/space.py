@@ -63,7 +63,7 @@ class Space:
     ) -> None:
         self.backend = backend
         self.xp = backend.xp
-        self.like = like
+        self.like, self.name = like, name
         self.batch_shape = checks.state(backend, name, like, batch_ndim)
         leaves, self.structure = backend.flatten(like)
         self.samples = math.prod(self.batch_shape)
@@ -113,7 +113,7 @@ class Space:
                 leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
-            checks.like(self.backend, name, tree, self.like, "h0")
+            checks.like(self.backend, name, tree, self.like, self.name)
         return self._flat(leaves)
 
     @property  # cached, it would refer to itself

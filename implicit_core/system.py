@@ -41,15 +41,19 @@ class System:
     """
 
     is_root = False
+    start = "h0"
+    """What errors call the start."""
     first: Numbers | None = None
     grows = False
     """Whether a solver's memory may change its shape from step to step."""
     endless = False
     """Whether there may be more steps than the solver's ``max_steps``."""
+    parted = False
+    """Whether it has some of the samples alone, see :meth:`part`."""
 
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         self.problem, self.z = problem, z
-        self.space = problem.space(h0, "h0")
+        self.space = problem.space(h0, self.start)
         self.f = self.space.backend.protected(problem.f)
 
     @property
@@ -81,7 +85,7 @@ class System:
     def part(self, samples: Array, take: Callable[[Any], Any], like: PyTree, z: PyTree) -> "System":
         """The system of some of the samples, with states shaped as ``like``; ``take`` takes them from an array."""
         part = copy.copy(self)
-        part.space, part.z = self.space.part(like, samples), z
+        part.space, part.z, part.parted = self.space.part(like, samples), z, True
         part._take(samples, take, like)
         return part
 
@@ -107,6 +111,7 @@ class RootSystem(System):
     """
 
     is_root = True
+    start = "x0"
 
     def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> None:
         super().__init__(problem, h0, z)

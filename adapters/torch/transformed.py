@@ -15,6 +15,7 @@ from implicit_core.problem import Problem
 from implicit_core.root_problem import RootProblem
 from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution, Stats
+from implicit_core.solvers.bracketing import Bracketing
 
 from .autograd import has_tangents
 from .closure import hoist, with_explicit_inputs
@@ -51,6 +52,8 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
     if options.throw and gradient.starts_from_h0:
         raise NotImplementedError(THROW)
     checks.state(BACKEND, "h0", h0, given.batch_ndim)
+    if isinstance(options.solver, Bracketing):  # an axis that is mapped is none of its arrays'
+        options.solver.ends(given.space(h0, "x0"))
     leaves, structure = BACKEND.flatten(h0)
     with BACKEND.solving():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
@@ -122,7 +125,7 @@ def _check_settings(options: LayerOptions) -> None:
     """Check that no transform has wrapped a setting that is used outside of all transforms, on values."""
     for record in (options.solver, options.gradient):
         for name, array in arrays_in(record):
-            if BACKEND.is_wrapped(array) and not isinstance(record, (Unroll, BPTT)):
+            if BACKEND.is_array(array) and BACKEND.is_wrapped(array) and not isinstance(record, (Unroll, BPTT)):
                 raise NotImplementedError(SETTINGS.format(name=name, kind=type(record).__name__))
 
 
