@@ -37,13 +37,14 @@ MOVED = 64
 UNKNOWN = -1.0
 """Stands for a residual that was not measured, until a trace is returned."""
 COUPLED = (
-    "F couples what batch_ndim takes for samples: the residual of a finished sample changed while others took steps. "
-    "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver check=False"
+    "{symbol} couples what batch_ndim takes for samples: the residual of a finished sample changed while others took "
+    "steps. For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver "
+    "check=False"
 )
 CHANGES = (
-    "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
-    "so it has no fixed point. In PyTorch, dropout and batch norm do so in train mode: use VariationalDropout, and "
-    "group or layer norm"
+    "{symbol} gave another value at the same point when it was evaluated again: it is random, or changes what it "
+    "depends on, so it has no {solution}. In PyTorch, dropout and batch norm do so in train mode: use "
+    "VariationalDropout, and group or layer norm"
 )
 
 
@@ -457,7 +458,7 @@ class Iteration:
         """Raise an error if F wrote to its argument."""
         index = carry.point.index
         if self.unmodified is not True and isinstance(index, int) and index <= 1 and not self.unmodified:
-            raise WrittenArgumentError("f", "h")
+            raise WrittenArgumentError(*self.system.problem.names[:2])
 
     def outcome(self, carry: Carry) -> "Outcome":
         """What becomes of each sample if the loop ends here. The best point is known to be no worse than the last."""
@@ -594,9 +595,14 @@ class Iteration:
         f, again = (self.system.evaluate(point.x, h, copies=True).residual for _ in range(2))
         apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * self._rounded_size(point)
         if bool(space.xp.any(apart)):
-            warn(CHANGES, ChangingFunctionWarning, once=True)
+            warn(self._said(CHANGES), ChangingFunctionWarning, once=True)
         else:
-            raise CoupledSamplesError(COUPLED)
+            raise CoupledSamplesError(self._said(COUPLED))
+
+    def _said(self, message: str) -> str:
+        """A message in the words of a fixed point, or of a root."""
+        names = self.system.problem.names
+        return message.format(symbol=names.symbol, solution=names.solution)
 
     def _moved(self, point: Point, settled: Numbers) -> Mask:
         """The samples whose residual rose above ``settled`` by more than rounding can explain."""

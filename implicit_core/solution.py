@@ -44,10 +44,12 @@ class Status(IntEnum):
 
 ADVICE = {
     Status.MAX_STEPS: "MAX_STEPS: raise max_steps, or loosen rtol.",
-    Status.NONFINITE: "NONFINITE: look for NaN or overflow in F and its inputs, or take another solver.",
-    Status.STAGNATED: "STAGNATED: F has no fixed point there, is random, or its rounding is coarser than rtol.",
+    Status.NONFINITE: "NONFINITE: look for NaN or overflow in the function and its inputs, or take another solver.",
+    Status.STAGNATED: (
+        "STAGNATED: the equation has no solution there, or its function is random, jumps, or rounds coarser than rtol."
+    ),
     Status.UNBRACKETED: "UNBRACKETED: g has the same sign at lower and at upper; give these samples other ends.",
-    Status.DIVERGED: "DIVERGED: F is no contraction there; try NewtonKrylov, or regularize the cell.",
+    Status.DIVERGED: "DIVERGED: start closer, try NewtonKrylov, or, where a cell is trained, regularize it.",
 }
 """What to do about a failure."""
 CONVERGED = Status.CONVERGED

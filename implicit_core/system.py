@@ -41,8 +41,6 @@ class System:
     """
 
     is_root = False
-    start = "h0"
-    """What errors call the start."""
     first: Numbers | None = None
     grows = False
     """Whether a solver's memory may change its shape from step to step."""
@@ -53,8 +51,8 @@ class System:
 
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         self.problem, self.z = problem, z
-        self.space = problem.space(h0, self.start)
-        self.f = self.space.backend.protected(problem.f)
+        self.space = problem.space(h0, problem.names.start)
+        self.f = self.space.backend.protected(problem.f, *problem.names[:2])
 
     @property
     def records(self) -> bool:
@@ -111,11 +109,10 @@ class RootSystem(System):
     """
 
     is_root = True
-    start = "x0"
 
     def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> None:
         super().__init__(problem, h0, z)
-        self.image: Space = problem.image(h0)
+        self.image: Space = problem.image(h0, problem.names.start)
         self.first = self._given = first
 
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:

@@ -51,16 +51,16 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
         raise NotImplementedError(RECOMPUTE)
     if options.throw and gradient.starts_from_h0:
         raise NotImplementedError(THROW)
-    checks.state(BACKEND, "h0", h0, given.batch_ndim)
+    checks.state(BACKEND, given.names.start, h0, given.batch_ndim)
     if isinstance(options.solver, Bracketing):  # an axis that is mapped is none of its arrays'
-        options.solver.ends(given.space(h0, "x0"))
+        options.solver.ends(given.space(h0, given.names.start))
     leaves, structure = BACKEND.flatten(h0)
     with BACKEND.solving():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
         random = RandomState(leaves)
         value, externals = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)[:2]
-    checks.like(BACKEND, "the result of f", value, h0, "h0")
+    checks.like(BACKEND, f"the result of {given.names.function}", value, h0, given.names.start)
     f = with_explicit_inputs(given.f, structure, z, externals, externals)
     if isinstance(gradient, AtFixedPoint):
         _check_inputs_known(f, leaves, externals)
