@@ -146,7 +146,7 @@ def as_real(f: Callable[[Any, Z], Any], *, has_aux: bool = False) -> Callable[[A
     def of_parts(h: Any, z: Z) -> Any:
         state = to_complex(h)
         backend = find_backend(state, "h")
-        value, *aux = checks.with_aux(f(state, z), "f") if has_aux else (f(state, z),)
+        value, *aux = checks.with_aux(f(state, z)) if has_aux else (f(state, z),)
         value = to_real(checks.like(backend, "the result of f", value, state, "h"))
         return (value, *aux) if has_aux else value
 

@@ -112,7 +112,7 @@ def layered(
         )
 
     def both(h: H, z: Z) -> tuple[H, PyTree]:
-        return checks.with_aux(f(h, z), names.function)
+        return checks.with_aux(f(h, z), *names[:2])
 
     solution = _by_layer(problem(lambda h, z: both(h, z)[0]), h0, z, options)
     # Decision 15.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from . import checks
 from .arrays import H, Numbers, PyTree, Z
@@ -225,7 +225,7 @@ class Problem(Generic[H, Z]):
     array([2., 2.])
     """
 
-    names: ClassVar[Names] = Names()
+    names: Names = Names()
 
     def __init__(
         self,

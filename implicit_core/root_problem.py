@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from . import checks
 from .arrays import H, Numbers, PyTree, Z
@@ -45,7 +45,7 @@ class RootProblem(Problem[H, Z]):
     array([0.353553])
     """
 
-    names: ClassVar[Names] = Names("g", "x", "x0", "g", "root", "RootProblem")
+    names = Names("g", "x", "x0", "g", "root", "RootProblem")
 
     def __init__(
         self,
@@ -82,20 +82,26 @@ class RootProblem(Problem[H, Z]):
         """The problem of g."""
         return self if self._base is None else self._base
 
+    def about(self, g: Problem[H, Z]) -> "RootProblem[H, Z]":
+        """The root of another function, in the same units of g, and with the same names in errors."""
+        root = RootProblem.of(g, self.g_scale)
+        root.names = self.names
+        return root
+
     def replace_f(self, f: Map[H, Z]) -> "RootProblem[H, Z]":
         """The same problem with another callable for g."""
-        return RootProblem.of(super().replace_f(f), self.g_scale)
+        return self.about(super().replace_f(f))
 
     def with_function(
         self, f: Map[H, Z], linearize: Callable[[H, Z], Linearization[H, Z]] | None = None
     ) -> "RootProblem[H, Z]":
         """The same problem of another g with other derivatives, or none."""
-        return RootProblem.of(super().with_function(f, linearize), self.g_scale)
+        return self.about(super().with_function(f, linearize))
 
     def with_derivatives(self, arrays: PyTree) -> "RootProblem[H, Z]":
         """The problem, with derivatives of g by the arrays' framework if it has none."""
         made = super().with_derivatives(arrays)
-        return self if made is self else RootProblem.of(made, self.g_scale)
+        return self if made is self else self.about(made)
 
     def image(self, x: H, name: str = "x") -> Space:
         """The vector space of g(x), in units of ``g_scale``."""

@@ -265,7 +265,7 @@ class Space:
 
     def all_samples(self) -> Mask:
         """A mask that holds in all samples, (N, 1)."""
-        mask: Any = self.full(True, self.xp.bool)
+        mask: Any = self.full(1, self.xp.bool)  # torch.jit.trace cannot record a fill with True
         return mask  # type: ignore[no-any-return]  # booleans are a mask
 
     def scalar(self, value: Real) -> Array:

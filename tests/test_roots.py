@@ -297,7 +297,7 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], dict[str, Any]]] = {
     "the result of g must have the dtype of x0?": (lambda x, z: x > 0, {}),
     "the result of g must have the structure of x0?": (lambda x, z: {"a": x}, {}),
     "g wrote to its argument x.*`0.5 . x`, not `x": (written, {"library": NUMPY}),
-    r"with has_aux=True g must return a pair \(value, aux\)": (lambda x, z: x, {"has_aux": True}),
+    r"with has_aux=True g must return a pair \(x, aux\)": (lambda x, z: x, {"has_aux": True}),
     "g must be callable, got 3": (3, {}),
     r"a plain g, which returns \(x, aux\)": (ic.RootProblem(lambda x, z: x), {"has_aux": True}),
     "g_scale must be a number, or have the structure": (lambda x, z: x, {"g_scale": {"a": 1.0}}),

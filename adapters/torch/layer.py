@@ -87,7 +87,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
     f = autocasted(unprotected(given.f), h0)
     autograd = problem(BACKEND.protected(f), batch_ndim=given.batch_ndim, scale=given.scale)
-    solved = RootProblem.of(autograd, given.g_scale) if isinstance(given, RootProblem) else autograd
+    solved = given.about(autograd) if isinstance(given, RootProblem) else autograd
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):

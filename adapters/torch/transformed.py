@@ -73,7 +73,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
         problem, z_in = _on_trees(batched, structure, values[n:]), BACKEND.map(lambda x: by_external.get(x, x), z)
         factors: Sequence[Tensor] = ()
         if isinstance(given, RootProblem):
-            problem = root = RootProblem.of(problem, given.g_scale)
+            problem = root = given.about(problem)
         solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
         if is_root:
             factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=gradient.relaxes))[0]
