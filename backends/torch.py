@@ -400,7 +400,7 @@ class TorchBackend(Backend):
         guarded: Any = counted
         return guarded  # type: ignore[no-any-return]  # it is called as the function is
 
-    def protected(self, f: Callable[[H, Z], H]) -> Callable[[H, Z], H]:
+    def protected(self, f: Callable[[H, Z], H], name: str = "f", argument: str = "h") -> Callable[[H, Z], H]:
         return f if isinstance(f, Protected) else Protected(f)
 
     # Pytrees are optree's, with the classes that are registered with PyTorch's own, whenever they were.

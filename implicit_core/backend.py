@@ -32,8 +32,8 @@ class WrittenArgumentError(ValueError):
 
     def __init__(self, name: str, *arguments: str) -> None:
         super().__init__(
-            f"{name} wrote to its argument {' or '.join(arguments)}; it must return a new array: `0.5 * h`, "
-            "not `h *= 0.5`"
+            f"{name} wrote to its argument {' or '.join(arguments)}; it must return a new array: "
+            f"`0.5 * {arguments[0]}`, not `{arguments[0]} *= 0.5`"
         )
 
 
@@ -312,9 +312,11 @@ class Backend:
         """
         return None
 
-    def protected(self, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def protected(
+        self, f: Callable[[Any, Any], Any], name: str = "f", argument: str = "h"
+    ) -> Callable[[Any, Any], Any]:
         """F, which cannot change the arrays that the solve hands it, in a framework that sees writes."""
-        return self.guarded(f, "f", "h")
+        return self.guarded(f, name, argument)
 
     def guarded(self, function: Function, name: str, *arguments: str) -> Function:
         """A function of the user's that cannot write to its first arguments, or raises an error, in some frameworks.

@@ -17,10 +17,10 @@ STATIC = (
 )
 
 
-def with_aux(value: Any) -> tuple[Any, Any]:
-    """What f returns with ``has_aux=True``."""
+def with_aux(value: Any, function: str = "f", unknown: str = "h") -> tuple[Any, Any]:
+    """What a function, f or g, returns with ``has_aux=True``."""
     if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"with has_aux=True f must return a pair (h, aux), got {type(value).__name__}")
+        raise TypeError(f"with has_aux=True {function} must return a pair ({unknown}, aux), got {type(value).__name__}")
     return value
 
 

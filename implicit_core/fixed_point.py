@@ -7,7 +7,7 @@ from . import checks
 from .arrays import H, PyTree, Z
 from .estimators import Estimator, Unroll
 from .layer import Layer, LayerOptions, undifferentiated
-from .problem import Map, Problem, as_problem
+from .problem import Map, Names, Problem, as_problem
 from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solve import as_solver
@@ -82,26 +82,37 @@ def fixed_point(
     True
     """
     options = LayerOptions(as_solver(solver), gradient, throw, trace)
-    return layered(f, lambda f: as_problem(f, batch_ndim, scale), h0, z, options, has_aux=has_aux)
+    return layered(f, lambda f: as_problem(f, batch_ndim, scale), h0, z, options, Problem.names, has_aux=has_aux)
 
 
 def layered(
-    f: Any, problem: Callable[[Any], Problem[H, Z]], h0: H, z: Z, options: LayerOptions, *, has_aux: bool
+    f: Any,
+    problem: Callable[[Any], Problem[H, Z]],
+    h0: H,
+    z: Z,
+    options: LayerOptions,
+    names: Names,
+    *,
+    has_aux: bool,
 ) -> Solution[H]:
     """The layer of ``problem(f)``, with the auxiliary result of f if it has one."""
     checks.instance("gradient", options.gradient, Estimator, "Unroll(k=5, lam=0.5)")
     checks.instance("throw", options.throw, bool, "True")
     checks.instance("trace", options.trace, bool, "True")
     checks.instance("has_aux", has_aux, bool, "True")
-    checks.supported("h0", h0)  # before an adapter makes it an array of its framework
+    checks.supported(names.start, h0)  # before an adapter makes it an array of its framework
     checks.no_masks("z", z)
     if not has_aux:
         return _by_layer(problem(f), h0, z, options)
     if isinstance(f, Problem):
-        raise TypeError("has_aux=True is for a plain f, which returns (h, aux); got a Problem, whose f returns h")
+        function, unknown, *_ = names
+        raise TypeError(
+            f"has_aux=True is for a plain {function}, which returns ({unknown}, aux); got a Problem, whose f returns "
+            f"{unknown} alone"
+        )
 
     def both(h: H, z: Z) -> tuple[H, PyTree]:
-        return checks.with_aux(f(h, z))
+        return checks.with_aux(f(h, z), *names[:2])
 
     solution = _by_layer(problem(lambda h, z: both(h, z)[0]), h0, z, options)
     # Decision 15.
@@ -123,4 +134,4 @@ def _by_layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Sol
         layer: Layer = undifferentiated if found is None else found.layer
         return layer(problem, h0, z, options)
 
-    return with_start(run, problem.f, h0, z)
+    return with_start(run, problem, h0, z)

@@ -37,13 +37,14 @@ MOVED = 64
 UNKNOWN = -1.0
 """Stands for a residual that was not measured, until a trace is returned."""
 COUPLED = (
-    "F couples what batch_ndim takes for samples: the residual of a finished sample changed while others took steps. "
-    "For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver check=False"
+    "{symbol} couples what batch_ndim takes for samples: the residual of a finished sample changed while others took "
+    "steps. For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver "
+    "check=False"
 )
 CHANGES = (
-    "F gave another value at the same point when it was evaluated again: it is random, or changes what it depends on, "
-    "so it has no fixed point. In PyTorch, dropout and batch norm do so in train mode: use VariationalDropout, and "
-    "group or layer norm"
+    "{symbol} gave another value at the same point when it was evaluated again: it is random, or changes what it "
+    "depends on, so it has no {solution}. In PyTorch, dropout and batch norm do so in train mode: use "
+    "VariationalDropout, and group or layer norm"
 )
 
 
@@ -264,14 +265,14 @@ class Iteration:
             made = Progress(cap, atol, None if best else point.norm, point.norm, point.norm, floor)
             if solver.patience:
                 made = made._replace(halved=point.norm, halved_at=space.full(1, space.xp.int32))
-            if solver.undoes_steps:
+            if solver.undoes_steps and not solver.ends_samples:
                 made = made._replace(failures=space.full(0.0))
             point = point._replace(active=point.active & (point.norm > tolerance))
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
-        memory = self._observed(solver.init(self.system, point.x), point, operator)
+        memory, point = self._observed(solver.init(self.system, point.x), point, operator)
         return Carry(point, made, settled, steps, best, trace, memory)
 
     def _kept(self, h: PyTree) -> State | None:
@@ -301,12 +302,17 @@ class Iteration:
         active = is_active(found.norm, found.f_norm)
         return Point(x, found.f, found.residual, found.norm, found.f_norm, active, index), found.operator
 
-    def _observed(self, memory: Any, point: Point, operator: Operator | None) -> Any:
-        """The solver's memory after an evaluation, the last of which no step follows."""
+    def _observed(self, memory: Any, point: Point, operator: Operator | None) -> tuple[Any, Point]:
+        """The solver's memory after an evaluation, the last of which no step follows, and the samples that go on."""
+        active = point.active
         if operator is not None and not self.stepwise:
-            another = point.index + 1 < self.solver.max_steps
-            point = point._replace(active=progress.both(point.active, another))
-        return self.solver.observe(self.system, memory, point, operator)
+            active = progress.both(active, point.index + 1 < self.solver.max_steps)
+        memory = self.solver.observe(self.system, memory, point._replace(active=active), operator)
+        ended = self._ended_by_solver(memory)
+        return memory, point if ended is None else point._replace(active=point.active & (ended < 0))
+
+    def _ended_by_solver(self, memory: Any) -> Numbers | None:
+        return self.solver.ended(memory) if self.solver.ends_samples else None
 
     def tolerance(self, f_norm: Numbers) -> Numbers:
         """The tolerance, atol + rtol ‖F(x)‖."""
@@ -402,7 +408,7 @@ class Iteration:
             point = point._replace(active=point.active & self.unmodified)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
-            if solver.undoes_steps and not (tells and masks[-1] is True):
+            if made.failures is not None and not (tells and masks[-1] is True):
                 made, point = self._given_up(made, before, point)
             accepted = masks[-1] if tells else True
             made, point = self._judge(made, best, point, operator, accepted)
@@ -413,7 +419,7 @@ class Iteration:
                 marked = (settled < 0) | progress.both(self._moved(point, settled), ~before.active)
                 latest = space.select(marked, space.full(-1.0), latest)
             settled = latest
-        memory = self._observed(memory, point, operator)
+        memory, point = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
 
@@ -442,7 +448,7 @@ class Iteration:
             residual=space.per_sample(self.in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
-            tolerance=space.per_sample(self.in_units(self._held_against(f_norm, carry.progress))),
+            tolerance=space.per_sample(self.in_units(self._held_against(norm, f_norm, carry))),
         )
         x = self._moved_on(carry) if best is None else space.where(outcome.last, point.x, best.x)
         # Once more: without a graph, a framework may still carry forward-mode tangents.
@@ -464,7 +470,7 @@ class Iteration:
         """Raise an error if F wrote to its argument."""
         index = carry.point.index
         if self.unmodified is not True and isinstance(index, int) and index <= 1 and not self.unmodified:
-            raise WrittenArgumentError("f", "h")
+            raise WrittenArgumentError(*self.system.problem.names[:2])
 
     def outcome(self, carry: Carry) -> "Outcome":
         """What becomes of each sample if the loop ends here. The best point is known to be no worse than the last."""
@@ -494,6 +500,10 @@ class Iteration:
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
                 converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
+        ended = self._ended_by_solver(carry.memory)
+        if ended is not None:
+            by_solver, failed = ended == Status.CONVERGED.value, ended > 0
+            last, converged = (last & ~failed) | by_solver, (converged & ~failed) | by_solver
         if best is None:
             return last, point.norm, point.f_norm, converged
         known = last | ~finite(best.norm)
@@ -512,7 +522,8 @@ class Iteration:
             gone = ended & ((point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm)))
             status = space.select(ended, Status.STAGNATED.value, status)
             status = space.select(gone & (norm > self.start.cap), Status.DIVERGED.value, status)
-        return status
+        by_solver = self._ended_by_solver(carry.memory)
+        return status if by_solver is None else space.select(by_solver > 0, by_solver, status)
 
     def may_have_ended(self, point: Point) -> bool:
         """Whether there was a checkpoint, as far as is known."""
@@ -523,8 +534,13 @@ class Iteration:
         """The samples that were ended for lack of progress."""
         return made.cap == self._never
 
-    def _held_against(self, f_norm: Numbers, made: Progress | None) -> Numbers:
-        return self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
+    def _held_against(self, norm: Numbers, f_norm: Numbers, carry: Carry) -> Numbers:
+        """The tolerance, and where the solver itself says that a sample has converged, at least the residual."""
+        made, ended = carry.progress, self._ended_by_solver(carry.memory)
+        tolerance = self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
+        if ended is None:
+            return tolerance
+        return self.space.select(ended == Status.CONVERGED.value, self.space.xp.maximum(tolerance, norm), tolerance)
 
     def in_units(self, norm: Numbers) -> Numbers:
         """A norm in the user's units."""
@@ -594,9 +610,14 @@ class Iteration:
         f, again = (self.system.evaluate(point.x, h, copies=True).residual for _ in range(2))
         apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * self._rounded_size(point)
         if bool(space.xp.any(apart)):
-            warn(CHANGES, ChangingFunctionWarning, once=True)
+            warn(self._said(CHANGES), ChangingFunctionWarning, once=True)
         else:
-            raise CoupledSamplesError(COUPLED)
+            raise CoupledSamplesError(self._said(COUPLED))
+
+    def _said(self, message: str) -> str:
+        """A message in the words of a fixed point, or of a root."""
+        names = self.system.problem.names
+        return message.format(symbol=names.symbol, solution=names.solution)
 
     def _moved(self, point: Point, settled: Numbers) -> Mask:
         """The samples whose residual rose above ``settled`` by more than rounding can explain."""

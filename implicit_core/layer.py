@@ -203,6 +203,8 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
 
 def is_forced(solver: object) -> bool:
     """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
+    if getattr(solver, "ends_samples", False):
+        return False
     return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from . import checks
 from .arrays import H, Numbers, PyTree, Z
@@ -17,6 +17,17 @@ DERIVATIVES = ("vjp_h", "vjp_z", "jvp_h", "jvp_z", "vjp", "jvp")
 VECTORS = {"jvp_h": ("dh",), "jvp_z": ("dz",), "jvp": ("dh", "dz")}
 """The arguments of a derivative, where they are not the cotangent v."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Names(NamedTuple):
+    """What errors call the parts of a problem."""
+
+    function: str = "f"
+    unknown: str = "h"
+    start: str = "h0"
+    symbol: str = "F"
+    solution: str = "fixed point"
+    kind: str = "Problem"
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,8 @@ class Linearization(Generic[H, Z]):
 class BoundLinearization(Generic[H, Z]):
     """A :class:`Linearization` at (h, z) for the estimators: every result is checked against h and z."""
 
-    def __init__(self, raw: Linearization[H, Z], backend: Backend, h: H, z: Z) -> None:
-        self.raw, self.backend, self.h, self.z = raw, backend, h, z
+    def __init__(self, raw: Linearization[H, Z], backend: Backend, h: H, z: Z, names: Names) -> None:
+        self.raw, self.backend, self.h, self.z, self.names = raw, backend, h, z, names
 
     @property
     def value(self) -> H:
@@ -126,6 +137,7 @@ class BoundLinearization(Generic[H, Z]):
 
     def require(self, *names: str) -> "BoundLinearization[H, Z]":
         """Raise NotImplementedError now, rather than in a pullback called later, if a derivative is missing."""
+        function, _, _, symbol, _, kind = self.names
         for name in names:
             joint = _joint(name)
             if not self.has(name):
@@ -133,15 +145,15 @@ class BoundLinearization(Generic[H, Z]):
                 has_none = all(getattr(self.raw, each) is None for each in DERIVATIVES)
                 by_autodiff = self.backend.has_autodiff and has_none
                 raise NotImplementedError(
-                    f"{what} needs the {joint.upper()} of F, which this problem doesn't have: "
-                    + (f"take implicit_core.adapters.{self.backend.name}.problem(f), " if by_autodiff else "")
-                    + f"pass {joint}= to Problem, or return {joint}_h and {joint}_z from its linearize"
+                    f"{what} needs the {joint.upper()} of {symbol}, which this problem doesn't have: "
+                    + (f"take implicit_core.adapters.{self.backend.name}.problem({function}), " if by_autodiff else "")
+                    + f"pass {joint}= to {kind}, or return {joint}_h and {joint}_z from its linearize"
                 )
         return self
 
     def _h(self, name: str, got: H) -> H:
         got = checks.numbers_as_arrays(self.backend, got, self.h)
-        result: H = checks.like(self.backend, name, got, self.h, "h")
+        result: H = checks.like(self.backend, name, got, self.h, self.names.unknown)
         return result
 
     def _z(self, name: str, got: Z) -> Z:
@@ -219,6 +231,8 @@ class Problem(Generic[H, Z]):
     array([2., 2.])
     """
 
+    names: Names = Names()
+
     def __init__(
         self,
         f: Map[H, Z],
@@ -230,7 +244,7 @@ class Problem(Generic[H, Z]):
         batch_ndim: int = 0,
         scale: Any = None,
     ) -> None:
-        checks.function("f", f)
+        checks.function(self.names.function, f)
         for name, callback in (("vjp", vjp), ("jvp", jvp), ("linearize", linearize), ("jacobian", jacobian)):
             if callback is not None:
                 checks.function(name, callback)
@@ -295,8 +309,9 @@ class Problem(Generic[H, Z]):
         made.jacobian = self.jacobian
         return made
 
-    def space(self, h: H, name: str = "h") -> Space:
+    def space(self, h: H, name: str | None = None) -> Space:
         """The vector space of states shaped as h, which errors call ``name``."""
+        name = self.names.unknown if name is None else name
         return find_backend(h, name).space(h, self.batch_ndim, name, self.scale)
 
     def with_function(
@@ -351,8 +366,9 @@ class Problem(Generic[H, Z]):
         NotImplementedError
             On use of a derivative that the problem doesn't have.
         """
-        backend = find_backend(h, "h")
-        checks.state(backend, "h", h, self.batch_ndim)
+        function, unknown, *_ = self.names
+        backend = find_backend(h, unknown)
+        checks.state(backend, unknown, h, self.batch_ndim)
         checks.no_masks("z", z)
         with backend.on_device_of(h):
             if self._linearize is None:
@@ -368,11 +384,11 @@ class Problem(Generic[H, Z]):
         value: Any = raw.value
         if not backend.has_autodiff:  # where it has, a Python float is cut off from the graph (Decision 80)
             value = checks.numbers_as_arrays(backend, value, h)
-        value = checks.like(backend, "the result of f", value, h, "h")
+        value = checks.like(backend, f"the result of {function}", value, h, unknown)
         raw = raw if value is raw.value else replace(raw, value=value)
         if self.jacobian is not None and self.row_factors is None:
             raw = self._with_jacobian(raw, h, z)
-        return BoundLinearization(raw, backend, h, z)
+        return BoundLinearization(raw, backend, h, z, self.names)
 
     def _with_jacobian(self, raw: Linearization[H, Z], h: H, z: Z) -> Linearization[H, Z]:
         """The linearization, with products with the Jacobian where there are no others."""
@@ -385,7 +401,7 @@ class Problem(Generic[H, Z]):
 
     def _from_callbacks(self, backend: Backend, h: H, z: Z) -> Linearization[H, Z]:
         vjp, jvp = self._vjp, self._jvp
-        value = backend.protected(self.f)(h, z)
+        value = backend.protected(self.f, *self.names[:2])(h, z)
         pull = push = None
         if vjp is not None:
             pull = backend.guarded(lambda h, v: vjp(h, z, v), "vjp", "h", "v")

@@ -88,7 +88,10 @@ def root(
         if isinstance(g, RootProblem) and g_scale is None:
             as_problem(g, batch_ndim, scale)  # which refuses units beside those of the problem
             return g
-        return RootProblem.of(as_problem(g, batch_ndim, scale), g_scale)
+        if isinstance(g, Problem):
+            return RootProblem.of(as_problem(g, batch_ndim, scale), g_scale)
+        return RootProblem(g, batch_ndim=0 if batch_ndim is None else batch_ndim, scale=scale, g_scale=g_scale)
 
-    options = LayerOptions(as_solver(solver), gradient, throw, trace)
-    return layered(g, problem, x0, z, options, has_aux=has_aux)
+    names = RootProblem.names
+    options = LayerOptions(as_solver(solver, names=names), gradient, throw, trace)
+    return layered(g, problem, x0, z, options, names, has_aux=has_aux)

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import checks
 from .arrays import H, Numbers, PyTree, Z
-from .problem import BoundLinearization, Linearization, Map, Problem
+from .problem import BoundLinearization, Linearization, Map, Names, Problem
 from .registry import find_backend
 from .space import Space, signs
 
@@ -44,6 +44,8 @@ class RootProblem(Problem[H, Z]):
     >>> pullback(np.array([1.0])).round(6)  # 1 / (2 √2)
     array([0.353553])
     """
+
+    names = Names("g", "x", "x0", "g", "root", "RootProblem")
 
     def __init__(
         self,
@@ -84,24 +86,35 @@ class RootProblem(Problem[H, Z]):
         """The problem of g."""
         return self if self._base is None else self._base
 
+    def about(self, g: Problem[H, Z]) -> "RootProblem[H, Z]":
+        """The root of another function, in the same units of g, and with the same names in errors."""
+        root = RootProblem.of(g, self.g_scale)
+        root.names = self.names
+        return root
+
     def replace_f(self, f: Map[H, Z]) -> "RootProblem[H, Z]":
         """The same problem with another callable for g."""
-        return RootProblem.of(super().replace_f(f), self.g_scale)
+        return self.about(super().replace_f(f))
 
     def with_function(
         self, f: Map[H, Z], linearize: Callable[[H, Z], Linearization[H, Z]] | None = None
     ) -> "RootProblem[H, Z]":
         """The same problem of another g with other derivatives, or none."""
-        return RootProblem.of(super().with_function(f, linearize), self.g_scale)
+        return self.about(super().with_function(f, linearize))
 
     def with_derivatives(self, arrays: PyTree) -> "RootProblem[H, Z]":
         """The problem, with derivatives of g by the arrays' framework if it has none."""
         made = super().with_derivatives(arrays)
-        return self if made is self else RootProblem.of(made, self.g_scale)
+        return self if made is self else self.about(made)
 
-    def image(self, x: H, name: str = "x0") -> Space:
+    def image(self, x: H, name: str = "x") -> Space:
         """The vector space of g(x), in units of ``g_scale``."""
-        return find_backend(x, name).space(x, self.batch_ndim, name, self.g_scale)
+        try:
+            return find_backend(x, name).space(x, self.batch_ndim, name, self.g_scale)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("scale "):
+                raise
+            raise type(error)(f"g_{error}") from None
 
     def fixed_point_form(self, h: H, z: Z, *, relaxed: bool = True) -> Problem[H, Z]:
         """The problem of F(x) = x - α g(x), with derivatives if g has callbacks.
@@ -118,7 +131,7 @@ class RootProblem(Problem[H, Z]):
 
     def factors(self, h: H, z: Z, *, relaxed: bool) -> H:
         """α in units of x over units of g, for every number of h. It is a constant."""
-        space, image = self.space(h), self.image(h, "h")
+        space, image = self.space(h), self.image(h)
         backend = space.backend
         with backend.on_device_of(h), backend.solving():
             alpha = space.full(1.0)
@@ -132,7 +145,7 @@ class RootProblem(Problem[H, Z]):
 
     def with_factors(self, factors: H) -> Problem[H, Z]:
         """The problem of F(x) = x - ``factors`` g(x)."""
-        backend = find_backend(factors, "h")
+        backend = find_backend(factors, "x")
 
         def scaled(v: H) -> H:
             result: H = backend.map(lambda factor, v: -factor * v, factors, v)
@@ -160,7 +173,7 @@ class RootProblem(Problem[H, Z]):
 
         given = linearize if self.has_derivatives else None
         form = Problem(f, linearize=given, batch_ndim=self.batch_ndim, scale=self.scale)
-        space, image = self.space(factors), self.image(factors, "h")
+        space, image = self.space(factors), self.image(factors)
         ones = image.pack(backend.map(backend.xp.ones_like, factors))
         form.jacobian, form.row_factors = self.jacobian, factors
         form.relaxation = space.xp.abs(space.pack(factors)[0] / ones[0])[:, :1]

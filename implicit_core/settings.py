@@ -93,8 +93,8 @@ def numbers(name: str, record: R) -> R:
 
 def with_settings(space: Space, record: object, x: State) -> State:
     """``x``, which is traced if a setting is: a loop reads no numbers then, whatever it starts from."""
-    for _, array in arrays_in(record):
-        if space.backend.readable(x[0]) and not space.backend.readable(array):
+    for name, array in arrays_in(record):
+        if space.backend.readable(x[0]) and not find_backend(array, name).readable(array):
             known = space.xp.all(array == array)
             x = State(tuple(space.xp.where(known, a, a) for a in x))
     return x

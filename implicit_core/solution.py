@@ -38,13 +38,18 @@ class Status(IntEnum):
     """The residual has stopped falling, see :class:`Solver`. Or a callable solver missed the tolerance."""
     DIVERGED = 4
     """The state or the residual grew far beyond the start, or the steps of an estimator moved away from the root."""
+    UNBRACKETED = 5
+    """g has the same sign at both ends of the bracket of :class:`Bisection` or :class:`Brent`."""
 
 
 ADVICE = {
     Status.MAX_STEPS: "MAX_STEPS: raise max_steps, or loosen rtol.",
-    Status.NONFINITE: "NONFINITE: look for NaN or overflow in F and its inputs, or take another solver.",
-    Status.STAGNATED: "STAGNATED: F has no fixed point there, is random, or its rounding is coarser than rtol.",
-    Status.DIVERGED: "DIVERGED: F is no contraction there; try NewtonKrylov, or regularize the cell.",
+    Status.NONFINITE: "NONFINITE: look for NaN or overflow in the function and its inputs, or take another solver.",
+    Status.STAGNATED: (
+        "STAGNATED: the equation has no solution there, or its function is random, jumps, or rounds coarser than rtol."
+    ),
+    Status.UNBRACKETED: "UNBRACKETED: g has the same sign at lower and at upper; give these samples other ends.",
+    Status.DIVERGED: "DIVERGED: start closer, try NewtonKrylov, or, where a cell is trained, regularize it.",
 }
 """What to do about a failure."""
 CONVERGED = Status.CONVERGED
@@ -52,6 +57,7 @@ MAX_STEPS = Status.MAX_STEPS
 NONFINITE = Status.NONFINITE
 STAGNATED = Status.STAGNATED
 DIVERGED = Status.DIVERGED
+UNBRACKETED = Status.UNBRACKETED
 
 
 class Stats(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from . import checks
 from .arrays import H, PyTree, Z
-from .problem import Map, Problem, as_problem
+from .problem import Map, Names, Problem, as_problem
 from .registry import find_backend, load_adapter, not_compiled
 from .solution import Solution
 from .solvers import Anderson, CallableSolver, FixedPointSolver, Solver
@@ -73,14 +73,15 @@ def solve(
     >>> solution.status == ic.CONVERGED
     array([ True,  True])
     """
-    problem, solver = as_problem(problem, batch_ndim, scale), as_solver(solver)
+    problem = as_problem(problem, batch_ndim, scale)
+    solver = as_solver(solver, names=problem.names)
     checks.instance("throw", throw, bool, "True")
     checks.instance("trace", trace, bool, "True")
 
     def run(h0: H) -> Solution[H]:
         return solve_from_arrays(problem, h0, z, solver=solver, throw=throw, trace=trace)
 
-    return with_start(run, problem.f, h0, z)
+    return with_start(run, problem, h0, z)
 
 
 def solve_from_arrays(
@@ -88,7 +89,7 @@ def solve_from_arrays(
 ) -> Solution[H]:
     """:func:`solve` where h0 holds arrays of the framework that F computes in; for layers, which see to that."""
     checks.no_masks("z", z)
-    backend = find_backend(h0)
+    backend = find_backend(h0, problem.names.start)
     compiler = load_adapter(backend.name) if backend.compiles else None
     with backend.on_device_of(h0), backend.solving():
         solution = None if compiler is None else compiler.solve_compiled(problem, h0, z, solver, trace=trace)
@@ -102,26 +103,26 @@ def solve_as_it_is(
 ) -> Solution[H]:
     """:func:`solve` by the solver's own code, whether operations are carried out or traced."""
     solution = solver.solve(problem, h0, z, trace=trace)
-    return solution if type(solver).solve is Solver.solve else _checked(solver, solution, h0)
+    return solution if type(solver).solve is Solver.solve else _checked(solver, solution, h0, problem.names.start)
 
 
-def as_solver(solver: object, name: str = "solver") -> FixedPointSolver:
+def as_solver(solver: object, name: str = "solver", names: Names = Problem.names) -> FixedPointSolver:
     """A solver as it is; a callable ``(problem, h0, z) -> h`` as a :class:`CallableSolver`."""
     if not isinstance(solver, type):
         if isinstance(solver, FixedPointSolver) and not (callable(solver) and _is_unrelated(solver.solve)):
             return solver
         if callable(solver):
             return CallableSolver(solver)
-    checks.instance(name, solver, Solver, "Anderson(), or a callable (problem, h0, z) -> h")
+    checks.instance(name, solver, Solver, f"Anderson(), or a callable (problem, {names.start}, z) -> {names.unknown}")
     raise AssertionError("the check raises")
 
 
-def _checked(solver: object, solution: object, h0: H) -> Solution[H]:
+def _checked(solver: object, solution: object, h0: H, start: str) -> Solution[H]:
     """What a solver of somebody else's returned: a solution, with a value like h0."""
     name = f"{type(solver).__name__}.solve"
     if not isinstance(solution, Solution):
         raise TypeError(f"{name} must return a Solution, got {solution!r} of type {type(solution).__name__}")
-    value = checks.like(find_backend(h0), f"the value of {name}", solution.value, h0, "h0")
+    value = checks.like(find_backend(h0), f"the value of {name}", solution.value, h0, start)
     return solution if value is solution.value else solution._replace(value=value)
 
 

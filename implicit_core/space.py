@@ -63,7 +63,7 @@ class Space:
     ) -> None:
         self.backend = backend
         self.xp = backend.xp
-        self.like = like
+        self.like, self.name = like, name
         self.batch_shape = checks.state(backend, name, like, batch_ndim)
         leaves, self.structure = backend.flatten(like)
         self.samples = math.prod(self.batch_shape)
@@ -130,7 +130,7 @@ class Space:
                 leaves, structure = self.backend.flatten(tree)
             alike = structure == self.structure and all(map(self.backend.is_array, leaves))
         if not alike or not all(map(self._alike, leaves, self.shapes, self.dtypes)):
-            checks.like(self.backend, name, tree, self.like, "h0")
+            checks.like(self.backend, name, tree, self.like, self.name)
         return self._flat(leaves)
 
     @property  # cached, it would refer to itself
@@ -282,7 +282,7 @@ class Space:
 
     def all_samples(self) -> Mask:
         """A mask that holds in all samples, (N, 1)."""
-        mask: Any = self.full(True, self.xp.bool)
+        mask: Any = self.full(1, self.xp.bool)  # torch.jit.trace cannot record a fill with True
         return mask  # type: ignore[no-any-return]  # booleans are a mask
 
     def scalar(self, value: Real) -> Array:

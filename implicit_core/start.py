@@ -6,12 +6,13 @@ from typing import Any, TypeVar
 from . import checks
 from .arrays import H, Z
 from .backend import Backend
+from .problem import Problem
 from .registry import find_adapter, find_backend, leaves_of, load_backend
 
 R = TypeVar("R")
 
 
-def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
+def with_start(run: Callable[[H], R], problem: Problem[H, Z], h0: H, z: Z) -> R:
     """``run(h0)``, with the numbers and NumPy arrays of ``h0`` as arrays of the framework that F computes in.
 
     ``run`` solves with F and the start that it gets. If h0 holds numbers alone and z no arrays that say where they
@@ -19,7 +20,7 @@ def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
     elsewhere, or F may refuse them beside the arrays of z, and ``run`` starts again.
     """
     if not _has_dtype(h0) and (leaves := leaves_of(h0)) and not any(map(_has_dtype, leaves)):
-        h0 = _from_numbers(f, h0, z)
+        h0 = _from_numbers(problem, h0, z)
     try:
         return run(h0)
     except TypeError as error:  # what F returned, or F itself, which got arrays of two frameworks
@@ -30,25 +31,25 @@ def with_start(run: Callable[[H], R], f: Callable[[H, Z], H], h0: H, z: Z) -> R:
     return run(_arrays(backend, h0, [leaf for leaf in leaves_of(foreign) if backend.is_array(leaf)]))
 
 
-def _from_numbers(f: Callable[[H, Z], H], h0: H, z: Z) -> H:
+def _from_numbers(problem: Problem[H, Z], h0: H, z: Z) -> H:
     """A start of numbers alone as arrays of z's framework, or else with the dtypes and devices of F's results there."""
     if not all(isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in leaves_of(h0)):
         return h0  # it is refused later
     if find_adapter(z) is not None:
         backend, leaves = find_backend(z), leaves_of(z)
         return _arrays(backend, h0, [leaf for leaf in leaves if backend.is_array(leaf)])
-    h0 = load_backend("numpy").map(float, h0)
+    h0, (function, _, start_name, *_) = load_backend("numpy").map(float, h0), problem.names
     try:
-        result = f(h0, z)
+        result = problem.f(h0, z)
     except Exception as error:
         error.add_note(
-            "f was called with the Python numbers of h0, to see which framework's arrays it returns: make h0 an array, "
-            "or pass arrays of that framework in z"
+            f"{function} was called with the Python numbers of {start_name}, to see which framework's arrays it "
+            f"returns: make {start_name} an array, or pass arrays of that framework in z"
         )
         raise
     if not any(map(_has_dtype, leaves_of(result))):
         return _arrays(load_backend("numpy"), h0, [])
-    start: H = checks.numbers_as_arrays(find_backend(result, "the result of f"), h0, result)
+    start: H = checks.numbers_as_arrays(find_backend(result, f"the result of {function}"), h0, result)
     return start
 
 

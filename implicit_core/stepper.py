@@ -167,7 +167,7 @@ class Stepper(Generic[H, Z]):
                 iteration = Iteration(self.problem, h0, z, self.solver, stepwise=True)
                 return _state(iteration, iteration.first())
 
-        return with_start(begin, self.problem.f, h0, z)
+        return with_start(begin, self.problem, h0, z)
 
     @not_compiled
     def step(self, state: StepperState[H], z: Z) -> StepperState[H]:

@@ -46,11 +46,13 @@ class System:
     """Whether a solver's memory may change its shape from step to step."""
     endless = False
     """Whether there may be more steps than the solver's ``max_steps``."""
+    parted = False
+    """Whether it has some of the samples alone, see :meth:`part`."""
 
     def __init__(self, problem: Problem[Any, Any], h0: PyTree, z: PyTree) -> None:
         self.problem, self.z = problem, z
-        self.space = problem.space(h0, "h0")
-        self.f = self.space.backend.protected(problem.f)
+        self.space = problem.space(h0, problem.names.start)
+        self.f = self.space.backend.protected(problem.f, *problem.names[:2])
 
     @property
     def records(self) -> bool:
@@ -88,7 +90,7 @@ class System:
     def part(self, samples: Array, take: Callable[[Any], Any], like: PyTree, z: PyTree) -> "System":
         """The system of some of the samples, with states shaped as ``like``; ``take`` takes them from an array."""
         part = copy.copy(self)
-        part.space, part.z = self.space.part(like, samples), z
+        part.space, part.z, part.parted = self.space.part(like, samples), z, True
         part._take(samples, take, like)
         return part
 
@@ -117,7 +119,7 @@ class RootSystem(System):
 
     def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> None:
         super().__init__(problem, h0, z)
-        self.image: Space = problem.image(h0)
+        self.image: Space = problem.image(h0, problem.names.start)
         self.first = self._given = first
 
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:

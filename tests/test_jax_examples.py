@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +20,10 @@ from implicit_core.examples.jax_layers import equinox_layer, nnx_layer, optimist
 from implicit_core.examples.jax_layers.task import spirals
 
 WIDTH = 6
-EXACT = {"solver": ic.Anderson(rtol=1e-12, max_steps=200), "gradient": ic.Implicit(ic.GMRES(rtol=1e-12))}
+ANDERSON, EXACTLY = ic.Anderson(rtol=1e-12, max_steps=200), ic.Implicit(ic.GMRES(rtol=1e-12))
+EXACT = partial(ic.fixed_point, solver=ANDERSON, gradient=EXACTLY)
+AS_ROOT = partial(ic.root, solver=ic.Broyden(rtol=1e-13), gradient=EXACTLY)
+NEUMANN = ic.Neumann(k=5, lam=0.5)
 ITERATION = optx.FixedPointIteration(rtol=1e-10, atol=1e-10)
 TIGHT = ic.Anderson(rtol=1e-10, max_steps=200)
 
@@ -59,18 +63,31 @@ def assert_equal_leaves(ours: Any, theirs: Any, count: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_equinox_gradients_equal_gradients_of_a_long_scan() -> None:
+class Residual(eqx.Module):
+    """g(h, x) = h - F(h, x), whose root is the fixed point."""
+
+    cell: Any
+
+    def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
+        return h - self.cell(h, x)
+
+
+@pytest.mark.parametrize("solve", [EXACT, AS_ROOT], ids=["fixed point", "root"])
+def test_equinox_gradients_equal_gradients_of_a_long_scan(solve: Any) -> None:
     """Gradients of the points and of the cell's three arrays, which the layer closes over; one sample at a time."""
 
     def layer(both: Any) -> jax.Array:
         model, x = both
-        return jnp.sum(jnp.sin(jax.vmap(model.layer)(x).value))
+        layer = model.layer
+        if solve is AS_ROOT:
+            layer = equinox_layer.Equilibrium(Residual(layer.cell), WIDTH, solve)
+        return jnp.sum(jnp.sin(jax.vmap(layer)(x).value))
 
     def scanned(both: Any) -> jax.Array:
         model, x = both
         return jnp.sum(jnp.sin(jax.vmap(lambda x: long_scan(model.layer.cell, x))(x)))
 
-    both = equinox_model(**EXACT), points()
+    both = equinox_model(solve=EXACT), points()
     ours, theirs = (eqx.filter_jit(eqx.filter_grad(function))(both) for function in (layer, scanned))
     assert_equal_leaves((ours[0].layer, ours[1]), (theirs[0].layer, theirs[1]), 4)
 
@@ -82,7 +99,7 @@ def test_nnx_gradients_equal_gradients_of_a_long_scan() -> None:
     def scanned(model: nnx_layer.Classifier, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(long_scan(model.layer.cell, x)))
 
-    model, x = nnx_model(**EXACT), points()
+    model, x = nnx_model(solve=EXACT), points()
     ours, theirs = (nnx.jit(nnx.grad(function, argnums=(0, 1)))(model, x) for function in (layer, scanned))
     assert_equal_leaves((ours[0]["layer"], ours[1]), (theirs[0]["layer"], theirs[1]), 4)
 
@@ -97,13 +114,14 @@ def neumann_gradient(model: equinox_layer.Classifier, x: jax.Array) -> tuple[jax
 
 def test_a_layer_solved_by_optimistix_has_our_value_and_neumann_gradient() -> None:
     x = points()
-    ours, solution = neumann_gradient(equinox_model(solver=TIGHT), x)
-    theirs, other = neumann_gradient(equinox_model(solver=optimistix_solver.solver(ITERATION, rtol=1e-8)), x)
+    by_optimistix = optimistix_solver.solver(ITERATION, rtol=1e-8)
+    solves = (partial(ic.fixed_point, solver=solver, gradient=NEUMANN) for solver in (TIGHT, by_optimistix))
+    (ours, solution), (theirs, other) = (neumann_gradient(equinox_model(solve=solve), x) for solve in solves)
     assert np.all(solution.converged)
     assert np.all(other.converged)
     np.testing.assert_allclose(other.value, solution.value, rtol=0, atol=1e-8)
     assert_equal_leaves(theirs.layer, ours.layer, 3)
-    exact, _ = neumann_gradient(equinox_model(**EXACT), x)
+    exact, _ = neumann_gradient(equinox_model(solve=EXACT), x)
     weights = (gradient.layer.cell.recurrent.weight for gradient in (exact, ours))
     assert np.max(np.abs(np.subtract(*weights))) > 1e-2  # five terms of the series, not the whole of it
 
@@ -118,7 +136,7 @@ def test_a_solve_that_optimistix_does_not_finish_is_reported() -> None:
         solution.raise_for_status()
     beyond = ic.fixed_point(lambda h, z: h**2 + z, jnp.full((3, 1), 1e200), z, solver=solver, batch_ndim=1)
     assert beyond.status.tolist() == [ic.NONFINITE] * 3
-    _, jitted = neumann_gradient(equinox_model(solver=solver), points())
+    _, jitted = neumann_gradient(equinox_model(solve=partial(ic.fixed_point, solver=solver)), points())
     assert jitted.status.tolist() == [ic.STAGNATED] * 5
 
 

@@ -1,5 +1,6 @@
 """Roots of g(x, z) = 0: what is solved, what is told, and their derivatives, against closed forms."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -280,9 +281,60 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         ic.root(lambda x, z: x - z, np.zeros(2), np.ones(2), **arguments)
 
 
-def test_what_g_returns_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"the result of g.*\(3,\)"):
-        ic.root(lambda x, z: np.zeros(3), np.zeros(2), None)
+def written(x: Any, z: Any) -> Any:
+    x *= 0.5
+    return x
+
+
+COUPLING = {"batch_ndim": 1, "solver": ic.Broyden(max_steps=30)}
+MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], dict[str, Any]]] = {
+    "x0 must hold real floating-point arrays": (lambda x, z: x, {"x0": np.array([1, 2])}),
+    r"solve for the real.*to_real\(x0\)": (lambda x, z: x, {"x0": np.array([1j])}),
+    "x0 must (be an array|hold arrays)": (lambda x, z: x, {"x0": "no array"}),
+    r"x0 has a leaf of shape \(2,\), too few axes": (lambda x, z: x, {"batch_ndim": 2}),
+    r"x0 must not hold masked arrays.*x0\.filled": (lambda x, z: x, {"x0": np.ma.masked_array([1.0, 2.0], [0, 1])}),
+    r"the result of g must have the shape of x0?, \(2,\), got \(1,\)": (lambda x, z: x[:1], {}),
+    "the result of g must have the dtype of x0?": (lambda x, z: x > 0, {}),
+    "the result of g must have the structure of x0?": (lambda x, z: {"a": x}, {}),
+    "g wrote to its argument x.*`0.5 . x`, not `x": (written, {"library": NUMPY}),
+    r"with has_aux=True g must return a pair \(x, aux\)": (lambda x, z: x, {"has_aux": True}),
+    "g must be callable, got 3": (3, {}),
+    r"a plain g, which returns \(x, aux\)": (ic.RootProblem(lambda x, z: x), {"has_aux": True}),
+    "g_scale must be a number, or have the structure": (lambda x, z: x, {"g_scale": {"a": 1.0}}),
+    r"a callable \(problem, x0, z\) -> x;": (lambda x, z: x, {"solver": 3}),
+    "the result of the solver must have the shape of x0": (lambda x, z: x, {"solver": lambda problem, x0, z: x0[:1]}),
+    "needs the JVP of g, .*pass jvp= to RootProblem": (lambda x, z: x, {"solver": ic.Newton(), "library": NUMPY}),
+    "^g couples what batch_ndim takes": (lambda x, z: x - z + x.sum(), {**COUPLING, "library": NUMPY}),
+    "STAGNATED: the equation has no solution there": (lambda x, z: x * x + 1, {}),
+    "DIVERGED: start closer": (lambda x, z: -x, {"solver": ic.FixedPointIteration(max_steps=300)}),
+    "NONFINITE: look for NaN or overflow in the function": (lambda x, z: x * float("nan"), {}),
+    "UNBRACKETED: g has the same sign at lower and at upper": (
+        lambda x, z: x * x + 1,
+        {"solver": ic.Brent(0.0, 1.0), "batch_ndim": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_errors_are_in_the_words_of_a_root(message: str) -> None:
+    """None speaks of f, of h or h0, or of a fixed point."""
+    g, arguments = MISTAKES[message]
+    for library in [only] if (only := arguments.get("library")) else [NUMPY, TORCH, JAX]:
+        options = {name: value for name, value in arguments.items() if name not in ("x0", "library")}
+        x0 = arguments.get("x0", np.array([1.0, 2.0]))
+        x0 = x0 if isinstance(x0, np.ma.MaskedArray) else library.array(x0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with pytest.raises(Exception, match=message) as raised:
+                ic.root(g, x0, library.array(np.array([1.0, 2.0])), throw=True, **options)
+        said = re.sub(r"as_real\(f\)|whose f returns|PyTreeSpec", "", str(raised.value))
+        assert not re.search(r"\b(f|F|h|h0|fixed point)\b", said), said
+
+
+def test_a_solve_of_a_root_that_begins_with_numbers() -> None:
+    with pytest.raises(np.linalg.LinAlgError) as raised:
+        ic.root(lambda x, z: np.linalg.inv(x), 1.0, None)
+    assert raised.value.__notes__[0].startswith("g was called with the Python numbers of x0")
 
 
 # The polyalgorithm.

@@ -83,9 +83,7 @@ def test_cuda_graphs() -> None:
 
 def test_newton_is_refused_with_what_to_do() -> None:
     layer = layer_of(solver=ic.NewtonKrylov())
-    with pytest.raises(
-        NotImplementedError, match=r"NewtonKrylov solves linear systems.*give ImplicitLayer an eval_solve"
-    ):
+    with pytest.raises(NotImplementedError, match=r"NewtonKrylov solves linear systems.*give the layer an eval_solve"):
         exported(layer, inputs())
     layer.eval_solver = PLAIN
     assert_same(exported(layer, inputs()).module(), layer, (inputs(),), *OTHERS)

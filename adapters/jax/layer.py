@@ -71,7 +71,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     """
     options = replace(options, solver=without_compacting(options.solver))  # F is traced for one number of rows
     h0 = jax.tree.map(_as_array, h0)
-    checks.state(BACKEND, "h0", h0, problem.batch_ndim)
+    checks.state(BACKEND, problem.names.start, h0, problem.batch_ndim)
     if problem.has_derivatives and not isinstance(problem.base, JAXProblem):
         return _layer_of_callbacks(problem, h0, z, options)
     try:
@@ -82,9 +82,8 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         else:
             solution = _solve(f, h0, inputs, static, options, problem.jacobian)
         if isinstance(problem, RootProblem):
-            factors = _factors(problem, solution.value, z, options.gradient)
-            _, f, inputs, _ = _map(problem, solution.value, z, factors)
-            form = problem.with_factors(factors)
+            form = problem.with_factors(_factors(problem, solution.value, z, options.gradient))
+            _, f, inputs, _ = _map(problem, solution.value, z, form)
             relaxation = form.relaxation
     except jax.errors.JAXTypeError as error:
         error.add_note(UNTRACEABLE)
@@ -136,18 +135,18 @@ def _factors(problem: RootProblem[H, Z], h: H, z: Z, gradient: Estimator) -> H:
     return _constants(problem.factors(*_constants((h, z)), relaxed=gradient.relaxes))
 
 
-def _map(problem: Problem[H, Z], h0: H, z: Z, factors: H | None = None) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:
+def _map(
+    problem: Problem[H, Z], h0: H, z: Z, form: Problem[H, Z] | None = None
+) -> tuple[H, AnyMap[H], Arrays, Static[Z]]:
     """``h0``, F, its inputs, and z without its arrays. F is traced again if h0 has another type than F(h0).
 
-    Of a root this is g, or with ``factors`` the F that it makes of g. If h0 is on all devices, it is sharded as F(h0)
+    Of a root this is g, or the F of its fixed-point ``form``. If h0 is on all devices, it is sharded as F(h0)
     is. If it is a Python number, it gets the dtype of F(h0).
     """
     arrays, static = partition(z, is_array)
-    function, g_units = problem.f, None
-    if isinstance(problem, RootProblem) and factors is None:
+    function, g_units = (problem if form is None else form).f, None
+    if isinstance(problem, RootProblem) and form is None:
         g_units = Units(problem.g_scale)
-    elif isinstance(problem, RootProblem):
-        function = problem.with_factors(factors).f
     settings = problem.batch_ndim, Units(problem.scale), g_units
     # Where JAX traces the solve, it traces F too: what F closes over has derivatives that F alone cannot know of.
     base = problem.base
@@ -157,7 +156,7 @@ def _map(problem: Problem[H, Z], h0: H, z: Z, factors: H | None = None) -> tuple
     def f(h: H, arrays: Arrays) -> H:
         value: H = checks.structured(BACKEND, function(h, static.combine(arrays)), h)
         if remedy := checks.unregistered(jax.tree.leaves(value)):  # JAX would say that it is no type of its own
-            raise TypeError(f"the result of f must hold arrays of jax{remedy}")
+            raise TypeError(f"the result of {problem.names.function} must hold arrays of jax{remedy}")
         return value
 
     hoisted = hoist_without_writes(f, h0, arrays, function)

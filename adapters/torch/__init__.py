@@ -7,6 +7,7 @@ from .graphs import CUDAGraphs, GraphFallbackWarning
 from .layer import layer as layer  # `fixed_point` calls it for tensors (Decision 12)
 from .module import ImplicitLayer
 from .problem import problem
+from .root_module import RootLayer
 from .training import (
     Trajectory,
     VariationalDropout,
@@ -21,6 +22,7 @@ __all__ = [
     "CUDAGraphs",
     "GraphFallbackWarning",
     "ImplicitLayer",
+    "RootLayer",
     "Trajectory",
     "VariationalDropout",
     "constant_within_solve",

@@ -11,6 +11,7 @@ from implicit_core.estimators import AtFixedPoint, Estimator
 from implicit_core.estimators.inexact import InexactGradientWarning
 from implicit_core.layer import LayerOptions, undifferentiated
 from implicit_core.problem import Map, Problem
+from implicit_core.root_problem import RootProblem
 from implicit_core.solution import Solution
 from implicit_core.solvers.compacting import without_compacting
 from implicit_core.warnings_ import warn
@@ -23,8 +24,13 @@ TRACED = (
     "makes a program for inference, or use torch.export. To train, call the layer itself"
 )
 NEWTON = (
-    "{} solves linear systems until a tolerance is met, which an exported program cannot: give ImplicitLayer an "
+    "{} solves linear systems until a tolerance is met, which an exported program cannot: give the layer an "
     "eval_solver with a fixed number of steps, such as Anderson(max_steps=20)"
+)
+STEPS_OF_A_ROOT = (
+    "{} makes steps x - α g(x) from the root that a solver found, and α takes a product with ∂g/∂x, which an exported "
+    "program cannot have: export the layer with Implicit(), whose value is the solver's point, or state it as a fixed "
+    "point, with an α of your own: lambda h, x: h - alpha * g(h, x)"
 )
 CONSTANT = (
     "the exported program has no gradient through the layer, since the rule of {} is no part of a program: to deploy a "
@@ -47,6 +53,8 @@ def exported(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solu
     solver = without_compacting(options.solver)
     if getattr(solver, "uses_jacobian", False):
         raise NotImplementedError(NEWTON.format(type(solver).__name__))
+    if isinstance(problem, RootProblem) and not isinstance(options.gradient, AtFixedPoint):
+        raise NotImplementedError(STEPS_OF_A_ROOT.format(type(options.gradient).__name__))
     f = autocasted(problem.f, h0)
     if is_tracing() and torch.is_grad_enabled():
         f = _without_gradients(f)

@@ -88,7 +88,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
     f = autocasted(unprotected(given.f), h0)
     autograd = problem(BACKEND.protected(f), batch_ndim=given.batch_ndim, scale=given.scale)
     autograd.jacobian = given.jacobian
-    solved = RootProblem.of(autograd, given.g_scale) if isinstance(given, RootProblem) else autograd
+    solved = given.about(autograd) if isinstance(given, RootProblem) else autograd
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
     with full_precision(h0):

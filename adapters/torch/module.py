@@ -36,7 +36,7 @@ from .tensors import has_storage, tensors
 from .training.constant import constant_within_solve
 from .undisturbed import undisturbed
 
-NO_TENSOR = "ImplicitLayer computes with tensors, but neither h0 nor x holds one: pass torch.as_tensor(x)"
+NO_TENSOR = "{} computes with tensors, but neither h0 nor x holds one: pass torch.as_tensor(x)"
 NOT_OF_SHAPES = NotImplementedError, SolveError, CoupledSamplesError, torch.OutOfMemoryError
 X = TypeVar("X", default=Tensor)
 """The inputs: a tensor or a pytree."""
@@ -45,7 +45,7 @@ H = TypeVar("H", default=Tensor)
 
 SHAPE_OF_X = (
     "No h0 was given, so the shape of h, {}, was taken from x. If the state of the cell has another shape, give "
-    "ImplicitLayer an h0, the shape of one sample's state or a function of x, or pass h0 to the call."
+    "{} an h0, the shape of one sample's state or a function of x, or pass h0 to the call."
 )
 
 SCRIPTED = (
@@ -217,7 +217,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)
         if not (tensors(start) or tensors(x)):
-            raise TypeError(NO_TENSOR)
+            raise TypeError(NO_TENSOR.format(type(self).__name__))
         checks.supported("h0", start)
         options = LayerOptions(
             as_solver(chosen if self.check else unchecked(chosen)),
@@ -226,13 +226,13 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             examine=partial(self._refuse_coupling, x, gradient.starts_from_h0) if self.check else None,
         )
         try:
-            solution = layer(as_problem(cell, self.batch_ndim, self.scale), start, x, options)
+            solution = layer(self._stated(as_problem(cell, self.batch_ndim, self.scale)), start, x, options)
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, SolveError):
                 self.status = self.stats = None
             # An error whose kind has nothing to do with a shape is left as it is.
             if inferred and not isinstance(error, NOT_OF_SHAPES):
-                error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape)))
+                error.add_note(SHAPE_OF_X.format(tuple(tensors(start)[0].shape), type(self).__name__))
             raise
         if transforming():  # tensors of a transform cannot be read after it
             self.status = self.stats = None
@@ -320,12 +320,17 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             given: Problem[H, dict[str, Tensor]] = problem(
                 lambda h, p: functional_call(cell, p, (h, x)), batch_ndim=self.batch_ndim, scale=self.scale
             )
+            given = self._stated(given)
             h = self._start(x) if h0 is None else h0
             if not self.gradient.starts_from_h0:
                 solver: Any = without_compacting(self.eval_solver or self.solver)  # z holds the parameters here
                 h = solve(given, h, parameters, solver=solver).value
             refuse_outside(cell, closed_over(given.f, h, parameters))
             return certify(given, h, parameters, self.gradient, **options)
+
+    def _stated(self, problem: Problem[H, Any]) -> Problem[H, Any]:
+        """The equation that the layer solves, given the problem of its cell."""
+        return problem
 
     def _solver(self) -> FixedPointSolver | Callable[[Problem[H, X], H, X], H]:
         """The solver of this mode."""
@@ -370,7 +375,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             given = differences(replayed, self.batch_ndim)
             with undisturbed(self.cell, h), full_precision(h), BACKEND.solving():
                 h = replayed(h, x) if is_start else h
-                refuse_coupling(space, given.linearize(h, x), given.f, "ImplicitLayer")
+                refuse_coupling(space, given.linearize(h, x), given.f, type(self).__name__)
         self._checked.add(case)
 
     def _start(self, x: X) -> H:
@@ -380,13 +385,13 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
             return self._zeros(x, self.h0)
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"the shape of h cannot be inferred from an x of type {type(x).__name__}: "
-                "give ImplicitLayer an h0, the shape of one sample's state or a function of x, or pass h0 to the call"
+                f"the shape of h cannot be inferred from an x of type {type(x).__name__}: give {type(self).__name__} "
+                "an h0, the shape of one sample's state or a function of x, or pass h0 to the call"
             )
         if not x.is_floating_point():
             raise TypeError(
-                f"the state cannot start from an x of dtype {x.dtype}: give ImplicitLayer an h0, a function of x that "
-                "returns the start, or the shape of one sample's state, as h0=(64,)"
+                f"the state cannot start from an x of dtype {x.dtype}: give {type(self).__name__} an h0, a function of "
+                "x that returns the start, or the shape of one sample's state, as h0=(64,)"
             )
         start: Any = torch.zeros_like(x, dtype=state_dtype(x))
         return start  # type: ignore[no-any-return]  # a tensor, as x is

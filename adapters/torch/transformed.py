@@ -15,6 +15,7 @@ from implicit_core.problem import Problem
 from implicit_core.root_problem import RootProblem
 from implicit_core.settings import arrays_in
 from implicit_core.solution import Solution, Stats
+from implicit_core.solvers.bracketing import Bracketing
 
 from .autograd import has_tangents
 from .closure import hoist, with_explicit_inputs
@@ -50,14 +51,16 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
         raise NotImplementedError(RECOMPUTE)
     if options.throw and gradient.starts_from_h0:
         raise NotImplementedError(THROW)
-    checks.state(BACKEND, "h0", h0, given.batch_ndim)
+    checks.state(BACKEND, given.names.start, h0, given.batch_ndim)
+    if isinstance(options.solver, Bracketing):  # an axis that is mapped is none of its arrays'
+        options.solver.ends(given.space(h0, given.names.start))
     leaves, structure = BACKEND.flatten(h0)
     with BACKEND.solving():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
         random = RandomState(leaves)
         value, externals = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)[:2]
-    checks.like(BACKEND, "the result of f", value, h0, "h0")
+    checks.like(BACKEND, f"the result of {given.names.function}", value, h0, given.names.start)
     f = with_explicit_inputs(given.f, structure, z, externals, externals)
     if isinstance(gradient, AtFixedPoint):
         _check_inputs_known(f, leaves, externals)
@@ -70,7 +73,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
         problem, z_in = _on_trees(batched, structure, values[n:]), BACKEND.map(lambda x: by_external.get(x, x), z)
         factors: Sequence[Tensor] = ()
         if isinstance(given, RootProblem):
-            problem = root = RootProblem.of(problem, given.g_scale)
+            problem = root = given.about(problem)
         solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
         if is_root:
             factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=gradient.relaxes))[0]
@@ -122,7 +125,7 @@ def _check_settings(options: LayerOptions) -> None:
     """Check that no transform has wrapped a setting that is used outside of all transforms, on values."""
     for record in (options.solver, options.gradient):
         for name, array in arrays_in(record):
-            if BACKEND.is_wrapped(array) and not isinstance(record, (Unroll, BPTT)):
+            if BACKEND.is_array(array) and BACKEND.is_wrapped(array) and not isinstance(record, (Unroll, BPTT)):
                 raise NotImplementedError(SETTINGS.format(name=name, kind=type(record).__name__))
 
 

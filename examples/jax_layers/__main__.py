@@ -1,6 +1,7 @@
 """Train each layer on two spirals: ``python -m implicit_core.examples.jax_layers``."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 
 import jax
@@ -11,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+import implicit_core as ic
 
 from . import equinox_layer, nnx_layer, optimistix_solver
 from .task import Metrics, spirals
@@ -33,7 +36,8 @@ def with_nnx(x: jax.Array, labels: jax.Array, steps: int) -> Iterator[Metrics]:
 def with_optimistix(x: jax.Array, labels: jax.Array, steps: int) -> Iterator[Metrics]:
     """An Equinox module, solved by Optimistix."""
     solver = optimistix_solver.solver(optx.FixedPointIteration(rtol=1e-5, atol=1e-5))
-    model = equinox_layer.Classifier(2, WIDTH, 2, jax.random.key(0), solver=solver)
+    solve = partial(ic.fixed_point, solver=solver, gradient=ic.Neumann(k=5, lam=0.5))
+    model = equinox_layer.Classifier(2, WIDTH, 2, jax.random.key(0), solve=solve)
     return equinox_layer.train(model, x, labels, steps)
 
 

@@ -1,6 +1,7 @@
 """An implicit layer as an Equinox module, for one sample as Equinox's own layers; ``jax.vmap`` batches it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,8 @@ import optax
 import implicit_core as ic
 
 from .task import Metrics, measure
+
+Solve = Callable[..., ic.Solution[jax.Array]]
 
 
 class Cell(eqx.Module):
@@ -32,17 +35,20 @@ class Cell(eqx.Module):
 
 
 class Equilibrium(eqx.Module):
-    """The fixed point h = cell(h, x) of one sample. Under ``jax.vmap`` each sample has its own stop test and status."""
+    """The fixed point h = cell(h, x) of one sample. Under ``jax.vmap`` each sample has its own stop test and status.
+
+    ``solve`` finds it and differentiates it: :func:`implicit_core.fixed_point` with options, or
+    :func:`implicit_core.root` for an h with cell(h, x) = 0.
+    """
 
     cell: Any
     width: int = eqx.field(static=True)
-    solver: Any = eqx.field(static=True, default=ic.Anderson())
-    gradient: ic.Estimator = eqx.field(static=True, default=ic.Neumann(k=5, lam=0.5))
+    solve: Solve = eqx.field(static=True, default=partial(ic.fixed_point, gradient=ic.Neumann(k=5, lam=0.5)))
 
     def __call__(self, x: jax.Array) -> ic.Solution[jax.Array]:
         """The fixed point (width,) for x of shape (inputs,), and how the solve went."""
         # The cell's parameters get their gradients as what F closes over.
-        return ic.fixed_point(self.cell, jnp.zeros(self.width), x, solver=self.solver, gradient=self.gradient)
+        return self.solve(self.cell, jnp.zeros(self.width), x)
 
 
 class Classifier(eqx.Module):

@@ -1,6 +1,7 @@
 """An implicit layer as a Flax NNX module. As Flax's own layers it takes batches: x of shape (n, inputs)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 import implicit_core as ic
 
 from .task import Metrics, measure
+
+Solve = Callable[..., ic.Solution[jax.Array]]
 
 
 class Cell(nnx.Module):
@@ -27,22 +30,25 @@ class Cell(nnx.Module):
 
 
 class Equilibrium(nnx.Module):
-    """The fixed point h = cell(h, x). A cell may read its variables, not write to them: a solve calls it many times."""
+    """The fixed point h = cell(h, x). A cell may read its variables, not write to them: a solve calls it many times.
+
+    ``solve`` finds it and differentiates it: :func:`implicit_core.fixed_point` with options, or
+    :func:`implicit_core.root` for an h with cell(h, x) = 0.
+    """
 
     def __init__(
         self,
         cell: Any,
         width: int,
-        solver: Any = ic.Anderson(),
-        gradient: ic.Estimator = ic.Neumann(k=5, lam=0.5),
+        solve: Solve = partial(ic.fixed_point, gradient=ic.Neumann(k=5, lam=0.5)),
     ) -> None:
-        self.cell, self.width, self.solver, self.gradient = cell, width, solver, gradient
+        self.cell, self.width, self.solve = cell, width, solve
 
     def __call__(self, x: jax.Array) -> ic.Solution[jax.Array]:
         """The fixed points (n, width) for x of shape (n, inputs), and how the solves went."""
         h0 = jnp.zeros((len(x), self.width))
         # The cell's parameters get their gradients as what F closes over.
-        return ic.fixed_point(self.cell, h0, x, solver=self.solver, gradient=self.gradient, batch_ndim=1)
+        return self.solve(self.cell, h0, x, batch_ndim=1)
 
 
 class Classifier(nnx.Module):

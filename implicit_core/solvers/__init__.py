@@ -3,6 +3,8 @@
 from ..carry import Point
 from .anderson import Anderson
 from .base import FixedPointSolver, Solver
+from .bisection import Bisection
+from .brent import Brent
 from .broyden import Broyden
 from .compacting import Compacting
 from .custom import CallableSolver
@@ -13,6 +15,8 @@ from .polyalgorithm import Polyalgorithm
 
 __all__ = [
     "Anderson",
+    "Bisection",
+    "Brent",
     "Broyden",
     "CallableSolver",
     "Compacting",

@@ -5,13 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from .. import checks
-from ..arrays import Count, H, Mask, Operator, Real, State, Z
+from ..arrays import Count, H, Mask, Numbers, Operator, Real, State, Z
 from ..carry import Point
 from ..iteration import Iteration
 from ..problem import Problem
 from ..records import Record
 from ..solution import Solution
 from ..system import System
+
+GOING_ON = -1
+"""Stands for a status in samples that a solver has not ended."""
 
 
 @runtime_checkable
@@ -116,6 +119,9 @@ class Solver(Record, ABC):
     """Whether a solver goes back from points that it does not accept, so that a sample where F is not finite stays
     active, until no step from its best point has been finite for a while."""
 
+    ends_samples: ClassVar[bool] = False
+    """Whether the solver itself ends samples, and ``ended`` says which."""
+
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
@@ -159,6 +165,13 @@ class Solver(Record, ABC):
 
         A loop that can read finds out at no further wait for the device whether these are all samples, or none:
         ``point.accepted`` is True or False then.
+        """
+        return None
+
+    def ended(self, memory: Any) -> Numbers | None:
+        """A :class:`Status` in the samples that the solver itself has ended, (N, 1), and -1 in others.
+
+        Where it is CONVERGED the last point is returned, whatever its residual. Asked for if ``ends_samples``.
         """
         return None
 

@@ -14,6 +14,7 @@ from ..iteration import MOVED, Iteration
 from ..problem import Problem
 from ..progress import Start
 from ..records import Record
+from ..registry import find_backend
 from ..solution import Solution
 from .base import Solver
 
@@ -110,9 +111,9 @@ class Compacting(Record):
         """See :class:`FixedPointSolver`."""
         iteration = _Compacting(problem, h0, z, self.solver, self.batched, trace=trace)
         space = iteration.space
-        readable = space.backend.readable
+        arrays = [("h0", space.full(0.0)), *settings.arrays_in(self.solver)]
         # h0 may be a constant of a traced program.
-        if not (readable(space.full(0.0)) and all(readable(array) for _, array in settings.arrays_in(self.solver))):
+        if not all(find_backend(array, name).readable(array) for name, array in arrays):
             return self.solver.solve(problem, h0, z, trace=trace)
         return iteration.run()
 

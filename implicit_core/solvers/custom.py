@@ -66,8 +66,9 @@ class CallableSolver(Record):
     def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
         """Call the function, and measure what it returned. There is no trace."""
         checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
-        backend = find_backend(h0)
-        checks.state(backend, "h0", h0, problem.batch_ndim)
+        start_name = problem.names.start
+        backend = find_backend(h0, start_name)
+        checks.state(backend, start_name, h0, problem.batch_ndim)
         calls = 0
 
         def counted(h: H, z: Z) -> H:
@@ -84,7 +85,7 @@ class CallableSolver(Record):
         with backend.solving():
             given = problem.replace_f(counted).with_derivatives(h0)
             h = self.function(given, backend.map(backend.stop_gradient, h0), z)
-        h = checks.like(backend, "the result of the solver", h, h0, "h0")
+        h = checks.like(backend, "the result of the solver", h, h0, start_name)
         n = problem.batch_ndim
         h = copied(backend.map(lambda x, like: backend.in_axis_order(x, backend.axis_order(like, n), n), h, h0))
         at_start = Iteration(problem, kept, z, self.measuring())

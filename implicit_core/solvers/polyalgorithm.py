@@ -116,7 +116,7 @@ class Polyalgorithm(Record):
         checks.instance("problem", problem, Problem, "Problem(f), or call implicit_core.solve(f, h0, z)")
         problem = problem.with_derivatives(h0)
         first, *others = (replace(s, rtol=self.rtol, atol=self.atol) for s in self._chosen(problem, h0))
-        backend = find_backend(h0)
+        backend = find_backend(h0, problem.names.start)
         with backend.solving():
             iteration = Iteration(problem, h0, z, first, trace=trace)
             found = iteration.run()
@@ -135,7 +135,7 @@ class Polyalgorithm(Record):
         if self.solvers is None and not problem.has_jvp:
             return WITHOUT_DERIVATIVES
         large = LARGE if problem.jacobian is None else GIVEN_JACOBIAN
-        solvers = self.solvers or (SMALL if dense.is_small(problem.space(h0)) else large)
+        solvers = self.solvers or (SMALL if dense.is_small(problem.space(h0, problem.names.start)) else large)
         usable = [solver for solver in solvers if problem.has_jvp or not solver.uses_jacobian]
         return usable or solvers
 

@@ -109,7 +109,7 @@ class CUDAGraphs:
 
     def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
         """See :func:`implicit_core.solve`."""
-        checks.state(BACKEND, "h0", h0, problem.batch_ndim)
+        checks.state(BACKEND, problem.names.start, h0, problem.batch_ndim)
         # If the user captures a graph, the steps become part of it (Decision 60).
         capturing = BACKEND.capturing(tensors(h0)[0])
         nested = self._owner == threading.get_ident()  # a layer within F has the same solver
