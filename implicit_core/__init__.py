@@ -32,6 +32,7 @@ from .iteration import ChangingFunctionWarning
 from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
+from .preconditioner import Preconditioner
 from .problem import Linearization, Problem
 from .root import root
 from .root_problem import RootProblem
@@ -99,6 +100,7 @@ __all__ = [
     "NewtonKrylov",
     "OneStep",
     "Polyalgorithm",
+    "Preconditioner",
     "Problem",
     "Report",
     "Richardson",

@@ -5,31 +5,42 @@ from functools import partial
 from typing import Any
 
 from . import checks
-from .arrays import H, PyTree, State
+from .arrays import H, Operator, PyTree, State
+from .linear_operators import LinearMap, as_function
 from .linear_solvers import GMRES, LinearSolver
 from .registry import find_backend
 from .solution import Solution, Stats
 
 
 def solve_linear(
-    operator: Callable[[H], H],
+    operator: Callable[[H], H] | LinearMap,
     b: H,
     *,
     solver: LinearSolver = GMRES(),
+    x0: H | None = None,
+    preconditioner: Callable[[H], H] | LinearMap | None = None,
     batch_ndim: int = 0,
     scale: PyTree = None,
     throw: bool = False,
 ) -> Solution[H]:
-    """Solve A x = b for every sample, with A given by its products.
+    """Solve A x = b for every sample by products with A.
 
     Parameters
     ----------
     operator
-        ``operator(v)`` is A v, shaped as b. It is linear, and acts on each sample independently.
+        A: a function ``operator(v)``, linear, which returns A v, shaped as b, and acts on each sample independently. Or
+        a matrix, where b is one array with n numbers in each sample: an array (n, n) or (batch..., n, n), and with
+        NumPy also a sparse array of SciPy, or a ``LinearOperator``.
     b
         Right-hand side, an array or a pytree of arrays, (batch..., state...).
     solver
         A :class:`LinearSolver`.
+    x0
+        Where to start, shaped as b, for one product more; zero where None, or where its residual is not below ‖b‖.
+    preconditioner
+        M⁻¹, an approximate inverse of A, as a function or a matrix in the same forms. It saves products with A. What
+        stops the solve, the residual b - A x, and so the accuracy, is the same with and without it. M⁻¹ stands to the
+        right of A; :class:`CG` needs a symmetric positive definite one. It is a fixed linear map.
     batch_ndim
         How many first axes of every leaf of b index independent samples.
     scale
@@ -61,24 +72,32 @@ def solve_linear(
     >>> ic.solve_linear(lambda v: a @ v, np.array([3.0, 4.0])).value.round(6)
     array([1., 1.])
     """
-    checks.function("operator", operator)
     checks.instance("solver", solver, LinearSolver, "GMRES()")
     checks.instance("throw", throw, bool, "True")
     backend = find_backend(b, "b")
     space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale))
+    if x0 is not None:
+        x0 = checks.like(backend, "x0", x0, b, "b")
 
-    act = backend.guarded(operator, "operator", "v")
-    if backend.sees_writes:  # Decision 91: an operator that writes to its argument is handed copies
-        act = partial(_applied, backend.protected(lambda v, _: operator(v)))
+    def on_states(name: str, given: LinearMap) -> Operator:
+        function = as_function(name, given, backend, b, batch_ndim)
+        act = backend.guarded(function, name, "v")
+        if backend.sees_writes:  # Decision 91: an operator that writes to its argument is handed copies
+            act = partial(_applied, backend.protected(lambda v, _: function(v)))
 
-    def on_states(x: State) -> State:
-        product = checks.numbers_as_arrays(backend, act(space.unpack(x)), b)
-        checks.like(backend, "the result of operator", product, b, "b")
-        return space.pack(product)
+        def product(x: State) -> State:
+            product = checks.numbers_as_arrays(backend, act(space.unpack(x)), b)
+            checks.like(backend, f"the result of {name}", product, b, "b")
+            return space.pack(product)
 
+        return product
+
+    apply = on_states("operator", operator)
+    precondition = None if preconditioner is None else on_states("preconditioner", preconditioner)
     with backend.on_device_of(b):
         with backend.solving():
-            result = solver.run(space, on_states, space.pack(b))
+            start = None if x0 is None else space.pack(x0)
+            result = solver.run(space, apply, space.pack(b), x0=start, precondition=precondition)
         stats = Stats(space.per_sample(result.steps), result.products, space.per_sample(result.residual))
         solution = Solution(space.unpack(result.x), space.per_sample(result.status), stats)
         return solution.raise_for_status() if throw else solution

@@ -181,6 +181,12 @@ class Problem(Generic[H, Z]):
     linearize
         ``linearize(h, z) -> Linearization`` instead of both, where F and its derivatives share work, or where products
         with ∂F/∂h alone are cheaper: most of an estimator's are, and ``vjp`` computes the z-cotangent with each.
+    jacobian
+        ``jacobian(h, z)``, ∂F/∂h as a matrix: an array (batch..., n, n) for the n numbers of a sample in C order (of
+        several leaves one after the other), in every framework. With NumPy and ``batch_ndim=0`` also a sparse array of
+        SciPy, which is never made dense. It is factorized once at a point: for a step of :class:`Newton`, and for the
+        gradient of :class:`Implicit`. Where a callback or autodiff gives products with ∂F/∂h as well, the gradient is
+        that of the products, and the factorization their preconditioner.
     batch_ndim
         How many first axes of every leaf of h index independent samples; 0 for one system.
     scale
@@ -220,11 +226,12 @@ class Problem(Generic[H, Z]):
         vjp: Callable[[H, Z, H], tuple[H, Z]] | None = None,
         jvp: Callable[[H, Z, H, Z], H] | None = None,
         linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
+        jacobian: Callable[[H, Z], Any] | None = None,
         batch_ndim: int = 0,
         scale: Any = None,
     ) -> None:
         checks.function("f", f)
-        for name, callback in (("vjp", vjp), ("jvp", jvp), ("linearize", linearize)):
+        for name, callback in (("vjp", vjp), ("jvp", jvp), ("linearize", linearize), ("jacobian", jacobian)):
             if callback is not None:
                 checks.function(name, callback)
         if linearize is not None and (vjp is not None or jvp is not None):
@@ -232,14 +239,16 @@ class Problem(Generic[H, Z]):
         self.f = f
         self.batch_ndim = checks.integer("batch_ndim", batch_ndim, 0)
         self.scale = checks.scale(scale)
-        self._vjp, self._jvp, self._linearize = vjp, jvp, linearize
+        self._vjp, self._jvp, self._linearize, self.jacobian = vjp, jvp, linearize, jacobian
+        self.row_factors: Any = None
+        """What makes an F of a root's g, if ``jacobian`` is that of g; see :meth:`RootProblem.factors`."""
         self.unwatched: Problem[H, Z] | None = None
         self.relaxation: Numbers | None = None
         """α, (N, 1), where F(x) = x - α g(x) stands for a root of g."""
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", None) or repr(self.f)
-        given = {"vjp": self._vjp, "jvp": self._jvp, "linearize": self._linearize}
+        given = {"vjp": self._vjp, "jvp": self._jvp, "linearize": self._linearize, "jacobian": self.jacobian}
         scale = [] if self.scale is None else [f"scale={self.scale!r}"]
         callbacks = [callback for callback, value in given.items() if value is not None]
         return f"Problem({', '.join([name, *callbacks, f'batch_ndim={self.batch_ndim}', *scale])})"
@@ -255,13 +264,13 @@ class Problem(Generic[H, Z]):
 
     @property
     def has_derivatives(self) -> bool:
-        """Whether a callback for derivatives was given."""
+        """Whether a callback for derivatives was given, besides the Jacobian as a matrix."""
         return not (self._vjp is None and self._jvp is None and self._linearize is None)
 
     @property
     def has_jvp(self) -> bool:
         """Whether a callback was given that may push tangents forward."""
-        return not (self._jvp is None and self._linearize is None)
+        return not (self._jvp is None and self._linearize is None and self.jacobian is None)
 
     def replace_f(self, f: Map[H, Z]) -> "Problem[H, Z]":
         """The same problem with another callable for F, e.g. one that counts its calls."""
@@ -270,10 +279,11 @@ class Problem(Generic[H, Z]):
             vjp=self._vjp,
             jvp=self._jvp,
             linearize=self._linearize,
+            jacobian=self.jacobian,
             batch_ndim=self.batch_ndim,
             scale=self.scale,
         )
-        replaced.relaxation = self.relaxation
+        replaced.relaxation, replaced.row_factors = self.relaxation, self.row_factors
         return replaced
 
     def with_derivatives(self, arrays: PyTree) -> "Problem[H, Z]":
@@ -282,6 +292,7 @@ class Problem(Generic[H, Z]):
         if adapter is None:
             return self
         made: Problem[H, Z] = adapter.problem(self.f, batch_ndim=self.batch_ndim, scale=self.scale)
+        made.jacobian = self.jacobian
         return made
 
     def space(self, h: H, name: str = "h") -> Space:
@@ -359,7 +370,18 @@ class Problem(Generic[H, Z]):
             value = checks.numbers_as_arrays(backend, value, h)
         value = checks.like(backend, "the result of f", value, h, "h")
         raw = raw if value is raw.value else replace(raw, value=value)
+        if self.jacobian is not None and self.row_factors is None:
+            raw = self._with_jacobian(raw, h, z)
         return BoundLinearization(raw, backend, h, z)
+
+    def _with_jacobian(self, raw: Linearization[H, Z], h: H, z: Z) -> Linearization[H, Z]:
+        """The linearization, with products with the Jacobian where there are no others."""
+        from .jacobian import products  # which imports this module
+
+        push, pull = products(self, h, z)
+        if raw.vjp_h is None and raw.vjp is None:
+            raw = replace(raw, vjp_h=pull)
+        return raw if raw.jvp_h is not None or raw.jvp is not None else replace(raw, jvp_h=push)
 
     def _from_callbacks(self, backend: Backend, h: H, z: Z) -> Linearization[H, Z]:
         vjp, jvp = self._vjp, self._jvp

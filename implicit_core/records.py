@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import Field, fields
 from numbers import Real
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary, WeakSet
 
 from array_api_compat import array_namespace
@@ -87,6 +87,12 @@ class Record:
         return hash((type(self), *values))
 
 
+class Data(NamedTuple):
+    """A pytree of arrays in a record, which is a node of a pytree in every framework."""
+
+    tree: Any
+
+
 class Rest:
     """A record without its leaves: the structure of a node."""
 
@@ -129,7 +135,7 @@ def flatten(record: Record) -> tuple[tuple[Any, ...], Rest]:
     names = vars(record).get("_leaves")
     if names is None:
         values = ((field.name, getattr(record, field.name)) for field in _fields(record))
-        names = tuple(name for name, value in values if is_array(value) or isinstance(value, Record))
+        names = tuple(name for name, value in values if is_array(value) or isinstance(value, (Record, Data)))
     return tuple(getattr(record, name) for name in names), Rest(record, names)
 
 

@@ -22,7 +22,7 @@ class RootProblem(Problem[H, Z]):
     ----------
     f
         ``g(x, z)``; returns the structure, shapes and dtypes of ``x``.
-    vjp, jvp, linearize
+    vjp, jvp, linearize, jacobian
         Derivatives of g, as for :class:`Problem`.
     batch_ndim, scale
         As for :class:`Problem`. ``scale`` holds the units of x.
@@ -52,11 +52,14 @@ class RootProblem(Problem[H, Z]):
         vjp: Callable[[H, Z, H], tuple[H, Z]] | None = None,
         jvp: Callable[[H, Z, H, Z], H] | None = None,
         linearize: Callable[[H, Z], Linearization[H, Z]] | None = None,
+        jacobian: Callable[[H, Z], Any] | None = None,
         batch_ndim: int = 0,
         scale: Any = None,
         g_scale: Any = None,
     ) -> None:
-        super().__init__(f, vjp=vjp, jvp=jvp, linearize=linearize, batch_ndim=batch_ndim, scale=scale)
+        super().__init__(
+            f, vjp=vjp, jvp=jvp, linearize=linearize, jacobian=jacobian, batch_ndim=batch_ndim, scale=scale
+        )
         self.g_scale = checks.scale(g_scale, "g_scale")
         self._base: Problem[H, Z] | None = None
 
@@ -68,6 +71,7 @@ class RootProblem(Problem[H, Z]):
             vjp=g._vjp,
             jvp=g._jvp,
             linearize=g._linearize,
+            jacobian=g.jacobian,
             batch_ndim=g.batch_ndim,
             scale=g.scale,
             g_scale=g_scale,
@@ -158,6 +162,7 @@ class RootProblem(Problem[H, Z]):
         form = Problem(f, linearize=given, batch_ndim=self.batch_ndim, scale=self.scale)
         space, image = self.space(factors), self.image(factors, "h")
         ones = image.pack(backend.map(backend.xp.ones_like, factors))
+        form.jacobian, form.row_factors = self.jacobian, factors
         form.relaxation = space.xp.abs(space.pack(factors)[0] / ones[0])[:, :1]
         return form
 

@@ -86,6 +86,23 @@ class Space:
         """How many numbers a sample's state has."""
         return sum(d for _, d in self.flat_shapes)
 
+    @property
+    def has_units(self) -> bool:
+        """Whether a state is the unknown divided by units."""
+        return self._units is not None
+
+    def order_of_numbers(self) -> Array | None:
+        """Which of a sample's numbers, in C order, stand in a state one after the other, (n,); None in C order."""
+        if all(order is None for order in self._orders):
+            return None
+        xp, first, start, parts = self.xp, len(self.batch_shape), 0, []
+        for shape, order, (_, d) in zip(self.shapes, self._orders, self.flat_shapes, strict=True):
+            index = xp.reshape(xp.arange(start, start + d, device=self.device), shape[first:])
+            axes = None if order is None else tuple(axis - first for axis in order[first:])
+            parts.append(xp.reshape(_ordered(xp, index, axes), (-1,)))
+            start += d
+        return xp.concat(parts)
+
     # Between the user's pytrees and states.
 
     def pack(self, tree: PyTree) -> State:

@@ -61,7 +61,9 @@ class System:
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:
         """F at x, which is h in the user's form, in new memory with ``copies``: F may reuse its own."""
         space, operator = self.space, None
-        if linearizes:  # Decision 21.
+        if linearizes and self.problem.jacobian is not None:
+            f, operator = self._accept(self.f(h, self.z)), self._given_jacobian(h)
+        elif linearizes:  # Decision 21.
             at = self.problem.linearize(h, self.z).require("jvp_h")
             f = self._accept(at.value)
 
@@ -73,6 +75,11 @@ class System:
         f = space.copy(f) if copies else f
         residual = space.sub(f, x)
         return Evaluation(f, residual, space.norm(residual), space.norm(f), operator)
+
+    def _given_jacobian(self, h: PyTree) -> Operator:
+        from .jacobian import MatrixOperator, complement  # which imports solvers, and these this module
+
+        return MatrixOperator(self.space, lambda: complement(self.problem, self.space, h, self.z))
 
     def in_units(self, units: Numbers) -> None:
         """From now on, measure residuals in ``units``, (N, 1)."""
@@ -117,7 +124,9 @@ class RootSystem(System):
         """The residual -g(x). What is returned is always in new memory."""
         del copies
         operator = None
-        if linearizes:
+        if linearizes and self.problem.jacobian is not None:
+            g, operator = self._accept(self.f(h, self.z)), self._given_jacobian(h)
+        elif linearizes:
             at = self.problem.linearize(h, self.z).require("jvp_h")
             g = self._accept(at.value)
 
@@ -131,6 +140,14 @@ class RootSystem(System):
         if self.first is None:
             self.first = norm
         return Evaluation(self.space.add(x, residual), residual, norm, self.first, operator)
+
+    def _given_jacobian(self, h: PyTree) -> Operator:
+        from .jacobian import MatrixOperator, evaluated, inverse_units, on_states
+
+        def matrix() -> Any:
+            return on_states(evaluated(self.problem, self.space, h, self.z), self.space, inverse_units(self.image))
+
+        return MatrixOperator(self.space, matrix)
 
     def in_units(self, units: Numbers) -> None:
         """See :class:`System`."""

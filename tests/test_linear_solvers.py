@@ -79,6 +79,49 @@ def test_the_residual_is_measured_and_not_updated() -> None:
     assert solution.stats.residual == pytest.approx(np.linalg.norm(b - rounded(solution.value)), rel=1e-12)
 
 
+def started(solver: ic.LinearSolver, library: Library, a: np.ndarray, b: np.ndarray, start: np.ndarray | None) -> Any:
+    space = find_backend(library.array(b)).space(library.array(b), 1)
+    x0 = None if start is None else (library.array(start),)
+    return solver.run(space, lambda v: (apply(library, a)(v[0]),), (library.array(b),), x0=x0)
+
+
+@pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT)], ids=named)
+def test_a_start_does_not_change_the_tolerance(solver: ic.LinearSolver, library: Library) -> None:
+    """The samples start at the solution, near to it, at zero, at a start that is no number, and at a bad one."""
+    a = near_identity(5, 60, 0.8, seed=0, symmetric=True)
+    b = np.random.default_rng(1).normal(size=(5, 60)) * np.asarray([1e-30, 1.0, 0.0, 1e30, 1.0])[:, None]
+    exact = np.linalg.solve(a, b[..., None])[..., 0]
+    start = exact * np.asarray([1.0, 1.0 + 1e-7, 1.0, np.nan, 1e3])[:, None]
+    found = started(solver, library, a, b, start)
+    assert np.all(library.numpy(found.status) == ic.CONVERGED)
+    np.testing.assert_allclose(library.numpy(found.x[0]), exact, rtol=1e-8)
+    size = np.linalg.norm(b, axis=1)
+    assert np.all(library.numpy(found.residual)[:, 0] <= 1.0000001e-11 * size)
+    np.testing.assert_array_equal(library.numpy(found.steps)[[0, 2], 0], 1)
+
+
+@pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT)], ids=named)
+def test_a_good_start_saves_products(solver: ic.LinearSolver) -> None:
+    a, b = near_identity(1, 60, 0.8, seed=0, symmetric=True), np.ones((1, 60))
+    exact = np.linalg.solve(a, b[..., None])[..., 0]
+    cold, near, bad = (started(solver, NUMPY, a, b, x0).products for x0 in (None, exact * (1 + 1e-7), exact * 1e3))
+    assert near < 0.6 * cold
+    assert bad == cold + 1
+    assert started(dataclasses.replace(solver, max_steps=1), NUMPY, a, b, 0.5 * b).status == ic.MAX_STEPS
+
+
+def test_a_tolerance_for_each_sample(library: Library) -> None:
+    a, b = near_identity(3, 40, 0.9, seed=0), np.random.default_rng(1).normal(size=(3, 40))
+    rtol = np.asarray([[1e-1], [1e-4], [1e-9]])
+    space = find_backend(library.array(b)).space(library.array(b), 1)
+    found = ic.GMRES(rtol=0.5).run(
+        space, lambda v: (apply(library, a)(v[0]),), (library.array(b),), rtol=library.array(rtol)
+    )
+    relative = library.numpy(found.residual) / np.linalg.norm(b, axis=1, keepdims=True)
+    assert np.all(library.numpy(found.status) == ic.CONVERGED)
+    assert np.all((1e-3 * rtol < relative) & (relative <= rtol))
+
+
 def test_every_product_is_counted() -> None:
     a, b = near_identity(3, 10, 0.8, seed=3), np.ones((3, 10))
     for solver in [*GENERAL, ic.CG(max_steps=5)]:

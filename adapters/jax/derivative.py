@@ -97,7 +97,8 @@ class Inverse:
         space = self.space(v, dual=dual)
         with coupled_axes(self.axes):  # Decision 50.
             gradient = settings.bound(self.gradient.combine(numbers), space)
-            w: H = space.unpack(gradient.apply(space, on_states(jacobian, space, space), space.pack(v)))
+            product = on_states(jacobian, space, space)
+            w: H = space.unpack(gradient.apply(space, product, space.pack(v), transposed=dual))
         return w
 
 

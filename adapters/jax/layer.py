@@ -67,14 +67,19 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         return _layer_of_callbacks(problem, h0, z, options)
     try:
         h0, f, inputs, static = _map(problem, h0, z)
-        solution, relaxation = _solve(f, h0, inputs, static, options), None
+        solution, relaxation, form = _solve(f, h0, inputs, static, options, problem.jacobian), None, problem
         if isinstance(problem, RootProblem):
             factors = _factors(problem, solution.value, z, options.gradient)
             _, f, inputs, _ = _map(problem, solution.value, z, factors)
-            relaxation = problem.with_factors(factors).relaxation
+            form = problem.with_factors(factors)
+            relaxation = form.relaxation
     except jax.errors.JAXTypeError as error:
         error.add_note(UNTRACEABLE)
         raise
+    if isinstance(options.gradient, AtFixedPoint):
+        prepared = options.gradient.prepared(form, *_constants((solution.value, z)))
+        if prepared is not options.gradient:
+            options = replace(options, gradient=_constants(prepared))
     return _like_start(_with_value(f, solution, inputs, options, relaxation), h0)
 
 
@@ -94,11 +99,12 @@ def solve_compiled(problem: Problem[H, Z], h0: H, z: Z, solver: FixedPointSolver
         return None
     try:
         h0, f, inputs, static = _map(problem, h0, z)
-    except jax.errors.JAXTypeError:  # it reads a number of an array, or converts it to one of NumPy
+        if not f.shared:
+            return None
+        options = LayerOptions(solver, OneStep(), trace=trace)
+        return _like_start(_solve(f, h0, inputs, static, options, problem.jacobian), h0)
+    except jax.errors.JAXTypeError:  # F or a Jacobian reads a number of an array, or converts it to one of NumPy
         return None
-    if not f.shared:
-        return None
-    return _like_start(_solve(f, h0, inputs, static, LayerOptions(solver, OneStep(), trace=trace)), h0)
 
 
 def _layer_of_callbacks(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
@@ -158,13 +164,21 @@ def _problem(f: AnyMap[H], mapped: Map[H, Any] | None = None, batch_ndim: int | 
     return made if f.g_units is None else RootProblem.of(made, f.g_units.scale)
 
 
-def _solve(f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], options: LayerOptions) -> Solution[H]:
+def _solve(
+    f: AnyMap[H],
+    h0: H,
+    inputs: Arrays,
+    static: Static[Z],
+    options: LayerOptions,
+    jacobian: Callable[[H, Z], Any] | None = None,
+) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
     solver = starting_solver(options)
     numbers, static_solver = split_record(solver)
     arguments = h0, inputs, numbers = _constants((h0, inputs, numbers))
-    if getattr(solver, "runs_user_code", True):
-        return _by_user_code(f, h0, inputs, static, static_solver.combine(numbers), trace=options.trace)
+    given = jacobian if getattr(solver, "uses_jacobian", False) else None
+    if getattr(solver, "runs_user_code", True) or given is not None:
+        return _by_user_code(f, h0, inputs, static, static_solver.combine(numbers), given, trace=options.trace)
     settings = static_solver, options.trace
     if f.has_named_axes:
         # An axis of `vmap` may be one that F communicates over, and then has to stay one. Decision 49.
@@ -214,11 +228,15 @@ def _watched_solving(
     f: AnyMap[H], solver: Static[FixedPointSolver], trace: bool
 ) -> Solve[H, tuple[Solution[H], jax.Array]]:
     """A solve, and whether there was something that its caller has to look into."""
-    solving = _solving(f, solver, trace)
+    return _noticing(_solving(f, solver, trace))
 
-    def watched(h0: H, inputs: Arrays, numbers: Arrays) -> tuple[Solution[H], jax.Array]:
+
+def _noticing(solving: Callable[..., Solution[H]]) -> Callable[..., tuple[Solution[H], jax.Array]]:
+    """A solve that is traced, and whether there was something that its caller has to look into."""
+
+    def watched(*arguments: Any) -> tuple[Solution[H], jax.Array]:
         with noticing() as noticed:
-            solution = solving(h0, inputs, numbers)
+            solution = solving(*arguments)
         # Not where a sample is not finite: the others are bit-identical whatever it holds, so by the same program.
         looks = jnp.asarray(False)
         for mask in noticed:
@@ -229,19 +247,33 @@ def _watched_solving(
 
 
 def _by_user_code(
-    f: AnyMap[H], h0: H, inputs: Arrays, static: Static[Z], solver: FixedPointSolver, *, trace: bool
+    f: AnyMap[H],
+    h0: H,
+    inputs: Arrays,
+    static: Static[Z],
+    solver: FixedPointSolver,
+    jacobian: Callable[[H, Z], Any] | None,
+    *,
+    trace: bool,
 ) -> Solution[H]:
-    """A solve by a solver that may do anything: call F with another z, or close over arrays."""
+    """A solve by a solver or a Jacobian that may do anything: call F with another z, or close over arrays."""
     size = len(static.indices)
 
     def solving(h0: H, inputs: Arrays) -> Solution[H]:
         closed_over = inputs[size:]
         with coupled_axes(f.axes):
             in_z: Problem[H, Z] = _problem(f, lambda h, z: f(h, [*static.select(z), *closed_over]))
+            in_z.jacobian = jacobian
             return solve_as_it_is(in_z, h0, static.combine(inputs[:size]), solver, trace=trace)
 
     if not is_traced((h0, inputs)):
-        return solving(h0, inputs)
+        if getattr(solver, "runs_user_code", True) or not f.traced:
+            return solving(h0, inputs)
+        compiled = hoist(_noticing(solving), h0, inputs)
+        solution, looks = compiled.program(h0, inputs, compiled.closed_over)
+        if bool(looks):
+            return solving(h0, inputs)
+        return solution._replace(stats=solution.stats._replace(evaluations=int(solution.stats.evaluations)))
     # The solver knows nothing of batch axes, and may close over arrays that are differentiated.
     hoisted = hoist(solving, h0, inputs)
     return _constants(hoisted.program(h0, inputs, _constants(hoisted.closed_over)))

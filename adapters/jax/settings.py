@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from implicit_core.arrays import PyTree
 from implicit_core.estimators import Estimator
 from implicit_core.layer import LayerOptions
+from implicit_core.preconditioner import Preconditioner
 from implicit_core.records import Record, is_array
 from implicit_core.solvers import FixedPointSolver
 
@@ -62,6 +63,6 @@ def split_record(record: R) -> tuple[Arrays, Static[R]]:
 
 def _is_ours(record: object) -> bool:
     """Whether the code of a record is this package's, which reads nothing besides its settings."""
-    if type(record).__module__.partition(".")[0] != __package__.partition(".")[0]:
+    if type(record).__module__.partition(".")[0] != __package__.partition(".")[0] or isinstance(record, Preconditioner):
         return False
     return all(_is_ours(x) for x in vars(record).values() if isinstance(x, Record))

@@ -119,7 +119,7 @@ class Rule:
             products = jacobian(*BACKEND.flatten(space.unpack(w))[0])
             return space.pack(BACKEND.unflatten(self.structure, list(products)))
 
-        w = self.gradient.apply(space, on_states, space.pack(tree))
+        w = self.gradient.apply(space, on_states, space.pack(tree), transposed=dual)
         return tuple(BACKEND.flatten(space.unpack(w))[0])
 
 

@@ -87,6 +87,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
     """The layer of a plain f, which autograd differentiates with all that it closes over (Decision 43)."""
     f = autocasted(unprotected(given.f), h0)
     autograd = problem(BACKEND.protected(f), batch_ndim=given.batch_ndim, scale=given.scale)
+    autograd.jacobian = given.jacobian
     solved = RootProblem.of(autograd, given.g_scale) if isinstance(given, RootProblem) else autograd
     gradient = with_reachable_tolerance(options.gradient, h0)
     options = replace(options, gradient=gradient)
@@ -107,6 +108,7 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
                 solution = told(solution, options, autograd, ())
                 if torch.is_grad_enabled() or in_dual_level():
                     autograd = solved.fixed_point_form(solution.value, z, relaxed=gradient.relaxes)
+                    gradient = gradient.prepared(autograd, solution.value, z)
                     solution = solution._replace(value=_at_fixed_point(autograd, solution.value, z, gradient))
                 return solution
             autograd = solved.fixed_point_form(solution.value, z)

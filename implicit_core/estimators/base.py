@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from .. import checks, settings
 from ..arrays import H, Operator, Real, State, Z
@@ -175,17 +175,31 @@ class AtFixedPoint(Estimator):
         """
         # Decisions 25 and 32.
 
-    def apply(self, space: Space, jacobian: Operator, v: State) -> State:
+    def prepared(self, problem: Problem[H, Z], h: H, z: Z) -> Self:
+        """The estimator, with what it computes once at the solver's point h: here nothing.
+
+        ``problem`` is a fixed point's, see :meth:`Problem.fixed_point_form`. Adapters may leave it out where h and z
+        cannot be had, so it must not change the result beyond a tolerance.
+        """
+        return self
+
+    def apply(self, space: Space, jacobian: Operator, v: State, *, transposed: bool = False) -> State:
         """D v by ``inverse`` of the estimator with settings to compute with, and whose result is checked.
+
+        ``transposed`` says whether ``jacobian`` is (∂F/∂h)ᵀ.
 
         Raises
         ------
         TypeError
             If it is no state like v.
         """
-        w = settings.bound(self, space).inverse(space, jacobian, v)
+        w = settings.bound(self, space).directed(space, jacobian, v, transposed=transposed)
         checks.state_like(f"{type(self).__name__}.inverse", w, v)
         return w
+
+    def directed(self, space: Space, jacobian: Operator, v: State, *, transposed: bool) -> State:
+        """D v by ``inverse``, for an estimator that need not know whether the Jacobian is transposed."""
+        return self.inverse(space, jacobian, v)
 
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """A bound of ‖D (I - ∂F/∂h) - I‖ with L_h = ``contraction`` < 1, for an estimator that solves to a tolerance.
@@ -220,13 +234,14 @@ class AtFixedPoint(Estimator):
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         """See :meth:`Estimator.vjp`."""
         space = bind(problem, h).dual
-        at = self._form(problem, h, z).linearize(h, z).require("vjp_h", "vjp_z")
-        jacobian = on_states(at.vjp_h, space, space)
+        form = self._form(problem, h, z)
+        at = form.linearize(h, z).require("vjp_h", "vjp_z")
+        jacobian, prepared = on_states(at.vjp_h, space, space), self.prepared(form, h, z)
 
         def pullback(h_bar: H) -> Z:
             h_bar = checks.like(space.backend, "h_bar", h_bar, h, "h")
             with space.backend.on_device_of(h):
-                w: H = space.unpack(self.apply(space, jacobian, space.pack(h_bar)))
+                w: H = space.unpack(prepared.apply(space, jacobian, space.pack(h_bar), transposed=True))
                 return at.vjp_z(w)
 
         return h, pullback
@@ -235,12 +250,13 @@ class AtFixedPoint(Estimator):
         """See :meth:`Estimator.jvp`."""
         space = bind(problem, h)
         checks.like_z(space.backend, "dz", dz, z)
-        at = self._form(problem, h, z).linearize(h, z).require("jvp_h", "jvp_z")
-        jacobian = on_states(at.jvp_h, space, space)
+        form = self._form(problem, h, z)
+        at = form.linearize(h, z).require("jvp_h", "jvp_z")
+        jacobian, prepared = on_states(at.jvp_h, space, space), self.prepared(form, h, z)
         with space.backend.on_device_of(h):
             # Copied, since a callback may return the same array at every call.
             b = space.copy(space.pack(at.jvp_z(dz)))
-            tangent: H = space.unpack(self.apply(space, jacobian, b))
+            tangent: H = space.unpack(prepared.apply(space, jacobian, b))
             return h, tangent
 
 

@@ -1,12 +1,16 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
+import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from .. import checks
-from ..arrays import Operator, State
+from ..arrays import H, Operator, State, Z
+from ..jacobian import Inverse, SparseFactors, complement, factorized
 from ..linear_solvers import GMRES, LinearSolver
+from ..preconditioner import Preconditioner, PreparedPreconditioner
+from ..problem import Problem
 from ..space import Space
 from .base import AtFixedPoint, Derivative
 from .inexact import OnFailure, check_on_failure, settled
@@ -22,6 +26,9 @@ class Implicit(AtFixedPoint):
     F is linearized once, at the solver's point. A pullback costs K h-VJPs, as many as the linear solver needs, and one
     z-VJP. A linear solve that does not converge is never silent: see ``on_failure``.
 
+    Of a :class:`Problem` with a ``jacobian`` the matrix is factorized once, and the linear solver only refines the
+    solution: K is about 2.
+
     Parameters
     ----------
     linear_solver
@@ -33,10 +40,19 @@ class Implicit(AtFixedPoint):
         ``"raise"`` is ``"nan"``. There ``"warn"`` is one call back to Python, which JAX's persistent compilation cache
         does not store, and ``"nan"`` in a program that ``jax.export`` exports; the others call nothing.
 
+    preconditioner
+        A :class:`Preconditioner`, an approximate inverse of I - ∂F/∂h, instead of the ``jacobian`` of the problem.
+        Transforms of ``torch.func`` leave both out, and the gradient is the same.
+
     Raises
     ------
     TypeError, ValueError
         If an argument has a wrong type or is out of range.
+
+    Notes
+    -----
+    A pullback starts its linear solve from zero. To start from the adjoint of an earlier step, solve the system
+    yourself, ``solve_linear(lambda w: w - vjp_h(w), h_bar, x0=...)``.
 
     References
     ----------
@@ -54,6 +70,9 @@ class Implicit(AtFixedPoint):
 
     linear_solver: LinearSolver = field(default=GMRES())
     on_failure: OnFailure = "raise"
+    preconditioner: Preconditioner | None = field(default=None, repr=False)
+    at_point: PreparedPreconditioner | Inverse | SparseFactors | None = field(default=None, init=False, repr=False)
+    """What :meth:`prepared` made: an approximate inverse of I - ∂F/∂h."""
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
     relaxes: ClassVar[bool] = False
@@ -61,12 +80,40 @@ class Implicit(AtFixedPoint):
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
         check_on_failure(self.on_failure)
+        if self.preconditioner is not None:
+            checks.instance("preconditioner", self.preconditioner, Preconditioner, "Preconditioner(apply, transposed)")
+
+    def prepared(self, problem: Problem[H, Z], h: H, z: Z) -> Self:
+        """See :class:`AtFixedPoint`: the preconditioner, or the factorized Jacobian of the problem."""
+        if self.preconditioner is None and problem.jacobian is None:
+            return self
+        space = problem.space(h)
+        backend, made = space.backend, copy.copy(self)
+        h, z = (backend.map(lambda x: backend.stop_gradient(x) if backend.is_array(x) else x, tree) for tree in (h, z))
+        with backend.on_device_of(h), backend.solving():
+            at = (
+                factorized(space, complement(problem, space, h, z))
+                if self.preconditioner is None
+                else self.preconditioner.at(h, z)
+            )
+        object.__setattr__(made, "at_point", at)
+        return made
 
     # Decision 24.
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """The w with (I - J) w = v (Eq. 4)."""
+        return self._solved(space, jacobian, v, None)
+
+    def directed(self, space: Space, jacobian: Operator, v: State, *, transposed: bool) -> State:
+        """See :class:`AtFixedPoint`: a preconditioner of the transposed system is transposed too."""
+        at = self.at_point
+        if at is None:
+            return self.inverse(space, jacobian, v)
+        return self._solved(space, jacobian, v, lambda x: at.solve(space, x, transposed=transposed))
+
+    def _solved(self, space: Space, jacobian: Operator, v: State, precondition: Operator | None) -> State:
         with space.backend.solving():
-            result = self.linear_solver.run(space, lambda w: space.sub(w, jacobian(w)), v)
+            result = self.linear_solver.run(space, lambda w: space.sub(w, jacobian(w)), v, precondition=precondition)
             # Decisions 24 and 53.
             return settled(
                 space,

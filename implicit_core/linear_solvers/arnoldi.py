@@ -29,6 +29,8 @@ def arnoldi_step(
 ) -> ArnoldiStep:
     """One step of Arnoldi's method, where v is the last vector of ``basis``, whose unused rows are zero.
 
+    With a preconditioner it is M⁻¹ times this vector, and the method is that of A M⁻¹.
+
     References
     ----------
     W. E. Arnoldi, The principle of minimized iterations in the solution of the matrix eigenvalue problem, Quart. Appl.

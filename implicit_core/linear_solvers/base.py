@@ -146,6 +146,24 @@ class LinearSolver(Record, ABC):
         finds one from d alone, ‖A d‖ / ‖d‖. It is a poor one after a cycle that reduces the residual by much.
         """
 
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """:meth:`cycle` with M⁻¹, an approximate inverse of A.
+
+        Here M⁻¹ stands to the right of A: with A M⁻¹ y ≈ r the correction is M⁻¹ y, and the residuals that the method
+        sees are those of A. A method whose A has to be symmetric overrides this.
+        """
+        y, used, *_ = self.cycle(space, lambda y: operator(precondition(y)), r, norm, target, active)
+        return precondition(y), used
+
     # The stop test: a sample is finished once its error is at most the goal. A method may have a test of its own.
 
     def error(self, space: Space, x: State, r: State, norm: Numbers, before: Numbers, products: int) -> Numbers:
@@ -179,8 +197,34 @@ class LinearSolver(Record, ABC):
         rounding = FLOOR * eps * (2 + _cap(eps) * (1 + contraction) / (1 - contraction))
         return max(self.rtol, min(rounding, _cap(eps)))
 
-    def run(self, space: Space, operator: Operator, b: State) -> LinearResult:
-        """Solve A x = b from x = 0.
+    def run(
+        self,
+        space: Space,
+        operator: Operator,
+        b: State,
+        *,
+        x0: State | None = None,
+        rtol: Numbers | Real | None = None,
+        precondition: Operator | None = None,
+    ) -> LinearResult:
+        """Solve A x = b.
+
+        Parameters
+        ----------
+        space
+            The space of states.
+        operator
+            Products with A.
+        b
+            The right-hand side, a state.
+        x0
+            A state to start from, for one product more; None for zero. Samples in which its residual is not below ‖b‖
+            start from zero. Tolerances refer to ‖b‖ all the same.
+        rtol
+            A relative tolerance instead of the solver's: a number, or one for each sample, (N, 1).
+        precondition
+            Products with M⁻¹, an approximate inverse of A: a fixed linear map. It changes how many products with A a
+            solve takes, and not what stops it, the residual b - A x.
 
         Raises
         ------
@@ -190,9 +234,19 @@ class LinearSolver(Record, ABC):
         if space.backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
         solver = settings.bound(self, space, constant=True)
-        return solver._run(space, operator, settings.with_settings(space, solver, b))
+        b = settings.with_settings(space, solver, b)
+        rtol = solver.rtol if rtol is None else rtol
+        return solver._run(space, operator, b, x0, rtol, precondition)
 
-    def _run(self, space: Space, operator: Operator, b: State) -> LinearResult:
+    def _run(
+        self,
+        space: Space,
+        operator: Operator,
+        b: State,
+        x0: State | None,
+        rtol: Numbers | Real,
+        precondition: Operator | None,
+    ) -> LinearResult:
         """:meth:`run`, with settings to compute with."""
         xp, backend = space.xp, space.backend
         space.shard_as(b)
@@ -203,14 +257,24 @@ class LinearSolver(Record, ABC):
             scale = space.select(space.out_of_range(scale), scale, xp.ones_like(scale))
         b = space.divide(b, scale)
         size = space.norm(b)
-        target = self.rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
+        target = rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
         nothing, zeros = space.full(0.0), space.zeros()
+        x, r, norm, used, active = zeros, b, size, 0, size > target
+        if x0 is not None:
+            x, r, norm = _start(space, operator, b, size, space.divide(x0, scale))
+            used = 1
+            active = (norm > target) & (used < self.max_steps)
         checked = self.check and space.samples > 1
         # b may be a constant of a program that is traced, or be mapped while new arrays are not.
         watched = checked and backend.readable(nothing) and backend.readable(size)
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
-            d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            if precondition is None:
+                d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
+            else:
+                d, used, *known = self.preconditioned_cycle(
+                    space, operator, precondition, c.r, c.norm, target / 2, c.active
+                )
             some_finished = masks[0] is not True
             if checked and some_finished:
                 d = space.where(c.active, d, zeros)
@@ -240,12 +304,12 @@ class LinearSolver(Record, ABC):
             return _Carry(x, r, norm, growth, error, active, steps, products, moved)
 
         # Without a step this is the error to report. Otherwise the first step replaces it.
-        error = size
+        error = norm
         if settings.is_zero(self.max_steps) or is_array(self.max_steps):
-            without = self.error(space, zeros, b, size, size, 0)
-            error = space.select(self.max_steps == 0, without, size)
+            without = self.error(space, x, r, norm, norm, used)
+            error = space.select(self.max_steps == 0, without, norm)
         moved = nothing if checked and not watched else None
-        carry = _Carry(zeros, b, size, nothing, error, size > target, space.full(0, xp.int32), 0, moved)
+        carry = _Carry(x, r, norm, nothing, error, active, space.full(used, xp.int32), used, moved)
         check_every = 1 if self.loops else self.check_every
         watcher = _Watcher(self, space, operator, target)
         watch = Watch(watcher.suspects, watcher.look) if watched else None
@@ -317,6 +381,14 @@ class _Watcher:
         self.products += 1
         if bool(xp.any(~others & (space.largest(image) > 0))):
             raise CoupledSamplesError(COUPLED)
+
+
+def _start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) -> tuple[State, State, Numbers]:
+    """x0, its residual and the norm of it, where it is below ‖b‖; else zero, b and ‖b‖."""
+    r = space.sub(b, operator(x0))
+    norm = space.norm(r)
+    usable = norm < size  # false for NaN
+    return space.where(usable, x0, space.zeros()), space.where(usable, r, b), space.select(usable, norm, size)
 
 
 def _growth(space: Space, d: State, product: State, x: State) -> Numbers:

@@ -50,22 +50,40 @@ class BiCGSTAB(LinearSolver):
     """
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
+        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
+
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator | None,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """See :class:`LinearSolver`. M⁻¹ stands to the right of A."""
         xp, shadow = space.xp, r
 
+        def preconditioned(v: State) -> State:
+            return v if precondition is None else precondition(v)
+
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
-            v = operator(c.p)
+            p_hat = preconditioned(c.p)
+            v = operator(p_hat)
             along = space.dot(shadow, v)
             alpha = ratio(c.rho, along, space)
             s = space.axpy(-alpha, v, c.r)
-            t = operator(s)
+            s_hat = preconditioned(s)
+            t = operator(s_hat)
             omega = ratio(space.dot(t, s), space.dot(t, t), space)
-            x = space.axpy(omega, s, space.axpy(alpha, c.p, c.x))
+            x = space.axpy(omega, s_hat, space.axpy(alpha, p_hat, c.x))
             r = space.axpy(-omega, t, s)
             rho = space.dot(shadow, r)
             beta = ratio(rho, c.rho, space) * ratio(alpha, omega, space)
             p = space.axpy(beta, space.axpy(-omega, v, c.p), r)
             norm = space.norm(r)
-            seen = space.norm(t) / positive(space.norm(s), space)
+            seen = space.norm(t) / positive(space.norm(s_hat), space)
             ok = c.active & (along != 0) & xp.isfinite(norm)
             return _Carry(
                 space.where(ok, x, c.x),

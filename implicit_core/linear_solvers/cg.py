@@ -13,7 +13,7 @@ class _Carry(NamedTuple):
     x: State
     r: State
     p: State
-    squared: Numbers
+    product: Numbers
     growth: Numbers
     active: Mask
     products: int
@@ -49,21 +49,48 @@ class CG(LinearSolver):
     """
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
+        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
+
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator | None,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """See :class:`LinearSolver`. M⁻¹ has to be symmetric positive definite; the cycle ends where it is not."""
         xp = space.xp
+
+        def preconditioned(r: State) -> tuple[State, Numbers, Numbers]:
+            """M⁻¹ r, ⟨r, M⁻¹ r⟩ and ⟨r, r⟩."""
+            if precondition is None:
+                squared = space.dot(r, r)
+                return r, squared, squared
+            y = precondition(r)
+            return y, space.dot(r, y), space.dot(r, r)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             q = operator(c.p)
             curvature = space.dot(c.p, q)
             ok = c.active & (curvature != 0)
-            alpha = ratio(c.squared, curvature, space)
+            alpha = ratio(c.product, curvature, space)
             x = space.where(ok, space.axpy(alpha, c.p, c.x), c.x)
             r = space.where(ok, space.axpy(-alpha, q, c.r), c.r)
-            squared = space.dot(r, r)
-            p = space.where(ok, space.axpy(squared / positive(c.squared, space), c.p, r), c.p)
+            y, product, squared = preconditioned(r)
+            p = space.where(ok, space.axpy(product / positive(c.product, space), c.p, y), c.p)
             seen = space.norm(q) / positive(space.norm(c.p), space)
             growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
-            return _Carry(x, r, p, squared, growth, ok & (xp.sqrt(squared) > target), c.products + 1)
+            active = ok & (xp.sqrt(squared) > target)
+            if precondition is not None:
+                active = active & (product > 0)
+            return _Carry(x, r, p, product, growth, active, c.products + 1)
 
-        carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)
+        p, product, _ = preconditioned(r)
+        if precondition is not None:
+            active = active & (product > 0)
+        carry = _Carry(space.zeros(), r, p, product, space.full(0.0), active, 0)
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
         return carry.x, carry.products, carry.growth

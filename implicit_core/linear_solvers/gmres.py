@@ -9,7 +9,7 @@ from ..backend import Known
 from ..records import is_array
 from ..space import Space
 from .arnoldi import arnoldi_step, unit
-from .base import Cycle, LinearSolver, ratio
+from .base import Cycle, LinearSolver, positive, ratio
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -51,6 +51,19 @@ class GMRES(LinearSolver):
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
+        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
+
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator | None,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """See :class:`LinearSolver`. M⁻¹ stands to the right of A, so that the least residual is one of A."""
         # Decision 75.
         steps = max(min(self.restart, space.dimension), 1)
         most: Index = steps  # no more than the basis has room for
@@ -61,19 +74,27 @@ class GMRES(LinearSolver):
         hessenberg = _Hessenberg(space, steps + 1)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
-            j = c.steps
-            step = arnoldi_step(space, operator, c.v, c.basis, space.norm)
+            j, growth = c.steps, c.growth
+            u = c.v if precondition is None else precondition(c.v)
+            step = arnoldi_step(space, operator, u, c.basis, space.norm)
             qr, decrease, ok = hessenberg.append(c.qr, step.column, step.height, j, c.active)
+            if growth is not None:
+                length = space.xp.linalg.vector_norm(step.column, axis=-1, keepdims=True)
+                seen = space.xp.hypot(length, step.height) / positive(space.norm(u), space)
+                growth = space.select(ok, space.xp.maximum(growth, seen), growth)
             v = unit(space, step.rest, step.height)
             basis = space.set_row(c.basis, j + 1, v)
-            return _Carry(v, basis, qr, ok & (norm * decrease > target), j + 1)
+            return _Carry(v, basis, qr, ok & (norm * decrease > target), j + 1, growth)
 
         v = unit(space, r, norm)
         basis = space.set_row(space.history(steps + 1), 0, v)
-        carry = _Carry(v, basis, hessenberg.empty(), active, 0)
+        carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
         weights = hessenberg.least_squares(carry.qr, norm)
-        return space.state(space.combine(weights, carry.basis)), carry.steps, hessenberg.growth(carry.qr)
+        y = space.state(space.combine(weights, carry.basis))
+        if precondition is None or carry.growth is None:
+            return y, carry.steps, hessenberg.growth(carry.qr)
+        return precondition(y), carry.steps, carry.growth
 
 
 class _QR(NamedTuple):
@@ -101,6 +122,8 @@ class _Carry(NamedTuple):
     qr: _QR
     active: Mask
     steps: int
+    growth: Numbers | None
+    """The largest ‖A u‖ / ‖u‖ among the u = M⁻¹ v; None without a preconditioner, where the Hessenberg matrix tells."""
 
 
 class _Hessenberg:

@@ -1,5 +1,6 @@
 """The Jacobian of a small system as a matrix, made of one product for each unknown."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..arrays import Index, Mask, Matrices, Operator, Row, State
@@ -39,11 +40,11 @@ def inverse(space: Space, transposed: Matrices) -> Matrices:
     return pinv
 
 
-def renewed(space: Space, operator: Operator, before: Matrices, where: Mask) -> Matrices:
-    """The inverse of an operator in the samples of ``where``, else ``before``; no products if there are none."""
+def renewed(space: Space, make: Callable[[], Matrices], before: Matrices, where: Mask) -> Matrices:
+    """The inverses that are made in the samples of ``where``, else ``before``; they are not made if there are none."""
 
     def renew(carry: tuple[Matrices, Mask], masks: tuple[Known, ...]) -> tuple[Matrices, Mask]:
-        inverses = inverse(space, transposed_matrix(space, operator))
+        inverses = make()
         if masks[0] is not True:
             inverses = space.xp.where(carry[1][:, :, None], inverses, carry[0])
         return inverses, carry[1]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from ..arrays import Mask, Matrices, Numbers, Operator, State
 from ..carry import Point
+from ..jacobian import inverse_of
 from ..linear_solvers.base import ratio
 from ..space import Space
 from . import dense
@@ -80,7 +81,7 @@ def observe(space: Space, memory: Memory, point: Point, operator: Operator | Non
         slow = ~memory.fresh & (point.norm > SLOW * memory.norm)
         fresh = kept & (memory.returning | slow | (memory.fraction < 1))
         returning = ~kept & ~memory.fresh
-        inverse = dense.renewed(space, operator, inverse, fresh)
+        inverse = dense.renewed(space, lambda: inverse_of(space, operator), inverse, fresh)
         fresh = fresh | (memory.fresh & ~kept)
     residual = space.where(kept, point.residual, memory.residual)
     direction = space.where(begun, dense.multiply(space, inverse, residual), memory.direction)

@@ -5,6 +5,8 @@ from typing import ClassVar, NamedTuple
 
 from ..arrays import Mask, Matrices, Numbers, Operator, State
 from ..carry import Point
+from ..jacobian import MatrixOperator, SparseFactors, factors_of_sparse, inverse_of
+from ..linear_operators import is_sparse
 from ..linear_solvers.base import ratio
 from ..space import Space
 from ..system import System
@@ -35,7 +37,7 @@ class Memory(NamedTuple):
     forced
         Where the next point is kept whatever it is, (N, 1).
     inverse
-        The inverse of the Jacobian at x, (N, n, n).
+        The inverse of the Jacobian at x, (N, n, n), or the factorization of a sparse one; None at the start of it.
     """
 
     x: State
@@ -43,17 +45,20 @@ class Memory(NamedTuple):
     length: Numbers
     fraction: Numbers
     forced: Mask
-    inverse: Matrices
+    inverse: Matrices | SparseFactors | None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Newton(Solver):
-    """Newton's method with the Jacobian as a matrix: n products for each step, and (N, n, n) numbers, for small n.
+    """Newton's method with the Jacobian as a matrix.
+
+    The matrix is the ``jacobian`` of the :class:`Problem`, dense or sparse, for systems of every size. Without one it
+    is made of n products for each step, and has (N, n, n) numbers, for small n.
 
     A step is damped, per sample, until the next correction with the same Jacobian is shorter than this one. Unlike a
     test of the residual, this does not depend on the units of the equations, nor on how they are combined. Where no
     fraction of the step is short enough, the whole step is taken. A singular Jacobian is inverted by least squares.
-    Needs the JVP of F, which PyTorch and JAX make for a plain f.
+    Needs a Jacobian, or the JVP of F, which PyTorch and JAX make for a plain f.
 
     Parameters
     ----------
@@ -87,19 +92,21 @@ class Newton(Solver):
     def init(self, system: System, x: State) -> Memory:
         space, n = system.space, system.space.dimension
         nothing, everywhere = space.full(0.0), space.all_samples()
-        return Memory(x, space.zeros(), nothing, nothing + 1.0, everywhere, space.matrices(n, n))
+        may_be_sparse = system.problem.jacobian is not None and space.backend.name == "numpy"
+        inverse = None if may_be_sparse else space.matrices(n, n)
+        return Memory(x, space.zeros(), nothing, nothing + 1.0, everywhere, inverse)
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         assert operator is not None  # uses_jacobian
         space, t = system.space, memory.fraction
         finite = point.norm < float("inf")
         residual = space.where(finite, point.residual, space.zeros())
-        correction = dense.multiply(space, memory.inverse, residual)
+        correction = _applied(space, memory.inverse, residual)
         kept = finite & (memory.forced | (space.norm(correction) <= (1 - SUFFICIENT * t) * memory.length))
         kept = kept & point.active
 
-        inverse = dense.renewed(space, operator, memory.inverse, kept)
-        direction = space.where(kept, dense.multiply(space, inverse, residual), memory.direction)
+        inverse = _renewed(space, operator, memory.inverse, kept)
+        direction = space.where(kept, _applied(space, inverse, residual), memory.direction)
         shorter = self._shorter(space, memory, correction, finite)
         failed = ~kept & (shorter < LEAST)
         longer = space.xp.minimum(LONGER * t, space.full(1.0))
@@ -117,3 +124,24 @@ class Newton(Solver):
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         return system.space.axpy(memory.fraction, memory.direction, memory.x), memory
+
+
+def _renewed(
+    space: Space, operator: Operator, before: Matrices | SparseFactors | None, where: Mask
+) -> Matrices | SparseFactors | None:
+    """The inverse of an operator in the samples of ``where``, else ``before``."""
+    if before is None or isinstance(before, SparseFactors):
+        assert isinstance(operator, MatrixOperator)
+        if not bool(space.xp.any(where)):
+            return before
+        if is_sparse(operator.matrix):
+            return factors_of_sparse(operator.matrix)
+        before = space.matrices(space.dimension, space.dimension)
+    return dense.renewed(space, lambda: inverse_of(space, operator), before, where)
+
+
+def _applied(space: Space, inverse: Matrices | SparseFactors | None, x: State) -> State:
+    """A⁻¹ x; zero before there is an inverse."""
+    if inverse is None:
+        return space.zeros()
+    return inverse.solve(space, x) if isinstance(inverse, SparseFactors) else dense.multiply(space, inverse, x)

@@ -32,6 +32,7 @@ WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
     Anderson(max_steps=150, patience=3 * PATIENCE),
 )
 LARGE: tuple[Solver, ...] = (Anderson(max_steps=100, patience=PATIENCE), NewtonKrylov(max_steps=200))
+GIVEN_JACOBIAN: tuple[Solver, ...] = (Newton(max_steps=100, patience=PATIENCE), *LARGE)
 
 
 CONVERGED = Status.CONVERGED.value
@@ -56,9 +57,9 @@ class Polyalgorithm(Record):
     ----------
     solvers
         A tuple of :class:`Solver`, each with its own ``max_steps`` and ``patience``. None chooses by the size of the
-        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson and NewtonKrylov. Without
-        derivatives, as for a plain g in NumPy, it is Broyden and Anderson, and of others those that need a Jacobian are
-        left out.
+        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson and NewtonKrylov, with Newton
+        before them if the problem has a ``jacobian``. Without derivatives, as for a plain g in NumPy, it is Broyden and
+        Anderson, and of others those that need a Jacobian are left out.
     rtol, atol
         As for :class:`Solver`, for all of them.
 
@@ -129,7 +130,8 @@ class Polyalgorithm(Record):
         """The solvers that can solve the problem."""
         if self.solvers is None and not problem.has_jvp:
             return WITHOUT_DERIVATIVES
-        solvers = self.solvers or (SMALL if dense.is_small(problem.space(h0)) else LARGE)
+        large = LARGE if problem.jacobian is None else GIVEN_JACOBIAN
+        solvers = self.solvers or (SMALL if dense.is_small(problem.space(h0)) else large)
         usable = [solver for solver in solvers if problem.has_jvp or not solver.uses_jacobian]
         return usable or solvers
 

@@ -1,0 +1,250 @@
+"""A Jacobian that the user gives as a matrix: dense in every framework, or a sparse array of SciPy with NumPy.
+
+Inside a solve a dense one is an array (N, n, n) of states, in their units and in the order of their numbers. A sparse
+one is a ``scipy.sparse`` array in CSC format.
+"""
+
+import copy
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .arrays import Array, Mask, Matrices, Operator, PyTree, State
+from .backend import Known
+from .linear_operators import is_sparse
+from .problem import Problem
+from .records import Record
+from .registry import find_backend
+from .solvers import dense
+from .space import Space
+
+Matrix = Any
+"""A dense matrix for each sample, (N, n, n), or a sparse one."""
+Product = Callable[[PyTree], PyTree]
+"""A linear map of pytrees."""
+
+EXACT = 1e-3
+"""The largest entry of A A⁻¹ - I for which A⁻¹ is an inverse, and not the least squares of a singular A."""
+SHIFT = 1e-8
+"""What is added to the diagonal of a singular sparse matrix, relative to its largest entry."""
+
+
+def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
+    """The matrix that a user's ``jacobian(h, z)`` returns, as one on states.
+
+    Parameters
+    ----------
+    given
+        (batch..., n, n), or (batch..., state..., state...), for n numbers in a sample; or sparse, (n, n).
+    space
+        The space of states.
+    down
+        What its rows are multiplied by, (N, n); None for one. Of a map of states it is one over the units.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it has another shape, or is an array of another framework.
+    """
+    n, backend, xp = space.dimension, space.backend, space.xp
+    batch, across = tuple(space.batch_shape), inverse_units(space)
+    if is_sparse(given):
+        if backend.name != "numpy" or batch:
+            raise TypeError(
+                "a sparse result of jacobian is for NumPy, and for one system (batch_ndim=0): return an array "
+                f"{(*batch, n, n)}"
+            )
+        if tuple(given.shape) != (n, n):
+            raise ValueError(f"the result of jacobian must have the shape {(n, n)}, got {tuple(given.shape)}")
+        matrix = given.tocsc().astype(space.dtype)
+        if down is not None:
+            matrix.data = matrix.data * down[0, matrix.indices]
+        if across is not None:
+            matrix.data = matrix.data / xp.repeat(across[0, :], matrix.indptr[1:] - matrix.indptr[:-1])
+        return matrix
+    if not backend.is_array(given):
+        raise TypeError(
+            f"jacobian must return an array of {backend.name}, or with NumPy a sparse array of SciPy; got "
+            f"{type(given).__name__}"
+        )
+    state = tuple(space.shapes[0][len(batch) :]) if len(space.shapes) == 1 else (n,)
+    if tuple(given.shape) not in ((*batch, n, n), (*batch, *state, *state)):
+        raise ValueError(f"the result of jacobian must have the shape {(*batch, n, n)}, got {tuple(given.shape)}")
+    made = xp.reshape(given, (space.samples, n, n))
+    made = made if made.dtype == space.dtype else xp.astype(made, space.dtype)
+    order = space.order_of_numbers()
+    if order is not None:
+        made = xp.take(xp.take(made, order, axis=1), order, axis=2)
+    made = made if down is None else made * down[:, :, None]
+    return made if across is None else made / across[:, None, :]
+
+
+def inverse_units(space: Space) -> Array | None:
+    """One over the units of every number, (N, n); None where there are none."""
+    return rows_of(space, space.backend.map(space.xp.ones_like, space.like)) if space.has_units else None
+
+
+def rows_of(space: Space, tree: PyTree) -> Array:
+    """The state of a pytree, (N, n)."""
+    return dense.joined(space, space.pack(tree))[:, 0, :]
+
+
+def complement(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) -> Matrix:
+    """I - ∂F/∂h on states, for a problem with a Jacobian. For the F(x) = x - α g(x) of a root it is α ∂g/∂x."""
+    if problem.row_factors is not None:
+        return on_states(evaluated(problem, space, h, z), space, rows_of(space, problem.row_factors))
+    matrix = on_states(evaluated(problem, space, h, z), space, inverse_units(space))
+    if is_sparse(matrix):
+        return (_identity(matrix) - matrix).tocsc()
+    return space.eye(space.dimension)[None, :, :] - matrix
+
+
+def products(problem: Problem[Any, Any], h: PyTree, z: PyTree) -> tuple[Product, Product]:
+    """Products with the problem's Jacobian, and with its transpose, as functions of pytrees shaped as h."""
+    space = find_backend(h, "h").space(h, problem.batch_ndim, "h")
+    operator = MatrixOperator(space, lambda: on_states(evaluated(problem, space, h, z), space, None))
+
+    def product(v: PyTree, *, transposed: bool = False) -> PyTree:
+        return space.unpack(multiply(space, operator.matrix, space.pack(v), transposed=transposed))
+
+    return product, partial(product, transposed=True)
+
+
+def evaluated(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) -> Matrix:
+    """What the user's function returns."""
+    assert problem.jacobian is not None
+    return space.backend.guarded(problem.jacobian, "jacobian", "h")(h, z)
+
+
+class MatrixOperator:
+    """Products with a Jacobian that the user gives, and the matrix.
+
+    Parameters
+    ----------
+    space
+        The space of states.
+    make
+        Computes the matrix: when it is needed first, or at once in a program that is traced.
+    """
+
+    def __init__(self, space: Space, make: Callable[[], Matrix]) -> None:
+        self._space, self._make = space, make
+        self._made: Matrix = None
+        # A loop within a traced program must not be what the matrix is made in: it is used outside too.
+        if not space.backend.readable(space.full(0.0)):
+            self._made = make()
+
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix, on states."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __call__(self, x: State) -> State:
+        """The product with a state."""
+        return multiply(self._space, self.matrix, x)
+
+
+def multiply(space: Space, matrix: Matrix, x: State, *, transposed: bool = False) -> State:
+    """A x, or Aᵀ x."""
+    if is_sparse(matrix):
+        return _split(space, (matrix.T if transposed else matrix) @ _joined(space, x))
+    return dense.multiply(space, matrix if transposed else space.xp.matrix_transpose(matrix), x)
+
+
+def _joined(space: Space, x: State) -> Array:
+    """The state of the only sample, (n,)."""
+    return dense.joined(space, x)[0, 0, :]
+
+
+def _split(space: Space, x: Array) -> State:
+    typed: Any = x[None, None, :]
+    return dense.split(space, typed)
+
+
+@dataclass(frozen=True, repr=False)
+class Inverse(Record):
+    """A⁻¹ of a dense A, by least squares in samples in which A is singular.
+
+    Attributes
+    ----------
+    transposed
+        A⁻ᵀ, (N, n, n), which a state as a row is multiplied by.
+    """
+
+    transposed: Matrices
+
+    def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
+        """A⁻¹ x, or A⁻ᵀ x. The batch of x may have more axes, the first ones."""
+        matrix: Any = space.xp.matrix_transpose(self.transposed) if transposed else self.transposed
+        if space.samples == matrix.shape[0]:
+            return dense.multiply(space, matrix, x)
+        row = space.xp.reshape(dense.joined(space, x), (-1, *matrix.shape[:1], 1, matrix.shape[1]))
+        return dense.split(space, space.xp.reshape(row @ matrix, (space.samples, 1, matrix.shape[1])))
+
+
+@dataclass(frozen=True, repr=False)
+class SparseFactors(Record):
+    """The LU factorization of a sparse A by SuperLU.
+
+    Attributes
+    ----------
+    lu
+        What ``scipy.sparse.linalg.splu`` returns.
+    """
+
+    lu: Any
+
+    def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
+        """A⁻¹ x, or A⁻ᵀ x."""
+        return _split(space, self.lu.solve(_joined(space, x), trans="T" if transposed else "N"))
+
+
+def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
+    """The factorization of a matrix on states."""
+    return factors_of_sparse(matrix) if is_sparse(matrix) else Inverse(inverse_transposed(space, matrix))
+
+
+def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
+    """A⁻ᵀ of dense matrices A, by least squares where they are singular."""
+    xp: Any = space.xp
+    transposed = xp.matrix_transpose(matrix)
+    transposed = xp.where(xp.isfinite(transposed), transposed, xp.zeros_like(transposed))
+    inverse = space.backend.inverse(transposed)
+    defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
+    singular = ~(defect[:, None] <= EXACT)  # true of NaN
+
+    def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
+        return xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
+
+    made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
+    return made
+
+
+def inverse_of(space: Space, operator: Operator) -> Matrices:
+    """A⁻ᵀ, (N, n, n), of the Jacobian that the user gives, else by n products; by least squares if it is singular."""
+    if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
+        return inverse_transposed(space, operator.matrix)
+    return dense.inverse(space, dense.transposed_matrix(space, operator))
+
+
+def factors_of_sparse(matrix: Matrix) -> SparseFactors:
+    """The factorization of a sparse matrix, slightly shifted if it is singular."""
+    linalg = importlib.import_module("scipy.sparse.linalg")  # SciPy made the matrix
+    finite = copy.copy(matrix)
+    finite.data = finite.data.copy()
+    finite.data[~(abs(finite.data) < math.inf)] = 0.0
+    try:
+        return SparseFactors(linalg.splu(finite))
+    except RuntimeError:  # exactly singular
+        largest = float(abs(finite.data).max()) if finite.nnz else 1.0
+        return SparseFactors(linalg.splu((finite + SHIFT * (largest or 1.0) * _identity(finite)).tocsc()))
+
+
+def _identity(matrix: Matrix) -> Any:
+    sparse = importlib.import_module("scipy.sparse")
+    return sparse.eye_array(matrix.shape[0], dtype=matrix.dtype, format="csc")

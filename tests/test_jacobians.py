@@ -1,0 +1,279 @@
+"""Jacobians that are given as matrices: Newton's step and the exact gradient, dense and sparse."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+from libraries import Library
+
+import implicit_core as ic
+
+N, BATCH = 5, 3
+W = 0.4 * np.random.default_rng(0).normal(size=(N, N))
+X = np.random.default_rng(1).normal(size=(BATCH, N))
+V = np.random.default_rng(2).normal(size=(BATCH, N))
+SCALE = np.logspace(-2, 2, N)
+
+
+def root(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """g = x³ + x - W x - z, with a root for every z."""
+    return x**3 + x - x @ W.T - z
+
+
+def jacobian(x: Any, z: Any) -> np.ndarray:
+    return np.eye(N) * (3 * x[..., None] ** 2 + 1) - W
+
+
+def root_vjp(x: np.ndarray, z: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (3 * x**2 + 1) * v - v @ W, -v
+
+
+def reference(z: np.ndarray) -> np.ndarray:
+    x = np.zeros_like(z)
+    for _ in range(60):
+        x = x - np.linalg.solve(jacobian(x, z), root(x, z)[..., None])[..., 0]
+    return x
+
+
+@pytest.mark.parametrize("units", [{}, {"scale": SCALE, "g_scale": 10 * SCALE[::-1]}], ids=["plain", "units"])
+@pytest.mark.parametrize("form", ["root", "fixed point"])
+def test_newton_with_a_dense_jacobian(form: str, units: dict[str, Any], library: Library) -> None:
+    """Quadratic convergence, and no products."""
+    w, eye = library.array(W), library.array(np.eye(N)[None])
+
+    def g(x: Any, z: Any) -> Any:
+        return x**3 + x - x @ w.T - z
+
+    def of_g(x: Any, z: Any) -> Any:
+        return eye * (3 * x[:, :, None] ** 2 + 1) - w[None, :, :]
+
+    problem: ic.Problem[Any, Any]
+    if form == "root":
+        problem = ic.RootProblem(g, jacobian=of_g, batch_ndim=1, **units)
+    else:
+        units = {"scale": units["scale"]} if units else {}
+        problem = ic.Problem(
+            lambda x, z: x - 0.1 * g(x, z), jacobian=lambda x, z: eye - 0.1 * of_g(x, z), batch_ndim=1, **units
+        )
+    solution = ic.solve(problem, library.array(np.zeros((BATCH, N))), library.array(X), solver=ic.Newton(rtol=1e-11))
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    assert int(solution.stats.evaluations) < 16
+    np.testing.assert_allclose(library.numpy(solution.value), reference(X), rtol=1e-9, atol=1e-10)
+
+
+def exact(v: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(np.swapaxes(jacobian(reference(X), X), 1, 2), v[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("units", [{}, {"scale": SCALE, "g_scale": 10 * SCALE[::-1]}], ids=["plain", "units"])
+@pytest.mark.parametrize("wrong", [1.0, 1.3])
+def test_the_gradient_takes_two_products(wrong: float, units: dict[str, Any]) -> None:
+    """Of a Jacobian that is not right it takes more, and has the accuracy of the products."""
+    products = 0
+
+    def vjp(x: np.ndarray, z: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal products
+        products += 1
+        return root_vjp(x, z, v)
+
+    def given(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return jacobian(x, z) + (wrong - 1) * W
+
+    problem = ic.RootProblem(root, vjp=vjp, jacobian=given, batch_ndim=1, **units)
+    pullback = ic.Implicit(ic.GMRES(rtol=1e-11)).vjp(problem, reference(X), X)[1]
+    before = products
+    np.testing.assert_allclose(pullback(V), exact(V), rtol=1e-7 if wrong != 1 else 1e-10, atol=1e-8)
+    assert products - before == 2 + 1 if wrong == 1 else products - before > 3
+
+
+def test_products_come_from_the_jacobian_where_nothing_else_gives_them() -> None:
+    def linearize(x: np.ndarray, z: np.ndarray) -> Any:
+        return ic.Linearization(root(x, z), vjp_z=lambda v: -v, jvp_z=lambda dz: -dz)
+
+    problem = ic.RootProblem(root, linearize=linearize, jacobian=jacobian, batch_ndim=1)
+    np.testing.assert_allclose(ic.Implicit().vjp(problem, reference(X), X)[1](V), exact(V), rtol=1e-9)
+    pushed = ic.Implicit().jvp(problem, reference(X), X, V)[1]
+    expected = np.linalg.solve(jacobian(reference(X), X), V[..., None])[..., 0]
+    np.testing.assert_allclose(pushed, expected, rtol=1e-9)
+    solved = ic.solve(problem, np.zeros((BATCH, N)), X, solver=ic.NewtonKrylov(rtol=1e-10))
+    np.testing.assert_allclose(solved.value, reference(X), rtol=1e-7, atol=1e-9)
+
+
+def test_a_singular_jacobian_is_inverted_by_least_squares() -> None:
+    """x² = 0 from zero, beside a regular sample."""
+    problem = ic.RootProblem(lambda x, z: x**2 - z, jacobian=lambda x, z: 2 * x[..., None], batch_ndim=1)
+    solution = ic.solve(problem, np.asarray([[0.0], [1.0]]), np.asarray([[1.0], [2.0]]), solver=ic.Newton(max_steps=30))
+    assert solution.status[1] == ic.CONVERGED
+    assert solution.status[0] != ic.CONVERGED
+    sparse = ic.RootProblem(lambda x, z: x**2 - z, jacobian=lambda x, z: scipy.sparse.diags_array(2 * x, format="csr"))
+    solution = ic.solve(sparse, np.asarray([0.0, 1.0]), np.asarray([1.0, 2.0]), solver=ic.Newton(max_steps=60))
+    assert np.isfinite(solution.value[1])
+
+
+# A sparse Jacobian: one step of implicit Euler for u' = Δu + u - u³ + z on a square.
+
+
+def reaction_diffusion(m: int) -> tuple[ic.RootProblem[Any, Any], Any]:
+    line = scipy.sparse.diags_array([np.ones(m - 1), -2 * np.ones(m), np.ones(m - 1)], offsets=[-1, 0, 1])
+    laplacian = m**2 * scipy.sparse.kronsum(line, line, format="csr")
+    dt = 0.01
+
+    def g(u: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return u - dt * (laplacian @ u + u - u**3 + z)
+
+    def vjp(u: np.ndarray, z: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return v - dt * (laplacian @ v + (1 - 3 * u**2) * v), -dt * v
+
+    def of_g(u: np.ndarray, z: np.ndarray) -> Any:
+        return scipy.sparse.eye_array(m * m) - dt * (laplacian + scipy.sparse.diags_array(1 - 3 * u**2))
+
+    return ic.RootProblem(g, vjp=vjp, jacobian=of_g), laplacian
+
+
+@pytest.mark.parametrize("solver", [ic.Newton(rtol=1e-10), ic.Polyalgorithm(rtol=1e-10)], ids=["Newton", "default"])
+def test_newton_with_a_sparse_jacobian_of_many_unknowns(solver: Any) -> None:
+    """10,000 unknowns: a dense matrix would have 800 MB. The gradient is compared with central differences."""
+    m = 100
+    problem, _ = reaction_diffusion(m)
+    rng = np.random.default_rng(0)
+    z = 300 * rng.normal(size=m * m)
+    solution = ic.solve(problem, np.zeros(m * m), z, solver=solver)
+    assert solution.converged
+    assert np.linalg.norm(problem.f(solution.value, z)) <= 1e-10 * np.linalg.norm(problem.f(np.zeros(m * m), z))
+    assert solution.stats.evaluations < 10
+    v, dz = rng.normal(size=(2, m * m))
+    pulled = ic.Implicit().vjp(problem, solution.value, z)[1](v)
+    after, before = (
+        ic.solve(problem, solution.value, z + step * dz, solver=ic.Newton(rtol=0.0, atol=1e-11)).value
+        for step in (1e-2, -1e-2)
+    )
+    assert pulled @ dz == pytest.approx(v @ (after - before) / 2e-2, rel=1e-7)
+
+
+def test_a_sparse_jacobian_in_units_and_of_a_fixed_point() -> None:
+    rng = np.random.default_rng(3)
+    m = scipy.sparse.random_array((20, 20), density=0.2, rng=rng) * 0.3
+    scale = np.logspace(-1, 1, 20)
+
+    def f(h: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return np.tanh(m @ h + z)
+
+    def slope(h: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return 1 - np.tanh(m @ h + z) ** 2
+
+    def vjp(h: np.ndarray, z: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return m.T @ (slope(h, z) * v), slope(h, z) * v
+
+    def of_f(h: np.ndarray, z: np.ndarray) -> Any:
+        return scipy.sparse.diags_array(slope(h, z)) @ m
+
+    z, v = rng.normal(size=(2, 20))
+    problem = ic.Problem(f, vjp=vjp, jacobian=of_f, scale=scale)
+    solution = ic.solve(problem, np.zeros(20), z, solver=ic.Newton(rtol=1e-12))
+    assert solution.converged
+    assert solution.stats.evaluations < 8
+    dense = np.eye(20) - of_f(solution.value, z).toarray()
+    expected = slope(solution.value, z) * np.linalg.solve(dense.T, v)
+    np.testing.assert_allclose(ic.Implicit().vjp(problem, solution.value, z)[1](v), expected, rtol=1e-9)
+
+
+# Autodiff frameworks: the matrix saves products, and the derivatives are those of autodiff.
+
+
+def test_a_layer_in_torch() -> None:
+    w = torch.asarray(W)
+    products = 0
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def jvp(ctx: Any, dx: Any) -> Any:
+            return dx.clone()
+
+        @staticmethod
+        def backward(ctx: Any, v: Any) -> Any:
+            nonlocal products
+            products += 1
+            return v
+
+    def g(x: Any, z: Any) -> Any:
+        x = Counted.apply(x)
+        return x**3 + x - x @ w.T - z
+
+    def of_g(x: Any, z: Any) -> Any:
+        return torch.eye(N, dtype=x.dtype) * (3 * x[..., None] ** 2 + 1) - w
+
+    counts = []
+    for given in (of_g, None):
+        problem = ic.RootProblem(g, jacobian=given, batch_ndim=1)
+        z = torch.asarray(X, dtype=torch.float64).requires_grad_()
+        solver = ic.Newton(rtol=1e-12)
+        value = ic.root(problem, torch.zeros(BATCH, N, dtype=torch.float64), z, solver=solver).value
+        products = 0
+        (grad,) = torch.autograd.grad((value * torch.asarray(V)).sum(), z)
+        counts.append(products)
+        np.testing.assert_allclose(grad.numpy(), exact(V), rtol=1e-6 if given is None else 1e-9, atol=1e-8)
+    assert counts[0] <= 4 < counts[1]
+
+    def loss(z: Any) -> Any:
+        problem = ic.RootProblem(lambda x, z: x**3 + x - x @ w.T - z, jacobian=of_g, batch_ndim=1)
+        gradient = ic.Implicit(ic.GMRES(rtol=1e-12))
+        return (
+            ic.root(problem, torch.zeros_like(z), z, solver=ic.Newton(rtol=1e-12), gradient=gradient).value ** 2
+        ).sum()
+
+    z = torch.asarray(X, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(loss, z)
+    np.testing.assert_allclose(torch.func.grad(loss)(z.detach()), torch.autograd.grad(loss(z), z)[0], rtol=1e-9)
+
+
+def test_a_layer_in_jax() -> None:
+    """Under ``jit`` and ``vmap``, and twice differentiated."""
+    w = jnp.asarray(W)
+
+    def g(x: Any, z: Any) -> Any:
+        return x**3 + x - w @ x - z
+
+    problem = ic.RootProblem(g, jacobian=jax.jacfwd(g))
+    gradient = ic.Implicit(ic.GMRES(rtol=1e-12))
+
+    def loss(z: Any) -> Any:
+        return jnp.sum(ic.root(problem, jnp.zeros(N), z, solver=ic.Newton(rtol=1e-12), gradient=gradient).value ** 2)
+
+    def expected(z: np.ndarray) -> np.ndarray:
+        x = reference(z)
+        return np.linalg.solve(np.swapaxes(jacobian(x, z), -1, -2), 2 * x[..., None])[..., 0]
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(X[0])), expected(X[:1])[0], rtol=1e-9)
+    np.testing.assert_allclose(jax.vmap(jax.jit(jax.grad(loss)))(jnp.asarray(X)), expected(X), rtol=1e-9)
+    hessian = jax.jit(jax.hessian(loss))(jnp.asarray(X[0]))
+    step = 1e-5 * np.eye(N)
+    rows = [(expected(X[:1] + e)[0] - expected(X[:1] - e)[0]) / 2e-5 for e in step]
+    np.testing.assert_allclose(hessian, np.stack(rows), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("result", "batch_ndim", "error", "message"),
+    [
+        (np.eye(3), 0, ValueError, r"result of jacobian must have the shape \(2, 2\), got \(3, 3\)"),
+        (np.eye(2), 1, ValueError, r"result of jacobian must have the shape \(2, 1, 1\), got \(2, 2\)"),
+        ([[1.0]], 0, TypeError, "jacobian must return an array of numpy"),
+        (scipy.sparse.eye_array(2), 1, TypeError, "sparse result of jacobian is for NumPy, and for one system"),
+    ],
+)
+def test_another_result_is_refused(result: Any, batch_ndim: int, error: type[Exception], message: str) -> None:
+    problem = ic.Problem(lambda h, z: 0.5 * h, jacobian=lambda h, z: result, batch_ndim=batch_ndim)
+    with pytest.raises(error, match=message):
+        ic.solve(problem, np.ones(2), None, solver=ic.Newton())
