@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import implicit_core as ic
-from implicit_core.examples.roots import exchange, flame, ieee14, power_flow, reaction_diffusion
+from implicit_core.examples.roots import (
+    exchange,
+    flame,
+    ieee14,
+    power_flow,
+    reaction_diffusion,
+    sparse_reaction_diffusion,
+)
 from implicit_core.examples.roots.differences import central_difference
 
 
@@ -46,26 +53,34 @@ def test_power_flow() -> None:
 
 
 def test_reaction_diffusion() -> None:
-    n, steps = 16, 4
-    start = 0.9 + 0.2 * jax.random.uniform(jax.random.key(0), (2, n, n))
+    n, steps, dt, probe = 16, 4, 5e-4, (3, 4)
+    noise = 0.05 * jax.random.normal(jax.random.key(0), (n, n))
+    start = jnp.stack([1 + noise, jnp.full((n, n), 0.9)])
 
     @jax.jit
     def evaluate(feed: jax.Array) -> tuple[tuple[jax.Array, tuple[jax.Array, jax.Array]], jax.Array]:
         def objective(feed: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             rtol = 1e-12 if feed.dtype == jnp.float64 else 1e-5
-            dts = jnp.full(steps, 1e-3, feed.dtype)
+            dts = jnp.full(steps, dt, feed.dtype)
             states, statuses = reaction_diffusion.simulate(start.astype(feed.dtype), feed, dts, rtol)
-            return states[0, 3, 4], (states, statuses)
+            return states[0][probe], (states, statuses)
 
         return jax.value_and_grad(objective, has_aux=True)(feed)
 
     feed = jnp.full((n, n), 0.1)
-    (_, (_, statuses)), found = evaluate(feed)
+    (_, (last, statuses)), found = evaluate(feed)
     assert np.all(statuses == ic.CONVERGED)
     direction = found / jnp.linalg.norm(found)
     slope = central_difference(lambda feed: evaluate(feed)[0][0], feed, direction, 1e-4)
     assert relative(jnp.sum(found * direction), slope) < 1e-7
     assert relative(evaluate(feed.astype(jnp.float32))[1], found) < 1e-4
+
+    problem = sparse_reaction_diffusion.implicit_euler(n, dt)
+    states = sparse_reaction_diffusion.simulate(problem, np.asarray(start), np.asarray(feed), steps)
+    of_the_probe = np.zeros((2, n, n))
+    of_the_probe[0][probe] = 1.0
+    assert relative(states[-1], last) < 1e-9
+    assert relative(sparse_reaction_diffusion.gradient(problem, states, np.asarray(feed), of_the_probe), found) < 1e-8
 
 
 def test_flame() -> None:

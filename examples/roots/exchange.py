@@ -76,7 +76,8 @@ def log_utility(tastes: Consumers, q: Array, endowments: Array) -> Array:
 def equilibrium(tastes: Consumers, endowments: Array, rtol: float = 1e-6) -> ic.Solution[Array]:
     """The logarithms of the prices at which all markets clear, from equal prices."""
     start = np.full_like(endowments[:, 0, :], -np.log(endowments.shape[-1]))
-    return ic.solve(economy(tastes), start, endowments, solver=ic.Polyalgorithm(rtol=rtol))
+    solver = ic.Polyalgorithm(rtol=rtol, atol=rtol)  # the start may be the root: then no relative tolerance is met
+    return ic.solve(economy(tastes), start, endowments, solver=solver)
 
 
 def utility_gradient(tastes: Consumers, q: Array, endowments: Array, consumer: int) -> tuple[Array, Array]:

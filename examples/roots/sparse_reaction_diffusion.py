@@ -33,7 +33,7 @@ def implicit_euler(n: int, dt: float) -> ic.RootProblem[Array, Inputs]:
         value: Array = w - before - dt * ((operator @ w.ravel()).reshape(w.shape) + reaction)
         return value
 
-    def jacobian(w: Array, z: Inputs) -> Any:
+    def jacobian(w: Array, _: Inputs) -> Any:
         u, v = w.reshape(2, -1)
         blocks = [[2 * u * v - 1, u**2], [-2 * u * v, -(u**2)]]
         reaction = sp.block_array([[sp.diags_array(RATE * part) for part in row] for row in blocks])
