@@ -29,7 +29,7 @@ from .estimators import (
 )
 from .fixed_point import fixed_point
 from .iteration import ChangingFunctionWarning
-from .linear_solvers import CG, GMRES, BiCGSTAB, LinearSolver, Richardson
+from .linear_solvers import CG, GMRES, MINRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
 from .preconditioner import Preconditioner
@@ -72,6 +72,7 @@ __all__ = [
     "DIVERGED",
     "GMRES",
     "MAX_STEPS",
+    "MINRES",
     "NONFINITE",
     "NPG",
     "STAGNATED",

@@ -198,16 +198,6 @@ class Backend:
         """Whether a dtype is of a kind, as in the array API."""
         return bool(self.xp.isdtype(dtype, kind))
 
-    def inverse(self, matrices: Array) -> Array:
-        """The inverses of matrices (..., n, n); numbers that are no inverse, if a matrix has none."""
-        xp: Any = self.xp
-        try:
-            return xp.linalg.inv(matrices)
-        except Exception as error:
-            if not type(error).__name__.endswith("LinAlgError"):  # as every library that raises one calls it
-                raise
-            return xp.full_like(matrices, float("nan"))
-
     def stop_gradient(self, x: Array) -> Array:
         """``x``, detached from any autodiff graph."""
         return x

@@ -15,8 +15,8 @@ from typing import Any
 from .arrays import Array, Mask, Matrices, Operator, PyTree, State
 from .backend import Known
 from .linear_operators import is_sparse
+from .preconditioner import AtPoint
 from .problem import Problem
-from .records import Record
 from .registry import find_backend
 from .solvers import dense
 from .space import Space
@@ -167,7 +167,7 @@ def _split(space: Space, x: Array) -> State:
 
 
 @dataclass(frozen=True, repr=False)
-class Inverse(Record):
+class Inverse(AtPoint):
     """A⁻¹ of a dense A, by least squares in samples in which A is singular.
 
     Attributes
@@ -179,7 +179,7 @@ class Inverse(Record):
     transposed: Matrices
 
     def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
-        """A⁻¹ x, or A⁻ᵀ x. The batch of x may have more axes, the first ones."""
+        """See :class:`AtPoint`. The batch of x may have more axes, the first ones."""
         matrix: Any = space.xp.matrix_transpose(self.transposed) if transposed else self.transposed
         if space.samples == matrix.shape[0]:
             return dense.multiply(space, matrix, x)
@@ -188,7 +188,7 @@ class Inverse(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class SparseFactors(Record):
+class SparseFactors(AtPoint):
     """The LU factorization of a sparse A by SuperLU.
 
     Attributes
@@ -200,7 +200,7 @@ class SparseFactors(Record):
     lu: Any
 
     def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
-        """A⁻¹ x, or A⁻ᵀ x."""
+        """See :class:`AtPoint`."""
         return _split(space, self.lu.solve(_joined(space, x), trans="T" if transposed else "N"))
 
 
@@ -214,7 +214,7 @@ def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
     xp: Any = space.xp
     transposed = xp.matrix_transpose(matrix)
     transposed = xp.where(xp.isfinite(transposed), transposed, xp.zeros_like(transposed))
-    inverse = space.backend.inverse(transposed)
+    inverse = _inverses(xp, transposed)
     defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
     singular = ~(defect[:, None] <= EXACT)  # true of NaN
 
@@ -223,6 +223,16 @@ def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
 
     made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
     return made
+
+
+def _inverses(xp: Any, matrices: Array) -> Array:
+    """The inverses of matrices (N, n, n); numbers that are no inverse, if a matrix has none."""
+    try:
+        return xp.linalg.inv(matrices)
+    except Exception as error:
+        if not type(error).__name__.endswith("LinAlgError"):  # as every library that raises one calls it
+            raise
+        return xp.full_like(matrices, math.nan)
 
 
 def inverse_of(space: Space, operator: Operator) -> Matrices:

@@ -1,5 +1,6 @@
 """A preconditioner of the linear systems at a fixed point, as the user gives it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,14 @@ from . import checks
 from .arrays import PyTree, State
 from .records import Data, Record
 from .space import Space
+
+
+class AtPoint(Record, ABC):
+    """An approximate inverse of A = I - ∂F/∂h at a point, with what was computed there once."""
+
+    @abstractmethod
+    def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
+        """M⁻¹ x, or M⁻ᵀ x; ``space`` is the one of x."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +69,7 @@ class Preconditioner(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class PreparedPreconditioner(Record):
+class PreparedPreconditioner(AtPoint):
     """A preconditioner at a point.
 
     Attributes
@@ -75,7 +84,7 @@ class PreparedPreconditioner(Record):
     data: Data
 
     def solve(self, space: Space, x: State, *, transposed: bool = False) -> State:
-        """M⁻¹ x, or M⁻ᵀ x."""
+        """See :class:`AtPoint`."""
         functions = self.functions
         both = functions.transposed is None or not transposed
         function, name = (functions.apply, "apply") if both else (functions.transposed, "transposed")

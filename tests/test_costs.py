@@ -148,7 +148,7 @@ def test_operations_a_step(
 
 @pytest.mark.parametrize(
     ("solver", "limit"),
-    [(ic.GMRES, 87), (ic.CG, 34), (ic.BiCGSTAB, 63), (ic.Richardson, 30)],
+    [(ic.GMRES, 87), (ic.CG, 34), (ic.MINRES, 63), (ic.BiCGSTAB, 63), (ic.Richardson, 30)],
 )
 def test_operations_of_a_step_of_a_linear_solver(solver: type, limit: int) -> None:
     """Of a tolerance that is not reached, with the product itself."""

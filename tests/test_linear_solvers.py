@@ -66,6 +66,39 @@ def test_cg_on_symmetric_positive_definite_systems(library: Library) -> None:
     np.testing.assert_allclose(library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-8)
 
 
+def indefinite(batch: int, n: int) -> np.ndarray:
+    """Symmetric, with eigenvalues of both signs, and ten different ones."""
+    rng = np.random.default_rng(7)
+    q = np.linalg.qr(rng.normal(size=(batch, n, n)))[0]
+    values = np.linspace(-2, 3, 10)[np.arange(n) % 10]
+    return (q * values) @ np.swapaxes(q, 1, 2)
+
+
+def test_minres_on_symmetric_indefinite_systems(library: Library) -> None:
+    a, b = indefinite(4, 40), np.random.default_rng(1).normal(size=(4, 40))
+    solution = ic.solve_linear(apply(library, a), library.array(b), solver=ic.MINRES(rtol=1e-9), batch_ndim=1)
+    assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+    np.testing.assert_allclose(library.numpy(solution.value), np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-6)
+    assert int(solution.stats.evaluations) == 11  # as many as there are eigenvalues, and one that verifies
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 9])
+def test_minres_finds_the_least_residual_of_the_krylov_space(steps: int) -> None:
+    a, b = indefinite(1, 40)[0], np.random.default_rng(1).normal(size=40)
+    krylov = np.stack([np.linalg.matrix_power(a, i) @ b for i in range(steps)], axis=1)
+    weights = np.linalg.lstsq(a @ krylov, b, rcond=None)[0]
+    least = np.linalg.norm(b - a @ krylov @ weights)
+    found = ic.solve_linear(a, b, solver=ic.MINRES(max_steps=steps, rtol=1e-14))
+    assert found.stats.residual == pytest.approx(least, rel=1e-8)
+
+
+def test_minres_does_not_pretend_on_other_systems() -> None:
+    for a in (near_identity(1, 12, 0.9, seed=0)[0] + 3 * np.triu(np.ones((12, 12)), 1), np.diag([1.0, 0.0, 2.0])):
+        found = ic.solve_linear(a, np.ones(a.shape[0]), solver=ic.MINRES(max_steps=100))
+        assert not found.converged
+        np.testing.assert_allclose(found.stats.residual, np.linalg.norm(np.ones(a.shape[0]) - a @ found.value))
+
+
 def test_the_residual_is_measured_and_not_updated() -> None:
     """Where products are rounded, those of the corrections do not add up to the product of the solution."""
     a, b = near_identity(1, 12, 0.9, seed=0)[0], np.random.default_rng(1).normal(size=12)
@@ -124,7 +157,7 @@ def test_a_tolerance_for_each_sample(library: Library) -> None:
 
 def test_every_product_is_counted() -> None:
     a, b = near_identity(3, 10, 0.8, seed=3), np.ones((3, 10))
-    for solver in [*GENERAL, ic.CG(max_steps=5)]:
+    for solver in [*GENERAL, ic.CG(max_steps=5), ic.MINRES(max_steps=5)]:
         calls = 0
 
         def operator(v: np.ndarray) -> np.ndarray:
@@ -177,7 +210,7 @@ def test_gmres_stops_within_a_cycle() -> None:
     assert solution.stats.evaluations == 4
 
 
-@pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT)], ids=named)
+@pytest.mark.parametrize("solver", [*GENERAL, ic.CG(**TIGHT), ic.MINRES(**TIGHT)], ids=named)
 def test_failure_is_reported(solver: ic.LinearSolver, library: Library) -> None:
     singular = np.diag([1.0, 0.5, 0.0])[None]
     solution = ic.solve_linear(apply(library, singular), library.array(np.ones((1, 3))), solver=solver, batch_ndim=1)
@@ -220,7 +253,7 @@ def test_running_out_of_steps(solver: ic.LinearSolver) -> None:
     np.testing.assert_allclose(solution.stats.residual, np.linalg.norm(np.ones(40) - a @ solution.value))
 
 
-@pytest.mark.parametrize("solver", [ic.GMRES(), ic.BiCGSTAB(), ic.CG()], ids=named)
+@pytest.mark.parametrize("solver", [ic.GMRES(), ic.BiCGSTAB(), ic.CG(), ic.MINRES()], ids=named)
 def test_single_precision_counts_as_converged_at_its_own_rounding_error(solver: ic.LinearSolver) -> None:
     """cond(A) = 199: not even the exact solution, rounded to float32, always has a relative residual of 1e-6."""
     for seed in range(10):
@@ -372,7 +405,7 @@ def backward_error(a: np.ndarray, x: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("norm", [1.0, 1e-4, 1e4])
 @pytest.mark.parametrize(
     "solver",
-    [ic.GMRES(restart=100, max_steps=1000), ic.CG(max_steps=1000), ic.BiCGSTAB(max_steps=1000)],
+    [ic.GMRES(restart=100, max_steps=1000), ic.CG(max_steps=1000), ic.BiCGSTAB(max_steps=1000), ic.MINRES()],
     ids=named,
 )
 def test_a_stiff_system_is_solved_as_well_as_lapack_solves_it(
@@ -413,6 +446,7 @@ class Sweeps(ic.LinearSolver):
 
 
 EVERY = [
+    ic.MINRES(),
     ic.GMRES(),
     ic.GMRES(restart=7),
     ic.CG(),

@@ -1,15 +1,14 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
-import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from .. import checks
 from ..arrays import H, Operator, State, Z
-from ..jacobian import Inverse, SparseFactors, complement, factorized
+from ..jacobian import complement, factorized
 from ..linear_solvers import GMRES, LinearSolver
-from ..preconditioner import Preconditioner, PreparedPreconditioner
+from ..preconditioner import AtPoint, Preconditioner
 from ..problem import Problem
 from ..space import Space
 from .base import AtFixedPoint, Derivative
@@ -70,9 +69,7 @@ class Implicit(AtFixedPoint):
 
     linear_solver: LinearSolver = field(default=GMRES())
     on_failure: OnFailure = "raise"
-    preconditioner: Preconditioner | None = field(default=None, repr=False)
-    at_point: PreparedPreconditioner | Inverse | SparseFactors | None = field(default=None, init=False, repr=False)
-    """What :meth:`prepared` made: an approximate inverse of I - ∂F/∂h."""
+    preconditioner: Preconditioner | AtPoint | None = field(default=None, repr=False)
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
     relaxes: ClassVar[bool] = False
@@ -80,24 +77,21 @@ class Implicit(AtFixedPoint):
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
         check_on_failure(self.on_failure)
-        if self.preconditioner is not None:
+        if self.preconditioner is not None and not isinstance(self.preconditioner, AtPoint):
             checks.instance("preconditioner", self.preconditioner, Preconditioner, "Preconditioner(apply, transposed)")
 
     def prepared(self, problem: Problem[H, Z], h: H, z: Z) -> Self:
         """See :class:`AtFixedPoint`: the preconditioner, or the factorized Jacobian of the problem."""
-        if self.preconditioner is None and problem.jacobian is None:
+        given = self.preconditioner
+        if isinstance(given, AtPoint) or (given is None and problem.jacobian is None):
             return self
         space = problem.space(h)
-        backend, made = space.backend, copy.copy(self)
+        backend = space.backend
         h, z = (backend.map(lambda x: backend.stop_gradient(x) if backend.is_array(x) else x, tree) for tree in (h, z))
+        at: AtPoint
         with backend.on_device_of(h), backend.solving():
-            at = (
-                factorized(space, complement(problem, space, h, z))
-                if self.preconditioner is None
-                else self.preconditioner.at(h, z)
-            )
-        object.__setattr__(made, "at_point", at)
-        return made
+            at = factorized(space, complement(problem, space, h, z)) if given is None else given.at(h, z)
+        return replace(self, preconditioner=at)
 
     # Decision 24.
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
@@ -106,8 +100,8 @@ class Implicit(AtFixedPoint):
 
     def directed(self, space: Space, jacobian: Operator, v: State, *, transposed: bool) -> State:
         """See :class:`AtFixedPoint`: a preconditioner of the transposed system is transposed too."""
-        at = self.at_point
-        if at is None:
+        at = self.preconditioner
+        if not isinstance(at, AtPoint):  # none, or where it could not be prepared
             return self.inverse(space, jacobian, v)
         return self._solved(space, jacobian, v, lambda x: at.solve(space, x, transposed=transposed))
 

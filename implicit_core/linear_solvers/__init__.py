@@ -4,6 +4,7 @@ from .base import LinearResult, LinearSolver
 from .bicgstab import BiCGSTAB
 from .cg import CG
 from .gmres import GMRES
+from .minres import MINRES
 from .richardson import Richardson
 
-__all__ = ["CG", "GMRES", "BiCGSTAB", "LinearResult", "LinearSolver", "Richardson"]
+__all__ = ["CG", "GMRES", "MINRES", "BiCGSTAB", "LinearResult", "LinearSolver", "Richardson"]

@@ -76,7 +76,8 @@ class GMRES(LinearSolver):
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             j, growth = c.steps, c.growth
             u = c.v if precondition is None else precondition(c.v)
-            step = arnoldi_step(space, operator, u, c.basis, space.norm)
+            step = arnoldi_step(space, operator, u, space.rows_in_use(c.basis, j + 1), space.norm)
+            step = step._replace(column=hessenberg.padded(step.column))
             qr, decrease, ok = hessenberg.append(c.qr, step.column, step.height, j, c.active)
             if growth is not None:
                 length = space.xp.linalg.vector_norm(step.column, axis=-1, keepdims=True)
@@ -141,6 +142,11 @@ class _Hessenberg:
         identity = self.identity[None, :, :]
         rotations, triangle = (space.matrices(size, size) + identity for _ in range(2))  # two, since rows are replaced
         return _QR(rotations, triangle, space.matrices(1, size)[:, 0, :])
+
+    def padded(self, column: Array) -> Array:
+        """A column that ends where the basis does, with zeros to the size of the matrix."""
+        missing = self.size - column.shape[1]
+        return self.space.xp.concat([column, self.space.matrices(1, missing)[:, 0, :]], axis=1) if missing else column
 
     def append(self, qr: _QR, column: Array, height: Numbers, j: int, active: Mask) -> tuple[_QR, Numbers, Mask]:
         """Append column j of the Hessenberg matrix, in the active samples in which the matrix stays regular.
