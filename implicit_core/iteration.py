@@ -321,9 +321,8 @@ class Iteration:
     def threshold(self, f_norm: Numbers, made: Progress) -> Numbers:
         """The residual that a sample has to reach, which no residual exceeds where it was ended."""
         xp, tolerance = self.space.xp, self.space.multiply_add(self.rtol, f_norm, made.atol)
-        tolerance = tolerance if made.floor is None else xp.maximum(tolerance, made.floor)
         smaller: Numbers = xp.minimum(tolerance, made.cap)
-        return smaller
+        return smaller if made.floor is None else xp.maximum(smaller, made.floor)
 
     def _of_all(self, made: Progress) -> Progress:
         """What a residual is held against, also where a sample was ended."""
@@ -564,6 +563,11 @@ class Iteration:
         least = made.least
         if least is not None:
             made = made._replace(least=(least := space.xp.minimum(least, point.norm)))
+        else:
+            assert best is not None
+            least = space.xp.minimum(best.norm, point.norm)
+        if made.floor is not None and operator is not None:
+            made, point = self._explained(made, best, point, operator, least)
         if self.solver.patience:
             made = progress.halved(made, space, evaluations, point.norm)
             out_of_patience = evaluations - made.halved_at >= self.solver.patience
@@ -571,9 +575,6 @@ class Iteration:
         now = progress.is_checkpoint(evaluations)
         if now is False:
             return made, point
-        if least is None:
-            assert best is not None
-            least = space.xp.minimum(best.norm, point.norm)
         tolerance = self.tolerance(point.f_norm)
         # A solver that goes back from a point may be on its way back from far beyond.
         goes_back = self.solver.overshoots or (self.system.is_root and self.solver.undoes_steps)
@@ -582,17 +583,36 @@ class Iteration:
         ended = progress.both(ended & point.active, now)
         made, point = self._ended(made, point, ended)
         marked_least = space.select(now, least, made.marked_least)
-        cap, active, floor = made.cap, point.active, made.floor
-        late = evaluations >= progress.FIRST_ROUNDING
-        if floor is not None and operator is not None and late is not False:
-            small = (point.norm <= cap) & (point.norm <= progress.LARGEST_ROUNDING * point.f_norm)
-            stalled = (least > progress.HALF * made.marked_least) & late
-            when = progress.both_known(now, late)
-            rounding = progress.is_rounding(space, point, operator, when, of_root=self.system.is_root)
-            rounding = rounding & stalled & active & small & now
-            floor, active = space.select(rounding, point.norm, floor), active & ~rounding
         marked = space.select(now, point.norm, made.marked)
-        return made._replace(marked_least=marked_least, marked=marked, floor=floor), point._replace(active=active)
+        return made._replace(marked_least=marked_least, marked=marked), point
+
+    def _explained(
+        self, made: Progress, best: Best | None, point: Point, operator: Operator, least: Numbers
+    ) -> tuple[Progress, Point]:
+        """The same, where rounding errors of F explain the residual of a sample that does not fall (Decision 90)."""
+        space, norm, is_root = self.space, point.norm, self.system.is_root
+        assert made.floor is not None
+        evaluations = point.index + 1
+        due = progress.looks_at_rounding(evaluations, often=self.solver.patience is not None)
+        at_start: Known = evaluations == 2 if is_root else False
+        if due is False and at_start is False:
+            return made, point
+        small = (norm <= made.cap) & (norm <= progress.LARGEST_ROUNDING * point.f_norm)
+        stalled = progress.both((least > progress.HALF * made.marked_least) & small, due)
+        if at_start is not False:
+            # A start at the root: nothing can fall, and no state has run away.
+            assert best is not None
+            near = space.norm(space.sub(point.x, best.x)) <= space.coarsest_eps**0.5 * space.norm(best.x)
+            stalled = stalled | progress.both(near, at_start)
+        stalled = stalled & point.active
+        some = space.xp.any(stalled)
+        when: Known = bool(some) if space.backend.readable(norm) else some
+        if when is False:
+            return made, point
+        tolerance = self.tolerance(point.f_norm)
+        rounding = stalled & progress.is_rounding(space, point, operator, tolerance, when, of_root=is_root)
+        floor = space.select(rounding, norm, made.floor)
+        return made._replace(floor=floor), point._replace(active=point.active & ~rounding)
 
     def _ended(self, made: Progress, point: Point, ended: Mask) -> tuple[Progress, Point]:
         """The same, where samples have ended: no residual exceeds their threshold."""

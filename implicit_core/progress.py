@@ -34,10 +34,12 @@ a fraction of ‖F(h)‖."""
 HALF = 0.5
 """A residual that did not fall to this fraction since the last checkpoint may be a rounding error; ``patience`` waits
 for one that did."""
-FIRST_CHECK, FIRST_ROUNDING, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 16, 32, 64, 256
-"""The evaluations of the first checkpoint, where a sample that diverged is ended; of the first where a residual may be
-a rounding error; and of the first that end a state that ran away, a residual that neither falls nor grows, and any that
-does not fall."""
+FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
+"""The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
+that ran away, a residual that neither falls nor grows, and any that does not fall."""
+FIRST_ROUNDING, EVERY = 16, 8
+"""The evaluations of the first look whether a residual is a rounding error, and between two looks of a solver with
+``patience``; others look at checkpoints."""
 FALL = 0.99
 """A residual has fallen between two checkpoints if it is below this fraction, or falls steadily."""
 FLAT = 0.9
@@ -138,12 +140,14 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     return hidden
 
 
-def is_rounding(space: Space, point: "Point", operator: Operator, when: Known, *, of_root: bool) -> Mask:
-    """Where rounding errors of F explain F(x) - x, in every component (Decision 90).
+def is_rounding(
+    space: Space, point: "Point", operator: Operator, tolerance: Numbers, when: Known, *, of_root: bool
+) -> Mask:
+    """Where rounding errors of F explain F(x) - x, in all components but some that are within the tolerance.
 
-    They are some ε |A| |x| with A = I - ∂F/∂h, the operator, which products of A with x under random signs estimate,
-    from below. In F(x) - x itself x and F(x) are rounded, besides; the residual of a root is g alone. Unless ``when``
-    holds, there are no products, and the result means nothing.
+    See Decision 90. They are some ε |A| |x| with A = I - ∂F/∂h, the operator, which products of A with x under random
+    signs estimate, from below. In F(x) - x itself x and F(x) are rounded, besides; the residual of a root is g alone.
+    Unless ``when`` holds, there are no products, and the result means nothing.
     """
     xp, rows, x = space.xp, signs(space, random.Random(0), SIGNS), point.x
     sizes = [0.0 if of_root else xp.abs(a) + xp.abs(b) for a, b in zip(x, point.f, strict=True)]
@@ -159,12 +163,11 @@ def is_rounding(space: Space, point: "Point", operator: Operator, when: Known, *
     largest = space.backend.repeat(product, (0, start), count)[1]
     beyond = State(
         tuple(
-            xp.astype(xp.abs(r) > EXPLAINED * float(space.backend.finfo(dtype).eps) * (a + b), space.dtype)
+            xp.where(xp.abs(r) > EXPLAINED * float(space.backend.finfo(dtype).eps) * (a + b), r, xp.zeros_like(r))
             for r, a, b, dtype in zip(point.residual, largest, sizes, space.dtypes, strict=True)
         )
     )
-    # The largest, since a sample may extend over devices.
-    explained: Mask = space.largest(beyond) == 0
+    explained: Mask = space.norm(beyond) <= tolerance
     return explained
 
 
@@ -179,6 +182,12 @@ def is_checkpoint(evaluations: Index) -> Known:
     power: Known = (evaluations & (evaluations - 1)) == 0
     at: Known = power & (evaluations >= FIRST_CHECK)
     return at
+
+
+def looks_at_rounding(evaluations: Index, *, often: bool) -> Known:
+    """Whether it is asked after so many evaluations if a residual is a rounding error."""
+    now: Known = evaluations % EVERY == 0 if often else is_checkpoint(evaluations)
+    return both_known(now, evaluations >= FIRST_ROUNDING)
 
 
 def both(mask: Mask, known: Known) -> Mask:

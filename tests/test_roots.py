@@ -444,6 +444,43 @@ def test_the_23_problems(solver: Any, least: int) -> None:
     assert len(failed) <= 23 - least, failed
 
 
+# Where rounding is all that is left of g.
+
+
+@pytest.mark.parametrize("solver", [ic.Polyalgorithm(), ic.Newton(rtol=1e-6), ic.NewtonKrylov(rtol=1e-6)], ids=repr)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_start_at_the_root_is_found_out(dtype: Any, solver: Any) -> None:
+    """No residual can fall to a fraction of one that is a rounding error."""
+    z = jnp.arange(2, 12, dtype=dtype)[:, None]
+    for run in (lambda f: f, jax.jit):
+        solution = run(lambda z: ic.root(lambda x, z: x**2 - z, jnp.sqrt(z), z, solver=solver, batch_ndim=1))(z)
+        assert bool(jnp.all(solution.converged))
+        assert int(solution.stats.evaluations) == 2
+        np.testing.assert_allclose(solution.value, jnp.sqrt(z), rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_a_start_that_is_no_root_is_not_taken_for_one() -> None:
+    """|g| has a minimum at the start, or nowhere a zero."""
+    for g in (lambda x, z: 10 - jnp.cos(x), lambda x, z: 2 + jnp.tanh((x - 1) ** 2), lambda x, z: jnp.exp(-(x**2)) + 1):
+        for start in (0.0, 1.0, 1e9):
+            solution = ic.root(g, jnp.full(1, start), None)
+            assert not solution.converged
+
+
+@pytest.mark.parametrize("solver", [ic.Polyalgorithm(), ic.Newton(rtol=1e-6), ic.Broyden(rtol=1e-6)], ids=repr)
+def test_rounding_is_found_out_beside_a_component_that_is_exact(solver: Any) -> None:
+    """Large terms cancel in the first equation, and the second says that an unknown is zero."""
+    z = jnp.asarray([2.0, 0.0], jnp.float32)
+
+    def g(x: Any, z: Any) -> Any:
+        return jnp.stack([100 * jnp.exp(x[0]) - 100 * jnp.exp(z[0]) + (x[0] - z[0]), x[1] - z[1]])
+
+    solution = ic.root(g, jnp.asarray([1.9999, 1e-3], jnp.float32), z, solver=solver)
+    assert solution.converged
+    assert solution.stats.residual <= solution.stats.tolerance
+    np.testing.assert_allclose(solution.value[0], 2.0, rtol=1e-6)
+
+
 # A way back.
 
 
