@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 from array_api_compat import to_device
 
 from .. import checks
-from ..arrays import Array, Numbers, Operator, Real, State
+from ..arrays import Array, Index, Mask, Numbers, Operator, Real, State
+from ..backend import Known
 from ..carry import Point
 from ..progress import both
 from ..records import is_array
@@ -106,52 +107,16 @@ class Bracketing(Solver):
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         space, i = system.space, point.index
-        xp, select = space.xp, space.select
         x, f = _number(point.x), _number(point.residual)
-        at_lower, at_upper, is_open = i == 1, i == 2, i >= 2
-        m = memory._replace(
-            at_start=select(i == 0, f, memory.at_start),
-            b=select(at_lower, x, memory.b),
-            at_b=select(at_lower, f, memory.at_b),
-            c=select(at_upper, x, memory.c),
-            at_c=select(at_upper, f, memory.at_c),
-        )
-        same_sign: Any = (m.at_b < 0) == (m.at_c < 0)
-        width = xp.abs(m.c - m.b)
-        m = m._replace(
-            a=select(at_upper, m.c, m.a),
-            at_a=select(at_upper, m.at_c, m.at_a),
-            move=select(at_upper, width, m.move),
-            before=select(at_upper, width, m.before),
-            limit=select(at_upper, 2.0**SLACK * width, m.limit) * 0.5,
-            size=select(at_upper, xp.abs(m.at_b) + xp.abs(m.at_c), m.size),
-        )
+        m = _begun(space, memory, x, f, i)
         # x0 is the first point within, if it is there.
-        new, at_new = select(at_upper, m.start, x), select(at_upper, m.at_start, f)
-        within = both(_is_within(space, m, new), is_open)
-        m = _select(space, within, _moved(space, m, new, at_new), m)
-        larger = both(xp.abs(m.at_c) < xp.abs(m.at_b), is_open)
-        m = _select(space, larger, m._replace(a=m.b, at_a=m.at_b, b=m.c, at_b=m.at_c, c=m.b, at_c=m.at_b), m)
-
+        at_upper, is_open = i == 2, i >= 2
+        m = _shrunk(space, m, space.select(at_upper, m.start, x), space.select(at_upper, m.at_start, f), is_open)
         middle = space.round(_state(0.5 * m.b + 0.5 * m.c, point.x))
-        m = m._replace(middle=_number(middle))
-        size, width = xp.abs(m.at_b) + xp.abs(m.at_c), xp.abs(m.c - m.b)
-        wide = both(width >= MANY * spacing(space, xp.maximum(xp.abs(m.b), xp.abs(m.c))), is_open)
-        m = m._replace(size=select(wide, size, m.size))
-        neighbours = both(_are_neighbours(m), is_open)
-        is_root = (size <= FALLEN * m.size) & (size < float("inf"))
-        known = (f == f) & xp.isfinite(m.b) & xp.isfinite(m.c)
-        status = memory.status
-        for mask, code in (
-            (neighbours & ~is_root, Status.STAGNATED),
-            (neighbours & is_root & (x == m.b), Status.CONVERGED),
-            (both(same_sign, at_upper), Status.UNBRACKETED),
-            (f == 0, Status.CONVERGED),
-            (~known, Status.NONFINITE),
-        ):
-            status = select(mask, code.value, status)
+        m = m._replace(middle=_number(middle), limit=0.5 * m.limit)
+        m = _judged(space, m, x, f, is_open)
         going_on = point.active & (memory.status == GOING_ON)
-        return _select(space, going_on, m._replace(status=status), memory)
+        return _select(space, going_on, m, memory)
 
     def ended(self, memory: Memory) -> Numbers:
         return memory.status
@@ -217,30 +182,75 @@ def spacing(space: Space, size: Numbers) -> Numbers:
     return space.coarsest_eps * size + float(space.backend.finfo(space.dtype).smallest_normal)
 
 
-def _moved(space: Space, m: Memory, x: Numbers, f: Numbers) -> Memory:
-    """The bracket with a point within it as the new b."""
+def _begun(space: Space, m: Memory, x: Numbers, f: Numbers, i: Index) -> Memory:
+    """The bracket after one of the first three evaluations, at x0 and at its ends; unchanged later."""
+    xp, select, at_lower, at_upper = space.xp, space.select, i == 1, i == 2
+    m = m._replace(
+        at_start=select(i == 0, f, m.at_start),
+        b=select(at_lower, x, m.b),
+        at_b=select(at_lower, f, m.at_b),
+        c=select(at_upper, x, m.c),
+        at_c=select(at_upper, f, m.at_c),
+    )
+    if at_upper is False:
+        return m
+    width, size = xp.abs(m.c - m.b), xp.abs(m.at_b) + xp.abs(m.at_c)
+    same_sign: Any = (m.at_b < 0) == (m.at_c < 0)
+    status = select(same_sign, Status.UNBRACKETED.value, m.status)
+    status = select(xp.isfinite(width), status, space.full(Status.NONFINITE, xp.int32))
+    at_ends = m._replace(
+        a=m.c, at_a=m.at_c, move=width, before=width, limit=2.0**SLACK * width, size=size, status=status
+    )
+    return _select(space, at_upper, at_ends, m)
+
+
+def _shrunk(space: Space, m: Memory, x: Numbers, f: Numbers, when: Known) -> Memory:
+    """The bracket with a point within it as the new b, unless the residual at c is smaller: then they change places."""
+    xp, select = space.xp, space.select
     opposite, move = (f < 0) != (m.at_c < 0), x - m.b
-    return m._replace(
+    moved = m._replace(
         a=m.b,
         at_a=m.at_b,
         b=x,
         at_b=f,
-        c=space.select(opposite, m.c, m.b),
-        at_c=space.select(opposite, m.at_c, m.at_b),
-        move=space.select(opposite, m.move, move),
-        before=space.select(opposite, m.before, move),
+        c=select(opposite, m.c, m.b),
+        at_c=select(opposite, m.at_c, m.at_b),
+        move=select(opposite, m.move, move),
+        before=select(opposite, m.before, move),
     )
+    m = _select(space, both(_is_within(space, m, x), when), moved, m)
+    larger = both(xp.abs(m.at_c) < xp.abs(m.at_b), when)
+    return _select(space, larger, m._replace(a=m.b, at_a=m.at_b, b=m.c, at_b=m.at_c, c=m.b, at_c=m.at_b), m)
 
 
-def _is_within(space: Space, m: Memory, x: Numbers) -> Any:
-    return (space.xp.minimum(m.b, m.c) < x) & (x < space.xp.maximum(m.b, m.c))
+def _judged(space: Space, m: Memory, x: Numbers, f: Numbers, is_open: Known) -> Memory:
+    """The bracket with a status where x, the last point, ends the solve."""
+    xp, size, width = space.xp, space.xp.abs(m.at_b) + space.xp.abs(m.at_c), space.xp.abs(m.c - m.b)
+    many = width >= MANY * spacing(space, xp.maximum(xp.abs(m.b), xp.abs(m.c)))
+    m = m._replace(size=space.select(both(many, is_open), size, m.size))
+    neighbours = both(_are_neighbours(m) & (m.status == GOING_ON), is_open)
+    is_root = (size <= FALLEN * m.size) & (size < float("inf"))
+    status = m.status
+    for mask, code in (
+        (neighbours & ~is_root, Status.STAGNATED),
+        (neighbours & is_root & (x == m.b), Status.CONVERGED),
+        (f == 0, Status.CONVERGED),
+        (f != f, Status.NONFINITE),
+    ):
+        status = space.select(mask, code.value, status)
+    return m._replace(status=status)
 
 
-def _are_neighbours(m: Memory) -> Any:
+def _is_within(space: Space, m: Memory, x: Numbers) -> Mask:
+    within: Mask = (space.xp.minimum(m.b, m.c) < x) & (x < space.xp.maximum(m.b, m.c))
+    return within
+
+
+def _are_neighbours(m: Memory) -> Mask:
     return (m.middle == m.b) | (m.middle == m.c)
 
 
-def _select(space: Space, mask: Any, x: Memory, y: Memory) -> Memory:
+def _select(space: Space, mask: Known, x: Memory, y: Memory) -> Memory:
     return Memory(*(a if a is b else space.select(mask, a, b) for a, b in zip(x, y, strict=True)))
 
 
