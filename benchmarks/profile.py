@@ -3,8 +3,9 @@
 import argparse
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,30 @@ import numpy as np
 from rich.console import Console
 
 from . import dolan_more, report
-from .profile_solvers import DENSE, LIBRARIES, Method, Outcome, methods
+from .profile_solvers import DENSE, LIBRARIES, OURS, Method, Outcome, methods
 from .profile_tasks import SETS, Task, tasks
 
 ROWS = "profile.jsonl"
 """Where the results are kept while a run goes on."""
 TAUS = 1.0, 32.0
+SHORT = {"roots": "roots", "systems": "systems", "pde": "implicit Euler", "cells": "cells"}
+ABBREVIATED = {
+    "FixedPointIteration": "plain",
+    "Anderson": "Ander",
+    "Broyden": "Broyd",
+    "Newton": "Newt",
+    "NewtonKrylov": "N-K",
+    "Polyalgorithm": "poly",
+}
 LEGEND = f"""\
-solved   share of the problems that were solved
-p(t)     share solved at no more than t times the cost of the cheapest solver
+p(t)     share of the problems that were solved at no more than t times the cost
+         of the solver that was cheapest there
+solved   number of solved problems
 n/a      problems where its matrices would have more than {DENSE} rows: failures
-false    results that the solver calls solutions, and that are none
-cost     evaluations plus products with the Jacobian or its transpose"""
+false    results that the solver calls solutions, and that are none"""
+COSTS_LEGEND = """\
+A dash: not solved. false: called solved, and not.
+peers    the cheapest of the other libraries' solvers"""
 
 Row = dict[str, Any]
 
@@ -73,12 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             announce(f"{task.set}: {task.name}"[:24])
             measure(task, chosen, rows, timed=options.times)
     found = [rows.of(task, chosen) for task in problems]
-    record = {"limits": {"dense": DENSE}, "sets": {name: summary([r for r in found if r["set"] == name]) for name in SETS}}
-    record["sets"] = {name: value for name, value in record["sets"].items() if value["problems"]}
-    record["rows"] = found
-    record |= report.facts(options, *LIBRARIES, "jax", "torch")
-    record["settings"] = {name: value for name, value in record["settings"].items() if name != "output"}
-    tables = [table(name, record["sets"][name], over) for name in record["sets"] for over in costs_of(record, name)]
+    groups = {name: [row for row in found if row["set"] == name] for name in SETS}
+    record: Row = {"sets": {name: summary(group, list(chosen)) for name, group in groups.items() if group}}
+    record |= {"rows": found} | report.facts(options, *LIBRARIES, "jax", "torch")
+    measures = ["cost", "time"] if options.times else ["cost"]
+    tables = [shares_table(name, values, what) for name, values in record["sets"].items() for what in measures]
+    tables += [costs_table(name, groups[name], list(chosen)) for name in record["sets"]]
     tables += [false_table(record), *absent_table(record)]
     report.publish(console, options.output, "profile", tables, record, picture)
     return 0
@@ -112,7 +125,12 @@ class Rows:
     def of(self, task: Task, chosen: dict[str, Method]) -> Row:
         """The row of a problem, with no outcomes unless it was measured; only those of the chosen solvers."""
         key = f"{task.set}/{task.name}"
-        row = self._rows.get(key) or {"set": task.set, "problem": task.name, "unknowns": task.start.size, "outcomes": {}}
+        row = self._rows.get(key) or {
+            "set": task.set,
+            "problem": task.name,
+            "unknowns": task.start.size,
+            "outcomes": {},
+        }
         return row | {"outcomes": {name: row["outcomes"][name] for name in chosen if name in row["outcomes"]}}
 
     def add(self, row: Row) -> None:
@@ -173,22 +191,21 @@ def seconds(row: Row, name: str) -> float:
     return float("inf") if found is None or not found.solved or found.seconds is None else found.seconds
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The ratios of all solvers on one set, by cost and by time."""
-    names = list(dict.fromkeys(name for row in rows for name in row["outcomes"]))
-    result: dict[str, Any] = {"problems": [row["problem"] for row in rows], "solvers": names}
+def summary(rows: Sequence[Row], names: Sequence[str]) -> Row:
+    """The profiles of the solvers on one set, by cost and by time, and what failed."""
+    problems = [row["problem"] for row in rows]
+    result: Row = {"problems": problems, "solvers": list(names)}
     result["not applicable"] = {name: sum(row["outcomes"].get(name) is None for row in rows) for name in names}
     result["false successes"] = {name: [r["problem"] for r in rows if is_false(r, name)] for name in names}
     for what, of in (("cost", cost), ("time", seconds)):
-        values = np.array([[of(row, name) for name in names] for row in rows]).reshape(len(rows), len(names))
-        found = dolan_more.ratios(values)
+        ratios = dolan_more.ratios([[of(row, name) for name in names] for row in rows])
         result[what] = {
-            "ratios": [[None if r == float("inf") else round(float(r), 4) for r in line] for line in found],
+            "ratios": [[None if math.isinf(ratio) else round(ratio, 4) for ratio in line] for line in ratios.tolist()],
             "failed": {
-                name: [row["problem"] for row, line in zip(rows, found, strict=True) if line[i] == float("inf")]
-                for i, name in enumerate(names)
+                name: [problem for problem, ratio in zip(problems, column, strict=True) if math.isinf(ratio)]
+                for name, column in zip(names, ratios.T, strict=True)
             },
-            "rho": dolan_more.profile(found, TAUS).T.tolist(),
+            "rho": dolan_more.profile(ratios, TAUS).T.tolist(),
         }
     return result
 
@@ -199,76 +216,125 @@ def is_false(row: Row, name: str) -> bool:
     return found is not None and found.claimed and found.excess > 1
 
 
-def costs_of(record: Row, name: str) -> list[str]:
-    """What a set was compared by."""
-    timed = any(seconds(row, method) < float("inf") for row in record["rows"] for method in row["outcomes"])
-    del name
-    return ["cost", "time"] if timed and record["settings"]["times"] else ["cost"]
-
-
-def table(name: str, found: dict[str, Any], over: str) -> report.Table:
-    """The solvers of one set, those that solve most at the least cost first."""
-    total = len(found["problems"])
-    order = sorted(range(len(found["solvers"])), key=lambda i: tuple(-r for r in reversed(found[over]["rho"][i])))
-    body = []
-    for i in order:
-        method = found["solvers"][i]
-        failed = len(found[over]["failed"][method])
-        body.append(
-            (
-                method,
-                f"{(total - failed) / total:.2f}",
-                *(f"{share:.2f}" for share in found[over]["rho"][i]),
-                str(found["not applicable"][method] or ""),
-                str(len(found["false successes"][method]) or ""),
-            )
+def shares_table(name: str, found: Row, what: str) -> report.Table:
+    """The shares of all solvers on one set, the largest first."""
+    total, rho, failed = len(found["problems"]), found[what]["rho"], found[what]["failed"]
+    order = sorted(range(len(found["solvers"])), key=lambda i: [-share for share in reversed(rho[i])])
+    body = [
+        (
+            method,
+            *(f"{share:.2f}" for share in rho[i]),
+            str(total - len(failed[method])),
+            str(found["not applicable"][method] or ""),
+            str(len(found["false successes"][method]) or ""),
         )
-    head = ("solver", "solved", *(f"p({tau:g})" for tau in TAUS), "n/a", "false")
-    what = "evaluations and products" if over == "cost" else "time"
-    return report.Table(head, body, [f"{SETS[name]}: by {what}"], LEGEND if over == "cost" else "")
+        for i in order
+        for method in [found["solvers"][i]]
+    ]
+    head = (SHORT[name], *(f"p({tau:g})" for tau in TAUS), "solved", "n/a", "false")
+    unsolved = sum(all(ratio is None for ratio in line) for line in found[what]["ratios"])
+    title = [f"{SETS[name]}, by {'evaluations and products' if what == 'cost' else 'time'}"]
+    title += [f"{unsolved} of {total} were solved by none" if unsolved else f"each of {total} was solved by some"]
+    return report.Table(head, body, title, LEGEND)
+
+
+def costs_table(name: str, rows: Sequence[Row], names: Sequence[str]) -> report.Table:
+    """What each problem of a set costs by our solvers, and by the cheapest of the others."""
+    ours = [method for method in names if method.startswith("ours ")]
+    others = [method for method in names if method not in ours]
+
+    def text(row: Row, method: str) -> str:
+        if row["outcomes"].get(method) is None:
+            return "n/a"
+        value = cost(row, method)
+        return "false" if is_false(row, method) else "-" if math.isinf(value) else f"{value:.0f}"
+
+    body = []
+    for row in rows:
+        best = min((cost(row, method) for method in others), default=math.inf)
+        body.append((row["problem"][:34], *(text(row, m) for m in ours), "-" if math.isinf(best) else f"{best:.0f}"))
+    head = (SHORT[name], *(ABBREVIATED[method.removeprefix("ours ")] for method in ours), "peers")
+    title = [f"{SETS[name]}: evaluations and products"]
+    return report.Table(head, body, title, COSTS_LEGEND)
 
 
 def false_table(record: Row) -> report.Table:
     """Every result that a solver calls a solution, and that is none."""
     body = [
-        (name, f"{key}: {problem}"[:50])
-        for key, found in record["sets"].items()
-        for name, problems in found["false successes"].items()
+        (method, f"{name}: {problem}"[:48])
+        for name, found in record["sets"].items()
+        for method, problems in found["false successes"].items()
         for problem in problems
     ]
     return report.Table(("solver", "problem"), body or [("none", "")], ["False successes"], "")
 
 
 def absent_table(record: Row) -> list[report.Table]:
-    """The libraries that are not installed."""
+    """The libraries that are not installed, and so not compared."""
     absent = [name for name in LIBRARIES if record["versions"][name] == "-"]
     return [report.Table(("not installed",), [(name,) for name in absent], [], "")] if absent else []
 
 
+# The picture.
+
+COLORS = dict(zip(OURS, ("C0", "C1", "C2", "C4", "C3", "k"), strict=True))
+STYLES = {"SciPy": "-", "jaxopt": "--", "optimistix": "-.", "TorchDEQ": ":"}
+DOUBLINGS = 8
+"""The largest ratio in the picture, as a power of two."""
+
+
 def picture(record: Row) -> Any:
-    """A panel for each set: the share of solved problems as a function of the ratio of costs."""
+    """A panel for each set: shares of solved problems against the ratio to the least cost."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     sets = record["sets"]
     columns = min(2, len(sets))
     lines = -(-len(sets) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.4 * lines), squeeze=False)
-    for axis, (name, found) in zip(axes.flat, sets.items(), strict=False):
-        _panel(axis, found)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.2 * columns, 4.2 * lines + 0.7), squeeze=False)
+    for axis, name in zip(axes.flat, sets, strict=False):
+        _panel(axis, sets[name])
         axis.set_title(SETS[name], fontsize=10)
     for axis in axes.flat[len(sets) :]:
         axis.set_axis_off()
-    figure.tight_layout()
+    shown = {method for found in sets.values() for method in found["solvers"]}
+    handles = [Line2D([], [], color=COLORS[n], lw=2, label=n) for n in COLORS if f"ours {n}" in shown]
+    handles += [
+        Line2D([], [], color="0.55", ls=style, lw=1, label=library)
+        for library, style in STYLES.items()
+        if any(method.startswith(library) for method in shown)
+    ]
+    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
-def _panel(axis: Any, found: dict[str, Any]) -> None:
-    ratios = np.array([[np.inf if r is None else r for r in line] for line in found["cost"]["ratios"]])
-    taus = 2 ** np.linspace(0, 8, 400)
-    shares = dolan_more.profile(ratios, taus)
-    for i, name in enumerate(found["solvers"]):
-        axis.plot(np.log2(taus), shares[:, i], label=name)
-    axis.set(xlabel="log2 of the ratio to the least cost", ylabel="share of problems", xlim=(0, 8), ylim=(0, 1.02))
-
-
-_ = Callable
+def _panel(axis: Any, found: Row) -> None:
+    ratios = np.array([[math.inf if ratio is None else ratio for ratio in line] for line in found["cost"]["ratios"]])
+    doublings = np.linspace(0, DOUBLINGS, 801)
+    shares = dolan_more.profile(ratios, 2**doublings)
+    best: dict[str, int] = {}
+    for i, method in enumerate(found["solvers"]):
+        library, _, name = method.partition(" ")
+        if library == "ours":
+            axis.plot(doublings, shares[:, i], color=COLORS[name], lw=2, zorder=3)
+            continue
+        axis.plot(doublings, shares[:, i], color="0.55", ls=STYLES[library], lw=1, zorder=2)
+        if library not in best or shares[:, i].mean() > shares[:, best[library]].mean():
+            best[library] = i
+    # The best solver of each library has its name at the right end, apart from the others.
+    height = -1.0
+    for i in sorted(best.values(), key=lambda i: shares[-1, i]):
+        height = max(shares[-1, i], height + 0.05)
+        axis.annotate(
+            found["solvers"][i],
+            (DOUBLINGS, shares[-1, i]),
+            (DOUBLINGS + 0.25, height),
+            fontsize=7,
+            color="0.3",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.6},
+            annotation_clip=False,
+        )
+    axis.set(xlabel="log2 of the cost over the least cost", ylabel="share of the problems")
+    axis.set(xlim=(0, DOUBLINGS), ylim=(0, 1.02))

@@ -98,16 +98,15 @@ def _outcome(task: Task, tally: Tally, x: Any, claimed: bool, seconds: float | N
     if excess > 1 and tally.reached and note == "cut" and tally.point is not None:
         excess = task.solved(tally.point)
     units = tally.reached[:2] if tally.reached else (round(tally.evaluations), round(tally.products))
-    if tally.reached is None and tally.units > task.limit:
-        excess = float("inf")
-    elif tally.reached and sum(units) > task.limit:
-        excess = float("inf")
+    if sum(units) > task.limit:  # whatever it found then
+        excess, claimed, note = float("inf"), False, note or "over the limit"
     return Outcome(*units, round(tally.units), seconds, claimed, excess, note)
 
 
-def _in_python(task: Task, solve: Callable[[Tally], tuple[Any, bool]]) -> Outcome:
+def _in_python(task: Task, solve: Callable[[Tally], tuple[Any, bool]], tally: Tally | None = None) -> Outcome:
     """Run a solver that Python can leave, and count and time it at once."""
-    tally = Tally(task.limit, SECONDS)
+    tally = tally or Tally()
+    tally.reset(task.limit, SECONDS)
     x, claimed, note = None, False, ""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,9 +126,9 @@ OURS: dict[str, Callable[[Task], Any]] = {
     "FixedPointIteration": lambda task: ic.FixedPointIteration(max_steps=task.limit),
     "Anderson": lambda task: ic.Anderson(max_steps=task.limit),
     "Broyden": lambda task: ic.Broyden(max_steps=min(task.limit, 500), memory=_memory(task)),
-    "Newton": lambda task: ic.Newton(max_steps=500),
-    "NewtonKrylov": lambda task: ic.NewtonKrylov(max_steps=500),
-    "Polyalgorithm": lambda task: ic.Polyalgorithm(),
+    "Newton": lambda _: ic.Newton(max_steps=500),
+    "NewtonKrylov": lambda _: ic.NewtonKrylov(max_steps=500),
+    "Polyalgorithm": lambda _: ic.Polyalgorithm(),
 }
 
 
@@ -321,26 +320,32 @@ def jaxopts(name: str, residual: Any, task: Task, x0: Any, arguments: Any, withi
 
 
 def jaxopts_scipy(task: Task, timed: bool) -> Outcome:
-    """jaxopt's wrapper of SciPy's hybr, to which it gives the Jacobian."""
+    """The wrapper of SciPy's hybr in jaxopt, which gives it the Jacobian."""
     import jax.numpy as jnp
     import jaxopt
 
-    def solve(tally: Tally) -> tuple[Any, bool]:
-        plain = partial(task.residual, jnp)
-        counted = counted_in_jax(plain, partial(task.excess, jnp), tally)
+    plain = partial(task.residual, jnp)
 
-        def checked(x: Any, arguments: Any) -> Any:
-            tally.check()
-            return counted(x, arguments)
+    def make(residual: Any) -> Any:
+        return jaxopt.ScipyRootFinding(optimality_fun=residual, method="hybr", use_jacrev=False)
 
-        solver = jaxopt.ScipyRootFinding(
-            optimality_fun=checked, method="hybr", dtype=np.float64, jit=False, use_jacrev=False
-        )
+    def make_counted() -> Any:
+        tally = Tally()
+        return make(counted_in_jax(plain, partial(task.excess, jnp), tally)), tally
+
+    solver, tally = _program(task, ("jaxopt", "ScipyRootFinding"), make_counted)
+
+    def solve(_: Tally) -> tuple[Any, bool]:
         step = solver.run(jnp.asarray(task.start), task.arguments)
         return step.params, bool(step.state.success)
 
-    del timed
-    return replace(_in_python(task, solve), seconds=None)
+    outcome, seconds = _in_python(task, solve, tally), None
+    if timed and outcome.solved:
+        bare = make(plain)
+        seconds = _timed(
+            task, ("jaxopt", "ScipyRootFinding"), lambda: lambda x, arguments, _: bare.run(x, arguments).params
+        )
+    return replace(outcome, seconds=seconds)
 
 
 # SciPy: the whole batch is one system.

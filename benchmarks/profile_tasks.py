@@ -15,7 +15,7 @@ from .stiff import steps
 
 SETS = {
     "roots": "23 problems from their start x 1, 10, 100",
-    "systems": "18 systems of Moré, Garbow and Hillstrom from their start x 1, 10, 100",
+    "systems": "20 systems of Moré, Garbow and Hillstrom from their start x 1, 10, 100",
     "pde": "20 implicit Euler steps, from 100 to 1,000,000 unknowns",
     "cells": "40 equilibrium cells at four stages of training",
 }
@@ -128,9 +128,7 @@ def _of_cells() -> list[Task]:
     from .trained_cells import RTOL, load
 
     return [
-        Task(
-            "cells", cell.name, cell.family, cell.function, cell.start, cell.z, SAMPLES, RTOL, RTOL * cell.least_norm
-        )
+        Task("cells", cell.name, cell.family, cell.function, cell.start, cell.z, SAMPLES, RTOL, RTOL * cell.least_norm)
         for cell in load()
     ]
 

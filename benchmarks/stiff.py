@@ -39,7 +39,7 @@ class Stiff:
     dt: float
 
     def residual(self, xp: Any, u: Array, z: Any) -> Array:
-        """u - old - dt R(u), for z = {"old": ..., "dt": ...}."""
+        """The residual u - old - dt R(u), for z = {"old": ..., "dt": ...}."""
         return u - z["old"] - z["dt"] * self.right(xp, u)
 
     @property
@@ -90,7 +90,7 @@ def allen_cahn(xp: Any, u: Array) -> Array:
 
 
 def gray_scott(xp: Any, u: Array) -> Array:
-    """Two species (2, n, n) that react as u + 2 v → 3 v, periodic; feed 0.04, kill 0.06."""
+    """Two species (2, n, n) that react as u + 2 v → 3 v, periodic; feed rate 0.04, kill rate 0.06."""
     a, b = u[0], u[1]
     made = a * b * b
     diffusion = laplacian(xp, u, (1, 2), periodic=True)
