@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train(console)
         return 0
-    import jax
-
     most = options.most or (1000 if options.quick else 1_000_000)
     chosen = {name: m for name, m in methods().items() if not options.solver or any(s in name for s in options.solver)}
     if not chosen:
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not problems:
         command.error("no problem is left")
     rows = Rows(options.output, restart=options.restart)
-    with jax.enable_x64(True), warnings.catch_warnings(), report.progress(console, len(problems)) as announce:
+    with double_precision(), warnings.catch_warnings(), report.progress(console, len(problems)) as announce:
         warnings.simplefilter("ignore")
         for task in problems:
             announce(f"{task.set}: {task.name}"[:24])
@@ -95,6 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables += [false_table(record), *absent_table(record)]
     report.publish(console, options.output, "profile", tables, record, picture)
     return 0
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """JAX with float64 in all threads: callbacks of compiled programs may run in threads of its own."""
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 class Rows:
