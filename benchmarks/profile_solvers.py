@@ -114,7 +114,9 @@ def _in_python(task: Task, solve: Callable[[Tally], tuple[Any, bool]], tally: Ta
             x, claimed = solve(tally)
         except LimitError:
             note = "cut"
-        except Exception as error:
+        except (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError) as error:
+            if "callback" in str(error):  # ours, which counts
+                raise
             note = f"{type(error).__name__}: {error}"[:80]
     seconds = tally.reached[2] if tally.reached else time.perf_counter() - tally.begin - tally.own
     return _outcome(task, tally, x, claimed, seconds, note)
@@ -259,13 +261,8 @@ def in_jax(
     counted, tally = _program(task, (key, "counted"), lambda: (program(True), tally))
     arguments = (jnp.asarray(task.start), jax.tree.map(jnp.asarray, task.arguments), task.within)
     tally.reset(samples=len(task.start) if mapped else 1)
-    note, x, claimed = "", None, False
-    try:
-        x, claimed = jax.block_until_ready(counted(*arguments))
-        claimed = bool(np.all(claimed))
-    except Exception as error:
-        note = f"{type(error).__name__}: {error}"[:80]
-    outcome = _outcome(task, tally, x, claimed, None, note)
+    x, claimed = jax.block_until_ready(counted(*arguments))
+    outcome = _outcome(task, tally, x, bool(np.all(claimed)), None)
     if timed and outcome.solved:
         outcome = replace(outcome, seconds=_timed(task, (key,), lambda: program(False)))
     return outcome
