@@ -303,7 +303,7 @@ def picture(record: Row) -> Any:
     sets = record["sets"]
     columns = min(2, len(sets))
     lines = -(-len(sets) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.2 * columns, 4.2 * lines + 0.7), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.8 * columns, 4.2 * lines + 0.7), squeeze=False)
     for axis, name in zip(axes.flat, sets, strict=False):
         _panel(axis, sets[name])
         axis.set_title(SETS[name], fontsize=10)
@@ -316,7 +316,7 @@ def picture(record: Row) -> Any:
         for library, style in STYLES.items()
         if any(method.startswith(library) for method in shown)
     ]
-    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1))
+    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 0.95, 1), w_pad=2)
     figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
@@ -335,9 +335,9 @@ def _panel(axis: Any, found: Row) -> None:
         if library not in best or shares[:, i].mean() > shares[:, best[library]].mean():
             best[library] = i
     # The best solver of each library has its name at the right end, apart from the others.
-    height = -1.0
-    for i in sorted(best.values(), key=lambda i: shares[-1, i]):
-        height = max(shares[-1, i], height + 0.05)
+    height = 1.05
+    for i in sorted((i for i in best.values() if shares[-1, i] > 0), key=lambda i: -shares[-1, i]):
+        height = min(shares[-1, i], height - 0.05)
         axis.annotate(
             found["solvers"][i],
             (DOUBLINGS, shares[-1, i]),

@@ -22,7 +22,7 @@ from .tally import LimitError, Tally, counted_in_jax, counted_in_numpy
 DENSE = 1000
 """The most unknowns of a system whose Jacobian is made as a matrix."""
 SECONDS = 60.0
-"""The time after which a solve that Python can leave has failed."""
+"""The processor's time after which a solve that Python can leave has failed."""
 LONG = 50_000
 """The number of unknowns from which methods that hold all their steps hold only a few."""
 

@@ -15,7 +15,7 @@ from .stiff import steps
 
 SETS = {
     "roots": "23 problems from their start x 1, 10, 100",
-    "systems": "20 systems of Moré, Garbow and Hillstrom from their start x 1, 10, 100",
+    "systems": "20 systems (Moré et al.) from their start x 1, 10, 100",
     "pde": "20 implicit Euler steps, from 100 to 1,000,000 unknowns",
     "cells": "40 equilibrium cells at four stages of training",
 }

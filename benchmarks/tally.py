@@ -22,6 +22,8 @@ class LimitError(Exception):
 class Tally:
     """The cost of one solve so far, and of its first point at which the residual was small enough.
 
+    ``limit`` is one of evaluations and products, and ``seconds`` one of the processor's time.
+
     Attributes
     ----------
     evaluations, products
@@ -43,7 +45,7 @@ class Tally:
         self.reached: tuple[int, int, float] | None = None
         self.point: Array | None = None
         self.own = 0.0
-        self.begin = time.perf_counter()
+        self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
 
     @property
     def units(self) -> float:
@@ -64,7 +66,7 @@ class Tally:
 
     def check(self) -> None:
         """Raise if the solve has cost too much; in NumPy only, since a compiled program cannot be left."""
-        if self.units > self.limit or time.perf_counter() - self.begin - self.own > self.seconds:
+        if self.units > self.limit or time.process_time() - self.begin_cpu > self.seconds:
             raise LimitError
 
 
