@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record |= {"rows": found} | report.facts(options, *LIBRARIES, "jax", "torch")
     measures = ["cost", "time"] if options.times else ["cost"]
     tables = [shares_table(name, values, what) for name, values in record["sets"].items() for what in measures]
+    tables[:-1] = [replace(each, legend="") for each in tables[:-1]]
     tables += [costs_table(name, groups[name], list(chosen)) for name in record["sets"]]
     tables += [false_table(record), *absent_table(record)]
     report.publish(console, options.output, "profile", tables, record, picture)

@@ -303,17 +303,21 @@ def _newton_steps(task: Task) -> int:
 
 def jaxopts(name: str, residual: Any, task: Task, x0: Any, arguments: Any, within: Any) -> Any:
     """The iterative solvers of jaxopt, on the whole batch."""
+    import jax
     import jaxopt
 
-    options: dict[str, Any] = {"maxiter": task.limit, "tol": within, "implicit_diff": False}
-    if name == "Broyden":
-        # Two units a trial at least; it would hold 500 pairs of states.
-        options |= {"maxiter": task.limit // 2, "history_size": 200 if task.start.size < LONG else 20}
-        solver = jaxopt.Broyden(residual, **options)
-    else:
-        solver = getattr(jaxopt, name)(lambda x, z: x - residual(x, z), **options)
-    step = solver.run(x0, arguments)
-    return step.params, step.state.error <= within
+    options = {"maxiter": task.limit, "tol": within, "implicit_diff": False}
+    if name != "Broyden":
+        step = getattr(jaxopt, name)(lambda x, z: x - residual(x, z), **options).run(x0, arguments)
+        return step.params, step.state.error <= within
+    # All steps would be 500 pairs of states. It is left when its trials, two units each, have cost too much.
+    solver = jaxopt.Broyden(residual, history_size=200 if task.start.size < LONG else 20, **options)
+    x, state = jax.lax.while_loop(
+        lambda carry: (carry[1].error > within) & (2 * carry[1].num_fun_eval <= task.limit),
+        lambda carry: tuple(solver.update(*carry, arguments)),
+        (x0, solver.init_state(x0, arguments)),
+    )
+    return x, state.error <= within
 
 
 def jaxopts_scipy(task: Task, timed: bool) -> Outcome:
