@@ -282,7 +282,8 @@ def optimistixs(name: str, residual: Any, task: Task, x0: Any, arguments: Any, w
     tolerance = {"rtol": 1e-6, "atol": _absolute(task, within)}
     options = {"max_steps": task.limit, "throw": False}
     if name == "FixedPointIteration":
-        solver = optx.FixedPointIteration(**tolerance)
+        # Its test is of the residual, so the relative part would allow more than the problem does.
+        solver = optx.FixedPointIteration(rtol=1e-12, atol=tolerance["atol"])
         solution = optx.fixed_point(lambda x, args: x - residual(x, args), solver, x0, args=arguments, **options)
     else:
         if name == "Newton-GMRES":
