@@ -40,13 +40,20 @@ COSTS_LEGEND = """\
 A dash: not solved. false: called solved, and not.
 peers    the cheapest of the other libraries' solvers"""
 
+EPILOG = """The cost of a solve is its evaluations of g, or of F, plus its products with the Jacobian or the transpose,
+until the residual is first small enough; both are counted while it runs. With --output the results are kept after each
+problem, and a run that was stopped goes on where it stopped. All of it takes about half an hour. Libraries that are not
+installed are left out: the extra "test" has all of them."""
+
 Row = dict[str, Any]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    options = report.parser("profile", __doc__, timed=False)
+    options = argparse.ArgumentParser(prog="python -m benchmarks profile", description=__doc__, epilog=EPILOG)
     add = options.add_argument
+    add("--quick", action="store_true", help="the usual starts alone, and at most 1000 unknowns: a few minutes")
+    add("--output", type=Path, help="folder for the tables (.md), the numbers (.json) and a picture (.png)")
     add("--set", choices=SETS, action="append", help="run only this set; may be repeated")
     add("--problem", action="append", metavar="NAME", help="only problems that begin with this; may be repeated")
     add("--solver", action="append", metavar="NAME", help="only solvers whose name has this in it; may be repeated")
@@ -87,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [rows.of(task, chosen) for task in problems]
     groups = {name: [row for row in found if row["set"] == name] for name in SETS}
     record: Row = {"sets": {name: summary(group, list(chosen)) for name, group in groups.items() if group}}
-    record |= {"rows": found} | report.facts(options, *LIBRARIES, "jax", "torch")
+    record |= {"rows": [finite(row) for row in found]} | report.facts(options, *LIBRARIES, "jax", "torch")
     measures = ["cost", "time"] if options.times else ["cost"]
     tables = [shares_table(name, values, what) for name, values in record["sets"].items() for what in measures]
     tables[:-1] = [replace(each, legend="") for each in tables[:-1]]
@@ -186,10 +193,21 @@ def measure(task: Task, chosen: dict[str, Method], rows: Rows, *, timed: bool) -
         rows.add(row | {"outcomes": new})
 
 
+def finite(row: Row) -> Row:
+    """A row as JSON can have it: an excess that is infinite is None."""
+    outcomes = {
+        name: found and found | {"excess": None if math.isinf(found["excess"]) else found["excess"]}
+        for name, found in row["outcomes"].items()
+    }
+    return row | {"outcomes": outcomes}
+
+
 def outcome(row: Row, name: str) -> Outcome | None:
     """What a solver made of a problem; None where it is not applicable."""
     found = row["outcomes"].get(name)
-    return None if found is None else Outcome(**found)
+    if found is None:
+        return None
+    return Outcome(**found | {"excess": math.inf if found["excess"] is None else found["excess"]})
 
 
 def cost(row: Row, name: str) -> float:
