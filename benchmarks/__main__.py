@@ -8,6 +8,7 @@ COMMANDS = {
     "solvers": ("solvers", "solvers, compared with TorchDEQ, jaxopt, optimistix and SciPy"),
     "gradients": ("gradients", "time and memory of gradients, compared with TorchDEQ"),
     "training": ("training", "a training step solved to a given residual, compared with TorchDEQ"),
+    "profile": ("profile", "solved problems against cost: profiles of root finders and solvers"),
     "scaling": ("scaling", "cost as a function of batch, width, k and the solver's memory"),
     "step": ("torch_step", "a training step with a given number of evaluations, likewise"),
     "layer": ("jax_layer", "a layer in JAX, compared with jaxopt and optimistix"),
