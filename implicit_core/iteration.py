@@ -563,11 +563,8 @@ class Iteration:
         least = made.least
         if least is not None:
             made = made._replace(least=(least := space.xp.minimum(least, point.norm)))
-        else:
-            assert best is not None
-            least = space.xp.minimum(best.norm, point.norm)
         if made.floor is not None and operator is not None:
-            made, point = self._explained(made, best, point, operator, least)
+            made, point = self._explained(made, best, point, operator)
         if self.solver.patience:
             made = progress.halved(made, space, evaluations, point.norm)
             out_of_patience = evaluations - made.halved_at >= self.solver.patience
@@ -575,6 +572,7 @@ class Iteration:
         now = progress.is_checkpoint(evaluations)
         if now is False:
             return made, point
+        least = self._least(made, best, point)
         tolerance = self.tolerance(point.f_norm)
         # A solver that goes back from a point may be on its way back from far beyond.
         goes_back = self.solver.overshoots or (self.system.is_root and self.solver.undoes_steps)
@@ -586,9 +584,15 @@ class Iteration:
         marked = space.select(now, point.norm, made.marked)
         return made._replace(marked_least=marked_least, marked=marked), point
 
-    def _explained(
-        self, made: Progress, best: Best | None, point: Point, operator: Operator, least: Numbers
-    ) -> tuple[Progress, Point]:
+    def _least(self, made: Progress, best: Best | None, point: Point) -> Numbers:
+        """The least residual so far."""
+        if made.least is not None:
+            return made.least
+        assert best is not None
+        least: Numbers = self.space.xp.minimum(best.norm, point.norm)
+        return least
+
+    def _explained(self, made: Progress, best: Best | None, point: Point, operator: Operator) -> tuple[Progress, Point]:
         """The same, where rounding errors of F explain the residual of a sample that does not fall (Decision 90)."""
         space, norm, is_root = self.space, point.norm, self.system.is_root
         assert made.floor is not None
@@ -598,6 +602,7 @@ class Iteration:
         if due is False and at_start is False:
             return made, point
         small = (norm <= made.cap) & (norm <= progress.LARGEST_ROUNDING * point.f_norm)
+        least = self._least(made, best, point)
         stalled = progress.both((least > progress.HALF * made.marked_least) & small, due)
         if at_start is not False:
             # A start at the root: nothing can fall, and no state has run away.

@@ -20,7 +20,7 @@ COUNTS = {
     "Unroll(3, recompute)": (10, 3, 3),
     "Neumann(3)": (8, 0, 3),
     "OneStep": (8, 0, 1),
-    "BPTT(7)": (8, 0, 7),
+    "BPTT(7)": (7, 0, 7),
     "TorchDEQ IFT": (8, 1, 8),
     "TorchDEQ IFT (hook)": (8, 0, 8),
     "TorchDEQ UPG(3)": (10, 0, 3),

@@ -230,7 +230,7 @@ def test_a_layer_of_jax(compiled: bool, gradient: ic.Estimator) -> None:
     solution = transform(layer)(z)
     assert solution.value.shape == (0, 3)
     assert solution.status.shape == (0,)
-    assert int(solution.stats.evaluations) == 1
+    assert int(solution.stats.evaluations) == (0 if gradient.starts_from_h0 else 1)
     gradients = transform(jax.grad(lambda z: layer(z).value.sum()))(z)
     assert float(gradients["slope"]) == 0.0
     assert gradients["x"].shape == (0, 3)

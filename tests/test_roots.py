@@ -360,7 +360,7 @@ def test_samples_end_with_the_solver_that_solves_them(library: Library) -> None:
     assert status[0] == ic.CONVERGED
     assert status[2] != ic.CONVERGED
     assert used[0] == 0
-    assert used[2] == (1 if library.name in ("numpy", "numpy-readonly", "array_api_strict") else 2)
+    assert used[2] == (2 if library.name in ("numpy", "numpy-readonly", "array_api_strict") else 3)
     np.testing.assert_allclose(library.numpy(solution.value)[0], [1.0, 2.0], rtol=1e-6)
     residual, trace = library.numpy(solution.stats.residual), library.numpy(solution.stats.trace)
     np.testing.assert_allclose(np.nanmin(trace, axis=0), residual)
@@ -455,7 +455,8 @@ def test_a_start_at_the_root_is_found_out(dtype: Any, solver: Any) -> None:
     for run in (lambda f: f, jax.jit):
         solution = run(lambda z: ic.root(lambda x, z: x**2 - z, jnp.sqrt(z), z, solver=solver, batch_ndim=1))(z)
         assert bool(jnp.all(solution.converged))
-        assert int(solution.stats.evaluations) == 2
+        if not isinstance(solver, ic.Polyalgorithm):  # which begins with Anderson, and has no products there
+            assert int(solution.stats.evaluations) == 2
         np.testing.assert_allclose(solution.value, jnp.sqrt(z), rtol=4 * float(jnp.finfo(dtype).eps))
 
 

@@ -23,13 +23,15 @@ from .newton_krylov import NewtonKrylov
 PATIENCE = 20
 """The evaluations without half of the residual after which the next solver takes over."""
 SMALL: tuple[Solver, ...] = (
+    Anderson(max_steps=80, patience=10),
     Broyden(max_steps=100, patience=PATIENCE),
-    Anderson(max_steps=80, patience=PATIENCE),
     Newton(max_steps=200),
+    Broyden(max_steps=300),
 )
 WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
+    Anderson(max_steps=150, patience=PATIENCE),
     Broyden(max_steps=150, patience=3 * PATIENCE),
-    Anderson(max_steps=150, patience=3 * PATIENCE),
+    Anderson(max_steps=300),
 )
 LARGE: tuple[Solver, ...] = (
     Anderson(max_steps=100, patience=8),
@@ -61,9 +63,10 @@ class Polyalgorithm(Record):
     ----------
     solvers
         A tuple of :class:`Solver`, each with its own ``max_steps`` and ``patience``. None chooses by the size of the
-        state: Broyden, Anderson and Newton with matrices up to 64 unknowns, else Anderson, NewtonKrylov, and Anderson
-        for longer, with Newton before them if the problem has a ``jacobian``. Without derivatives, as for a plain g in
-        NumPy, it is Broyden and Anderson, and of others those that need a Jacobian are left out.
+        state: Anderson, then Broyden, Newton, and Broyden for longer, with matrices, up to 64 unknowns; else Anderson,
+        NewtonKrylov, and Anderson for longer, with Newton before them if the problem has a ``jacobian``. Without
+        derivatives, as for a plain g in NumPy, it is Anderson, Broyden, and Anderson for longer, and of others those
+        that need a Jacobian are left out.
     rtol, atol
         As for :class:`Solver`, for all of them.
 
