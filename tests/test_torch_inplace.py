@@ -374,6 +374,10 @@ def test_a_cell_that_writes_only_later_is_refused(when: str, estimator: ic.Estim
         value = ict.fixed_point(f, h0, normal(N, D, seed=2), gradient=estimator, batch_ndim=1).value
         torch.autograd.grad(value.sum(), w)
 
+    if isinstance(estimator, ic.BPTT) and when == "with a graph":  # no evaluation without one comes before
+        gradient()
+        assert torch.equal(h0, kept)
+        return
     with pytest.raises((ValueError, RuntimeError)) as caught:
         gradient()
     # A leaf of autograd's graph cannot be written to in place: PyTorch says so first.

@@ -20,10 +20,10 @@ from .broyden import Broyden
 from .newton import Newton
 from .newton_krylov import NewtonKrylov
 
-PATIENCE = 20
-"""The evaluations without half of the residual after which the next solver takes over."""
+QUICK, PATIENCE = 10, 20
+"""The evaluations without half of the residual after which the next solver takes over, from Anderson and from others."""
 SMALL: tuple[Solver, ...] = (
-    Anderson(max_steps=80, patience=10),
+    Anderson(max_steps=80, patience=QUICK),
     Broyden(max_steps=100, patience=PATIENCE),
     Newton(max_steps=200),
     Broyden(max_steps=300),
@@ -34,7 +34,7 @@ WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
     Anderson(max_steps=300),
 )
 LARGE: tuple[Solver, ...] = (
-    Anderson(max_steps=100, patience=8),
+    Anderson(max_steps=100, patience=QUICK),
     NewtonKrylov(max_steps=200, patience=2 * PATIENCE),
     Anderson(max_steps=300),
 )
