@@ -21,7 +21,7 @@ from .newton import Newton
 from .newton_krylov import NewtonKrylov
 
 QUICK, PATIENCE = 10, 20
-"""The evaluations without half of the residual after which the next solver takes over, from Anderson and from others."""
+"""Evaluations of Anderson, and of others, without half of the residual, after which the next solver takes over."""
 SMALL: tuple[Solver, ...] = (
     Anderson(max_steps=80, patience=QUICK),
     Broyden(max_steps=100, patience=PATIENCE),
