@@ -147,6 +147,7 @@ class Iteration:
         self.linearizes = solver.linearizes(self.system)
         self.space = self.system.space
         self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
+        solver, self.most = settings.steps_of_samples(solver, self.space)
         solver = self.solver = settings.bound(solver, self.space, constant=True)
         # A root's default is zero: any other number would be in the units of somebody else's g.
         of_root = self.system.is_root and solver.atol is None
@@ -271,6 +272,7 @@ class Iteration:
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
+        point = self._while_steps_are_left(point)
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory, point = self._observed(solver.init(self.system, point.x), point, operator)
         return Carry(point, made, settled, steps, best, trace, memory)
@@ -411,6 +413,7 @@ class Iteration:
                 made, point = self._given_up(made, before, point)
             accepted = masks[-1] if tells else True
             made, point = self._judge(made, best, point, operator, accepted)
+        point = self._while_steps_are_left(point)
         settled = carry.settled
         if settled is not None:
             latest = space.select(active, point.norm, settled)
@@ -421,6 +424,12 @@ class Iteration:
         memory, point = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
         return Carry(point, made, settled, steps, best, trace, memory)
+
+    def _while_steps_are_left(self, point: Point) -> Point:
+        """The point, where samples with a ``max_steps`` of their own are active only until then."""
+        if self.most is None:
+            return point
+        return point._replace(active=point.active & (point.index + 1 < self.most))
 
     def _given_up(self, made: Progress, before: Point, point: Point) -> tuple[Progress, Point]:
         """The same, where samples have ended after too many steps in a row without a finite F (Decision 20)."""
@@ -463,7 +472,7 @@ class Iteration:
         if not self.forced:
             return point.x
         x, _ = solver.step(self.system, carry.memory, point._replace(accepted=True))
-        return space.copy(space.round(space.where(point.active, x, point.x)))
+        return space.copy(space.round(space.where(finite(point.norm), x, point.x)))
 
     def refuse_writes(self, carry: Carry) -> None:
         """Raise an error if F wrote to its argument."""
@@ -496,6 +505,9 @@ class Iteration:
             last = converged = valid & ~point.active
             if self.may_have_ended(point):
                 last = converged = converged & ~self.ended(carry.progress)
+            if self.most is not None:  # a sample may have run out of steps before others
+                met = point.norm <= self.threshold(point.f_norm, self._of_all(carry.progress))
+                last = converged = converged & met
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
                 converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
@@ -550,6 +562,8 @@ class Iteration:
         if self.solver.freeze or active is True:
             return active
         moving = finite(carry.point.norm) | carry.point.active
+        if self.most is not None:
+            moving = moving & (carry.point.index + 1 < self.most)
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
     def _judge(

@@ -87,7 +87,9 @@ def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H
         if isinstance(problem, RootProblem) and solver.atol is None:
             atol = 0.0
         status, steps = (space.full(number, space.xp.int32) for number in (Status.MAX_STEPS.value, 0))
-        unknown, tolerance = space.full(float("inf")), space.full(0.0) + settings.absolute(space, atol)
+        # The largest number, and not infinity, of which frameworks can be asked to raise an error.
+        unknown = space.full(float(backend.finfo(space.dtype).max))
+        tolerance = space.full(0.0) + settings.absolute(space, atol)
         trace = space.xp.reshape(space.matrices(0, 1), (0, *space.batch_shape)) if options.trace else None
         stats = Stats(
             space.per_sample(steps),

@@ -66,6 +66,32 @@ def bound(record: R, space: Space, *, constant: bool = False) -> R:
     return _with(record, changed) if changed else record
 
 
+def steps_of_samples(record: R, space: Space) -> tuple[R, Any]:
+    """A solver with one ``max_steps``, the largest, and that of each sample, (N, 1); None if it has one for all.
+
+    Raises
+    ------
+    ValueError
+        If an array of them does not fit to the batch.
+    """
+    steps: Any = getattr(record, "max_steps", None)
+    if not is_array(steps) or tuple(steps.shape) == ():
+        return record, None
+    xp, backend = space.xp, space.backend
+    if not backend.is_array(steps):
+        steps = xp.asarray(steps, device=space.device)  # of NumPy
+    try:
+        steps = xp.broadcast_to(steps, space.batch_shape)
+    except (ValueError, RuntimeError, TypeError):
+        raise ValueError(
+            f"max_steps of {type(record).__name__} must be one number, or one for each sample, of shape "
+            f"{space.batch_shape}; got an array of shape {tuple(steps.shape)}"
+        ) from None
+    steps = xp.reshape(xp.astype(to_device(steps, space.device), xp.int32), (-1, 1))
+    largest = xp.max(steps) if space.samples else xp.asarray(1)
+    return _with(record, {"max_steps": int(largest) if backend.readable(steps) else largest}), steps
+
+
 def numbers(name: str, record: R) -> R:
     """The record, whose arrays became numbers, for what is computed with numbers alone.
 

@@ -148,8 +148,10 @@ def test_violations_of_the_rule_are_found() -> None:
     assert folders(names) == {"backends", "adapters"}
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def python(code: str, **variables: str) -> str:
+    environment = os.environ | variables
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def python_without_installs(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
@@ -196,13 +198,15 @@ def test_import_brings_in_no_framework() -> None:
     assert not set(loaded) & FRAMEWORKS
 
 
-def test_import_takes_less_than_twice_the_time_of_numpy() -> None:
-    # Processor time, which other work on the machine disturbs least, and a ratio, since machines differ.
+def test_import_takes_less_than_twice_the_time_of_numpy(tmp_path: Path) -> None:
+    # Processor time, which other work on the machine disturbs least, and a ratio, since machines differ; of compiled
+    # modules, which the first run leaves for the others.
+    variables = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = (
         "import time; start = time.process_time(); import numpy; between = time.process_time();"
         "import implicit_core; print((time.process_time() - between) / (between - start))"
     )
-    assert any(float(python(code)) < 2 for _ in range(12))
+    assert min(float(python(code, **variables)) for _ in range(5)) < 2
 
 
 def test_a_framework_that_was_not_imported_is_not_imported_for_a_solve() -> None:

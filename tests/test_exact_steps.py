@@ -133,6 +133,71 @@ def test_a_traced_number_of_steps(steps: int) -> None:
     assert int(solution.stats.evaluations) == steps
 
 
+# Steps of each sample.
+
+NUMBERS = np.array([1, 3, 10, 60], np.int32)
+
+
+def halving(library: Library, solver: Any) -> Any:
+    """Four samples of h / 2 + 1 from zero: h_n = 2 - 2⁻ⁿ⁺¹."""
+    h0 = library.array(np.zeros((4, 2)))
+    return ic.solve(lambda h, z: 0.5 * h + 1, h0, None, solver=solver, batch_ndim=1)
+
+
+def test_each_sample_makes_its_own_number_of_steps(library: Library) -> None:
+    most = library.array(NUMBERS)
+    solution = halving(library, ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=most))
+    np.testing.assert_allclose(library.numpy(solution.value)[:, 0], 2 - 2 * 0.5**NUMBERS, rtol=1e-12)
+    assert list(library.numpy(solution.stats.steps)) == list(NUMBERS)
+    assert int(solution.stats.evaluations) == 60
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson, ic.Broyden])
+def test_a_sample_that_runs_out_of_its_steps_says_so(solver: type, freeze: bool, library: Library) -> None:
+    settings = {"rtol": 1e-8, "check": False, "freeze": freeze}
+    solution = halving(library, solver(max_steps=library.array(NUMBERS), **settings))
+    status, residual = library.numpy(solution.status), library.numpy(solution.stats.residual)
+    value = library.numpy(solution.value)
+    for i, most in enumerate(NUMBERS):
+        alone = halving(library, solver(max_steps=int(most), **settings))
+        assert status[i] == library.numpy(alone.status)[i]
+        np.testing.assert_allclose(value[i], library.numpy(alone.value)[i], rtol=1e-12)
+    assert status[0] == ic.MAX_STEPS
+    assert status[3] == ic.CONVERGED
+    np.testing.assert_allclose(residual, np.linalg.norm(1 - 0.5 * value, axis=1), atol=1e-15)
+
+
+def test_steps_of_samples_that_are_traced_or_compacted() -> None:
+    def solve(most: Any, wrap: Any = lambda solver: solver) -> Any:
+        solver = wrap(ic.FixedPointIteration(rtol=1e-8, max_steps=most))
+        return ic.solve(lambda h, z: 0.5 * h + 1, jnp.zeros((4, 2)), None, solver=solver, batch_ndim=1)
+
+    eager, traced = solve(jnp.asarray(NUMBERS)), jax.jit(solve)(jnp.asarray(NUMBERS))
+    compacted = ic.solve(
+        lambda h, z: 0.5 * h + 1,
+        np.zeros((4, 2)),
+        None,
+        solver=ic.Compacting(ic.FixedPointIteration(rtol=1e-8, max_steps=NUMBERS), True),
+        batch_ndim=1,
+    )
+    for found in (traced, compacted):
+        np.testing.assert_array_equal(found.status, eager.status)
+        np.testing.assert_array_equal(found.stats.steps, eager.stats.steps)
+        np.testing.assert_allclose(found.value, eager.value, rtol=1e-12)
+
+
+def test_steps_that_do_not_fit_to_the_batch() -> None:
+    with pytest.raises(ValueError, match=r"one for each sample, of shape \(4,\); got an array of shape \(3,\)"):
+        ic.solve(
+            lambda h, z: 0.5 * h,
+            np.ones((4, 2)),
+            None,
+            solver=ic.Anderson(max_steps=NUMBERS[:3]),
+            batch_ndim=1,
+        )
+
+
 # Backpropagation through time.
 
 

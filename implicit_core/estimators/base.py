@@ -178,7 +178,7 @@ class AtFixedPoint(Estimator):
     def prepared(self, problem: Problem[H, Z], h: H, z: Z) -> Self:
         """The estimator, with what it computes once at the solver's point h: here nothing.
 
-        ``problem`` is a fixed point's, see :meth:`Problem.fixed_point_form`. Adapters may leave it out where h and z
+        ``problem`` is a fixed point's, see ``Problem.fixed_point_form``. Adapters may leave it out where h and z
         cannot be had, so it must not change the result beyond a tolerance.
         """
         return self

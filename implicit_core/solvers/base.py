@@ -58,9 +58,10 @@ class Solver(Record, ABC):
         best point, as :class:`FixedPointIteration`, then makes ``max_steps`` steps with as many evaluations of F, and
         does not evaluate F at its result: status and residual are those of the point before it.
     max_steps
-        Most evaluations of F. A sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the
-        start, and as STAGNATED if the second half of 64, 128, ... evaluations brought no smaller residual. If a traced
-        array, there can be no trace of the residuals.
+        Most evaluations of F: a number, or an array of integers that broadcasts to the batch, one for each sample. A
+        sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the start, and as STAGNATED if
+        the second half of 64, 128, ... evaluations brought no smaller residual. If a traced array, there can be no
+        trace of the residuals.
     check_every
         Steps between two tests of whether all samples are finished. Each test waits for the device.
     patience

@@ -227,7 +227,7 @@ class _Compacting(Iteration):
         like = backend.map(lambda a: backend.rows(a, rows), self.space.like)
         part.system = self.system.part(samples, take, like, self._of_rows(lambda a: backend.rows(a, rows)))
         part.space = part.system.space
-        part.atol, part.units, part.unread = take(self.atol), take(self.units), None
+        part.atol, part.units, part.unread, part.most = take(self.atol), take(self.units), None, take(self.most)
         if not self.forced:
             part.start = Start(*map(take, self.start))
         memory = carry.memory
