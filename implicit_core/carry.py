@@ -77,6 +77,8 @@ class Carry(NamedTuple):
         What decides whether a sample has converged or ends early; None where the number of steps is forced.
     settled
         Each sample's residual when it was last active. If F takes samples for themselves, it stays as it was.
+    stopped
+        Samples that the solver's ``stop`` has ended, (N, 1).
     """
 
     point: Point
@@ -86,3 +88,4 @@ class Carry(NamedTuple):
     best: Best | None
     trace: History | None
     memory: Any
+    stopped: Mask | None = None

@@ -131,6 +131,18 @@ def _is_known(name: str, value: Any) -> bool:
     return not backend.recording() and backend.readable(value) and not backend.is_wrapped(value)
 
 
+def mask_of_samples(name: str, space: Any, value: Any) -> Any:
+    """What a user's test says of each sample, with the batch's shape."""
+    xp, shape = space.xp, space.batch_shape
+    mask = xp.asarray(value) if isinstance(value, bool) or not space.backend.is_array(value) else value
+    if not space.backend.isdtype(mask.dtype, "bool") or tuple(mask.shape) != tuple(shape):
+        raise TypeError(
+            f"{name} must return an array of booleans of the batch's shape {tuple(shape)}, got {type(value).__name__} "
+            f"of shape {tuple(mask.shape)} and dtype {mask.dtype}"
+        )
+    return mask
+
+
 def function(name: str, value: Any) -> None:
     """``value`` can be called."""
     if not callable(value):

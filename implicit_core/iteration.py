@@ -272,10 +272,10 @@ class Iteration:
         looked_at = readable or self.noticed is not None
         watched = looked_at and space.samples > 1 and solver.freeze and solver.check and not self.stepwise
         settled = point.norm if watched else None
-        point = self._while_steps_are_left(point)
+        point, stopped = self._stopped(self._while_steps_are_left(point), None)
         trace = self._record(self._empty_trace(), point, space.all_samples()) if self.trace else None
         memory, point = self._observed(solver.init(self.system, point.x), point, operator)
-        return Carry(point, made, settled, steps, best, trace, memory)
+        return Carry(point, made, settled, steps, best, trace, memory, stopped)
 
     def _kept(self, h: PyTree) -> State | None:
         """A copy of what F is handed, where nothing else shows whether F writes to it."""
@@ -413,7 +413,7 @@ class Iteration:
                 made, point = self._given_up(made, before, point)
             accepted = masks[-1] if tells else True
             made, point = self._judge(made, best, point, operator, accepted)
-        point = self._while_steps_are_left(point)
+        point, stopped = self._stopped(self._while_steps_are_left(point), carry.stopped)
         settled = carry.settled
         if settled is not None:
             latest = space.select(active, point.norm, settled)
@@ -423,7 +423,17 @@ class Iteration:
             settled = latest
         memory, point = self._observed(memory, point, operator)
         trace = carry.trace and self._record(carry.trace, point, before.active)
-        return Carry(point, made, settled, steps, best, trace, memory)
+        return Carry(point, made, settled, steps, best, trace, memory, stopped)
+
+    def _stopped(self, point: Point, before: Mask | None) -> tuple[Point, Mask | None]:
+        """The point, where samples that the user's own test ends are no longer active, and which these are."""
+        space, stop = self.space, self.solver.stop
+        if stop is None:
+            return point, None
+        said = stop(*self.system.as_the_user_has_it(point.x, point.f, point.residual))
+        now = space.xp.reshape(checks.mask_of_samples("stop", space, said), (-1, 1)) & point.active
+        stopped = now & finite(point.norm) if before is None else (now & finite(point.norm)) | before
+        return point._replace(active=point.active & ~stopped), stopped
 
     def _while_steps_are_left(self, point: Point) -> Point:
         """The point, where samples with a ``max_steps`` of their own are active only until then."""
@@ -472,7 +482,8 @@ class Iteration:
         if not self.forced:
             return point.x
         x, _ = solver.step(self.system, carry.memory, point._replace(accepted=True))
-        return space.copy(space.round(space.where(finite(point.norm), x, point.x)))
+        moving = finite(point.norm) if carry.stopped is None else finite(point.norm) & ~carry.stopped
+        return space.copy(space.round(space.where(moving, x, point.x)))
 
     def refuse_writes(self, carry: Carry) -> None:
         """Raise an error if F wrote to its argument."""
@@ -511,6 +522,8 @@ class Iteration:
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
                 converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
+        if carry.stopped is not None:
+            last, converged = last | carry.stopped, converged | carry.stopped
         ended = self._ended_by_solver(carry.memory)
         if ended is not None:
             by_solver, failed = ended == Status.CONVERGED.value, ended > 0
@@ -549,6 +562,8 @@ class Iteration:
         """The tolerance, and where the solver itself says that a sample has converged, at least the residual."""
         made, ended = carry.progress, self._ended_by_solver(carry.memory)
         tolerance = self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
+        if carry.stopped is not None:
+            tolerance = self.space.select(carry.stopped, self.space.xp.maximum(tolerance, norm), tolerance)
         if ended is None:
             return tolerance
         return self.space.select(ended == Status.CONVERGED.value, self.space.xp.maximum(tolerance, norm), tolerance)
@@ -564,6 +579,8 @@ class Iteration:
         moving = finite(carry.point.norm) | carry.point.active
         if self.most is not None:
             moving = moving & (carry.point.index + 1 < self.most)
+        if carry.stopped is not None:
+            moving = moving & ~carry.stopped
         return moving if carry.progress is None else moving & ~self.ended(carry.progress)
 
     def _judge(

@@ -83,6 +83,11 @@ class System:
 
         return MatrixOperator(self.space, lambda: complement(self.problem, self.space, h, self.z))
 
+    def as_the_user_has_it(self, x: State, f: State, residual: State) -> tuple[PyTree, PyTree]:
+        """H and F(h), or x and g(x) of a root, as pytrees."""
+        del residual
+        return self.space.unpack(x), self.space.unpack(f)
+
     def in_units(self, units: Numbers) -> None:
         """From now on, measure residuals in ``units``, (N, 1)."""
         self.space = self.space.in_units(units)
@@ -150,6 +155,11 @@ class RootSystem(System):
             return on_states(evaluated(self.problem, self.space, h, self.z), self.space, inverse_units(self.image))
 
         return MatrixOperator(self.space, matrix)
+
+    def as_the_user_has_it(self, x: State, f: State, residual: State) -> tuple[PyTree, PyTree]:
+        """See :class:`System`."""
+        del f
+        return self.space.unpack(x), self.image.unpack(self.space.scale(-1.0, residual))
 
     def in_units(self, units: Numbers) -> None:
         """See :class:`System`."""

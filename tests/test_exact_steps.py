@@ -198,6 +198,78 @@ def test_steps_that_do_not_fit_to_the_batch() -> None:
         )
 
 
+# A test of the user's own.
+
+TARGETS = np.array([[1.0, 1.0], [0.5, 0.5], [2.0, 2.0]])
+
+
+def halted(h: Any, f: Any) -> Any:
+    return f[..., 0] >= 1.9
+
+
+def to_twice(h: Any, z: Any) -> Any:
+    """h_n = 2 z (1 - 2⁻ⁿ) from zero; F(h_n) is h_{n+1}."""
+    return 0.5 * h + z
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("rtol", [0.0, 1e-8])
+def test_a_sample_ends_where_the_users_test_says_so(rtol: float, freeze: bool, library: Library) -> None:
+    h0, z = library.array(np.zeros((3, 2))), library.array(TARGETS)
+    solver = ic.FixedPointIteration(rtol=rtol, max_steps=40, stop=halted, freeze=freeze)
+    solution = ic.solve(to_twice, h0, z, solver=solver, batch_ndim=1)
+    value, stats = library.numpy(solution.value), solution.stats
+    np.testing.assert_allclose(value[[0, 2], 0], [1.875, 0.0], rtol=1e-12)
+    np.testing.assert_allclose(value[1, 0], 1.0, rtol=1e-7)
+    assert list(library.numpy(solution.status)) == [ic.CONVERGED, ic.CONVERGED if rtol else ic.MAX_STEPS, ic.CONVERGED]
+    assert list(library.numpy(stats.steps))[::2] == [5, 1]
+    residual = library.numpy(stats.residual)
+    np.testing.assert_allclose(residual[[0, 2]], np.sqrt(2) * np.array([0.0625, 2.0]), rtol=1e-12)
+    assert np.all((residual <= library.numpy(stats.tolerance))[::2])
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, lambda f: lambda z: jax.vmap(f)(z[None])], ids=["", "jit", "vmap"]
+)
+def test_the_users_test_in_a_layer_of_jax(wrap: Any) -> None:
+    """It may close over arrays, and is no part of the gradient, which is that of the equation."""
+    limit = jnp.asarray(1.9)
+
+    def layer(z: Any) -> Any:
+        solver = ic.FixedPointIteration(rtol=1e-8, stop=lambda h, f: f[:, 0] >= limit)
+        return icj.fixed_point(
+            to_twice, jnp.zeros((3, 2)), z, solver=solver, gradient=ic.Implicit(), batch_ndim=1
+        ).value
+
+    np.testing.assert_allclose(jnp.reshape(wrap(layer)(jnp.asarray(TARGETS)), (3, 2))[::2, 0], [1.875, 0.0])
+    np.testing.assert_allclose(jax.grad(lambda z: wrap(layer)(z).sum())(jnp.asarray(TARGETS)), 2.0, rtol=1e-5)
+
+
+def test_the_users_test_of_a_root_sees_g() -> None:
+    seen = []
+
+    def small(x: Any, g: Any) -> Any:
+        seen.append((x.copy(), g.copy()))
+        return abs(g[:, 0]) < 1e-2
+
+    z = np.array([[2.0], [3.0]])
+    solver = ic.Broyden(rtol=1e-12, stop=small)
+    solution = ic.root(lambda x, z: x**2 - z, np.ones((2, 1)), z, batch_ndim=1, solver=solver)
+    assert list(solution.status) == [ic.CONVERGED] * 2
+    assert np.all(solution.stats.residual < 1e-2)
+    assert np.any(solution.stats.residual > 1e-6)
+    for x, g in seen:
+        np.testing.assert_allclose(g, x**2 - z, rtol=1e-12)
+
+
+def test_what_the_users_test_returns_is_checked() -> None:
+    for stop in (lambda h, f: True, lambda h, f: f[:, 0], lambda h, f: f > 1):
+        with pytest.raises(TypeError, match=r"stop must return an array of booleans of the batch's shape \(3,\)"):
+            ic.solve(to_twice, np.zeros((3, 2)), TARGETS, solver=ic.Anderson(stop=stop), batch_ndim=1)
+    with pytest.raises(TypeError, match="stop must be"):
+        ic.Anderson(stop=3)
+
+
 # Backpropagation through time.
 
 

@@ -1,6 +1,7 @@
 """What a solver is: anything with ``solve``; most are a frozen record of settings and one step of their method."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -70,6 +71,10 @@ class Solver(Record, ABC):
     freeze
         Whether a finished sample keeps its point, so that no sample's result depends on another's. False: it takes
         steps as long as others do, for the same evaluations, and is more accurate for it.
+    stop
+        A test of your own that ends samples beside the tolerance, ``stop(h, f) -> mask``: h and F(h), or x and g(x) of
+        a root, as F takes and returns them, to booleans of the batch's shape. Such a sample is CONVERGED by your test,
+        at this point. JAX runs a solver with such a test as it is, and compiles it only within ``jax.jit``.
     check
         Whether a solve raises where the residual of a finished sample changed, although its point is kept. It looks
         only where samples freeze and numbers can be read, at no evaluation more.
@@ -103,9 +108,8 @@ class Solver(Record, ABC):
     patience: int | None = field(default=None, repr=False)
     freeze: bool = field(default=True, repr=False)
     check: bool = field(default=True, repr=False)
+    stop: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
 
-    runs_user_code: ClassVar[bool] = False
-    """See :class:`FixedPointSolver`."""
     keeps_best: ClassVar[bool] = True
     """Whether to return the point of least residual if no point meets the tolerance; False: the last one."""
     copies_results: ClassVar[bool] = True
@@ -134,6 +138,13 @@ class Solver(Record, ABC):
             set_field(self, "patience", checks.integer("patience", self.patience, 1))
         checks.instance("freeze", self.freeze, bool, "True")
         checks.instance("check", self.check, bool, "False")
+        if self.stop is not None:
+            checks.function("stop", self.stop)
+
+    @property
+    def runs_user_code(self) -> bool:
+        """See :class:`FixedPointSolver`."""
+        return self.stop is not None
 
     @property
     def absolute_tolerance(self) -> Real:

@@ -93,7 +93,6 @@ class Polyalgorithm(Record):
     rtol: Real = 1e-6
     atol: Real | None = None
 
-    runs_user_code: ClassVar[bool] = False
     uses_jacobian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -108,6 +107,11 @@ class Polyalgorithm(Record):
                 raise ValueError("solvers must hold at least one solver, got an empty tuple")
             for solver in self.solvers:
                 checks.instance("each of solvers", solver, Solver, "Newton()")
+
+    @property
+    def runs_user_code(self) -> bool:
+        """See :class:`FixedPointSolver`."""
+        return any(solver.runs_user_code for solver in self.solvers or ())
 
     @property
     def absolute_tolerance(self) -> Real:
