@@ -75,7 +75,7 @@ class Anderson(Solver):
     regularization
         Ridge on the residuals' Gram matrix, relative to its diagonal: each weight is damped by its own residual, so
         old, large ones cost most. Never under rounding error.
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
     Raises

@@ -17,7 +17,7 @@ class Bisection(Bracketing):
     ----------
     lower, upper
         The ends of the brackets, as for :class:`Brent`.
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Brent`.
 
     Raises

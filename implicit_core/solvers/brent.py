@@ -35,7 +35,7 @@ class Brent(Bracketing):
     lower, upper
         The ends of the brackets, in any order: finite numbers, or arrays that broadcast to x0. Like all settings they
         have no derivatives; a root has none in them.
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`. With ``rtol=0`` and no ``atol`` every sample goes on until there is no float left.
 
     Raises

@@ -84,7 +84,7 @@ class Broyden(Solver):
     memory
         m, how many steps (states) are held. None for all: the memory grows with the steps, and where it cannot, in a
         traced or captured program, it holds the last min(max_steps, 50).
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
     Raises

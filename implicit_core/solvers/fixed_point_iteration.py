@@ -20,7 +20,7 @@ class FixedPointIteration(Solver):
     ----------
     damping
         λ in (0, 1].
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
     Raises

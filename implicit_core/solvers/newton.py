@@ -62,7 +62,7 @@ class Newton(Solver):
 
     Parameters
     ----------
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
     Raises

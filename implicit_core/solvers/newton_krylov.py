@@ -67,7 +67,7 @@ class NewtonKrylov(Solver):
     ----------
     linear_solver
         A :class:`LinearSolver`; its rtol is the least forcing term.
-    rtol, atol, max_steps, check_every, patience, freeze, check
+    rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
     Raises
