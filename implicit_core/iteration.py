@@ -307,7 +307,7 @@ class Iteration:
     def _observed(self, memory: Any, point: Point, operator: Operator | None) -> tuple[Any, Point]:
         """The solver's memory after an evaluation, the last of which no step follows, and the samples that go on."""
         active = point.active
-        if operator is not None and not self.stepwise:
+        if operator is not None and not (self.stepwise or self._moves_on):
             active = progress.both(active, point.index + 1 < self.solver.max_steps)
         memory = self.solver.observe(self.system, memory, point._replace(active=active), operator)
         ended = self._ended_by_solver(memory)
@@ -479,11 +479,18 @@ class Iteration:
         So n evaluations of F are n steps, and F is not evaluated at the result (Decision 119).
         """
         space, solver, point = self.space, self.solver, carry.point
-        if not self.forced:
+        if not self._moves_on:
             return point.x
-        x, _ = solver.step(self.system, carry.memory, point._replace(accepted=True))
+        accepted = solver.accepts(self.system, carry.memory, point)
+        last = point._replace(accepted=True if accepted is None else accepted)
+        x, _ = solver.step(self.system, carry.memory, last)
         moving = finite(point.norm) if carry.stopped is None else finite(point.norm) & ~carry.stopped
         return space.copy(space.round(space.where(moving, x, point.x)))
+
+    @property
+    def _moves_on(self) -> bool:
+        """Whether a step follows the last evaluation."""
+        return self.forced and not self.solver.keeps_best
 
     def refuse_writes(self, carry: Carry) -> None:
         """Raise an error if F wrote to its argument."""
@@ -626,20 +633,25 @@ class Iteration:
     def _explained(self, made: Progress, best: Best | None, point: Point, operator: Operator) -> tuple[Progress, Point]:
         """The same, where rounding errors of F explain the residual of a sample that does not fall (Decision 90)."""
         space, norm, is_root = self.space, point.norm, self.system.is_root
-        assert made.floor is not None
+        floor = made.floor
+        assert floor is not None
         evaluations = point.index + 1
         due = progress.looks_at_rounding(evaluations, often=self.solver.patience is not None)
-        at_start: Known = evaluations == 2 if is_root else False
+        at_start: Known = progress.is_early(evaluations) if is_root and best is not None else False
         if due is False and at_start is False:
             return made, point
-        small = (norm <= made.cap) & (norm <= progress.LARGEST_ROUNDING * point.f_norm)
+        small = norm <= made.cap
+        if not is_root:  # whose f_norm is the first residual, and may be small itself
+            small = small & (norm <= progress.LARGEST_ROUNDING * point.f_norm)
         least = self._least(made, best, point)
         stalled = progress.both((least > progress.HALF * made.marked_least) & small, due)
         if at_start is not False:
-            # A start at the root: nothing can fall, and no state has run away.
+            # A start at the root: the residual does not fall, and no state has run away.
             assert best is not None
             near = space.norm(space.sub(point.x, best.x)) <= space.coarsest_eps**0.5 * space.norm(best.x)
-            stalled = stalled | progress.both(near, at_start)
+            floor = space.select(progress.both(~near, at_start), space.full(progress.LEFT), floor)
+            stalled = stalled | progress.both((floor >= 0) & (norm >= progress.FAST * best.norm), at_start)
+            made = made._replace(floor=floor)
         stalled = stalled & point.active
         some = space.xp.any(stalled)
         when: Known = bool(some) if space.backend.readable(norm) else some
@@ -647,8 +659,7 @@ class Iteration:
             return made, point
         tolerance = self.tolerance(point.f_norm)
         rounding = stalled & progress.is_rounding(space, point, operator, tolerance, when, of_root=is_root)
-        floor = space.select(rounding, norm, made.floor)
-        return made._replace(floor=floor), point._replace(active=point.active & ~rounding)
+        return made._replace(floor=space.select(rounding, norm, floor)), point._replace(active=point.active & ~rounding)
 
     def _ended(self, made: Progress, point: Point, ended: Mask) -> tuple[Progress, Point]:
         """The same, where samples have ended: no residual exceeds their threshold."""

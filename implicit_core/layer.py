@@ -19,6 +19,7 @@ from .root_problem import RootProblem
 from .solution import Solution, Stats, Status, warn_of_failures
 from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
+from .solvers.here import Here
 from .space import Space
 
 
@@ -68,9 +69,23 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
 
     Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
     """
-    if options.gradient.starts_from_h0:
+    if replaces_solve(options.gradient):
         return unsolved(problem, h0, options)
-    return solve_from_arrays(problem, h0, z, solver=options.solver, trace=options.trace)
+    solver = starting_solver(options)
+    return solve_from_arrays(problem, h0, z, solver=solver, trace=options.trace)
+
+
+def replaces_solve(gradient: Estimator) -> bool:
+    """Whether the estimator's own steps begin at h0, and measure it."""
+    return gradient.starts_from_h0 and not isinstance(gradient, AtFixedPoint)
+
+
+def starting_solver(options: LayerOptions) -> FixedPointSolver:
+    """The solver that finds the point at which the estimator starts."""
+    if not options.gradient.starts_from_h0:
+        return options.solver
+    like = measuring(options.solver)
+    return Here(rtol=like.rtol, atol=like.atol)
 
 
 def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H]:
@@ -78,9 +93,10 @@ def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H
 
     ``stats.tolerance`` is the absolute tolerance alone, until :func:`of_value` knows ‖F(h0)‖.
     """
-    backend = find_backend(h0)
+    name = problem.names.start
+    backend = find_backend(h0, name)
     with backend.on_device_of(h0), backend.solving():
-        space = problem.space(h0, "h0")
+        space = problem.space(h0, name)
         h = space.unpack(space.copy(space.pack(backend.map(backend.stop_gradient, h0))))
         solver = settings.bound(measuring(options.solver), space, constant=True)
         atol = solver.absolute_tolerance
@@ -120,12 +136,15 @@ class Watched(Generic[H, Z]):
 
     def __init__(self, problem: Problem[H, Z], gradient: Estimator) -> None:
         self._noted = noted = list[tuple[Any, Any]]()
-        self._with_first = with_first = gradient.starts_from_h0
+        self._with_first = with_first = replaces_solve(gradient)
 
         def note(h: H, f: H) -> None:  # no method, which would tie the problem, and what it holds, to this object
+            if with_first and not noted:  # F may write its next result to the same memory
+                h, f = _copied(h), _copied(f)
             noted[with_first:] = [(h, f)]
 
         self.problem = problem.watched(note)
+        self.problem.watches_first = with_first
 
     def norms(self) -> tuple[Numbers, ...]:
         """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none.
@@ -152,6 +171,15 @@ class Watched(Generic[H, Z]):
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""
         return told(solution, options, self.problem, self.norms())
+
+
+def _copied(tree: H) -> H:
+    """A pytree without a graph, in memory of its own."""
+    backend = find_backend(tree, "the result of f")
+    if backend.immutable:
+        return tree
+    copied: H = backend.map(lambda x: backend.xp.asarray(backend.stop_gradient(x), copy=True), tree)
+    return copied
 
 
 def told(
@@ -205,6 +233,7 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
 
 def is_forced(solver: object) -> bool:
     """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
+    solver = getattr(solver, "solver", solver)  # within Compacting, say
     if getattr(solver, "ends_samples", False):
         return False
     return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
@@ -229,7 +258,10 @@ def _of_value(
         rtol: Any = progress.reachable(space, solver.rtol)
         first, first_f = (space.per_sample(number) for number in at_start)
         cap = progress.largest_converged(space, first, rtol * first_f + stats.tolerance, rtol)
-        tolerance = xp.minimum(rtol * f_norm + stats.tolerance, cap - rounding)
+        tolerance = xp.maximum(xp.minimum(rtol * f_norm + stats.tolerance, cap - rounding), xp.zeros_like(first))
+        # A start where F is not finite says nothing of how far the residual fell.
+        status = xp.where(finite(first), status, xp.full_like(status, Status.NONFINITE.value))
+        tolerance = xp.where(finite(first), tolerance, xp.zeros_like(first))
     elif stats.tolerance is None:  # somebody else's solver, whose word is taken for its point
         tolerance = xp.where(status == Status.CONVERGED.value, xp.maximum(first, rounding), xp.zeros_like(first))
     else:

@@ -257,6 +257,7 @@ class Problem(Generic[H, Z]):
         self.row_factors: Any = None
         """What makes an F of a root's g, if ``jacobian`` is that of g; see :meth:`RootProblem.factors`."""
         self.unwatched: Problem[H, Z] | None = None
+        self.watches_first = False
         self.relaxation: Numbers | None = None
         """α, (N, 1), where F(x) = x - α g(x) stands for a root of g."""
 

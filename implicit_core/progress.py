@@ -37,6 +37,8 @@ for one that did."""
 FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
 """The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
 that ran away, a residual that neither falls nor grows, and any that does not fall."""
+FIRST_STEPS, LEFT = (2, 4), -1.0
+"""The evaluations after which a start may turn out to be the root, and a floor that says that it was left."""
 FIRST_ROUNDING, EVERY = 16, 8
 """The evaluations of the first look whether a residual is a rounding error, and between two looks of a solver with
 ``patience``; others look at checkpoints."""
@@ -163,12 +165,17 @@ def is_rounding(
     largest = space.backend.repeat(product, (0, start), count)[1]
     beyond = State(
         tuple(
-            xp.where(xp.abs(r) > EXPLAINED * float(space.backend.finfo(dtype).eps) * (a + b), r, xp.zeros_like(r))
+            xp.where(_explains(xp, a + b, r, EXPLAINED * float(space.backend.finfo(dtype).eps)), xp.zeros_like(r), r)
             for r, a, b, dtype in zip(point.residual, largest, sizes, space.dtypes, strict=True)
         )
     )
     explained: Mask = space.norm(beyond) <= tolerance
     return explained
+
+
+def _explains(xp: Any, size: Any, r: Any, eps: float) -> Any:
+    """Whether a rounding error of numbers of this size may be r; never of products that are not finite."""
+    return (xp.abs(r) <= eps * size) & (size < float("inf"))
 
 
 def relative(space: Space, norm: Numbers, f_norm: Numbers) -> Numbers:
@@ -182,6 +189,12 @@ def is_checkpoint(evaluations: Index) -> Known:
     power: Known = (evaluations & (evaluations - 1)) == 0
     at: Known = power & (evaluations >= FIRST_CHECK)
     return at
+
+
+def is_early(evaluations: Index) -> Known:
+    """Whether a step changes nothing because the start is the root."""
+    early: Known = (evaluations >= FIRST_STEPS[0]) & (evaluations <= FIRST_STEPS[1])
+    return early
 
 
 def looks_at_rounding(evaluations: Index, *, often: bool) -> Known:

@@ -223,7 +223,8 @@ class Stepper(Generic[H, Z]):
         Returns
         -------
         Solution
-            Value, status and stats, as for :func:`solve`.
+            Value, status and stats, as for :func:`solve`. Where both tolerances are zero the value may be one step
+            beyond ``state.value``, see :class:`Solver`.
 
         Raises
         ------
@@ -233,6 +234,8 @@ class Stepper(Generic[H, Z]):
         iteration, carry = self._resumed(state, None)
         backend = iteration.space.backend
         with backend.on_device_of(state.value), backend.solving():
+            if not backend.immutable:  # a forced number of steps ends with one more
+                carry = carry._replace(memory=_copied(backend, carry.memory))
             return iteration.finish(carry)
 
     def _resumed(self, state: StepperState[H], z: Any) -> tuple[Iteration, Carry]:

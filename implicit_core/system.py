@@ -103,7 +103,7 @@ class System:
         """Take the part of what a subclass holds besides."""
 
     def _accept(self, value: PyTree) -> State:
-        return self.space.accept("the result of f", _constant(self.space, value))
+        return self.space.accept(f"the result of {self.problem.names.function}", _constant(self.space, value))
 
 
 class RootSystem(System):
@@ -172,7 +172,7 @@ class RootSystem(System):
         self.image, self.first = self.image.part(like, samples), take(self.first)
 
     def _accept(self, value: PyTree) -> State:
-        return self.image.accept("the result of g", _constant(self.image, value))
+        return self.image.accept(f"the result of {self.problem.names.function}", _constant(self.image, value))
 
 
 def _constant(space: Space, value: PyTree) -> PyTree:

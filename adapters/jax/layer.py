@@ -19,7 +19,9 @@ from implicit_core.layer import (
     in_terms_of_g,
     measuring,
     of_value,
+    replaces_solve,
     solver_point,
+    starting_solver,
     unsolved,
 )
 from implicit_core.problem import Map, Problem
@@ -77,7 +79,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
     try:
         h0, f, inputs, static = _map(problem, h0, z)
         relaxation, form = None, problem
-        if options.gradient.starts_from_h0:
+        if replaces_solve(options.gradient):
             solution = unsolved(problem, _constants(h0), options)
         else:
             solution = _solve(f, h0, inputs, static, options, problem.jacobian)
@@ -185,7 +187,7 @@ def _solve(
     jacobian: Callable[[H, Z], Any] | None = None,
 ) -> Solution[H]:
     """The solver's point. Its derivative is zero, so JAX never differentiates the loop (Decision 46)."""
-    solver = options.solver
+    solver = starting_solver(options)
     numbers, static_solver = split_record(solver)
     arguments = h0, inputs, numbers = _constants((h0, inputs, numbers))
     given = jacobian if getattr(solver, "uses_jacobian", False) else None

@@ -51,9 +51,7 @@ class BPTT(Terms, Estimator):
     starts_from_h0: ClassVar[bool] = True
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
-        # In two parts, so that whoever watches F sees the first step too, and not the last one alone (Decision 72).
-        first = Unroll(1, 1.0).value(problem, h, z)
-        return Unroll(self.k - 1, 1.0).value(problem, first, z) if self.k > 1 else first
+        return Unroll(self.k, 1.0).value(problem, h, z)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return Unroll(self.k, 1.0).vjp_with(self.growth, problem, h, z)

@@ -75,10 +75,13 @@ class Unroll(Terms, Estimator):
             f = problem.f if backend.has_autodiff else backend.protected(problem.f)
             return _blend(space, lam, f(h, z), h)
 
-        # Whoever watches F sees the last step alone (Decision 72): a loop that is traced lets nothing out.
-        inner = problem.unwatched or problem
+        # Whoever watches F sees the last step alone (Decision 72), and the first where asked for: a loop that is traced
+        # lets nothing out.
+        inner, left = problem.unwatched or problem, self.k - 1
         with space.backend.on_device_of(h):
-            before_last = space.backend.repeat(lambda h: step(inner, h), h, self.k - 1)
+            if problem.watches_first and left:
+                h, left = step(problem, h), left - 1
+            before_last = space.backend.repeat(lambda h: step(inner, h), h, left)
             return step(problem, before_last)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:

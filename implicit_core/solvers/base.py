@@ -51,8 +51,8 @@ class Solver(Record, ABC):
     rtol, atol
         A sample is finished once ‖F(h) - h‖₂ ≤ atol + rtol ‖F(h)‖₂, and its residual is at most a tenth of the first
         one (for an rtol above 0.01, ten times rtol, at most half). A start within ten tolerances needs the tolerance
-        alone, but twice the tolerance at the start is the most. For :class:`NewtonKrylov` a residual that rounding
-        errors of F explain in every component is enough, if it is at most ‖F(h)‖ / 1000. atol is rtol / 1000 unless
+        alone, but twice the tolerance at the start is the most. For solvers with the Jacobian a residual
+        that rounding errors of F explain is enough, see Decision 121. atol is rtol / 1000 unless
         given, so that a fixed point at zero can be reached and asking for a smaller rtol gives one. An rtol below 8 ε,
         with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero, as numbers and not as arrays,
         the number of steps is forced: only a value that is not finite ends a sample. A solver that does not keep its
@@ -168,7 +168,7 @@ class Solver(Record, ABC):
 
         ``operator`` is ``v -> (I - ∂F/∂h) v`` at ``point.x``, where minus the residual has this derivative, if
         ``linearizes`` says so. It can be used here alone. In the last evaluation of such a solver ``point.active``
-        holds in no sample, as no step follows.
+        holds in no sample, if no step follows.
         """
         return memory
 
