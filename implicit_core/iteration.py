@@ -228,6 +228,7 @@ class Iteration:
         only = settings.is_one(solver.max_steps) and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
         start = settings.with_settings(space, solver, start)
+        start = space.round(solver.start(self.system, start))
         h = space.unpack(start)
         kept = self._kept(h)
         # An infinite start is no start.

@@ -13,6 +13,18 @@ LinearMap = Any
 """A function of pytrees, a matrix (n, n) or one for each sample, a SciPy sparse array, or a SciPy LinearOperator."""
 
 
+def require_real(name: str, matrix: Any) -> None:
+    """Refuse a complex matrix, whose imaginary part would be lost.
+
+    Raises
+    ------
+    TypeError
+        If it is complex.
+    """
+    if "complex" in str(matrix.dtype):
+        raise TypeError(f"{name} must be real, got the dtype {matrix.dtype}")
+
+
 def is_sparse(x: object) -> bool:
     """Whether ``x`` is a sparse array or matrix as SciPy has them."""
     return hasattr(x, "tocsc") and hasattr(x, "shape")
@@ -27,6 +39,9 @@ def as_function(name: str, given: LinearMap, backend: Backend, like: PyTree, bat
         If ``given`` is no linear map, or has another shape. The error calls it ``name``.
     """
     if is_sparse(given) or hasattr(given, "matvec"):
+        if backend.name != "numpy":
+            raise TypeError(f"{name} of SciPy is for arrays of NumPy: pass an array of {backend.name}, or a function")
+        require_real(name, given)
         n = _numbers_of_a_sample(name, backend, like, batch_ndim)
         if tuple(given.shape) != (n, n):
             raise ValueError(f"{name} must have the shape {(n, n)}, got {tuple(given.shape)}")

@@ -176,6 +176,7 @@ class RootProblem(Problem[H, Z]):
         space, image = self.space(factors), self.image(factors)
         ones = image.pack(backend.map(backend.xp.ones_like, factors))
         form.jacobian, form.row_factors = self.jacobian, factors
+        form.names = self.names
         form.relaxation = space.xp.abs(space.pack(factors)[0] / ones[0])[:, :1]
         return form
 

@@ -230,10 +230,10 @@ HARD: dict[str, tuple[Any, float, float, float, str]] = {
     "an empty bracket": (lambda x: x - 1, 0, 2, 2, "UNBRACKETED"),
     "NaN at an end": (lambda x: math.sqrt(x) - 0.5 if x >= 0 else math.nan, 1, -1, 1, "NONFINITE"),
     "NaN within": (lambda x: x - 0.9 if abs(x - 0.5) > 0.4 else math.nan, 0, 0, 1, "NONFINITE"),
-    "infinite at x0": (lambda x: 1 / (x - 2) if x != 2 else math.inf, 2, 0, 1, "NONFINITE"),
+    "infinite at x0": (lambda x: 1 / (x - 0.5) if x != 0.5 else math.inf, 0.5, 0, 1, "NONFINITE"),
     "a root at lower": (lambda x: x - 1, 5, 1, 4, "CONVERGED"),
     "a root at upper": (lambda x: x - 1, 5, -4, 1, "CONVERGED"),
-    "a root at x0": (lambda x: x * x, 0, 1, 2, "CONVERGED"),
+    "a root at x0": (lambda x: x * x, 0, -1, 2, "CONVERGED"),
 }
 
 
@@ -326,3 +326,16 @@ def test_a_mapped_sample_does_not_take_one_end_of_an_array() -> None:
     start = torch.zeros((), dtype=torch.float64)
     with pytest.raises(ValueError, match=r"broadcasts to x0 of shape \(\)"):
         torch.vmap(lambda z: ic.root(cubic, start, z, solver=ic.Brent(*ends)).value)(torch.tensor(Z))
+
+
+def test_a_start_outside_of_the_bracket_says_nothing() -> None:
+    """It is a root itself, or makes the tolerance large."""
+    for solver in (ic.Brent(3.0, 4.0), ic.Bisection(3.0, 4.0)):
+        solution = ic.root(lambda x, z: np.sin(x), np.zeros(1), None, solver=solver, batch_ndim=1)
+        assert solution.status == ic.CONVERGED
+        np.testing.assert_allclose(solution.value, np.pi, rtol=1e-5)
+    solution = ic.root(lambda x, z: x**5 + 0.7, np.array([1000.0]), None, solver=ic.Brent(0.0, 10.0), batch_ndim=1)
+    assert solution.status == ic.UNBRACKETED
+    slope = ic.root(lambda x, z: np.exp(-20 * (x - 3)) - 1, np.zeros(1), None, solver=ic.Brent(2.0, 4.0), batch_ndim=1)
+    assert slope.status == ic.CONVERGED
+    np.testing.assert_allclose(slope.value, 3.0, rtol=1e-4)

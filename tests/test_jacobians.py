@@ -333,3 +333,22 @@ def test_another_result_is_refused(result: Any, batch_ndim: int, error: type[Exc
     problem = ic.Problem(lambda h, z: 0.5 * h, jacobian=lambda h, z: result, batch_ndim=batch_ndim)
     with pytest.raises(error, match=message):
         ic.solve(problem, np.ones(2), None, solver=ic.Newton())
+
+
+def test_a_singular_matrix_does_not_change_the_gradient() -> None:
+    """It is wrong; the products of autodiff are right."""
+    matrix = jnp.diag(jnp.asarray([1.0, 1.0, 0.0]))
+    problem = ic.RootProblem(lambda x, z: x**3 + 2 * x - z, jacobian=lambda x, z: matrix)
+    z = jnp.asarray([1.0, 2.0, 3.0])
+
+    def total(z: Any) -> Any:
+        return ic.root(problem, jnp.zeros(3), z, solver=ic.Anderson(rtol=1e-10)).value.sum()
+
+    root = ic.root(lambda x, z: x**3 + 2 * x - z, jnp.zeros(3), z, solver=ic.Newton(rtol=1e-10)).value
+    np.testing.assert_allclose(jax.grad(total)(z), 1 / (3 * root**2 + 2), rtol=1e-4)
+
+
+def test_complex_matrices_are_refused() -> None:
+    problem = ic.RootProblem(lambda x, z: x - 1, jacobian=lambda x, z: np.eye(2) * (1 + 5j))
+    with pytest.raises(TypeError, match="the result of jacobian must be real, got the dtype complex128"):
+        ic.solve(problem, np.zeros(2), None, solver=ic.Newton())

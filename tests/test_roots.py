@@ -468,6 +468,35 @@ def test_a_start_that_is_no_root_is_not_taken_for_one() -> None:
             assert not solution.converged
 
 
+@pytest.mark.parametrize("solver", [ic.Polyalgorithm(), ic.Newton(), ic.NewtonKrylov(), ic.Broyden()], ids=repr)
+def test_products_that_are_not_finite_explain_nothing(solver: Any) -> None:
+    """The Jacobian at the start is infinite, or NaN, so that no step is made."""
+
+    def by_root(x: Any, z: Any) -> Any:
+        return z - jnp.sqrt(jnp.abs(x)) - 0.3 * x[::-1]
+
+    def by_norm(x: Any, z: Any) -> Any:
+        return jnp.linalg.norm(x) * x + x - z
+
+    for g, start in ((by_root, jnp.zeros(4)), (by_norm, jnp.zeros(4)), (by_norm, 1e-200 * jnp.ones(4))):
+        solution = ic.root(g, start, jnp.asarray([1.3, 0.6, 1.2, 0.9]), solver=solver)
+        assert not solution.converged or solution.stats.residual < 1e-4
+
+
+@pytest.mark.parametrize(
+    "solver", [ic.Newton(rtol=1e-10), ic.NewtonKrylov(rtol=1e-10), ic.Broyden(rtol=1e-10)], ids=repr
+)
+def test_a_residual_that_still_falls_is_not_taken_for_rounding(solver: Any) -> None:
+    """The first unknown is large, so that its rounding errors could explain the second equation, but it is exact."""
+
+    def g(x: Any, z: Any) -> Any:
+        return jnp.stack([x[0] - 1e9, jnp.exp(x[1]) - 2 + (x[0] - 1e9)])
+
+    solution = ic.root(g, jnp.asarray([1e9, 0.6928]), None, solver=solver(rtol=1e-10))
+    assert solution.converged
+    assert abs(float(solution.value[1]) - np.log(2)) < 1e-10
+
+
 @pytest.mark.parametrize("solver", [ic.Polyalgorithm(), ic.Newton(rtol=1e-6), ic.Broyden(rtol=1e-6)], ids=repr)
 def test_rounding_is_found_out_beside_a_component_that_is_exact(solver: Any) -> None:
     """Large terms cancel in the first equation, and the second says that an unknown is zero."""

@@ -159,6 +159,10 @@ class Solver(Record, ABC):
         """Whether ``observe`` is given an operator."""
         return self.uses_jacobian
 
+    def start(self, system: System, x: State) -> State:
+        """Where the solve starts: at h0, which is x, unless a solver knows better."""
+        return x
+
     @abstractmethod
     def init(self, system: System, x: State) -> Any:
         """The method's memory before the first step, which starts at ``x``."""

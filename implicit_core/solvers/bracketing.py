@@ -74,7 +74,10 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Bracketing(Solver):
-    """Base of the solvers that shrink a bracket. The first evaluations are at x0, ``lower`` and ``upper``."""
+    """Base of the solvers that shrink a bracket. The first evaluations are at x0, ``lower`` and ``upper``.
+
+    An x0 that lies outside is replaced by the middle.
+    """
 
     lower: Array
     upper: Array
@@ -104,6 +107,13 @@ class Bracketing(Solver):
         b, c = (nothing, nothing) if system.parted else self.ends(space)
         status = space.full(GOING_ON, space.xp.int32)
         return Memory(_number(x), nothing, b, c, *9 * (nothing,), status)
+
+    def start(self, system: System, x: State) -> State:
+        """x0 where it lies within the bracket, else the middle: a point outside says nothing of the root within."""
+        space, (b, c) = system.space, self.ends(system.space)
+        number, xp = _number(x), space.xp
+        within = (number >= xp.minimum(b, c)) & (number <= xp.maximum(b, c))
+        return _state(space.select(within, number, 0.5 * b + 0.5 * c), x)
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         space, i = system.space, point.index

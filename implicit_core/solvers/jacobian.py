@@ -14,7 +14,7 @@ from typing import Any
 
 from ..arrays import Array, Mask, Matrices, Operator, PyTree, State
 from ..backend import Known
-from ..linear_operators import is_sparse
+from ..linear_operators import is_sparse, require_real
 from ..preconditioner import AtPoint
 from ..problem import Problem
 from ..registry import find_backend
@@ -57,6 +57,7 @@ def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
             )
         if tuple(given.shape) != (n, n):
             raise ValueError(f"the result of jacobian must have the shape {(n, n)}, got {tuple(given.shape)}")
+        require_real("the result of jacobian", given)
         matrix = given.tocsc().astype(space.dtype)
         if down is not None:
             matrix.data = matrix.data * down[0, matrix.indices]
@@ -68,6 +69,7 @@ def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
             f"jacobian must return an array of {backend.name}, or with NumPy a sparse array of SciPy; got "
             f"{type(given).__name__}"
         )
+    require_real("the result of jacobian", given)
     state = tuple(space.shapes[0][len(batch) :]) if len(space.shapes) == 1 else (n,)
     if tuple(given.shape) not in ((*batch, n, n), (*batch, *state, *state)):
         raise ValueError(f"the result of jacobian must have the shape {(*batch, n, n)}, got {tuple(given.shape)}")
@@ -203,24 +205,38 @@ class SparseFactors(AtPoint):
 
 
 def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
-    """The factorization of a matrix on states."""
-    return factors_of_sparse(space, matrix) if is_sparse(matrix) else Inverse(inverse_transposed(space, matrix))
+    """The factorization of a matrix on states, as a preconditioner: no product with it is lost in a null space."""
+    if is_sparse(matrix):
+        return factors_of_sparse(space, matrix)
+    inverse, singular = _inverse_and_singular(space, matrix)
+    return Inverse(space.xp.where(singular[:, :, None], space.eye(space.dimension)[None, :, :], inverse))
 
 
 def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
     """A⁻ᵀ of dense matrices A, by least squares where they are singular."""
-    xp: Any = space.xp
-    transposed = xp.matrix_transpose(matrix)
-    transposed = xp.where(xp.isfinite(transposed), transposed, xp.zeros_like(transposed))
-    inverse = _inverses(xp, transposed)
-    defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
-    singular = ~(defect[:, None] <= EXACT)  # true of NaN
+    transposed = _finite_transposed(space, matrix)
+    inverse, singular = _inverse_and_singular(space, matrix)
 
     def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
-        return xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
+        return space.xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
 
     made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
     return made
+
+
+def _finite_transposed(space: Space, matrix: Matrices) -> Matrices:
+    transposed = space.xp.matrix_transpose(matrix)
+    finite: Matrices = space.xp.where(space.xp.isfinite(transposed), transposed, space.xp.zeros_like(transposed))
+    return finite
+
+
+def _inverse_and_singular(space: Space, matrix: Matrices) -> tuple[Matrices, Mask]:
+    """A⁻ᵀ, and the samples (N, 1) in which there is none."""
+    xp: Any = space.xp
+    transposed = _finite_transposed(space, matrix)
+    inverse = _inverses(xp, transposed)
+    defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
+    return inverse, ~(defect[:, None] <= EXACT)  # true of NaN
 
 
 def _inverses(xp: Any, matrices: Array) -> Array:
