@@ -23,11 +23,12 @@ class Brent(Bracketing):
     A sample ends with the status
 
     - ``CONVERGED`` where ``|g|`` is within the tolerance. Or there is no float between two points where g has different
-      signs, and ``|g|`` has fallen with the bracket: the root is as accurate as the dtype allows, and ``stats.tolerance``
-      is its ``|g|``, if that is above the tolerance.
+      signs, and ``|g|`` has fallen with the bracket: the root is as accurate as the dtype allows, and
+      ``stats.tolerance`` is its ``|g|``, if that is above the tolerance. In half precision, whose brackets hold too few
+      floats, a small jump may pass for a root.
     - ``UNBRACKETED`` if g has the same sign at ``lower`` and ``upper``. The best of the three points is returned.
-    - ``STAGNATED`` if no float is left in the bracket, and ``|g|`` has not fallen with it: g jumps there, or has a pole.
-      Near zero floats do not run out, and the steps do.
+    - ``STAGNATED`` if no float is left in the bracket, and ``|g|`` has not fallen with it: g jumps there, or has a
+      pole. Near zero floats do not run out, and the steps do.
     - ``NONFINITE`` if g is NaN somewhere, or infinite at x0. Elsewhere an infinite g has a sign as other numbers.
 
     Parameters
