@@ -483,9 +483,7 @@ def test_products_that_are_not_finite_explain_nothing(solver: Any) -> None:
         assert not solution.converged or solution.stats.residual < 1e-4
 
 
-@pytest.mark.parametrize(
-    "solver", [ic.Newton(rtol=1e-10), ic.NewtonKrylov(rtol=1e-10), ic.Broyden(rtol=1e-10)], ids=repr
-)
+@pytest.mark.parametrize("solver", [ic.Newton, ic.NewtonKrylov, ic.Broyden])
 def test_a_residual_that_still_falls_is_not_taken_for_rounding(solver: Any) -> None:
     """The first unknown is large, so that its rounding errors could explain the second equation, but it is exact."""
 
