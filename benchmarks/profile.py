@@ -143,7 +143,7 @@ class Rows:
         return self._codes[name]
 
     def of(self, task: Task, chosen: dict[str, Method]) -> Row:
-        """The row of a problem, with no outcomes unless it was measured; only those of the chosen solvers."""
+        """The row of a problem with the outcomes of the chosen solvers that were measured."""
         key = f"{task.set}/{task.name}"
         row = self._rows.get(key) or {
             "set": task.set,
@@ -290,7 +290,7 @@ def costs_table(name: str, rows: Sequence[Row], names: Sequence[str]) -> report.
 
 
 def false_table(record: Row) -> report.Table:
-    """Every result that a solver calls a solution, and that is none."""
+    """The false successes: results that a solver calls solutions, and that do not solve the problem."""
     body = [
         (method, f"{name}: {problem}"[:48])
         for name, found in record["sets"].items()

@@ -7,6 +7,9 @@ from .backend import Known
 from .progress import Progress
 from .space import Space
 
+GOING_ON = -1
+"""Stands for a status in samples that a solver has not ended."""
+
 
 class Point(NamedTuple):
     """The last evaluation of F.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from . import checks, progress, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
-from .carry import Best, Carry, Count, Point
+from .carry import GOING_ON, Best, Carry, Count, Point
 from .problem import Problem
 from .progress import Progress, Start
 from .records import is_array
@@ -149,9 +149,7 @@ class Iteration:
         self.noticed = self.space.backend.noticed()  # of this solve, not of one within a step or F
         solver, self.most = settings.steps_of_samples(solver, self.space)
         solver = self.solver = settings.bound(solver, self.space, constant=True)
-        # A root's default is zero: any other number would be in the units of somebody else's g.
-        of_root = self.system.is_root and solver.atol is None
-        self.absolute = 0.0 if of_root else solver.absolute_tolerance
+        self.absolute = solver.absolute_tolerance_of(root=self.system.is_root)
         self.rtol = progress.reachable(self.space, solver.rtol)
         if origin is not None:
             self.absolute, self.rtol = origin.tolerance, 0.0
@@ -228,7 +226,7 @@ class Iteration:
         only = settings.is_one(solver.max_steps) and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
         start = settings.with_settings(space, solver, start)
-        start = space.round(solver.start(self.system, start))
+        start = solver.start(self.system, start)
         h = space.unpack(start)
         kept = self._kept(h)
         # An infinite start is no start.
@@ -311,11 +309,16 @@ class Iteration:
         if operator is not None and not (self.stepwise or self._moves_on):
             active = progress.both(active, point.index + 1 < self.solver.max_steps)
         memory = self.solver.observe(self.system, memory, point._replace(active=active), operator)
-        ended = self._ended_by_solver(memory)
+        ended = self._ended_by_solver(memory, None)
         return memory, point if ended is None else point._replace(active=point.active & (ended < 0))
 
-    def _ended_by_solver(self, memory: Any) -> Numbers | None:
-        return self.solver.ended(memory) if self.solver.ends_samples else None
+    def _ended_by_solver(self, memory: Any, stopped: Mask | None) -> Numbers | None:
+        """A status in the samples that the solver, or the user's own test, has ended, and GOING_ON in others."""
+        ended = self.solver.ended(memory) if self.solver.ends_samples else None
+        if stopped is None:
+            return ended
+        others = self.space.full(GOING_ON, self.space.xp.int32) if ended is None else ended
+        return self.space.select(stopped, Status.CONVERGED.value, others)
 
     def tolerance(self, f_norm: Numbers) -> Numbers:
         """The tolerance, atol + rtol ‖F(x)‖."""
@@ -433,7 +436,8 @@ class Iteration:
             return point, None
         said = stop(*self.system.as_the_user_has_it(point.x, point.f, point.residual))
         now = space.xp.reshape(checks.mask_of_samples("stop", space, said), (-1, 1)) & point.active
-        stopped = now & finite(point.norm) if before is None else (now & finite(point.norm)) | before
+        now = now & finite(point.norm)
+        stopped = now if before is None else now | before
         return point._replace(active=point.active & ~stopped), stopped
 
     def _while_steps_are_left(self, point: Point) -> Point:
@@ -530,9 +534,7 @@ class Iteration:
             if best is not None and not self.solver.freeze:  # a sample went on, perhaps to a worse point
                 converged = converged | (best.norm <= self.threshold(best.f_norm, self._of_all(carry.progress)))
                 last = last & (point.norm <= best.norm)
-        if carry.stopped is not None:
-            last, converged = last | carry.stopped, converged | carry.stopped
-        ended = self._ended_by_solver(carry.memory)
+        ended = self._ended_by_solver(carry.memory, carry.stopped)
         if ended is not None:
             by_solver, failed = ended == Status.CONVERGED.value, ended > 0
             last, converged = (last & ~failed) | by_solver, (converged & ~failed) | by_solver
@@ -554,7 +556,7 @@ class Iteration:
             gone = ended & ((point.norm > self.start.limit()) | (point.norm <= self.tolerance(point.f_norm)))
             status = space.select(ended, Status.STAGNATED.value, status)
             status = space.select(gone & (norm > self.start.cap), Status.DIVERGED.value, status)
-        by_solver = self._ended_by_solver(carry.memory)
+        by_solver = self._ended_by_solver(carry.memory, carry.stopped)
         return status if by_solver is None else space.select(by_solver > 0, by_solver, status)
 
     def may_have_ended(self, point: Point) -> bool:
@@ -568,10 +570,8 @@ class Iteration:
 
     def _held_against(self, norm: Numbers, f_norm: Numbers, carry: Carry) -> Numbers:
         """The tolerance, and where the solver itself says that a sample has converged, at least the residual."""
-        made, ended = carry.progress, self._ended_by_solver(carry.memory)
+        made, ended = carry.progress, self._ended_by_solver(carry.memory, carry.stopped)
         tolerance = self.tolerance(f_norm) if made is None else self.threshold(f_norm, self._of_all(made))
-        if carry.stopped is not None:
-            tolerance = self.space.select(carry.stopped, self.space.xp.maximum(tolerance, norm), tolerance)
         if ended is None:
             return tolerance
         return self.space.select(ended == Status.CONVERGED.value, self.space.xp.maximum(tolerance, norm), tolerance)

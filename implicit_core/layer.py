@@ -99,9 +99,7 @@ def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H
         space = problem.space(h0, name)
         h = space.unpack(space.copy(space.pack(backend.map(backend.stop_gradient, h0))))
         solver = settings.bound(measuring(options.solver), space, constant=True)
-        atol = solver.absolute_tolerance
-        if isinstance(problem, RootProblem) and solver.atol is None:
-            atol = 0.0
+        atol = solver.absolute_tolerance_of(root=isinstance(problem, RootProblem))
         status, steps = (space.full(number, space.xp.int32) for number in (Status.MAX_STEPS.value, 0))
         # The largest number, and not infinity, of which frameworks can be asked to raise an error.
         unknown = space.full(float(backend.finfo(space.dtype).max))

@@ -84,7 +84,7 @@ class System:
         return MatrixOperator(self.space, lambda: complement(self.problem, self.space, h, self.z))
 
     def as_the_user_has_it(self, x: State, f: State, residual: State) -> tuple[PyTree, PyTree]:
-        """H and F(h), or x and g(x) of a root, as pytrees."""
+        """The unknown and F there, of a root g there, as pytrees."""
         del residual
         return self.space.unpack(x), self.space.unpack(f)
 

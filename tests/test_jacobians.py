@@ -310,11 +310,11 @@ def test_check_finds_a_wrong_jacobian(sparse: bool) -> None:
     m = 0.1 * np.random.default_rng(0).normal(size=(4, 4))
     for wrong in (1.0, 1.01):
         given = scipy.sparse.csr_array(wrong * m) if sparse else wrong * m
-        problem = ic.Problem(lambda h, z: m @ h + z, vjp=lambda h, z, v: (m.T @ v, v), jacobian=lambda h, z: given)  # noqa: B023
+        problem = ic.Problem(lambda h, z: m @ h + z, vjp=lambda h, z, v: (m.T @ v, v), jacobian=lambda h, z: given)  # noqa: B023  # used at once
         texts = [finding.text for finding in ic.check(problem, np.ones(4), np.ones(4)).findings]
         assert any("the jacobian with respect to h differs" in text for text in texts) == (wrong != 1)
         assert texts or wrong == 1
-        root = ic.RootProblem(lambda x, z: x - m @ x - z, jacobian=lambda x, z: np.eye(4) - given, g_scale=2.0)  # noqa: B023
+        root = ic.RootProblem(lambda x, z: x - m @ x - z, jacobian=lambda x, z: np.eye(4) - given, g_scale=2.0)  # noqa: B023  # used at once
         form = root.fixed_point_form(np.ones(4), np.ones(4))
         kinds = [finding.kind for finding in ic.check(form, np.ones(4), np.ones(4)).findings]
         assert ("derivatives" in kinds) == (wrong != 1)

@@ -52,7 +52,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
     if options.throw and gradient.starts_from_h0:
         raise NotImplementedError(THROW)
     checks.state(BACKEND, given.names.start, h0, given.batch_ndim)
-    if isinstance(options.solver, Bracketing):  # an axis that is mapped is none of its arrays'
+    if isinstance(options.solver, Bracketing):  # whose brackets do not have the axis that is mapped
         options.solver.ends(given.space(h0, given.names.start))
     leaves, structure = BACKEND.flatten(h0)
     with BACKEND.solving():

@@ -338,6 +338,26 @@ class LinearSolver(Record, ABC):
         return self.loops or not isinstance(products, int) or products & (products + 1) == 0
 
 
+class PreconditionedSolver(LinearSolver):
+    """Base of the methods that are written with a preconditioner, and without one if it is None."""
+
+    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
+        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
+
+    @abstractmethod
+    def preconditioned_cycle(
+        self,
+        space: Space,
+        operator: Operator,
+        precondition: Operator | None,
+        r: State,
+        norm: Numbers,
+        target: Numbers,
+        active: Mask,
+    ) -> Cycle:
+        """See :class:`LinearSolver`."""
+
+
 class _Watcher:
     """Looks whether A couples samples, where something makes one suspect it.
 

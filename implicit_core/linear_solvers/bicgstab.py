@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, positive, ratio
+from .base import Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -20,7 +20,7 @@ class _Carry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class BiCGSTAB(LinearSolver):
+class BiCGSTAB(PreconditionedSolver):
     """BiCGSTAB, for any A, in the memory of a few states; two products with A in each step.
 
     Where a coefficient of the recurrence vanishes, the search direction restarts from the residual.
@@ -48,9 +48,6 @@ class BiCGSTAB(LinearSolver):
     >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.BiCGSTAB(rtol=1e-9)).value.round(6)
     array([0.25, 0.5 ])
     """
-
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
 
     def preconditioned_cycle(
         self,

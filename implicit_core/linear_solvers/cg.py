@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, positive, ratio
+from .base import Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -20,7 +20,7 @@ class _Carry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CG(LinearSolver):
+class CG(PreconditionedSolver):
     """Conjugate gradients, for a symmetric positive definite A: a symmetric ∂F/∂h with eigenvalues below one.
 
     For any other A it may break down or make no progress. It then reports that it did not converge.
@@ -47,9 +47,6 @@ class CG(LinearSolver):
     >>> ic.solve_linear(lambda x: a @ x, np.array([1.0, 2.0]), solver=ic.CG()).value.round(6)
     array([0.2, 0.6])
     """
-
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
 
     def preconditioned_cycle(
         self,

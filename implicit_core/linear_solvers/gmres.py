@@ -9,11 +9,11 @@ from ..backend import Known
 from ..records import is_array
 from ..space import Space
 from .arnoldi import arnoldi_step, unit
-from .base import Cycle, LinearSolver, positive, ratio
+from .base import Cycle, PreconditionedSolver, positive, ratio
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class GMRES(LinearSolver):
+class GMRES(PreconditionedSolver):
     """GMRES, for any regular A: the least residual over the Krylov space, restarted.
 
     Each sample has its own Krylov space and its own stop test.
@@ -49,9 +49,6 @@ class GMRES(LinearSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
-
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
 
     def preconditioned_cycle(
         self,

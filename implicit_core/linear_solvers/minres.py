@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, LinearSolver, positive, ratio
+from .base import Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -49,7 +49,7 @@ class _Carry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MINRES(LinearSolver):
+class MINRES(PreconditionedSolver):
     """MINRES, for a symmetric A that may be indefinite: the least residual over the Krylov space, in a few states.
 
     A preconditioner has to be symmetric positive definite. It then minimizes the norm of the residual that belongs to
@@ -78,9 +78,6 @@ class MINRES(LinearSolver):
     >>> ic.solve_linear(a, np.array([4.0, -5.0]), solver=ic.MINRES()).value.round(6)
     array([1., 2.])
     """
-
-    def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
-        return self.preconditioned_cycle(space, operator, None, r, norm, target, active)
 
     def preconditioned_cycle(
         self,

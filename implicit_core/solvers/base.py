@@ -14,9 +14,6 @@ from ..records import Record
 from ..solution import Solution
 from ..system import System
 
-GOING_ON = -1
-"""Stands for a status in samples that a solver has not ended."""
-
 
 @runtime_checkable
 class FixedPointSolver(Protocol):
@@ -150,6 +147,10 @@ class Solver(Record, ABC):
     def absolute_tolerance(self) -> Real:
         """``atol``, or its default, rtol / 1000 (Decision 4)."""
         return 1e-3 * self.rtol if self.atol is None else self.atol
+
+    def absolute_tolerance_of(self, *, root: bool) -> Real:
+        """The same; zero for a root unless given, since any other number would be in the units of somebody else's g."""
+        return 0.0 if root and self.atol is None else self.absolute_tolerance
 
     def solve(self, problem: Problem[H, Z], h0: H, z: Z, *, trace: bool = False) -> Solution[H]:
         """See :class:`FixedPointSolver`."""

@@ -9,14 +9,14 @@ from array_api_compat import to_device
 from .. import checks
 from ..arrays import Array, Index, Mask, Numbers, Operator, Real, State
 from ..backend import Known
-from ..carry import Point
+from ..carry import GOING_ON, Point
 from ..progress import both
 from ..records import is_array
 from ..registry import find_backend
 from ..solution import Status
 from ..space import Space
 from ..system import System
-from .base import GOING_ON, Solver
+from .base import Solver
 
 SLACK = 10
 """How many evaluations later than in bisection a bracket may have any width."""
@@ -113,7 +113,7 @@ class Bracketing(Solver):
         space, (b, c) = system.space, self.ends(system.space)
         number, xp = _number(x), space.xp
         within = (number >= xp.minimum(b, c)) & (number <= xp.maximum(b, c))
-        return _state(space.select(within, number, 0.5 * b + 0.5 * c), x)
+        return space.round(_state(space.select(within, number, 0.5 * b + 0.5 * c), x))
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         space, i = system.space, point.index

@@ -168,7 +168,7 @@ def _split(space: Space, x: Array) -> State:
 
 @dataclass(frozen=True, repr=False)
 class Inverse(AtPoint):
-    """A⁻¹ of a dense A, by least squares in samples in which A is singular.
+    """A⁻¹ of a dense A; I in samples in which A is singular.
 
     Attributes
     ----------
@@ -208,14 +208,14 @@ def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
     """The factorization of a matrix on states, as a preconditioner: no product with it is lost in a null space."""
     if is_sparse(matrix):
         return factors_of_sparse(space, matrix)
-    inverse, singular = _inverse_and_singular(space, matrix)
+    inverse, singular = _inverse_and_singular(space, _finite_transposed(space, matrix))
     return Inverse(space.xp.where(singular[:, :, None], space.eye(space.dimension)[None, :, :], inverse))
 
 
 def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
     """A⁻ᵀ of dense matrices A, by least squares where they are singular."""
     transposed = _finite_transposed(space, matrix)
-    inverse, singular = _inverse_and_singular(space, matrix)
+    inverse, singular = _inverse_and_singular(space, transposed)
 
     def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
         return space.xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
@@ -230,10 +230,9 @@ def _finite_transposed(space: Space, matrix: Matrices) -> Matrices:
     return finite
 
 
-def _inverse_and_singular(space: Space, matrix: Matrices) -> tuple[Matrices, Mask]:
-    """A⁻ᵀ, and the samples (N, 1) in which there is none."""
+def _inverse_and_singular(space: Space, transposed: Matrices) -> tuple[Matrices, Mask]:
+    """A⁻ᵀ from Aᵀ, and the samples (N, 1) in which there is none."""
     xp: Any = space.xp
-    transposed = _finite_transposed(space, matrix)
     inverse = _inverses(xp, transposed)
     defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
     return inverse, ~(defect[:, None] <= EXACT)  # true of NaN

@@ -140,7 +140,7 @@ class NewtonKrylov(Solver):
         forcing = SHARE * ratio(point.norm, memory.norm, space) ** 2
         forcing = space.select(before > SAFE, xp.maximum(forcing, before), forcing)
         forcing = space.select(memory.norm > 0, forcing, space.full(FIRST))
-        atol = 0.0 if system.is_root and self.atol is None else self.absolute_tolerance
+        atol = self.absolute_tolerance_of(root=system.is_root)
         enough = ENOUGH * ratio(self.rtol * point.f_norm + atol, point.norm, space)
         least: Numbers = xp.maximum(enough, space.full(0.0) + self.linear_solver.rtol)
         return space.select(forcing > least, xp.minimum(forcing, largest), xp.minimum(least, largest))
