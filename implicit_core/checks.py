@@ -134,7 +134,7 @@ def _is_known(name: str, value: Any) -> bool:
 def mask_of_samples(name: str, space: Any, value: Any) -> Any:
     """What a user's test says of each sample, with the batch's shape."""
     xp, shape = space.xp, space.batch_shape
-    mask = xp.asarray(value) if isinstance(value, bool) or not space.backend.is_array(value) else value
+    mask = value if space.backend.is_array(value) else xp.asarray(value, device=space.device)
     if not space.backend.isdtype(mask.dtype, "bool") or tuple(mask.shape) != tuple(shape):
         raise TypeError(
             f"{name} must return an array of booleans of the batch's shape {tuple(shape)}, got {type(value).__name__} "
