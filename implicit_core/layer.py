@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol
 
 from . import progress, settings
 from .arrays import H, Numbers, Z
+from .backend import Backend
 from .estimators import AtFixedPoint, Estimator
 from .iteration import finite
 from .problem import Problem
@@ -138,7 +139,8 @@ class Watched(Generic[H, Z]):
 
         def note(h: H, f: H) -> None:  # no method, which would tie the problem, and what it holds, to this object
             if with_first and not noted:  # F may write its next result to the same memory
-                h, f = _copied(h), _copied(f)
+                backend = find_backend(h, "h")
+                h, f = _copied(backend, h), _copied(backend, f)
             noted[with_first:] = [(h, f)]
 
         self.problem = problem.watched(note)
@@ -171,12 +173,14 @@ class Watched(Generic[H, Z]):
         return told(solution, options, self.problem, self.norms())
 
 
-def _copied(tree: H) -> H:
-    """A pytree without a graph, in memory of its own."""
-    backend = find_backend(tree, "the result of f")
+def _copied(backend: Backend, tree: H) -> H:
+    """A pytree without a graph, in memory of its own. A leaf that is no array stays as it is: it is refused later."""
     if backend.immutable:
         return tree
-    copied: H = backend.map(lambda x: backend.xp.asarray(backend.stop_gradient(x), copy=True), tree)
+    xp = backend.xp
+    copied: H = backend.map(
+        lambda x: xp.asarray(backend.stop_gradient(x), copy=True) if backend.is_array(x) else x, tree
+    )
     return copied
 
 
