@@ -132,15 +132,15 @@ def _is_known(name: str, value: Any) -> bool:
 
 
 def mask_of_samples(name: str, space: Any, value: Any) -> Any:
-    """What a user's test says of each sample, with the batch's shape."""
-    xp, shape = space.xp, space.batch_shape
+    """What a user's test says of each sample, with the batch's shape. One boolean speaks for the whole batch."""
+    xp, shape = space.xp, tuple(space.batch_shape)
     mask = value if space.backend.is_array(value) else xp.asarray(value, device=space.device)
-    if not space.backend.isdtype(mask.dtype, "bool") or tuple(mask.shape) != tuple(shape):
+    if not space.backend.isdtype(mask.dtype, "bool") or tuple(mask.shape) not in (shape, ()):
         raise TypeError(
-            f"{name} must return an array of booleans of the batch's shape {tuple(shape)}, got {type(value).__name__} "
-            f"of shape {tuple(mask.shape)} and dtype {mask.dtype}"
+            f"{name} must return an array of booleans of the batch's shape {shape}, or one boolean for the whole "
+            f"batch; got {type(value).__name__} of shape {tuple(mask.shape)} and dtype {mask.dtype}"
         )
-    return mask
+    return xp.broadcast_to(mask, shape)
 
 
 def function(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import array_api_compat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -262,9 +263,35 @@ def test_the_users_test_of_a_root_sees_g() -> None:
         np.testing.assert_allclose(g, x**2 - z, rtol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson, ic.Broyden])
+def test_one_test_for_the_whole_batch(solver: Any, library: Library) -> None:
+    """All samples end together, where the mean of their residuals is small, though single ones are larger."""
+    factors = np.array([[0.95], [0.5], [0.1]]) * np.array([1.0, 0.9, 0.8, 0.7, 0.6])
+    factor, h0 = library.array(factors), library.array(np.ones((3, 5)))
+
+    def small(h: Any, f: Any) -> Any:
+        xp = array_api_compat.array_namespace(h)
+        return xp.sum((f - h) ** 2) <= 1e-4
+
+    solution = ic.solve(
+        lambda h, z: factor * h + z,
+        h0,
+        library.array(np.ones((3, 1))),
+        solver=solver(rtol=0.0, atol=0.0, max_steps=200, stop=small),
+        batch_ndim=1,
+    )
+    steps, value = library.numpy(solution.stats.steps), library.numpy(solution.value)
+    assert list(library.numpy(solution.status)) == [ic.CONVERGED] * 3
+    assert len(set(steps)) == 1
+    assert steps[0] == solution.stats.evaluations > 2
+    residual = factors * value + 1 - value
+    assert (residual**2).sum() <= 1e-4
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), np.linalg.norm(residual, axis=1), atol=1e-12)
+
+
 def test_what_the_users_test_returns_is_checked() -> None:
-    for stop in (lambda h, f: True, lambda h, f: f[:, 0], lambda h, f: f > 1):
-        with pytest.raises(TypeError, match=r"stop must return an array of booleans of the batch's shape \(3,\)"):
+    for stop in (lambda h, f: 1.0, lambda h, f: f[:, 0], lambda h, f: f > 1, lambda h, f: np.array([True])):
+        with pytest.raises(TypeError, match=r"of the batch's shape \(3,\), or one boolean for the whole batch; got"):
             ic.solve(to_twice, np.zeros((3, 2)), TARGETS, solver=ic.Anderson(stop=stop), batch_ndim=1)
     with pytest.raises(TypeError, match="stop must be"):
         ic.Anderson(stop=3)

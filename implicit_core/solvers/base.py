@@ -70,8 +70,9 @@ class Solver(Record, ABC):
         steps as long as others do, for the same evaluations, and is more accurate for it.
     stop
         A test of your own that ends samples beside the tolerance, ``stop(h, f) -> mask``: h and F(h), or x and g(x) of
-        a root, as F takes and returns them, to booleans of the batch's shape. Such a sample is CONVERGED by your test,
-        at this point. JAX runs a solver with such a test as it is, and compiles it only within ``jax.jit``.
+        a root, as F takes and returns them, to booleans of the batch's shape, or to one boolean for the whole batch.
+        Such a sample is CONVERGED by your test, at this point. For your test alone, set both tolerances to zero. JAX
+        runs a solver with such a test as it is, and compiles it only within ``jax.jit``.
     check
         Whether a solve raises where the residual of a finished sample changed, although its point is kept. It looks
         only where samples freeze and numbers can be read, at no evaluation more.

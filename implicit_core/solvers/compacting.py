@@ -47,7 +47,7 @@ class Compacting(Record):
     Parameters
     ----------
     solver
-        A :class:`Solver` with ``freeze=True``.
+        A :class:`Solver` with ``freeze=True``. Its ``stop`` sees the rows that are left.
     batched
         Which arrays of z have a row for each row of h, as their first axis: True for all, or a pytree of booleans that
         is a prefix of z, as ``in_axes`` of ``jax.vmap``: ``(True, False)`` for z = (inputs, parameters). What F closes
