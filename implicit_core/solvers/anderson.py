@@ -13,7 +13,7 @@ from .relaxation import any_residual, fall, first_relaxation, largest_after, nex
 
 GROWTH = 10.0
 """A step is undone if the residual after it is more than this much larger than before."""
-FIRST, LONGER = 1.35, 1.5
+FIRST, LONGER = 1.35, 2.5
 """How many plain steps of a fixed point follow on the first step that is undone, and how many times more on others."""
 
 
