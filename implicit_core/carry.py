@@ -92,3 +92,12 @@ class Carry(NamedTuple):
     trace: History | None
     memory: Any
     stopped: Mask | None = None
+
+
+def least_residual(space: Space, made: Progress, best: Best | None, point: Point) -> Numbers:
+    """The least residual so far, (N, 1)."""
+    if made.least is not None:
+        return made.least
+    assert best is not None
+    least: Numbers = space.xp.minimum(best.norm, point.norm)
+    return least

@@ -13,10 +13,10 @@ active, a traced or captured one, which cannot, and a loop of the user's own (:c
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import checks, progress, settings
+from . import checks, progress, rounding, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
-from .carry import GOING_ON, Best, Carry, Count, Point
+from .carry import GOING_ON, Best, Carry, Count, Point, least_residual
 from .problem import Problem
 from .progress import Progress, Start
 from .records import is_array
@@ -603,7 +603,10 @@ class Iteration:
         if least is not None:
             made = made._replace(least=(least := space.xp.minimum(least, point.norm)))
         if made.floor is not None and operator is not None:
-            made, point = self._explained(made, best, point, operator)
+            of_root, often = self.system.is_root, self.solver.patience is not None
+            made, point = rounding.judged(
+                space, made, best, point, operator, self.tolerance, of_root=of_root, often=often
+            )
         if self.solver.patience:
             made = progress.halved(made, space, evaluations, point.norm)
             out_of_patience = evaluations - made.halved_at >= self.solver.patience
@@ -611,7 +614,7 @@ class Iteration:
         now = progress.is_checkpoint(evaluations)
         if now is False:
             return made, point
-        least = self._least(made, best, point)
+        least = least_residual(space, made, best, point)
         tolerance = self.tolerance(point.f_norm)
         # A solver that goes back from a point may be on its way back from far beyond.
         goes_back = self.solver.overshoots or (self.system.is_root and self.solver.undoes_steps)
@@ -622,45 +625,6 @@ class Iteration:
         marked_least = space.select(now, least, made.marked_least)
         marked = space.select(now, point.norm, made.marked)
         return made._replace(marked_least=marked_least, marked=marked), point
-
-    def _least(self, made: Progress, best: Best | None, point: Point) -> Numbers:
-        """The least residual so far."""
-        if made.least is not None:
-            return made.least
-        assert best is not None
-        least: Numbers = self.space.xp.minimum(best.norm, point.norm)
-        return least
-
-    def _explained(self, made: Progress, best: Best | None, point: Point, operator: Operator) -> tuple[Progress, Point]:
-        """The same, where rounding errors of F explain the residual of a sample that does not fall (Decision 90)."""
-        space, norm, is_root = self.space, point.norm, self.system.is_root
-        floor = made.floor
-        assert floor is not None
-        evaluations = point.index + 1
-        due = progress.looks_at_rounding(evaluations, often=self.solver.patience is not None)
-        at_start: Known = progress.is_early(evaluations) if is_root and best is not None else False
-        if due is False and at_start is False:
-            return made, point
-        small = norm <= made.cap
-        if not is_root:  # whose f_norm is the first residual, and may be small itself
-            small = small & (norm <= progress.LARGEST_ROUNDING * point.f_norm)
-        least = self._least(made, best, point)
-        stalled = progress.both((least > progress.HALF * made.marked_least) & small, due)
-        if at_start is not False:
-            # A start at the root: the residual does not fall, and no state has run away.
-            assert best is not None
-            near = space.norm(space.sub(point.x, best.x)) <= space.coarsest_eps**0.5 * space.norm(best.x)
-            floor = space.select(progress.both(~near, at_start), space.full(progress.LEFT), floor)
-            stalled = stalled | progress.both((floor >= 0) & (norm >= progress.FAST * best.norm), at_start)
-            made = made._replace(floor=floor)
-        stalled = stalled & point.active
-        some = space.xp.any(stalled)
-        when: Known = bool(some) if space.backend.readable(norm) else some
-        if when is False:
-            return made, point
-        tolerance = self.tolerance(point.f_norm)
-        rounding = stalled & progress.is_rounding(space, point, operator, tolerance, when, of_root=is_root)
-        return made._replace(floor=space.select(rounding, norm, floor)), point._replace(active=point.active & ~rounding)
 
     def _ended(self, made: Progress, point: Point, ended: Mask) -> tuple[Progress, Point]:
         """The same, where samples have ended: no residual exceeds their threshold."""

@@ -5,16 +5,12 @@ residual also fell, to a fraction of the first one (Decision 69). A sample that 
 of a few checkpoints (Decision 70).
 """
 
-import random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import settings
-from .arrays import Index, Mask, Numbers, Operator, Real, State
+from .arrays import Index, Mask, Numbers, Real
 from .backend import Known
-from .space import Space, signs
-
-if TYPE_CHECKING:
-    from .carry import Point
+from .space import Space
 
 NEAR = 10.0
 """A start within this many tolerances is near its fixed point, and needs the tolerance alone."""
@@ -28,20 +24,12 @@ ROUNDING = 8
 """The least relative tolerance, in units of the machine precision of the coarsest leaf."""
 RESOLVED = 4
 """The rounding of F(h) that a residual is not told from, in units of ε ‖F(h)‖."""
-SIGNS, EXPLAINED, LARGEST_ROUNDING = 6, 4.0, 1e-3
-"""How many products estimate the rounding errors of F, in which units they explain a residual, and the largest one, as
-a fraction of ‖F(h)‖."""
 HALF = 0.5
 """A residual that did not fall to this fraction since the last checkpoint may be a rounding error; ``patience`` waits
 for one that did."""
 FIRST_CHECK, FIRST_FAR, FIRST_FLAT, FIRST_ANY = 4, 32, 64, 256
 """The evaluations of the first checkpoint, where a sample that diverged is ended; and of the first that end a state
 that ran away, a residual that neither falls nor grows, and any that does not fall."""
-FIRST_STEPS, LEFT = (2, 4), -1.0
-"""The evaluations after which a start may turn out to be the root, and a floor that says that it was left."""
-FIRST_ROUNDING, EVERY = 16, 8
-"""The evaluations of the first look whether a residual is a rounding error, and between two looks of a solver with
-``patience``; others look at checkpoints."""
 FALL = 0.99
 """A residual has fallen between two checkpoints if it is below this fraction, or falls steadily."""
 FLAT = 0.9
@@ -142,42 +130,6 @@ def is_hidden(space: Space, cap: Numbers, f_norm: Numbers) -> Mask:
     return hidden
 
 
-def is_rounding(
-    space: Space, point: "Point", operator: Operator, tolerance: Numbers, when: Known, *, of_root: bool
-) -> Mask:
-    """Where rounding errors of F explain F(x) - x, in all components but some that are within the tolerance.
-
-    See Decision 90. They are some ε |A| |x| with A = I - ∂F/∂h, the operator, which products of A with x under random
-    signs estimate, from below. In F(x) - x itself x and F(x) are rounded, besides; the residual of a root is g alone.
-    Unless ``when`` holds, there are no products, and the result means nothing.
-    """
-    xp, rows, x = space.xp, signs(space, random.Random(0), SIGNS), point.x
-    sizes = [0.0 if of_root else xp.abs(a) + xp.abs(b) for a, b in zip(x, point.f, strict=True)]
-
-    def product(carry: tuple[Index, State]) -> tuple[Index, State]:
-        i, largest = carry
-        flipped = State(tuple(space.take(s, i, 0) * a for s, a in zip(rows, x, strict=True)))
-        products = zip(largest, operator(flipped), strict=True)
-        return i + 1, State(tuple(xp.maximum(a, xp.abs(b)) for a, b in products))
-
-    start = space.shard(State(tuple(xp.zeros_like(a) for a in x)))
-    count: Any = SIGNS if isinstance(when, bool) else xp.where(when, SIGNS, 0)
-    largest = space.backend.repeat(product, (0, start), count)[1]
-    beyond = State(
-        tuple(
-            xp.where(_explains(xp, a + b, r, EXPLAINED * float(space.backend.finfo(dtype).eps)), xp.zeros_like(r), r)
-            for r, a, b, dtype in zip(point.residual, largest, sizes, space.dtypes, strict=True)
-        )
-    )
-    explained: Mask = space.norm(beyond) <= tolerance
-    return explained
-
-
-def _explains(xp: Any, size: Any, r: Any, eps: float) -> Any:
-    """Whether a rounding error of numbers of this size may be r; never of products that are not finite."""
-    return (xp.abs(r) <= eps * size) & (size < float("inf"))
-
-
 def relative(space: Space, norm: Numbers, f_norm: Numbers) -> Numbers:
     """A residual as a fraction of ‖F(h)‖; zero where both are."""
     tiny = float(space.backend.finfo(space.dtype).smallest_normal)
@@ -189,18 +141,6 @@ def is_checkpoint(evaluations: Index) -> Known:
     power: Known = (evaluations & (evaluations - 1)) == 0
     at: Known = power & (evaluations >= FIRST_CHECK)
     return at
-
-
-def is_early(evaluations: Index) -> Known:
-    """Whether a step changes nothing because the start is the root."""
-    early: Known = (evaluations >= FIRST_STEPS[0]) & (evaluations <= FIRST_STEPS[1])
-    return early
-
-
-def looks_at_rounding(evaluations: Index, *, often: bool) -> Known:
-    """Whether it is asked after so many evaluations if a residual is a rounding error."""
-    now: Known = evaluations % EVERY == 0 if often else is_checkpoint(evaluations)
-    return both_known(now, evaluations >= FIRST_ROUNDING)
 
 
 def both(mask: Mask, known: Known) -> Mask:
