@@ -152,6 +152,22 @@ def test_to_the_last_float_of_every_dtype(solver: Any, name: str) -> None:
     np.testing.assert_allclose(solution.value.double(), np.cbrt([2.0, 3.0, 5.0]), rtol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_jump_among_few_floats(solver: Any, name: str) -> None:
+    """Between 1 and 2 there are 128 or 1024 floats, and a third is none of them."""
+    place = 4 / 3
+    x0 = torch.ones(2, dtype=getattr(torch, name))
+    size = torch.tensor([0.1, 0.0])  # a jump, and a root
+
+    def g(x: torch.Tensor, z: None) -> torch.Tensor:
+        away = x.float() - place
+        return (away + size * torch.sign(away)).to(x.dtype)
+
+    solution = ic.root(g, x0, None, solver=solver(1.0, 2.0, rtol=0.0), batch_ndim=1)
+    assert solution.status.tolist() == [ic.STAGNATED, ic.CONVERGED]
+
+
 def test_units_and_pytrees() -> None:
     """A state in units of 1e-9, g in units of 1e6: both ends are in the user's units."""
     solution = ic.root(

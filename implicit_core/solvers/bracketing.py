@@ -22,7 +22,7 @@ SLACK = 10
 """How many evaluations later than in bisection a bracket may have any width."""
 MANY, FALLEN = 1024, 0.25
 """A sign change between neighbouring floats is a root if |g| at both, together, fell to this fraction since there were
-so many floats between them. At a jump it does not fall, and at a pole it grows."""
+so many floats between them, or 1/√ε in half precision. At a jump it does not fall, and at a pole it grows."""
 
 ONE_UNKNOWN = (
     "{solver} finds one unknown for each sample, but each sample of {x0}, of shape {shape}, has {n}: for independent "
@@ -236,7 +236,8 @@ def _shrunk(space: Space, m: Memory, x: Numbers, f: Numbers, when: Known) -> Mem
 def _judged(space: Space, m: Memory, x: Numbers, f: Numbers, is_open: Known) -> Memory:
     """The bracket with a status where x, the last point, ends the solve."""
     xp, size, width = space.xp, space.xp.abs(m.at_b) + space.xp.abs(m.at_c), space.xp.abs(m.c - m.b)
-    many = width >= MANY * spacing(space, xp.maximum(xp.abs(m.b), xp.abs(m.c)))
+    enough = min(MANY, space.coarsest_eps**-0.5)
+    many = width >= enough * spacing(space, xp.maximum(xp.abs(m.b), xp.abs(m.c)))
     m = m._replace(size=space.select(both(many, is_open), size, m.size))
     neighbours = both(_are_neighbours(m) & (m.status == GOING_ON), is_open)
     is_root = (size <= FALLEN * m.size) & (size < float("inf"))
