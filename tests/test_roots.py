@@ -555,3 +555,24 @@ def test_memory_grows_with_the_steps(library: Library) -> None:
     ]
     assert 33 < solutions[0].stats.evaluations == solutions[1].stats.evaluations
     np.testing.assert_allclose(*(library.numpy(s.value) for s in solutions), rtol=1e-9, atol=1e-12)
+
+
+def test_the_default_gradient_is_exact_for_stiff_roots() -> None:
+    """A step of a diffusion: the adjoint system needs more than the linear solver of ``Implicit()`` by itself makes."""
+    n, dt = 32, 1.0
+    weights = np.random.default_rng(0).normal(size=(n, n))
+    line = (n + 1) ** 2 * (jnp.eye(n, k=1) + jnp.eye(n, k=-1) - 2 * jnp.eye(n))
+
+    def step(u: Any, source: Any) -> Any:
+        return u - dt * (line @ u + u @ line + source * jnp.exp(u))
+
+    def total(source: Any, **options: Any) -> Any:
+        u = ic.root(step, jnp.zeros((n, n)), source, solver=ic.NewtonKrylov(rtol=1e-9), **options).value
+        return (weights * u).sum()
+
+    source = jnp.asarray(6.0)
+    u = ic.root(step, jnp.zeros((n, n)), source, solver=ic.NewtonKrylov(rtol=1e-9)).value
+    matrix = np.asarray(jax.jacobian(step)(u, source)).reshape(n * n, n * n)
+    exact = weights.reshape(-1) @ np.linalg.solve(matrix, dt * np.exp(np.asarray(u)).reshape(-1))
+    np.testing.assert_allclose(jax.grad(total)(source), exact, rtol=1e-4)
+    assert np.isnan(jax.grad(lambda source: total(source, gradient=ic.Implicit()))(source))

@@ -5,8 +5,9 @@ from typing import Any
 
 from implicit_core import checks
 from implicit_core.arrays import PyTree
-from implicit_core.estimators import Estimator, Implicit
+from implicit_core.estimators import Estimator
 from implicit_core.problem import Names, Problem
+from implicit_core.root import EXACT_GRADIENT
 from implicit_core.root_problem import RootProblem
 from implicit_core.solvers import FixedPointSolver, Polyalgorithm
 
@@ -65,7 +66,7 @@ class RootLayer(ImplicitLayer[X, H]):
         cell: Callable[[H, X], H],
         *,
         solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] = Polyalgorithm(),
-        gradient: Estimator = Implicit(),
+        gradient: Estimator = EXACT_GRADIENT,
         eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
         h0: Callable[[X], H] | Sequence[int] | None = None,
         batch_ndim: int = 1,
