@@ -1,6 +1,7 @@
-"""Is F a function that an implicit layer can be built on? One call that tells it in words."""
+"""Is F, or a root's g, a function that an implicit layer can be built on? One call that tells it in words."""
 
 import math
+import random
 import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,29 +15,29 @@ from .coupling import coupling, is_rounding, random_state, repeated, separating,
 from .problem import BoundLinearization, Linearization, Map, Problem, as_problem, zero_tangent
 from .registry import find_adapter, find_backend
 from .root_problem import RootProblem
+from .rounding import SIGNS
 from .solution import Status
 from .solve import as_solver, solve
-from .solvers import Anderson, FixedPointSolver, Solver
+from .solvers import Anderson, FixedPointSolver, Polyalgorithm, Solver
 from .solvers.jacobian import complement, multiply
-from .space import Space
+from .space import Space, signs
 
 WIDTH = 80
 """Columns of a report."""
 
-OF_ROOT = (
-    "check looks at an F whose fixed point is sought: pass problem.fixed_point_form(x0, z), which is F(x) = x - α g(x)"
-)
+UNEVEN = 1e3
+"""Parts of g whose sizes differ by more than this are told: a tolerance relative to ‖g‖ is loose for the small ones."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with F.
+    """One thing that is wrong with F, or with g.
 
     Attributes
     ----------
     kind
-        ``"random"``, ``"writes"``, ``"state"``, ``"structure"``, ``"nonfinite"``, ``"coupled"``, ``"derivatives"`` or
-        ``"contraction"``.
+        ``"random"``, ``"writes"``, ``"state"``, ``"structure"``, ``"nonfinite"``, ``"coupled"``, ``"derivatives"``,
+        ``"contraction"``, or ``"units"`` of a root.
     text
         What was found, with the number that shows it.
     advice
@@ -70,7 +71,7 @@ class Report:
     batch_ndim
         The number of batch axes that was tested.
     point
-        Where the derivatives were tested: ``"solution"``, or ``"h0"`` if the solve failed.
+        Where the derivatives were tested: ``"solution"``, or ``"h0"`` (``"x0"`` of a root) if the solve failed.
     coupling
         The largest relative effect of a sample on others; 0.0 if they are independent, None if that was not tested.
     adjoint_error
@@ -79,6 +80,9 @@ class Report:
         The largest relative difference of a derivative and central differences; None without a derivative.
     spectral_radius, contraction
         The largest estimates over all samples of the spectral radius of ∂F/∂h and of ‖∂F/∂h‖₂; None if not measured.
+    unevenness
+        How many times larger one part of a root's g is than another, in units of ``g_scale``: the rows of ∂g/∂x, times
+        the sizes of x. None if not measured.
 
     Examples
     --------
@@ -98,6 +102,7 @@ class Report:
     difference_error: float | None = None
     spectral_radius: float | None = None
     contraction: float | None = None
+    unevenness: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -115,6 +120,7 @@ class Report:
             "difference error": self.difference_error,
             "spectral radius": self.spectral_radius,
             "contraction": self.contraction,
+            "unevenness": self.unevenness,
         }
         lines = [f"check with batch_ndim={self.batch_ndim}, at the {self.point}: {'ok' if self.ok else 'findings'}"]
         for finding in self.findings:
@@ -156,20 +162,21 @@ def check(
     z: Z,
     *,
     batch_ndim: int | None = None,
-    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
+    solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] | None = None,
     seed: int = 0,
 ) -> Report:
     """Test whether F is what an implicit layer needs, and say in words what is not.
 
     F must be a function of (h, z) that returns something like h and writes to neither, its samples must be independent,
-    its derivatives right, and its Jacobian a contraction for the cheap estimators. The test evaluates F a few dozen
+    its derivatives right, and its Jacobian a contraction for the cheap estimators. The same for the g of a root, whose
+    parts should be about as large as each other, instead of contracting. The test evaluates F a few dozen
     times and solves once, so call it before training and not in a loop. Modules of PyTorch that F refers to keep their
     parameters, buffers and gradients, and the random state of PyTorch stays as it was.
 
     Parameters
     ----------
     f
-        A :class:`Problem`, or F itself, ``f(h, z)``.
+        A :class:`Problem`, or F itself, ``f(h, z)``. For a root, ``RootProblem(g)``.
     h0
         Where to start the solve: an array or a pytree of arrays, (batch..., state...).
     z
@@ -177,7 +184,7 @@ def check(
     batch_ndim
         How many first axes of every leaf of h index independent samples; for a plain F only (default 0).
     solver
-        The solver whose point the derivatives are tested at.
+        The solver whose point the derivatives are tested at: Anderson() by default, and Polyalgorithm() of a root.
     seed
         Seed of the random directions.
 
@@ -210,13 +217,14 @@ def check(
     """
     checks.function("f", f)
     problem = as_problem(f, batch_ndim)
-    if isinstance(problem, RootProblem):
-        raise TypeError(OF_ROOT)
     seed = checks.integer("seed", seed, 0)
-    solver = as_solver(solver)
-    backend = find_backend(h0, "h0")
-    space = problem.space(h0, "h0")
-    checks.samples("h0", space.batch_shape)
+    if solver is None:
+        solver = Polyalgorithm() if isinstance(problem, RootProblem) else Anderson()
+    solver = as_solver(solver, names=problem.names)
+    symbol, start = problem.names.symbol, problem.names.start
+    backend = find_backend(h0, start)
+    space = problem.space(h0, start)
+    checks.samples(start, space.batch_shape)
     if not all(map(backend.readable, backend.flatten((h0, z))[0])):
         raise NotImplementedError("check reads numbers, so it cannot run within jax.jit or a captured graph")
     adapter = find_adapter((h0, z))
@@ -228,10 +236,10 @@ def check(
         if changed:
             names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
             advice = "put the module in eval mode, or freeze its statistics"
-            found.add("state", f"an evaluation of F changes {names}", advice)
+            found.add("state", f"an evaluation of {symbol} changes {names}", advice)
         if not is_function:
-            found.notes.append("derivatives, which an F like this has none of")
-            return found.report(problem, "h0")
+            found.notes.append(f"derivatives, which such a function {symbol} has none of")
+            return found.report(problem, start)
         made = problem.with_derivatives((h0, z))
         problem = _pullbacks_alone(made) if changed and made is not problem else made
         with undisturbed(problem.f, h0):
@@ -265,18 +273,23 @@ def _at_a_point(
         )  # where samples are coupled, one that is finished goes on with the others
     solution = solve(problem, h0, z, solver=solver)
     solved = bool(xp.all(solution.status == Status.CONVERGED.value))
-    h, point = (solution.value, "solution") if solved else (h0, "h0")
+    h, point = (solution.value, "solution") if solved else (h0, problem.names.start)
     if not (problem.has_derivatives or problem.jacobian is not None):
         found.notes.append("derivatives and independence of samples, since the problem has no VJP or JVP")
         return found.report(problem, point)
     at = problem.linearize(h, z)
     if not bool(xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in space.pack(at.value)]))):
-        text = f"F is not finite at the {point}, so its derivatives cannot be compared with differences"
-        found.add("nonfinite", text, "look for NaN and infinite numbers in h0 and z, and for overflow in F")
+        _, _, start, symbol, *_ = problem.names
+        text = f"{symbol} is not finite at the {point}, so its derivatives cannot be compared with differences"
+        found.add(
+            "nonfinite", text, f"look for NaN and infinite numbers in {start} and z, and for overflow in {symbol}"
+        )
         return found.report(problem, point)
     _independence(problem, space, at, found)
     _derivatives(problem, space, at, seed, found)
-    if "coupled" in found.kinds():
+    if isinstance(problem, RootProblem):
+        _units(problem, space, at, found)
+    elif "coupled" in found.kinds():
         found.notes.append("contraction, which is defined for independent samples only")
     elif at.has("vjp_h"):
         _contraction(problem, at, found)
@@ -294,13 +307,14 @@ def _independence(problem: Problem[H, Z], space: Space, at: BoundLinearization[H
     size = max(float(coupling(space, at, split).size) for split in separating(space.samples))
     found.measure("coupling", size)
     if size > 0 and not is_rounding(space, *repeated(space, at.value, problem.f(at.h, at.z)), size):
-        text = f"F couples the samples that batch_ndim={problem.batch_ndim} takes for independent ({size:.1e})"
+        symbol = problem.names.symbol
+        text = f"{symbol} couples the samples that batch_ndim={problem.batch_ndim} takes for independent ({size:.1e})"
         found.add("coupled", text, "pass batch_ndim=0, which solves and differentiates them as one system")
 
 
 def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Findings) -> bool:
     """Whether F returns the same twice, something like h, and leaves its arguments as they were."""
-    backend = space.backend
+    backend, (function, unknown, _, symbol, *_) = space.backend, problem.names
 
     def arrays(tree: Any) -> list[Any]:
         return [leaf for leaf in backend.flatten(tree)[0] if backend.is_array(leaf)]
@@ -313,25 +327,25 @@ def _is_function(problem: Problem[H, Z], space: Space, h0: H, z: Z, found: _Find
     try:
         value = (problem.f if backend.sees_writes else backend.protected(problem.f))(h_copy, z_copy)
     except WrittenArgumentError:
-        found.add("writes", "F writes to its argument h", "compute a new array instead")
+        found.add("writes", f"{symbol} writes to its argument {unknown}", "compute a new array instead")
         return False
     try:
-        value = checks.like(backend, "the result of f", value, h0, "h")
+        value = checks.like(backend, f"the result of {function}", value, h0, unknown)
     except (TypeError, ValueError) as error:
-        found.add("structure", str(error), "return the structure, shapes and dtypes of h from F")
+        found.add("structure", str(error), f"return the structure, shapes and dtypes of {unknown} from {symbol}")
         return False
     value = backend.map(lambda leaf: _copied(space, leaf), value)
     h_left, z_left = is_left(h_before, h_copy), is_left(z_before, z_copy)
     works = z_left and (h_left or backend.sees_writes)
     if not works:
-        found.add("writes", "F writes to its argument h or z", "compute a new array instead")
+        found.add("writes", f"{symbol} writes to its argument {unknown} or z", "compute a new array instead")
     elif not h_left:
-        advice = "nothing, as each evaluation is handed a copy; a new array in F saves these copies"
-        found.add("writes", "F writes to its argument h", advice)
+        advice = f"nothing, as each evaluation is handed a copy; a new array in {symbol} saves these copies"
+        found.add("writes", f"{symbol} writes to its argument {unknown}", advice)
     h_copy, z_copy = (backend.map(lambda leaf: _copied(space, leaf), tree) for tree in (h0, z))
     difference, bound = repeated(space, value, problem.f(h_copy, z_copy))
     if difference > bound:
-        text = f"two evaluations of F at one point differ by {difference:.2g}"
+        text = f"two evaluations of {symbol} at one point differ by {difference:.2g}"
         advice = "draw random numbers once per solve (VariationalDropout in PyTorch, a key in z in JAX)"
         found.add("random", text, advice)
         return False
@@ -361,7 +375,7 @@ def _derivatives(
         pulled = at.vjp(u) if at.has("vjp_z") else (at.vjp_h(u), None)
     for name, (dh, dz) in directions.items():
         values: dict[str, float] = {}
-        scale = 0.0
+        scale, called = 0.0, problem.names.unknown if name == "h" else name
         try:
             if at.has("jvp_h"):
                 pushed = whole.pack(at.jvp_h(dh) if name == "h" else at.jvp_z(dz))
@@ -387,13 +401,13 @@ def _derivatives(
             error = abs(values["JVP"] - values["VJP"]) / scale if scale else 0.0
             found.measure("adjoint_error", error)
             if not error <= max(100 * eps, eps**0.75):
-                text = f"the VJP and the JVP with respect to {name} are not adjoint: relative difference {error:.1e}"
-                found.add("derivatives", text, "compare both with the formula of F")
+                text = f"the VJP and the JVP with respect to {called} are not adjoint: relative difference {error:.1e}"
+                found.add("derivatives", text, f"compare both with the formula of {problem.names.symbol}")
         for kind, value in values.items():
             error = abs(value - central) / scale if scale else 0.0
             found.measure("difference_error", error)
             if not abs(value - central) <= tolerance * scale + 8 * rounding:
-                text = f"the {kind} with respect to {name} differs from central differences by {error:.1e} (relative)"
+                text = f"the {kind} with respect to {called} differs from central differences by {error:.1e} (relative)"
                 advice = "correct it; where F has kinks or is not smooth at this point, the difference may be the cause"
                 found.add("derivatives", text, advice)
 
@@ -409,6 +423,30 @@ def _contraction(problem: Problem[H, Z], at: BoundLinearization[H, Z], found: _F
         text = f"the spectral radius of ∂F/∂h is {radius:.3g}, so phantom gradients with many terms diverge"
         advice = "take Implicit, whose solve needs no contraction, or a smaller lam, or regularize the Jacobian"
         found.add("contraction", text, advice)
+
+
+def _units(problem: RootProblem[H, Z], space: Space, at: BoundLinearization[H, Z], found: _Findings) -> None:
+    """Whether one part of g is far larger than another, so that a tolerance for all means little for it."""
+    if not at.has("jvp_h") or space.dimension < 2:
+        return
+    xp, image, x = space.xp, problem.image(at.h), space.pack(at.h)
+    sizes = [xp.maximum(xp.abs(a), space.norm(x) / math.sqrt(space.dimension)) for a in x]
+    sizes = [xp.where(size > 0, size, xp.ones_like(size)) for size in sizes]
+    rows = None
+    for seed in range(SIGNS):
+        along = State(tuple(s * size for s, size in zip(signs(space, random.Random(seed)), sizes, strict=True)))
+        pushed = [xp.abs(a) for a in image.pack(at.jvp_h(space.unpack(along)))]
+        rows = pushed if rows is None else [xp.maximum(a, b) for a, b in zip(rows, pushed, strict=True)]
+    assert rows is not None
+    # A row that is zero is an equation without unknowns, as in padding.
+    rows = [float(a) for leaf in rows for a in xp.reshape(xp.max(leaf, axis=0), (-1,)) if float(a) > 0]
+    if not rows:
+        return
+    found.measure("unevenness", max(rows) / min(rows))
+    if not found.numbers["unevenness"] <= UNEVEN:
+        text = f"one part of g is {found.numbers['unevenness']:.1e} times as large as another"
+        advice = "pass g_scale=, the units of each part: the tolerance is relative to the norm of all of g"
+        found.add("units", text, advice)
 
 
 def _step(backend: Any, tree: PyTree, eps: float) -> float:

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +315,53 @@ def test_a_layer_that_was_pickled_without_counts_can_be_called():
     restored = pickle.loads(pickle.dumps(layer))
     restored(torch.randn(3, D))
     assert (restored.samples, restored.unconverged) == (3, 0)
+
+
+# Roots.
+
+
+def uneven(x: Any, z: Any) -> Any:
+    """Two equations of two unknowns; the second in units of 1e-6."""
+    a, b = x[..., 0], x[..., 1]
+    return jnp.stack([a + 0.5 * b**3 - z, 1e-6 * (b + a - 1)], axis=-1)
+
+
+def test_a_root_is_checked_as_g() -> None:
+    """Derivatives of g, independence, and the sizes of its parts, where a fixed point has its contraction."""
+    x0, z = jnp.ones((3, 2)), jnp.asarray([1.0, 2.0, 3.0])
+    report = ic.check(ic.RootProblem(uneven, batch_ndim=1), x0, z)
+    assert report.kinds() == {"units"}
+    assert 1e5 < report.unevenness < 1e8
+    assert report.point == "solution"
+    assert report.coupling == 0.0
+    assert report.difference_error < 1e-6
+    assert report.contraction is report.spectral_radius is None
+    assert "g_scale=" in str(report)
+    assert ic.check(ic.RootProblem(uneven, batch_ndim=1, g_scale=jnp.asarray([1.0, 1e-6])), x0, z).ok
+
+
+def test_what_is_wrong_with_a_root_is_said_in_its_words() -> None:
+    x0, z = np.ones((3, 2)), np.asarray([[1.0], [2.0], [3.0]])
+
+    def problem(f: Any, factor: float = 1.0) -> ic.RootProblem[Any, Any]:
+        return ic.RootProblem(
+            f,
+            jvp=lambda x, z, dx, dz: factor * 3 * x**2 * dx - dz,
+            vjp=lambda x, z, v: (factor * 3 * x**2 * v, -v.sum(1, keepdims=True)),
+            jacobian=lambda x, z: 3 * x[:, :, None] ** 2 * np.eye(2),
+            batch_ndim=1,
+        )
+
+    assert ic.check(problem(lambda x, z: x**3 - z), x0, z).ok
+    wrong = ic.check(problem(lambda x, z: x**3 - z, 1.1), x0, z)
+    assert wrong.kinds() == {"derivatives"}
+    assert {finding.text.split(" differs")[0] for finding in wrong.findings} == {
+        "the JVP with respect to x",
+        "the VJP with respect to x",
+    }
+    assert "an evaluation" not in str(wrong)
+    coupled = ic.check(
+        ic.RootProblem(lambda x, z: x**3 + x.mean(0, keepdims=True) - z, batch_ndim=1), jnp.ones((3, 2)), jnp.asarray(z)
+    )
+    assert coupled.findings[0].text.startswith("g couples the samples")
+    assert not re.search(r"\bF\b|\bh0?\b", str(coupled))

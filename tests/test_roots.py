@@ -199,8 +199,6 @@ def test_theory_speaks_of_the_map_that_estimators_differentiate() -> None:
         assert np.all(ic.theory.contraction(problem, ROOT, Z) < 1e-12)
         assert ic.theory.certify(problem, ROOT, Z, ic.OneStep(), cotangent=ROOT).cosine == pytest.approx(1.0)
     assert np.all(ic.theory.contraction(cubic(1.0, 1, g_scale=56.0), ROOT, Z) == pytest.approx(1 - SLOPE[:, 0] / 56))
-    with pytest.raises(TypeError, match="fixed_point_form"):
-        ic.check(cubic(1.0), ROOT, Z)
 
 
 def test_borrowed_derivatives_of_a_root() -> None:
