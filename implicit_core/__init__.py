@@ -27,8 +27,8 @@ from .estimators import (
     OneStep,
     Unroll,
 )
+from .finished import ChangingFunctionWarning
 from .fixed_point import fixed_point
-from .iteration import ChangingFunctionWarning
 from .linear_solvers import CG, GMRES, MINRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes

@@ -13,7 +13,7 @@ active, a traced or captured one, which cannot, and a loop of the user's own (:c
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import checks, progress, rounding, settings
+from . import checks, finished, progress, rounding, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
 from .carry import GOING_ON, Best, Carry, Count, Point, least_residual
@@ -21,9 +21,8 @@ from .problem import Problem
 from .progress import Progress, Start
 from .records import is_array
 from .root_problem import RootProblem
-from .solution import CoupledSamplesError, Solution, Stats, Status
+from .solution import Solution, Stats, Status
 from .system import system_of
-from .warnings_ import warn
 
 if TYPE_CHECKING:
     from .solvers.base import Solver
@@ -32,38 +31,13 @@ Result = TypeVar("Result")
 
 PATIENCE = 10
 """A sample has stagnated if this many steps passed since its best point when the steps run out."""
-MOVED = 64
-"""A change of a finished sample's residual that rounding may cause, in units of ε ‖F(x)‖."""
 UNKNOWN = -1.0
 """Stands for a residual that was not measured, until a trace is returned."""
-COUPLED = (
-    "{symbol} couples what batch_ndim takes for samples: the residual of a finished sample changed while others took "
-    "steps. For one coupled system pass batch_ndim=0; to go on with a stop test for each part, give the solver "
-    "check=False"
-)
-CHANGES = (
-    "{symbol} gave another value at the same point when it was evaluated again: it is random, or changes what it "
-    "depends on, so it has no {solution}. In PyTorch, dropout and batch norm do so in train mode: use "
-    "VariationalDropout, and group or layer norm"
-)
-
 
 TRACE = (
     "trace=True needs a max_steps that is known when the program is traced, since the trace has a row for each step: "
     "write a number, or take trace=False"
 )
-
-
-class ChangingFunctionWarning(RuntimeWarning):
-    """F gave two values at one point, so a solve, its statuses and its gradient mean little.
-
-    Examples
-    --------
-    >>> import warnings
-    >>> import implicit_core as ic
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore", ic.ChangingFunctionWarning)  # switches it off
-    """
 
 
 class _OutOfRangeError(Exception):
@@ -376,7 +350,8 @@ class Iteration:
             if bool(self.space.xp.any(self._outside(carry.point))):
                 raise _OutOfRangeError(self.space.magnitude(self._measured(carry.point)))
         else:
-            self._check_samples(carry)
+            assert carry.settled is not None
+            finished.check(self.system, carry.point, carry.settled)
             self.checked = True
 
     def advance(self, carry: Carry, masks: tuple[Known, ...]) -> Carry:
@@ -422,7 +397,7 @@ class Iteration:
         if settled is not None:
             latest = space.select(active, point.norm, settled)
             if not isinstance(point.index, int):  # nobody looks after each step, so what has moved is marked for good
-                marked = (settled < 0) | progress.both(self._moved(point, settled), ~before.active)
+                marked = (settled < 0) | progress.both(finished.moved(self.system, point, settled), ~before.active)
                 latest = space.select(marked, space.full(-1.0), latest)
             settled = latest
         memory, point = self._observed(memory, point, operator)
@@ -462,7 +437,7 @@ class Iteration:
             best = self._keep(best, point, carry.steps, point.norm < best.norm)
             carry = carry._replace(best=best)
         if self.noticed is not None and carry.settled is not None:
-            self.noticed.append((carry.settled < 0) | self._moved(point, carry.settled))
+            self.noticed.append((carry.settled < 0) | finished.moved(self.system, point, carry.settled))
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
@@ -631,35 +606,6 @@ class Iteration:
         space, never = self.space, self.space.full(self._never)
         cap, atol = space.select(ended, never, made.cap), space.select(ended, never, made.atol)
         return made._replace(cap=cap, atol=atol), point._replace(active=point.active & ~ended)
-
-    def _check_samples(self, carry: Carry) -> None:
-        """The residual of a sample that is finished, at a point that is kept, is the same whatever the others do."""
-        space, point = self.space, carry.point
-        assert carry.settled is not None
-        if not bool(space.xp.any(self._moved(point, carry.settled))):
-            return
-        h = space.unpack(space.copy(point.x))
-        f, again = (self.system.evaluate(point.x, h, copies=True).residual for _ in range(2))
-        apart = space.norm(space.sub(f, again)) > MOVED * space.coarsest_eps * self._rounded_size(point)
-        if bool(space.xp.any(apart)):
-            warn(self._said(CHANGES), ChangingFunctionWarning, once=True)
-        else:
-            raise CoupledSamplesError(self._said(COUPLED))
-
-    def _said(self, message: str) -> str:
-        """A message in the words of a fixed point, or of a root."""
-        names = self.system.problem.names
-        return message.format(symbol=names.symbol, solution=names.solution)
-
-    def _moved(self, point: Point, settled: Numbers) -> Mask:
-        """The samples whose residual rose above ``settled`` by more than rounding can explain."""
-        moved: Mask = point.norm - settled > MOVED * self.space.coarsest_eps * self._rounded_size(point)
-        return moved
-
-    def _rounded_size(self, point: Point) -> Numbers:
-        """The size of numbers whose rounding errors are in a residual."""
-        # Of a root the residual at the start may be far smaller.
-        return point.f_norm + self.space.norm(point.x) if self.system.is_root else point.f_norm
 
     def _check(self, stepped: Any, x: State) -> None:
         """The first step is a pair of a state and a memory."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from implicit_core.iteration import ChangingFunctionWarning
+from implicit_core.finished import ChangingFunctionWarning
 from implicit_core.warnings_ import warn
 
 DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout

@@ -10,7 +10,8 @@ import optree
 from .. import checks, settings
 from ..arrays import Array, H, Mask, PyTree, Real, Z
 from ..carry import Carry
-from ..iteration import MOVED, Iteration
+from ..finished import MOVED
+from ..iteration import Iteration
 from ..problem import Problem
 from ..progress import Start
 from ..records import Record
