@@ -69,6 +69,13 @@ def as_function(name: str, given: LinearMap, backend: Backend, like: PyTree, bat
     return function
 
 
+def transpose_of(given: LinearMap, backend: Backend) -> LinearMap | None:
+    """The transpose of a matrix in one of its forms; None of a function."""
+    if is_sparse(given) or hasattr(given, "matvec"):
+        return given.T
+    return backend.xp.matrix_transpose(given) if backend.is_array(given) else None
+
+
 def _numbers_of_a_sample(name: str, backend: Backend, like: PyTree, batch_ndim: int) -> int:
     if not backend.is_array(like):
         raise TypeError(f"{name} must be a function where b is a pytree, got a matrix")
