@@ -194,9 +194,6 @@ class CuPyBackend(Backend):
         names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
         return [f"cuda:{i} ({name})" for i, name in enumerate(names)] or ["no CUDA device"]
 
-    def reads_at_once(self, x: Any) -> bool:
-        return False
-
     def count(self, masks: Sequence[Any]) -> list[int]:
         counts: list[int] = cupy.concatenate(masks, axis=1).sum(axis=0).tolist()
         return counts

@@ -444,9 +444,6 @@ class TorchBackend(Backend):
             return True
         return _LOOP.get() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def reads_at_once(self, x: Tensor) -> bool:
-        return x.is_cpu
-
     def readable(self, x: Tensor) -> bool:
         if x.is_meta or self.capturing(x):
             return False

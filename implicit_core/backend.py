@@ -337,10 +337,6 @@ class Backend:
         """Whether the numbers in ``x`` can be read now. Traced and captured arrays cannot be read."""
         return not self.capturing(x)
 
-    def reads_at_once(self, x: Array) -> bool:
-        """Whether nobody waits for the numbers in ``x``, which are on the host, or are read on the device."""
-        return True
-
     def is_wrapped(self, x: Array) -> bool:
         """Whether a transform of the framework hides the numbers in ``x``, although it is :meth:`readable`."""
         return False

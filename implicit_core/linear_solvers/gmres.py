@@ -69,7 +69,9 @@ class GMRES(PreconditionedSolver):
         else:
             most = steps = max(min(steps, self.max_steps), 1)
         hessenberg = _Hessenberg(space, steps + 1)
-        selective = self.check_every == 1 and space.backend.reads_at_once(norm)
+        # A loop that waits for a device waits once a step. A traced one reads on the device.
+        streams = space.backend.streams
+        selective = self.check_every == 1 and (streams is None or streams.current(r) is None)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             j, growth = c.steps, c.growth
