@@ -69,7 +69,7 @@ class GMRES(PreconditionedSolver):
         else:
             most = steps = max(min(steps, self.max_steps), 1)
         hessenberg = _Hessenberg(space, steps + 1)
-        # A loop that waits for a device waits once a step. A traced one reads on the device.
+        # On a device an eager loop would wait for a second number in every step.
         streams = space.backend.streams
         selective = self.check_every == 1 and (streams is None or streams.current(r) is None)
 
