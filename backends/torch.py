@@ -425,6 +425,11 @@ class TorchBackend(Backend):
         parts: Any = structure
         return self.unflatten(structure, list(map(fn, leaves, *(parts.flatten_up_to(other) for other in rest))))
 
+    def unsupported(self, x: Tensor, name: str) -> str | None:
+        if x.layout is torch.strided:
+            return None
+        return f"a tensor of the layout {x.layout}, which a solve cannot compute with: write {name}.to_dense()"
+
     def recording(self) -> bool:
         return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
 

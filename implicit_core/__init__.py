@@ -29,7 +29,7 @@ from .estimators import (
 )
 from .finished import ChangingFunctionWarning
 from .fixed_point import fixed_point
-from .linear_solvers import CG, GMRES, MINRES, BiCGSTAB, LinearSolver, Richardson
+from .linear_solvers import CG, GMRES, LSMR, MINRES, BiCGSTAB, LinearSolver, Richardson
 from .linear_system import solve_linear
 from .magnitudes import magnitudes
 from .preconditioner import Preconditioner
@@ -74,6 +74,7 @@ __all__ = [
     "CONVERGED",
     "DIVERGED",
     "GMRES",
+    "LSMR",
     "MAX_STEPS",
     "MINRES",
     "NONFINITE",

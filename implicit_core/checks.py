@@ -194,7 +194,7 @@ def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tupl
     for leaf in leaves:
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name} only, got a leaf {_kind(leaf)}")
-        _supported(backend, name, leaf)
+        supported_leaf(backend, name, leaf)
         if not backend.isdtype(leaf.dtype, "real floating"):
             advice = "cast an integer one to float"
             if backend.isdtype(leaf.dtype, "complex floating"):
@@ -260,7 +260,7 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
             raise ForeignArrayError(f"{name} must hold arrays of {backend.name}, got a leaf {_kind(leaf)}", leaf)
-        _supported(backend, name, leaf)
+        supported_leaf(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
@@ -311,7 +311,7 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
         if not backend.is_array(leaf):
             raise TypeError(f"{name} must hold arrays of {backend.name}, or None; got a leaf {_kind(leaf)}")
         if is_masked(leaf):
-            _supported(backend, name, leaf)
+            supported_leaf(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
             raise error(f"{name} must {must}s of z: expected {wanted}, got {came}")
@@ -369,7 +369,8 @@ def _is_number(backend: "Backend", leaf: object) -> bool:
     return isinstance(leaf, float) and not backend.is_array(leaf)
 
 
-def _supported(backend: "Backend", name: str, leaf: Any) -> None:
+def supported_leaf(backend: "Backend", name: str, leaf: Any) -> None:
+    """A solve can compute with one array; ``name`` may be words."""
     if reason := backend.unsupported(leaf, name if name.isidentifier() else "x"):
         raise TypeError(f"{name} must not be or hold an array that is {reason}")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from . import checks
 from .arrays import PyTree
 from .backend import Backend
 from .records import is_array
@@ -50,8 +51,10 @@ def as_function(name: str, given: LinearMap, backend: Backend, like: PyTree, bat
         if not backend.is_array(given):
             raise TypeError(
                 f"{name} is an array of type {type(given).__name__}, and b one of {backend.name}: pass an array of "
-                f"{backend.name}"
+                f"{backend.name}, or a function, lambda v: {name} @ v, if it multiplies such arrays"
             )
+        if backend.name == "numpy":  # of PyTorch a sparse tensor, which is no state, is a matrix all the same
+            checks.supported_leaf(backend, name, given)
         n = _numbers_of_a_sample(name, backend, like, batch_ndim)
         batch = tuple(like.shape[:batch_ndim])
         if tuple(given.shape) not in ((n, n), (*batch, n, n)):
@@ -67,6 +70,13 @@ def as_function(name: str, given: LinearMap, backend: Backend, like: PyTree, bat
         )
     function: Callable[[Any], Any] = given
     return function
+
+
+def transpose_of(given: LinearMap, backend: Backend) -> LinearMap | None:
+    """The transpose of a matrix in one of its forms; None of a function."""
+    if is_sparse(given) or hasattr(given, "matvec"):
+        return given.T
+    return backend.xp.matrix_transpose(given) if backend.is_array(given) else None
 
 
 def _numbers_of_a_sample(name: str, backend: Backend, like: PyTree, batch_ndim: int) -> int:

@@ -6,10 +6,12 @@ from typing import Any
 
 from . import checks
 from .arrays import H, Operator, PyTree, State
-from .linear_operators import LinearMap, as_function
+from .linear_operators import LinearMap, as_function, transpose_of
 from .linear_solvers import GMRES, LinearSolver
+from .linear_solvers.lsmr import Transposable
 from .registry import find_backend
 from .solution import Solution, Stats
+from .space import Space
 
 
 def solve_linear(
@@ -19,6 +21,7 @@ def solve_linear(
     solver: LinearSolver = GMRES(),
     x0: H | None = None,
     preconditioner: Callable[[H], H] | LinearMap | None = None,
+    transposed: Callable[[H], H] | LinearMap | None = None,
     batch_ndim: int = 0,
     scale: PyTree = None,
     throw: bool = False,
@@ -41,6 +44,8 @@ def solve_linear(
         M⁻¹, an approximate inverse of A, as a function or a matrix in the same forms. It saves products with A. What
         stops the solve, the residual b - A x, and so the accuracy, is the same with and without it. M⁻¹ stands to the
         right of A; :class:`CG` needs a symmetric positive definite one. It is a fixed linear map.
+    transposed
+        Aᵀ in the same forms, for :class:`LSMR`. None where A is a matrix, whose transpose is known.
     batch_ndim
         How many first axes of every leaf of b index independent samples.
     scale
@@ -52,7 +57,7 @@ def solve_linear(
     -------
     Solution
         x, a status for each sample, and stats: ``residual`` is ‖b - A x‖₂, computed from x, and ``evaluations`` counts
-        the products with A.
+        the products with A, and with Aᵀ.
 
     Raises
     ------
@@ -82,7 +87,7 @@ def solve_linear(
     if x0 is not None:
         x0 = checks.like(backend, "x0", x0, b, "b")
 
-    def on_states(name: str, given: LinearMap) -> Operator:
+    def on_states(name: str, given: LinearMap, space: Space) -> Operator:
         function = as_function(name, given, backend, b, batch_ndim)
         act = backend.guarded(function, name, "v")
         if backend.sees_writes:  # Decision 91: an operator that writes to its argument is handed copies
@@ -95,8 +100,11 @@ def solve_linear(
 
         return product
 
-    apply = on_states("operator", operator)
-    precondition = None if preconditioner is None else on_states("preconditioner", preconditioner)
+    apply: Operator = on_states("operator", operator, space)
+    precondition = None if preconditioner is None else on_states("preconditioner", preconditioner, space)
+    transposed = transpose_of(operator, backend) if transposed is None else transposed
+    if transposed is not None:
+        apply = Transposable(apply, on_states("transposed", transposed, space.dual))
     with backend.on_device_of(b):
         with backend.solving():
             start = None if x0 is None else space.pack(x0)

@@ -195,7 +195,8 @@ class Problem(Generic[H, Z]):
         with ∂F/∂h alone are cheaper: most of an estimator's are, and ``vjp`` computes the z-cotangent with each.
     jacobian
         ``jacobian(h, z)``, ∂F/∂h as a matrix: an array (batch..., n, n) for the n numbers of a sample in C order (of
-        several leaves one after the other), in every framework. With NumPy and ``batch_ndim=0`` also a sparse array of
+        several leaves one after the other, or as a pytree of blocks as ``jax.jacobian`` returns), in every framework.
+        With NumPy and ``batch_ndim=0`` also a sparse array of
         SciPy, which is never made dense. It is factorized once at a point: for a step of :class:`Newton`, and for the
         gradient of :class:`Implicit`. Where a callback or autodiff gives products with ∂F/∂h as well, the gradient is
         that of the products, and the factorization their preconditioner. Transforms of ``torch.func`` use products.

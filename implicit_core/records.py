@@ -82,7 +82,7 @@ class Record:
         names = _names(kind, _is_hashed)
         values = [getattr(self, name) for name in names]
         for name, value in zip(names, values, strict=True):
-            if type(value) not in PLAIN and is_array(value):
+            if type(value) not in PLAIN and (is_array(value) or isinstance(value, Data)):
                 raise TypeError(UNHASHABLE.format(kind=type(self).__name__, name=name))
         return hash((type(self), *values))
 
@@ -161,6 +161,10 @@ def exact(value: Any) -> tuple[type, Any]:
 
 def in_words(value: object) -> str:
     """A setting in words: of an array its type alone, ``float32[]``, since its numbers may not be known."""
+    if isinstance(value, Data):
+        leaves, _ = _flattened(value)
+        words = ", ".join(map(in_words, leaves))
+        return words if len(leaves) == 1 and leaves[0] is value.tree else f"<{words}>"
     if not is_array(value):
         return repr(value)
     array: Any = value
@@ -192,9 +196,18 @@ def _is_hashed(field: Field[Any]) -> bool:
     return field.compare if field.hash is None else field.hash
 
 
+def _flattened(data: Data) -> tuple[list[Any], Any]:
+    from .registry import flattened  # which imports this module
+
+    return flattened(data.tree)
+
+
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
+    if isinstance(a, Data) and isinstance(b, Data):
+        (leaves, structure), (others, other_structure) = _flattened(a), _flattened(b)
+        return bool(structure == other_structure) and all(map(_same, leaves, others))
     if type(a) in PLAIN or not (is_array(a) or is_array(b)):
         return not is_array(b) and bool(a == b)
     if not (is_array(a) and is_array(b)) or tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:

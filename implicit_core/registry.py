@@ -142,10 +142,15 @@ def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
     return None
 
 
+def flattened(tree: PyTree) -> tuple[list[Any], Any]:
+    """The leaves of a pytree of any framework's arrays, or of numbers, and its structure."""
+    backend = _owner(tree, _BACKENDS) or _owner(tree, _modules("backends", _BACKENDS))
+    return optree.tree_flatten(tree) if backend is None else backend.flatten(tree)
+
+
 def leaves_of(tree: PyTree) -> list[Any]:
     """The leaves of a pytree of any framework's arrays, or of numbers."""
-    backend = _owner(tree, _BACKENDS) or _owner(tree, _modules("backends", _BACKENDS))
-    return optree.tree_leaves(tree) if backend is None else backend.flatten(tree)[0]
+    return flattened(tree)[0]
 
 
 def find_backend(tree: PyTree, name: str = "h0") -> Backend:

@@ -40,6 +40,7 @@ class OnHost(module.CuPyBackend):
     """CuPy's backend, for NumPy arrays."""
 
     on_device_of = Backend.on_device_of
+    streams = None
 
 
 @pytest.fixture

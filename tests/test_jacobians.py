@@ -139,6 +139,29 @@ def test_leaves_stand_one_after_the_other() -> None:
     np.testing.assert_allclose(np.concatenate([solution.value["a"], solution.value["b"]]), [2.0, 3.0, -2.0], rtol=1e-8)
 
 
+@pytest.mark.parametrize("units", [{}, {"scale": {"a": 0.1, "b": 10.0}, "g_scale": {"a": 5.0, "b": 1.0}}], ids=str)
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_blocks_as_autodiff_returns_them(framework: str, units: dict[str, Any]) -> None:
+    """Newton's method is exact in one step for a linear g, and the gradient takes two products."""
+    blocks = np.random.default_rng(0).normal(size=(8, 8)) / 5 + 2 * np.eye(8)
+    xp: Any = jnp if framework == "jax" else torch
+    m, z = xp.asarray(blocks), xp.asarray(np.random.default_rng(1).normal(size=(3, 8)))
+
+    def g(x: Any, z: Any) -> Any:
+        y = m @ xp.concatenate([x["a"].reshape(-1), x["b"]]) - z
+        return {"a": y[:6].reshape(3, 2), "b": y[6:]}
+
+    transforms: Any = jax if framework == "jax" else torch.func
+    mapped = transforms.vmap(g)
+    of_g = transforms.vmap(transforms.jacrev(g))
+    problem = ic.RootProblem(mapped, jacobian=of_g, batch_ndim=1, **units)
+    start = {"a": xp.zeros_like(z[:, :6]).reshape(3, 3, 2), "b": xp.zeros_like(z[:, 6:])}
+    solution = ic.solve(problem, start, z, solver=ic.Newton(rtol=1e-10))
+    found = np.concatenate([np.asarray(solution.value["a"]).reshape(3, 6), np.asarray(solution.value["b"])], axis=1)
+    np.testing.assert_allclose(found, np.linalg.solve(blocks, np.asarray(z).T).T, rtol=1e-8)
+    assert int(solution.stats.evaluations) <= 3
+
+
 def test_the_order_of_numbers_in_memory_does_not_matter() -> None:
     """A state in channels-last order, which a solve keeps, and a Jacobian in C order: convergence is quadratic."""
     w = torch.asarray(0.1 * np.random.default_rng(0).normal(size=(2, 2, 3, 3)))
@@ -327,12 +350,30 @@ def test_check_finds_a_wrong_jacobian(sparse: bool) -> None:
         (np.eye(2), 1, ValueError, r"result of jacobian must have the shape \(2, 1, 1\), got \(2, 2\)"),
         ([[1.0]], 0, TypeError, "jacobian must return an array of numpy"),
         (scipy.sparse.eye_array(2), 1, TypeError, "sparse result of jacobian is for NumPy, and for one system"),
+        (scipy.sparse.linalg.aslinearoperator(np.eye(2)), 0, TypeError, "got MatrixLinearOperator: give its products"),
+        (np.ma.array(np.eye(2), mask=np.eye(2)), 0, TypeError, "result of jacobian must not be or hold .* masked"),
+        (np.eye(2).view(np.matrix), 0, TypeError, r"numpy.matrix, .* write np.asarray\(x\)"),
     ],
 )
 def test_another_result_is_refused(result: Any, batch_ndim: int, error: type[Exception], message: str) -> None:
     problem = ic.Problem(lambda h, z: 0.5 * h, jacobian=lambda h, z: result, batch_ndim=batch_ndim)
     with pytest.raises(error, match=message):
         ic.solve(problem, np.ones(2), None, solver=ic.Newton())
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        ({"a": {"a": torch.eye(2)}}, TypeError, "a pytree of blocks, one for each pair of leaves of h0"),
+        ([[torch.eye(2)] * 2] * 2, TypeError, "a pytree of blocks, one for each pair of leaves of h0"),
+        ({k: dict.fromkeys("ab", torch.eye(2)) for k in "ab"}, ValueError, r"block \(0, 1\) .* \(2, 1\), got \(2, 2\)"),
+        (torch.eye(3).to_sparse(), TypeError, r"layout torch.sparse_coo, .* write x.to_dense\(\)"),
+    ],
+)
+def test_other_blocks_are_refused(result: Any, error: type[Exception], message: str) -> None:
+    problem = ic.Problem(lambda h, z: {k: 0.5 * x for k, x in h.items()}, jacobian=lambda h, z: result)
+    with pytest.raises(error, match=message):
+        ic.solve(problem, {"a": torch.ones(2), "b": torch.ones(1)}, None, solver=ic.Newton())
 
 
 def test_a_singular_matrix_does_not_change_the_gradient() -> None:

@@ -18,6 +18,7 @@ from implicit_core.adapters import torch as ict
 from implicit_core.backend import Backend
 from implicit_core.backends.jax import coupled_axes
 from implicit_core.backends.torch import recording_loops
+from implicit_core.linear_solvers import arnoldi
 from implicit_core.registry import find_backend
 from implicit_core.space import Space
 
@@ -558,3 +559,48 @@ def test_an_answer_that_leaves_the_range_of_the_dtype_is_not_finite(dtype: Any) 
         solution = ic.solve_linear(lambda v: v / 8, large, batch_ndim=1)
     np.testing.assert_array_equal(solution.status, [ic.Status.NONFINITE, ic.CONVERGED])
     assert solution.value[1] == 8.0
+
+
+def contractions(n: int, radius: float = 0.95) -> dict[str, np.ndarray]:
+    """Jacobians J of norm ``radius``: with all directions alike, symmetric, and almost of low rank."""
+    rng = np.random.default_rng(0)
+    general, (left, right) = rng.normal(size=(n, n)), np.linalg.qr(rng.normal(size=(2, n, n)))[0]
+    made = {"general": general, "symmetric": general + general.T, "low rank": (left * 0.6 ** np.arange(n)) @ right}
+    return {name: radius * j / np.linalg.norm(j, 2) for name, j in made.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["general", "symmetric", "low rank", "ill-conditioned"])
+def test_the_basis_is_orthonormal_by_passes_that_are_made_where_needed(name: str, dtype: Any, monkeypatch: Any) -> None:
+    """A second pass in every step is what Arnoldi's method needs for A = I - J if v is not taken out of A v first."""
+    n, m = 200, 30
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(n, n)))[0]
+    made = contractions(n) | {"ill-conditioned": np.eye(n) - rotation * np.logspace(0, -10, n)}
+    a = (np.eye(n) - made[name]).astype(dtype)
+    passes, project = [], arnoldi.project
+    monkeypatch.setattr(arnoldi, "project", lambda *args: passes.append(1) or project(*args))
+    x = np.random.default_rng(2).normal(size=(1, n)).astype(dtype)
+    space = find_backend(x).space(x, 1)
+    basis, v, steps = space.history(m + 1), arnoldi.unit(space, (x,), space.norm((x,))), []
+    basis = space.set_row(basis, 0, v)
+    for j in range(m):
+        image = (v[0] @ a.T,)
+        step = arnoldi.arnoldi_step(space, image, v, basis, space.all_samples(), selective=True)
+        column = step.column[0] + step.along[0] * (np.arange(m + 1) == j)
+        np.testing.assert_allclose(column @ basis[0][0] + step.rest[0][0], image[0][0], atol=20 * space.eps)
+        v = arnoldi.unit(space, step.rest, step.height)
+        basis = space.set_row(basis, j + 1, v)
+        steps.append(step)
+    rows = basis[0][0].astype(float)
+    assert np.linalg.norm(rows @ rows.T - np.eye(m + 1), 2) < 30 * space.eps
+    assert (len(passes) == m) == (name in ("general", "symmetric"))
+    assert len(passes) < 2 * m
+
+
+def test_a_second_pass_of_one_sample_changes_no_other(library: Library) -> None:
+    made, b = contractions(60), np.random.default_rng(1).normal(size=(2, 60))
+    found = [
+        library.numpy(ic.solve_linear(apply(library, a), library.array(b), solver=ic.GMRES(), batch_ndim=1).value)
+        for a in (np.eye(60) - np.stack([made["general"], made[other]]) for other in ("general", "low rank"))
+    ]
+    np.testing.assert_array_equal(found[0][0], found[1][0])

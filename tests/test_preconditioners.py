@@ -113,11 +113,24 @@ def test_matrices_of_each_sample_and_one_for_all(library: Library) -> None:
         (np.eye(4), ValueError, r"operator must have the shape \(3, 3\), got \(4, 4\)"),
         (np.eye(3, dtype=np.float32), TypeError, "operator must have the dtype float64 of b, got float32"),
         (scipy.sparse.eye_array(4), ValueError, r"operator must have the shape \(3, 3\), got \(4, 4\)"),
+        (np.ma.array(np.eye(3), mask=np.eye(3)), TypeError, "operator must not be or hold .* a masked array"),
+        (np.eye(3).view(np.matrix), TypeError, r"numpy.matrix, .* write np.asarray\(operator\)"),
+        (torch.eye(3), TypeError, "operator is an array of type Tensor, and b one of numpy: .* lambda v: operator @ v"),
     ],
 )
 def test_what_is_no_operator_is_refused(operator: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ic.solve_linear(operator, np.ones(3))
+
+
+@pytest.mark.parametrize("solver", [ic.GMRES(rtol=1e-10), ic.LSMR(rtol=1e-10)], ids=repr)
+def test_a_sparse_tensor_is_a_matrix_and_no_vector(solver: ic.LinearSolver) -> None:
+    a = np.eye(5) + 0.3 * np.eye(5, k=2)
+    matrix, b = torch.asarray(a).to_sparse(), torch.asarray(B[:, :5])
+    x = ic.solve_linear(matrix, b, batch_ndim=1, solver=solver, throw=True).value
+    np.testing.assert_allclose(x.numpy(), np.linalg.solve(a, B[:, :5].T).T, rtol=1e-8)
+    with pytest.raises(TypeError, match=r"b must not .* layout torch.sparse_coo, .* write b.to_dense\(\)"):
+        ic.solve_linear(torch.eye(3), torch.ones(3).to_sparse())
 
 
 def test_a_start_of_another_shape_is_refused() -> None:

@@ -4,7 +4,8 @@ from .base import LinearResult, LinearSolver
 from .bicgstab import BiCGSTAB
 from .cg import CG
 from .gmres import GMRES
+from .lsmr import LSMR
 from .minres import MINRES
 from .richardson import Richardson
 
-__all__ = ["CG", "GMRES", "MINRES", "BiCGSTAB", "LinearResult", "LinearSolver", "Richardson"]
+__all__ = ["CG", "GMRES", "LSMR", "MINRES", "BiCGSTAB", "LinearResult", "LinearSolver", "Richardson"]

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .. import checks, settings
 from ..arrays import Count, Index, Mask, Numbers, Operator, Real, State
@@ -13,10 +13,11 @@ from ..records import Record, is_array
 from ..solution import CoupledSamplesError, Status
 from ..space import Space
 
-Cycle = tuple[State, int] | tuple[State, int, Numbers]
+Cycle = tuple[State, int] | tuple[State, int, Numbers] | tuple[State, int, Numbers, Mask]
 """A correction, the number of products with A that it took, and, if the method knows one, a lower bound of ‖A‖₂.
 
-The bound, (N, 1), is how much longer A v is than v, at most, among the v that were multiplied."""
+The bound, (N, 1), is how much longer A v is than v, at most, among the v that were multiplied. A method for singular
+systems adds where the correction solves its system as well as any can, (N, 1)."""
 
 FLOOR = 16.0
 """Times ε (‖A‖ ‖x‖ + ‖b‖): the residual of an answer that is as good as rounding allows."""
@@ -182,7 +183,7 @@ class LinearSolver(Record, ABC):
         # Decision 23.
         xp, eps = space.xp, space.coarsest_eps
         rounding = FLOOR * eps * (growth * space.norm(x) + size)
-        goal: Numbers = xp.maximum(target, xp.minimum(rounding, _cap(eps) * size))
+        goal: Numbers = xp.maximum(target, xp.minimum(rounding, largest_relative(eps) * size))
         return goal
 
     def accepted(self, contraction: float, eps: float) -> float:
@@ -194,8 +195,8 @@ class LinearSolver(Record, ABC):
         if self.atol:
             return math.nan
         # As in `goal`, with ‖A‖ ≤ 1 + ‖J‖, and ‖x - u‖ ≤ ‖r‖ / (1 - ‖J‖) where ‖r‖ is at most the cap.
-        rounding = FLOOR * eps * (2 + _cap(eps) * (1 + contraction) / (1 - contraction))
-        return max(self.rtol, min(rounding, _cap(eps)))
+        rounding = FLOOR * eps * (2 + largest_relative(eps) * (1 + contraction) / (1 - contraction))
+        return max(self.rtol, min(rounding, largest_relative(eps)))
 
     def run(
         self,
@@ -269,6 +270,7 @@ class LinearSolver(Record, ABC):
         watched = checked and backend.readable(nothing) and backend.readable(size)
 
         def body(c: _Carry, masks: tuple[Known, ...]) -> _Carry:
+            known: list[Any]
             if precondition is None:
                 d, used, *known = self.cycle(space, operator, c.r, c.norm, target / 2, c.active)
             else:
@@ -298,7 +300,10 @@ class LinearSolver(Record, ABC):
             x, r = space.where(kept, x, c.x), space.where(kept, r, c.r)
             norm = space.select(kept, norm, c.norm)
             products = c.products + used + 1
-            error = space.select(c.active, self.error(space, x, r, norm, c.norm, products), c.error)
+            error = self.error(space, x, r, norm, c.norm, products)
+            if len(known) > 1:  # which a correction of zero does, too, and is not accepted
+                error = space.select(known[1] & (accept | (space.largest(d) == 0)), nothing, error)
+            error = space.select(c.active, error, c.error)
             steps = space.select(c.active, space.full(products, xp.int32), c.steps)
             active = accept & (error > self.goal(space, x, growth, size, target)) & (products < self.max_steps)
             return _Carry(x, r, norm, growth, error, active, steps, products, moved)
@@ -425,7 +430,7 @@ def positive(length: Numbers, space: Space) -> Numbers:
     return positive
 
 
-def _cap(eps: float) -> float:
+def largest_relative(eps: float) -> float:
     """The largest relative residual that is accepted for its size alone."""
     return max(1e-3, 8 * eps)
 

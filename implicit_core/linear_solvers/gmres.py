@@ -8,7 +8,7 @@ from ..arrays import Array, History, Index, Mask, Matrices, Numbers, Operator, S
 from ..backend import Known
 from ..records import is_array
 from ..space import Space
-from .arnoldi import arnoldi_step, unit
+from .arnoldi import ArnoldiStep, arnoldi_step, unit
 from .base import Cycle, PreconditionedSolver, positive, ratio
 
 
@@ -69,15 +69,19 @@ class GMRES(PreconditionedSolver):
         else:
             most = steps = max(min(steps, self.max_steps), 1)
         hessenberg = _Hessenberg(space, steps + 1)
+        # On a device an eager loop would wait for a second number in every step.
+        streams = space.backend.streams
+        selective = self.check_every == 1 and (streams is None or streams.current(r) is None)
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
             j, growth = c.steps, c.growth
             u = c.v if precondition is None else precondition(c.v)
-            step = arnoldi_step(space, operator, u, space.rows_in_use(c.basis, j + 1), space.norm)
-            step = step._replace(column=hessenberg.padded(step.column))
-            qr, decrease, ok = hessenberg.append(c.qr, step.column, step.height, j, c.active)
+            rows = space.rows_in_use(c.basis, j + 1)
+            step = arnoldi_step(space, operator(u), c.v, rows, c.active, selective=selective)
+            column = hessenberg.column(step, j)
+            qr, decrease, ok = hessenberg.append(c.qr, column, step.height, j, c.active)
             if growth is not None:
-                length = space.xp.linalg.vector_norm(step.column, axis=-1, keepdims=True)
+                length = space.xp.linalg.vector_norm(column, axis=-1, keepdims=True)
                 seen = space.xp.hypot(length, step.height) / positive(space.norm(u), space)
                 growth = space.select(ok, space.xp.maximum(growth, seen), growth)
             v = unit(space, step.rest, step.height)
@@ -140,10 +144,12 @@ class _Hessenberg:
         rotations, triangle = (space.matrices(size, size) + identity for _ in range(2))  # two, since rows are replaced
         return _QR(rotations, triangle, space.matrices(1, size)[:, 0, :])
 
-    def padded(self, column: Array) -> Array:
-        """A column that ends where the basis does, with zeros to the size of the matrix."""
-        missing = self.size - column.shape[1]
-        return self.space.xp.concat([column, self.space.matrices(1, missing)[:, 0, :]], axis=1) if missing else column
+    def column(self, step: ArnoldiStep, j: Index) -> Array:
+        """Column j down to its diagonal, with zeros to the size of the matrix."""
+        column, missing = step.column, self.size - step.column.shape[1]
+        if missing:
+            column = self.space.xp.concat([column, self.space.matrices(1, missing)[:, 0, :]], axis=1)
+        return self.space.multiply_add(step.along, self.space.take(self.identity, j, 0), column)
 
     def append(self, qr: _QR, column: Array, height: Numbers, j: int, active: Mask) -> tuple[_QR, Numbers, Mask]:
         """Append column j of the Hessenberg matrix, in the active samples in which the matrix stays regular.
@@ -167,7 +173,7 @@ class _Hessenberg:
         """
         space, xp = self.space, self.space.xp
         here, below = space.take(self.identity, j, 0), space.take(self.identity, j + 1, 0)
-        column = (column + height * below)[:, None, :]
+        column = space.multiply_add(height, below, column)[:, None, :]
         column = space.matmul(column, xp.matrix_transpose(qr.rotations))[:, 0, :]
 
         # A new rotation clears the entry below the diagonal.

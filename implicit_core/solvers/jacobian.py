@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .. import checks
 from ..arrays import Array, Mask, Matrices, Operator, PyTree, State
 from ..backend import Known
 from ..linear_operators import is_sparse, require_real
@@ -36,7 +37,9 @@ def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
     Parameters
     ----------
     given
-        (batch..., n, n), or (batch..., state..., state...), for n numbers in a sample; or sparse, (n, n).
+        (batch..., n, n), or (batch..., state..., state...), for n numbers in a sample; or sparse, (n, n). Of several
+        leaves also a pytree like h of pytrees like h, whose leaf at (i, j) is the derivative of leaf i of F in leaf j
+        of h, (batch..., state_i..., state_j...), as ``jax.jacobian`` and ``torch.func.jacrev`` return it.
     space
         The space of states.
     down
@@ -64,22 +67,73 @@ def on_states(given: Matrix, space: Space, down: Array | None) -> Matrix:
         if across is not None:
             matrix.data = matrix.data / xp.repeat(across[0, :], matrix.indptr[1:] - matrix.indptr[:-1])
         return matrix
-    if not backend.is_array(given):
+    blocks = _blocks(given, space)
+    if blocks is None and not backend.is_array(given):
         raise TypeError(
-            f"jacobian must return an array of {backend.name}, or with NumPy a sparse array of SciPy; got "
-            f"{type(given).__name__}"
+            f"jacobian must return an array of {backend.name}, a pytree of blocks, one for each pair of leaves of "
+            f"{space.name}, or with NumPy a sparse array of SciPy; got {type(given).__name__}{_advice(given)}"
         )
-    require_real("the result of jacobian", given)
-    state = tuple(space.shapes[0][len(batch) :]) if len(space.shapes) == 1 else (n,)
-    if tuple(given.shape) not in ((*batch, n, n), (*batch, *state, *state)):
-        raise ValueError(f"the result of jacobian must have the shape {(*batch, n, n)}, got {tuple(given.shape)}")
-    made = xp.reshape(given, (space.samples, n, n))
+    made = _joined_blocks(blocks, space) if blocks is not None else _one_block(given, space)
     made = made if made.dtype == space.dtype else xp.astype(made, space.dtype)
     order = space.order_of_numbers()
     if order is not None:
         made = xp.take(xp.take(made, order, axis=1), order, axis=2)
     made = made if down is None else made * down[:, :, None]
     return made if across is None else made / across[:, None, :]
+
+
+def _one_block(given: Array, space: Space) -> Array:
+    """The whole matrix, (N, n, n), from an array."""
+    n, batch = space.dimension, tuple(space.batch_shape)
+    _check_block("the result of jacobian", given, space)
+    state = tuple(space.shapes[0][len(batch) :]) if len(space.shapes) == 1 else (n,)
+    if tuple(given.shape) not in ((*batch, n, n), (*batch, *state, *state)):
+        raise ValueError(f"the result of jacobian must have the shape {(*batch, n, n)}, got {tuple(given.shape)}")
+    return space.xp.reshape(given, (space.samples, n, n))
+
+
+def _check_block(name: str, block: Any, space: Space) -> None:
+    checks.supported_leaf(space.backend, name, block)
+    require_real(name, block)
+
+
+def _blocks(given: Any, space: Space) -> list[list[Any]] | None:
+    """Rows of blocks, if ``given`` is a pytree like h of pytrees like h that is no array; else None."""
+    backend, m = space.backend, len(space.shapes)
+    if backend.is_array(given):
+        return None
+    row = backend.unflatten(space.structure, [space.like] * m)
+    leaves, structure = backend.flatten(checks.structured(backend, given, row))
+    if structure != backend.flatten(row)[1] or not all(map(backend.is_array, leaves)):
+        return None
+    return [leaves[i * m : i * m + m] for i in range(m)]
+
+
+def _joined_blocks(blocks: list[list[Any]], space: Space) -> Array:
+    """The whole matrix, (N, n, n), from its blocks."""
+    xp, batch, widest = space.xp, tuple(space.batch_shape), space.dtype
+    states = [tuple(shape[len(batch) :]) for shape in space.shapes]
+    rows = []
+    for i, row in enumerate(blocks):
+        parts = []
+        for j, block in enumerate(row):
+            name = f"the block ({i}, {j}) of the result of jacobian"
+            _check_block(name, block, space)
+            shape = (*batch, *states[i], *states[j])
+            if tuple(block.shape) != shape:
+                raise ValueError(f"{name} must have the shape {shape}, got {tuple(block.shape)}")
+            block = xp.reshape(block, (space.samples, math.prod(states[i]), math.prod(states[j])))
+            parts.append(block if block.dtype == widest else xp.astype(block, widest))
+        rows.append(xp.concat(parts, axis=2))
+    return xp.concat(rows, axis=1)
+
+
+def _advice(given: object) -> str:
+    """What to do about a matrix of another kind, as the end of a sentence."""
+    dense = next((name for name in ("to_dense", "todense") if hasattr(given, name)), None)
+    if hasattr(given, "matvec"):
+        return ": give its products, as vjp and jvp of the problem"
+    return "" if dense is None else f": write {dense}()"
 
 
 def inverse_units(space: Space) -> Array | None:
