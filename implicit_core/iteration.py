@@ -288,7 +288,7 @@ class Iteration:
 
     def _ended_by_solver(self, memory: Any, stopped: Mask | None) -> Numbers | None:
         """A status in the samples that the solver, or the user's own test, has ended, and GOING_ON in others."""
-        ended = self.solver.ended(memory) if self.solver.ends_samples else None
+        ended = self.solver.ended(memory)
         if stopped is None:
             return ended
         others = self.space.full(GOING_ON, self.space.xp.int32) if ended is None else ended

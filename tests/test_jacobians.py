@@ -12,6 +12,8 @@ import torch
 from libraries import Library
 
 import implicit_core as ic
+from implicit_core.examples.roots import sparse_reaction_diffusion
+from implicit_core.solvers.regularized import DenseJacobian, SparseJacobian
 
 N, BATCH = 5, 3
 W = 0.4 * np.random.default_rng(0).normal(size=(N, N))
@@ -387,6 +389,55 @@ def test_a_singular_matrix_does_not_change_the_gradient() -> None:
 
     root = ic.root(lambda x, z: x**3 + 2 * x - z, jnp.zeros(3), z, solver=ic.Newton(rtol=1e-10)).value
     np.testing.assert_allclose(jax.grad(total)(z), 1 / (3 * root**2 + 2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_sparse_system_goes_on_by_pseudo_transient_continuation(seed: int, sign: float) -> None:
+    """A long implicit Euler step of Schnakenberg's system from noise, at which every line search fails."""
+    step = sparse_reaction_diffusion.implicit_euler(10, 1e-3)
+    before = np.random.default_rng(seed).normal(size=(2, 10, 10))
+    z = before, np.full((10, 10), 0.1)
+    problem = ic.RootProblem(lambda w, z: sign * step.f(w, z), jacobian=lambda w, z: sign * step.jacobian(w, z))  # type: ignore[misc]  # it has one
+    solution = ic.solve(problem, before, z, solver=ic.Newton(rtol=1e-10, max_steps=200))
+    assert solution.converged
+    assert np.linalg.norm(step.f(solution.value, z)) <= 1e-10 * np.linalg.norm(step.f(before, z))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_regularized_steps(sign: float) -> None:
+    """Of least ‖A d - r‖² + s² ‖d‖² for each sample, also of a singular A; with A ± s I if it is sparse."""
+    space = ic.Problem(lambda h, z: h, batch_ndim=1).space(X, "h0")
+    a, shift = np.stack([W + np.eye(N), np.ones((N, N)), np.zeros((N, N))]), np.asarray([[0.1], [0.3], [2.0]])
+    step, left = DenseJacobian(np.swapaxes(a, 1, 2), a).regularized(space, space.pack(X), shift)
+    for i in range(BATCH):
+        stacked, right = np.vstack([a[i], shift[i] * np.eye(N)]), np.concatenate([X[i], np.zeros(N)])
+        expected = np.linalg.lstsq(stacked, right, rcond=None)[0]
+        np.testing.assert_allclose(step[0][i], expected, atol=1e-13)
+        np.testing.assert_allclose(left[i, 0], np.linalg.norm(a[i] @ expected - X[i]), atol=1e-13)
+    one = ic.Problem(lambda h, z: h).space(X[0], "h0")
+    matrix = sign * a[0]
+    (found,), _ = SparseJacobian(scipy.sparse.csc_array(matrix)).regularized(one, one.pack(X[0]), shift[:1])
+    np.testing.assert_allclose(found[0], np.linalg.solve(matrix + sign * 0.1 * np.eye(N), X[0]), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("slope", "status"), [(np.nan, ic.Status.NONFINITE), (0.0, ic.Status.STAGNATED)])
+def test_a_jacobian_that_leads_nowhere_ends_a_sample_at_once(slope: float, status: ic.Status) -> None:
+    """Beside a sample that goes on; sparse matrices have one sample."""
+    start, wrong = np.asarray([[0.5], [2.0]]), np.asarray([[[slope]], [[0.0]]])
+    problem = ic.RootProblem(
+        lambda x, z: x**2 - 1, jacobian=lambda x, z: 2 * x[..., None] * (x[..., None] > 1) + wrong, batch_ndim=1
+    )
+    solution = ic.solve(problem, start, None, solver=ic.Newton(rtol=1e-9))
+    assert solution.status.tolist() == [status, ic.CONVERGED]
+    assert solution.stats.steps[0] == 1
+    np.testing.assert_allclose(solution.value, [[0.5], [1.0]])
+    sparse = ic.RootProblem(lambda x, z: x**2 - 1, jacobian=lambda x, z: scipy.sparse.csc_array(wrong[0]))
+    alone = ic.solve(sparse, start[0], None, solver=ic.Newton())
+    assert (alone.status, alone.stats.evaluations) == (status, 1)
+    krylov = ic.solve(problem, start, None, solver=ic.NewtonKrylov(rtol=1e-9))
+    assert krylov.status.tolist() == [ic.STAGNATED, ic.CONVERGED]
+    assert krylov.stats.steps[0] == 1
 
 
 def test_complex_matrices_are_refused() -> None:

@@ -335,6 +335,38 @@ def test_a_solve_of_a_root_that_begins_with_numbers() -> None:
     assert raised.value.__notes__[0].startswith("g was called with the Python numbers of x0")
 
 
+# Where Newton's line search fails.
+
+
+def test_a_dense_system_goes_on_by_levenberg_and_marquardt(library: Library) -> None:
+    """Freudenstein and Roth: from the first two starts no fraction of a step is short enough; the third is easy."""
+    starts = np.array([[50.0, -200.0], [5.0, -20.0], [4.0, 3.0]])
+    xp = library.xp
+
+    def g(x: Any, z: Any) -> Any:
+        a, b = x[:, 0], x[:, 1]
+        return xp.stack([a - b**3 + 5 * b**2 - 2 * b - 13, a + b**3 + b**2 - 14 * b - 29], axis=1)
+
+    def of_g(x: Any, z: Any) -> Any:
+        b, one = x[:, 1], xp.ones_like(x[:, 0])
+        rows = [[one, -3 * b**2 + 10 * b - 2], [one, 3 * b**2 + 2 * b - 14]]
+        return xp.stack([xp.stack(row, axis=1) for row in rows], axis=1)
+
+    problem = ic.RootProblem(g, jacobian=of_g, batch_ndim=1)
+    solver = ic.Newton(rtol=1e-11, max_steps=150)
+    solutions = [ic.solve(problem, library.array(starts), None, solver=solver)]
+    if library is JAX:
+        solutions.append(jax.jit(lambda x: ic.solve(problem, x, None, solver=solver))(library.array(starts)))
+    for solution in solutions:
+        assert np.all(library.numpy(solution.status) == ic.CONVERGED)
+        np.testing.assert_allclose(library.numpy(solution.value), np.tile([5.0, 4.0], (3, 1)), rtol=1e-8)
+        steps = library.numpy(solution.stats.steps)
+        assert np.all(steps[:2] > 20)
+        assert steps[2] < 10
+    alone = ic.solve(problem, library.array(starts[1:2]), None, solver=solver)
+    np.testing.assert_array_equal(library.numpy(alone.stats.steps), steps[1:2])
+
+
 # The polyalgorithm.
 
 

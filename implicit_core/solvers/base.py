@@ -123,7 +123,7 @@ class Solver(Record, ABC):
     active, until no step from its best point has been finite for a while."""
 
     ends_samples: ClassVar[bool] = False
-    """Whether the solver itself ends samples, and ``ended`` says which."""
+    """Whether samples end by the solver's own test, ``ended``, and need no tolerance."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -189,7 +189,7 @@ class Solver(Record, ABC):
     def ended(self, memory: Any) -> Numbers | None:
         """A :class:`Status` in the samples that the solver itself has ended, (N, 1), and -1 in others.
 
-        Where it is CONVERGED the last point is returned, whatever its residual. Asked for if ``ends_samples``.
+        Where it is CONVERGED the last point is returned, whatever its residual. None ends no sample.
         """
         return None
 

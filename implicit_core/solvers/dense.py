@@ -1,5 +1,6 @@
 """The Jacobian of a small system as a matrix, made of one product for each unknown."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +33,15 @@ def transposed_matrix(space: Space, operator: Operator) -> Matrices:
     return matrix
 
 
-def inverse(space: Space, transposed: Matrices) -> Matrices:
-    """What :func:`multiply` multiplies by to solve a system with this matrix, by least squares if it is singular."""
-    xp: Any = space.xp
-    finite = xp.where(xp.isfinite(transposed), transposed, xp.zeros_like(transposed))
-    pinv: Matrices = xp.linalg.pinv(finite)
-    return pinv
+def safely(xp: Any, function: Callable[..., Any], matrices: Matrices, *others: Matrices) -> Matrices:
+    """A function of matrices, NaN for all samples if a library raises an error because one of them is singular."""
+    try:
+        made: Matrices = function(matrices, *others)
+    except Exception as error:
+        if not type(error).__name__.endswith("LinAlgError"):  # as every library that raises one calls it
+            raise
+        made = xp.full_like(others[-1] if others else matrices, math.nan)
+    return made
 
 
 def renewed(space: Space, make: Callable[[], Matrices], before: Matrices, where: Mask) -> Matrices:

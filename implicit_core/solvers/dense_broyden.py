@@ -7,7 +7,7 @@ from ..carry import Point
 from ..linear_solvers.base import ratio
 from ..space import Space
 from . import dense
-from .jacobian import inverse_of
+from .jacobian import inverse_transposed, transposed_of
 from .relaxation import any_residual, fall, first_relaxation, next_relaxation
 
 GROWTH = 4.0
@@ -81,7 +81,9 @@ def observe(space: Space, memory: Memory, point: Point, operator: Operator | Non
         slow = ~memory.fresh & (point.norm > SLOW * memory.norm)
         fresh = kept & (memory.returning | slow | (memory.fraction < 1))
         returning = ~kept & ~memory.fresh
-        inverse = dense.renewed(space, lambda: inverse_of(space, operator), inverse, fresh)
+        inverse = dense.renewed(
+            space, lambda: inverse_transposed(space, transposed_of(space, operator)), inverse, fresh
+        )
         fresh = fresh | (memory.fresh & ~kept)
     residual = space.where(kept, point.residual, memory.residual)
     direction = space.where(begun, dense.multiply(space, inverse, residual), memory.direction)

@@ -6,7 +6,6 @@ one is a ``scipy.sparse`` array in CSC format.
 
 import copy
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +151,7 @@ def complement(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) -
         return on_states(evaluated(problem, space, h, z), space, rows_of(space, problem.row_factors))
     matrix = on_states(evaluated(problem, space, h, z), space, inverse_units(space))
     if is_sparse(matrix):
-        return (_identity(matrix) - matrix).tocsc()
+        return (identity_like(matrix) - matrix).tocsc()
     return space.eye(space.dimension)[None, :, :] - matrix
 
 
@@ -262,66 +261,57 @@ def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
     """The factorization of a matrix on states, as a preconditioner: no product with it is lost in a null space."""
     if is_sparse(matrix):
         return factors_of_sparse(space, matrix)
-    inverse, singular = _inverse_and_singular(space, _finite_transposed(space, matrix))
+    inverse, singular = _inverse_and_singular(space, without_nan(space, space.xp.matrix_transpose(matrix)))
     return Inverse(space.xp.where(singular[:, :, None], space.eye(space.dimension)[None, :, :], inverse))
 
 
-def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
-    """A⁻ᵀ of dense matrices A, by least squares where they are singular."""
-    transposed = _finite_transposed(space, matrix)
+def transposed_of(space: Space, operator: Operator) -> Matrices:
+    """Aᵀ, (N, n, n), of the Jacobian that the user gives, else by n products."""
+    if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
+        transposed: Matrices = space.xp.matrix_transpose(operator.matrix)
+        return transposed
+    return dense.transposed_matrix(space, operator)
+
+
+def inverse_transposed(space: Space, transposed: Matrices) -> Matrices:
+    """A⁻ᵀ from Aᵀ, by least squares where A is singular."""
+    xp: Any = space.xp
+    transposed = without_nan(space, transposed)
     inverse, singular = _inverse_and_singular(space, transposed)
 
     def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
-        return space.xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
+        return space.xp.where(carry[1][:, :, None], xp.linalg.pinv(transposed), carry[0]), carry[1]
 
     made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
     return made
 
 
-def _finite_transposed(space: Space, matrix: Matrices) -> Matrices:
-    transposed = space.xp.matrix_transpose(matrix)
-    finite: Matrices = space.xp.where(space.xp.isfinite(transposed), transposed, space.xp.zeros_like(transposed))
-    return finite
+def without_nan(space: Space, numbers: Any) -> Any:
+    """An array with zeros in place of numbers that are not finite."""
+    return space.xp.where(space.xp.isfinite(numbers), numbers, space.xp.zeros_like(numbers))
 
 
 def _inverse_and_singular(space: Space, transposed: Matrices) -> tuple[Matrices, Mask]:
     """A⁻ᵀ from Aᵀ, and the samples (N, 1) in which there is none."""
     xp: Any = space.xp
-    inverse = _inverses(xp, transposed)
+    inverse = dense.safely(xp, xp.linalg.inv, transposed)
     defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
     return inverse, ~(defect[:, None] <= EXACT)  # true of NaN
-
-
-def _inverses(xp: Any, matrices: Array) -> Array:
-    """The inverses of matrices (N, n, n); numbers that are no inverse, if a matrix has none."""
-    try:
-        return xp.linalg.inv(matrices)
-    except Exception as error:
-        if not type(error).__name__.endswith("LinAlgError"):  # as every library that raises one calls it
-            raise
-        return xp.full_like(matrices, math.nan)
-
-
-def inverse_of(space: Space, operator: Operator) -> Matrices:
-    """A⁻ᵀ, (N, n, n), of the Jacobian that the user gives, else by n products; by least squares if it is singular."""
-    if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
-        return inverse_transposed(space, operator.matrix)
-    return dense.inverse(space, dense.transposed_matrix(space, operator))
 
 
 def factors_of_sparse(space: Space, matrix: Matrix) -> SparseFactors:
     """The factorization of a sparse matrix, to which √ε of its largest entry times I is added if it is singular."""
     linalg = importlib.import_module("scipy.sparse.linalg")  # SciPy made the matrix
     finite = copy.copy(matrix)
-    finite.data = finite.data.copy()
-    finite.data[~(abs(finite.data) < math.inf)] = 0.0
+    finite.data = without_nan(space, finite.data)
     try:
         return SparseFactors(linalg.splu(finite))
     except RuntimeError:  # exactly singular
         largest = float(abs(finite.data).max()) if finite.nnz else 0.0
-        return SparseFactors(linalg.splu((finite + space.eps**0.5 * (largest or 1.0) * _identity(finite)).tocsc()))
+        return SparseFactors(linalg.splu((finite + space.eps**0.5 * (largest or 1.0) * identity_like(finite)).tocsc()))
 
 
-def _identity(matrix: Matrix) -> Any:
+def identity_like(matrix: Matrix) -> Any:
+    """The identity, sparse."""
     sparse = importlib.import_module("scipy.sparse")
     return sparse.eye_array(matrix.shape[0], dtype=matrix.dtype, format="csc")

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from ..arrays import Mask, Matrices, Numbers, Operator, State
-from ..carry import Point
-from ..linear_operators import is_sparse
+from ..arrays import Mask, Numbers, Operator, State
+from ..carry import GOING_ON, Point
 from ..linear_solvers.base import ratio
+from ..solution import Status
 from ..space import Space
 from ..system import System
-from . import dense
 from .base import Solver
-from .jacobian import MatrixOperator, SparseFactors, factors_of_sparse, inverse_of
+from .regularized import Jacobian, Regularization, carried_on, directed, first_jacobian, gain, off
 
 SUFFICIENT = 0.25
 """A fraction t of a step is kept if the next correction is below 1 - t / 4 of this one."""
@@ -20,32 +19,39 @@ SHORTER, SHORTEST = 0.1, 0.5
 LONGER = 4.0
 """How much longer than the last one a fraction may be."""
 LEAST = 1e-3
-"""The fraction below which damping has failed, and the whole step is taken."""
+"""The fraction below which damping has failed, and steps are regularized."""
 
 
 class Memory(NamedTuple):
-    """The current Newton step.
+    """The current step.
 
     Attributes
     ----------
-    x
-        Where it starts.
+    x, residual
+        Where it starts, and the residual there.
     direction, length
         The whole step, and its norm, (N, 1).
     fraction
         How much of it is tried, (N, 1).
     forced
         Where the next point is kept whatever it is, (N, 1).
-    inverse
-        The inverse of the Jacobian at x, (N, n, n), or the factorization of a sparse one; None at the start of it.
+    jacobian
+        The Jacobian at x; None before the first one if it may be sparse.
+    regularization
+        Of the steps from points where no fraction was short enough.
+    status
+        A status in samples where no step leads anywhere, else ``GOING_ON``, (N, 1).
     """
 
     x: State
+    residual: State
     direction: State
     length: Numbers
     fraction: Numbers
     forced: Mask
-    inverse: Matrices | SparseFactors | None
+    jacobian: Jacobian | None
+    regularization: Regularization
+    status: Numbers
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -56,9 +62,19 @@ class Newton(Solver):
     is made of n products for each step, and has (N, n, n) numbers, for small n.
 
     A step is damped, per sample, until the next correction with the same Jacobian is shorter than this one. Unlike a
-    test of the residual, this does not depend on the units of the equations, nor on how they are combined. Where no
-    fraction of the step is short enough, the whole step is taken. A singular Jacobian is inverted by least squares.
-    Needs a Jacobian, or the JVP of F, which PyTorch and JAX make for a plain f.
+    test of the residual, this does not depend on the units of the equations, nor on how they are combined. A singular
+    Jacobian is inverted by least squares.
+
+    Where no fraction of 1/1000 or more is short enough, the sample goes on with a regularized Jacobian A, and a shift s
+    in proportion to its residual r = F(h) - h:
+
+    - of a dense A, by Levenberg-Marquardt steps, the d of least ‖A d - r‖² + s² ‖d‖², as long as ‖r‖ falls;
+    - of a sparse A, by pseudo-transient continuation, (A ± s I) d = r: implicit Euler steps of ± x' = r(x), whose
+      length 1/s grows as ‖r‖ falls, and along which ‖r‖ may rise.
+
+    Where 24 such steps do not halve ‖r‖, it is near a local minimum: the whole Newton step is taken, and damping begins
+    anew. A sample ends as STAGNATED where the step is zero, and as NONFINITE where it is so because numbers of A are
+    not finite. Needs a Jacobian, or the JVP of F, which PyTorch and JAX make for a plain f.
 
     Parameters
     ----------
@@ -74,6 +90,10 @@ class Newton(Solver):
     ----------
     P. Deuflhard, Newton Methods for Nonlinear Problems (2011), section 3.3: the natural monotonicity test, and the
     choice of the fraction in algorithm NLEQ-ERR.
+    J.-Y. Fan and Y.-X. Yuan, On the quadratic convergence of the Levenberg-Marquardt method without nonsingularity
+    assumption, Computing 74 (2005): a squared shift in proportion to ‖r‖².
+    C. T. Kelley and D. E. Keyes, Convergence analysis of pseudo-transient continuation, SIAM J. Numer. Anal. 35 (1998):
+    switched evolution relaxation.
 
     Examples
     --------
@@ -90,29 +110,59 @@ class Newton(Solver):
     undoes_steps: ClassVar[bool] = True
 
     def init(self, system: System, x: State) -> Memory:
-        space, n = system.space, system.space.dimension
+        space = system.space
         nothing, everywhere = space.full(0.0), space.all_samples()
         may_be_sparse = system.problem.jacobian is not None and space.backend.name == "numpy" and not space.batch_shape
-        inverse = None if may_be_sparse else space.matrices(n, n)
-        return Memory(x, space.zeros(), nothing, nothing + 1.0, everywhere, inverse)
+        jacobian = None if may_be_sparse else first_jacobian(space, None)
+        going_on = space.full(GOING_ON, space.xp.int32)
+        return Memory(
+            x, space.zeros(), space.zeros(), nothing, nothing + 1.0, everywhere, jacobian, off(space), going_on
+        )
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         assert operator is not None  # uses_jacobian
-        space, t = system.space, memory.fraction
+        space, before, t = system.space, memory.regularization, memory.fraction
+        if memory.jacobian is None and not bool(point.active):  # no matrix is needed, and whether it is sparse unknown
+            return memory
+        one, jacobian = space.full(1.0), memory.jacobian or first_jacobian(space, operator)
         finite = point.norm < float("inf")
         residual = space.where(finite, point.residual, space.zeros())
-        correction = _applied(space, memory.inverse, residual)
-        kept = finite & (memory.forced | (space.norm(correction) <= (1 - SUFFICIENT * t) * memory.length))
-        kept = kept & point.active
-
-        inverse = _renewed(space, operator, memory.inverse, kept)
-        direction = space.where(kept, _applied(space, inverse, residual), memory.direction)
+        correction = jacobian.solve(space, residual)
+        falls, change = jacobian.judged(space, gain(space, before, space.norm(memory.residual), point.norm))
+        good = (before.on & falls) | (~before.on & (space.norm(correction) <= (1 - SUFFICIENT * t) * memory.length))
+        kept = point.active & finite & (memory.forced | good)
         shorter = self._shorter(space, memory, correction, finite)
-        failed = ~kept & (shorter < LEAST)
-        longer = space.xp.minimum(LONGER * t, space.full(1.0))
-        fraction = space.select(kept, longer, space.select(failed, space.full(1.0), shorter))
-        x = space.where(kept, point.x, memory.x)
-        return Memory(x, direction, space.norm(direction), fraction, failed, inverse)
+        failed = point.active & ~(kept | before.on) & (shorter < LEAST)
+
+        jacobian = jacobian.renewed(space, operator, kept)
+        residual, x = space.where(kept, residual, memory.residual), space.where(kept, point.x, memory.x)
+        regularization = carried_on(space, before, jacobian, space.norm(residual), kept, failed, change)
+        given_up = point.active & before.on & ~regularization.on
+        whole = (kept & ~regularization.on) | given_up
+        jacobian = jacobian.factorized(space, whole)
+        direction = space.where(whole, jacobian.solve(space, residual), memory.direction)
+        length = space.norm(direction)
+        nowhere = whole & (length == 0) & (space.norm(residual) > 0)
+        status = space.select(
+            jacobian.is_finite(space), Status.STAGNATED.value, space.full(Status.NONFINITE, space.xp.int32)
+        )
+        direction, regularization = directed(space, regularization, jacobian, residual, direction, point.active)
+        fraction = space.select(kept, space.xp.minimum(LONGER * t, one), shorter)
+        fraction = space.select(regularization.on | given_up, one, fraction)
+        return Memory(
+            x,
+            residual,
+            direction,
+            length,
+            fraction,
+            given_up,
+            jacobian,
+            regularization,
+            space.select(nowhere, status, memory.status),
+        )
+
+    def ended(self, memory: Memory) -> Numbers:
+        return memory.status
 
     def _shorter(self, space: Space, memory: Memory, correction: State, finite: Mask) -> Numbers:
         """A fraction that promises a shorter correction."""
@@ -124,24 +174,3 @@ class Newton(Solver):
 
     def step(self, system: System, memory: Memory, point: Point) -> tuple[State, Memory]:
         return system.space.axpy(memory.fraction, memory.direction, memory.x), memory
-
-
-def _renewed(
-    space: Space, operator: Operator, before: Matrices | SparseFactors | None, where: Mask
-) -> Matrices | SparseFactors | None:
-    """The inverse of an operator in the samples of ``where``, else ``before``."""
-    if before is None or isinstance(before, SparseFactors):
-        assert isinstance(operator, MatrixOperator)
-        if not bool(space.xp.any(where)):
-            return before
-        if is_sparse(operator.matrix):
-            return factors_of_sparse(space, operator.matrix)
-        before = space.matrices(space.dimension, space.dimension)
-    return dense.renewed(space, lambda: inverse_of(space, operator), before, where)
-
-
-def _applied(space: Space, inverse: Matrices | SparseFactors | None, x: State) -> State:
-    """A⁻¹ x; zero before there is an inverse."""
-    if inverse is None:
-        return space.zeros()
-    return inverse.solve(space, x) if isinstance(inverse, SparseFactors) else dense.multiply(space, inverse, x)

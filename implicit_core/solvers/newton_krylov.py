@@ -5,9 +5,10 @@ from typing import ClassVar, NamedTuple
 
 from .. import checks
 from ..arrays import Mask, Numbers, Operator, State
-from ..carry import Point
+from ..carry import GOING_ON, Point
 from ..linear_solvers import GMRES, LinearSolver
 from ..linear_solvers.base import ratio
+from ..solution import Status
 from ..space import Space
 from ..system import System
 from .base import Solver
@@ -43,6 +44,8 @@ class Memory(NamedTuple):
         How much of it is tried, (N, 1).
     forced
         Where the next point is kept whatever it is, (N, 1).
+    status
+        STAGNATED in samples where the linear solver found no step, else ``GOING_ON``, (N, 1).
     """
 
     x: State
@@ -52,6 +55,7 @@ class Memory(NamedTuple):
     forcing: Numbers
     fraction: Numbers
     forced: Mask
+    status: Numbers
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -61,7 +65,8 @@ class NewtonKrylov(Solver):
     The relative residual of a linear system, the forcing term, follows from how fast the residual falls, per sample: a
     rough solution is enough far from the root. t is made shorter, per sample, until the residual is finite and falls
     enough below the largest of the last 8. Each trial is one step, and one evaluation of F. Where no t above 1/1000 is
-    enough, the whole step is taken. Needs the JVP of F, which PyTorch and JAX make for a plain f.
+    enough, the whole step is taken. A sample ends as STAGNATED where the linear solver finds no step, as where
+    products are NaN. Needs the JVP of F, which PyTorch and JAX make for a plain f.
 
     Parameters
     ----------
@@ -106,7 +111,8 @@ class NewtonKrylov(Solver):
     def init(self, system: System, x: State) -> Memory:
         space = system.space
         nothing, recent = space.full(0.0), space.matrices(1, WINDOW)[:, 0, :]
-        return Memory(x, nothing, recent, space.zeros(), nothing, nothing + 1.0, space.all_samples())
+        going_on = space.full(GOING_ON, space.xp.int32)
+        return Memory(x, nothing, recent, space.zeros(), nothing, nothing + 1.0, space.all_samples(), going_on)
 
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         assert operator is not None  # uses_jacobian
@@ -120,6 +126,7 @@ class NewtonKrylov(Solver):
         linear_solver = replace(self.linear_solver, check=check)
         forcing = self._forcing(system, memory, point)
         direction = linear_solver.run(space, operator, rhs, rtol=forcing).x
+        nowhere = kept & (space.norm(direction) == 0) & (point.norm > 0)
 
         shorter = self._shorter(space, memory, point)
         failed = ~memory.forced & (shorter < SHORTEST)
@@ -131,7 +138,11 @@ class NewtonKrylov(Solver):
             space.select(kept, forcing, memory.forcing),
             space.select(kept | failed, space.full(1.0), shorter),
             ~kept & (memory.forced | failed),
+            space.select(nowhere, Status.STAGNATED.value, memory.status),
         )
+
+    def ended(self, memory: Memory) -> Numbers:
+        return memory.status
 
     def _forcing(self, system: System, memory: Memory, point: Point) -> Numbers:
         """γ (‖r‖ / ‖r before‖)², but not much below the one before, nor below what the tolerance asks for."""

@@ -38,7 +38,7 @@ LARGE: tuple[Solver, ...] = (
     NewtonKrylov(max_steps=200, patience=2 * PATIENCE),
     Anderson(max_steps=300),
 )
-GIVEN_JACOBIAN: tuple[Solver, ...] = (Newton(max_steps=100, patience=PATIENCE), *LARGE)
+GIVEN_JACOBIAN: tuple[Solver, ...] = (Newton(max_steps=200), *LARGE)
 
 
 CONVERGED = Status.CONVERGED.value
