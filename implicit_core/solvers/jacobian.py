@@ -6,6 +6,7 @@ one is a ``scipy.sparse`` array in CSC format.
 
 import copy
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
