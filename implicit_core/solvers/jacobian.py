@@ -96,7 +96,12 @@ def complement(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) -
     """I - ∂F/∂h on states, for a problem with a Jacobian. For the F(x) = x - α g(x) of a root it is α ∂g/∂x."""
     if problem.row_factors is not None:
         return on_states(evaluated(problem, space, h, z), space, rows_of(space, problem.row_factors))
-    matrix = on_states(evaluated(problem, space, h, z), space, inverse_units(space))
+    return complement_of(evaluated(problem, space, h, z), space)
+
+
+def complement_of(given: Matrix, space: Space) -> Matrix:
+    """I - ∂F/∂h on states, for a ∂F/∂h as :func:`on_states` takes it."""
+    matrix = on_states(given, space, inverse_units(space))
     if is_sparse(matrix):
         return (_identity(matrix) - matrix).tocsc()
     return space.eye(space.dimension)[None, :, :] - matrix
@@ -117,6 +122,26 @@ def evaluated(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) ->
     """What the user's function returns."""
     assert problem.jacobian is not None
     return space.backend.guarded(problem.jacobian, "jacobian", "h")(h, z)
+
+
+@dataclass(frozen=True)
+class LinearizedOperator:
+    """Products by a linearization.
+
+    Attributes
+    ----------
+    product
+        A v for a state v.
+    matrix
+        Computes A on states, (N, n, n), by one call; None where that takes n products.
+    """
+
+    product: Operator
+    matrix: Callable[[], Matrices | None]
+
+    def __call__(self, x: State) -> State:
+        """The product with a state."""
+        return self.product(x)
 
 
 class MatrixOperator:
@@ -218,9 +243,11 @@ def inverse_transposed(space: Space, matrix: Matrices) -> Matrices:
     inverse, singular = _inverse_and_singular(space, transposed)
 
     def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
-        return space.xp.where(carry[1][:, :, None], dense.inverse(space, transposed), carry[0]), carry[1]
+        return dense.inverse(space, carry[0]), carry[1]
 
-    made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
+    # The matrix itself is carried: what is the same in every step XLA would compute before the loop, always.
+    least, _ = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (transposed, singular), 1)
+    made: Matrices = space.xp.where(singular[:, :, None], least, inverse)
     return made
 
 
@@ -249,10 +276,15 @@ def _inverses(xp: Any, matrices: Array) -> Array:
 
 
 def inverse_of(space: Space, operator: Operator) -> Matrices:
-    """A⁻ᵀ, (N, n, n), of the Jacobian that the user gives, else by n products; by least squares if it is singular."""
+    """A⁻ᵀ, (N, n, n), by n products if there is no matrix; by least squares where it is singular."""
+    matrix: Matrix = None
     if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
-        return inverse_transposed(space, operator.matrix)
-    return dense.inverse(space, dense.transposed_matrix(space, operator))
+        matrix = operator.matrix
+    elif isinstance(operator, LinearizedOperator):
+        matrix = operator.matrix()
+    if matrix is None:
+        matrix = space.xp.matrix_transpose(dense.transposed_matrix(space, operator))
+    return inverse_transposed(space, matrix)
 
 
 def factors_of_sparse(space: Space, matrix: Matrix) -> SparseFactors:
