@@ -45,6 +45,9 @@ class Linearization(Generic[H, Z]):
         Pushforwards: a tangent of h, or of z, to (∂F/∂h) dh, or (∂F/∂z) dz, shaped as h.
     vjp, jvp
         Both at once, where that is cheaper: ``vjp(v) -> (v_h, v_z)`` and ``jvp(dh, dz) -> dF``.
+    matrix_h
+        ``matrix_h() -> ∂F/∂h`` in the form of a Problem's ``jacobian``, where that is cheaper than n products, as in
+        PyTorch; or None, for n products after all.
 
     Notes
     -----
@@ -71,6 +74,7 @@ class Linearization(Generic[H, Z]):
     jvp_z: Callable[[Z], H] | None = None
     vjp: Callable[[H], tuple[H, Z]] | None = None
     jvp: Callable[[H, Z], H] | None = None
+    matrix_h: Callable[[], Any] | None = None
 
     def wrap(self, outer: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> "Linearization[H, Z]":
         """The same, where ``outer(name, derivative)`` replaces each derivative that is given."""
@@ -130,6 +134,10 @@ class BoundLinearization(Generic[H, Z]):
             total: H = self.backend.map(lambda a, b: a + b, self.jvp_h(dh), self.jvp_z(dz))
             return total
         return self._h("the tangent from jvp", self.raw.jvp(dh, dz))
+
+    def matrix_h(self) -> Any:
+        """∂F/∂h as a matrix; None if it takes n products."""
+        return None if self.raw.matrix_h is None else self.raw.matrix_h()
 
     def has(self, name: str) -> bool:
         """Whether a derivative, such as ``"vjp_h"``, is given by itself or in a joint one."""

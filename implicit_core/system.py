@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from . import checks
 from .arrays import Array, Numbers, Operator, PyTree, State
-from .problem import Problem
+from .problem import BoundLinearization, Problem
 from .root_problem import RootProblem
 from .space import Space
 
@@ -67,16 +67,23 @@ class System:
             f, operator = self._accept(self.f(h, self.z)), self._given_jacobian(h)
         elif linearizes:  # Decision 21.
             at = self.problem.linearize(h, self.z).require("jvp_h")
-            f = self._accept(at.value)
-
-            def operator(v: State) -> State:
-                return self.space.sub(v, self.space.pack(at.jvp_h(self.space.unpack(v))))
+            f, operator = self._accept(at.value), self._linearized(at)
 
         else:
             f = self._accept(self.f(h, self.z))
         f = space.copy(f) if copies else f
         residual = space.sub(f, x)
         return Evaluation(f, residual, space.norm(residual), space.norm(f), operator)
+
+    def _linearized(self, at: BoundLinearization[Any, Any]) -> Operator:
+        from .solvers.jacobian import LinearizedOperator, complement_of
+
+        space = self.space
+
+        def matrix() -> Any:
+            return None if (found := at.matrix_h()) is None else complement_of(found, space)
+
+        return LinearizedOperator(lambda v: space.sub(v, space.pack(at.jvp_h(space.unpack(v)))), matrix)
 
     def _given_jacobian(self, h: PyTree) -> Operator:
         from .solvers.jacobian import MatrixOperator, complement  # which imports solvers, and these this module
@@ -135,10 +142,7 @@ class RootSystem(System):
             g, operator = self._accept(self.f(h, self.z)), self._given_jacobian(h)
         elif linearizes:
             at = self.problem.linearize(h, self.z).require("jvp_h")
-            g = self._accept(at.value)
-
-            def operator(v: State) -> State:
-                return self.image.pack(at.jvp_h(self.space.unpack(v)))
+            g, operator = self._accept(at.value), self._linearized(at)
 
         else:
             g = self._accept(self.f(h, self.z))
@@ -147,6 +151,16 @@ class RootSystem(System):
         if self.first is None:
             self.first = norm
         return Evaluation(self.space.add(x, residual), residual, norm, self.first, operator)
+
+    def _linearized(self, at: BoundLinearization[Any, Any]) -> Operator:
+        from .solvers.jacobian import LinearizedOperator, inverse_units, on_states
+
+        space, image = self.space, self.image
+
+        def matrix() -> Any:
+            return None if (found := at.matrix_h()) is None else on_states(found, space, inverse_units(image))
+
+        return LinearizedOperator(lambda v: image.pack(at.jvp_h(space.unpack(v))), matrix)
 
     def _given_jacobian(self, h: PyTree) -> Operator:
         from .solvers.jacobian import MatrixOperator, evaluated, inverse_units, on_states

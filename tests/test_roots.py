@@ -474,6 +474,23 @@ def test_the_23_problems(solver: Any, least: int) -> None:
     assert len(failed) <= 23 - least, failed
 
 
+@pytest.mark.parametrize("linear_solver", [ic.GMRES(), ic.CG(), ic.MINRES(), ic.Richardson(relaxation=0.5)], ids=repr)
+def test_a_newton_step_pays_for_no_residual_of_its_linear_system(linear_solver: ic.LinearSolver) -> None:
+    """One product solves 2 x = z. Only Richardson's iteration needs the residual for its next step."""
+    products = 0
+
+    def jvp(x: Any, z: Any, dx: Any, dz: Any) -> Any:
+        nonlocal products
+        products += 1
+        return 2 * dx - dz
+
+    problem = ic.RootProblem(lambda x, z: 2 * x - z, jvp=jvp)
+    solver = ic.NewtonKrylov(linear_solver=linear_solver, rtol=1e-10)
+    solution = ic.solve(problem, np.zeros(3), np.arange(3.0), solver=solver)
+    np.testing.assert_allclose(solution.value, np.arange(3.0) / 2, rtol=1e-12)
+    assert (int(solution.stats.evaluations), products) == (2, 1)
+
+
 # Where rounding is all that is left of g.
 
 

@@ -34,22 +34,29 @@ def vector_jacobian(
     v: Sequence[Tensor],
     *,
     create_graph: bool = False,
+    batched: bool = False,
 ) -> list[Tensor]:
-    """The cotangents of ``inputs``, given the cotangents ``v`` of ``outputs``. The graph is kept."""
+    """The cotangents of ``inputs``, given the cotangents ``v`` of ``outputs``. The graph is kept.
+
+    With ``batched``, each v has a first axis of cotangents that go backwards at once, and so has the result.
+    """
     pairs = [(edge, cotangent) for edge, cotangent in zip(outputs, v, strict=True) if edge is not None]
-    if not pairs or not inputs:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(
-        torch.autograd.grad(
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if pairs and inputs:
+        found = torch.autograd.grad(
             [edge for edge, _ in pairs],
             inputs,
             [cotangent for _, cotangent in pairs],
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,
-            materialize_grads=True,
+            is_grads_batched=batched,
         )
-    )
+    axis = v[0].shape[:1] if batched else ()
+    return [
+        torch.zeros_like(leaf).expand(*axis, *leaf.shape) if x is None else x
+        for x, leaf in zip(found, inputs, strict=True)
+    ]
 
 
 def pushforward(f: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:

@@ -18,14 +18,35 @@ HOOK = (
 
 
 class Quiet:
-    """Whether hooks on tensors are not called now."""
+    """A context in which hooks on tensors are not called."""
 
     def __init__(self) -> None:
-        self.on = False
+        self._on = False
 
-    def gated(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        """``hook``, which is not called, and changes nothing, while quiet."""
-        return lambda cotangent: None if self.on else hook(cotangent)
+    def __enter__(self) -> None:
+        self._on = True
+
+    def __exit__(self, *error: object) -> None:
+        self._on = False
+
+    def gated(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """``args`` of a function of PyTorch. A hook that it registers is not called while quiet."""
+        if func is not Tensor.register_hook:
+            return args
+        hook = args[1] if len(args) > 1 else kwargs.pop("hook")
+        return args[0], lambda cotangent: None if self._on else hook(cotangent)
+
+
+class GateHooks(TorchFunctionMode):
+    """Gates the hooks that are registered on tensors by ``quiet``."""
+
+    def __init__(self, quiet: Quiet) -> None:
+        super().__init__()
+        self._quiet = quiet
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*self._quiet.gated(func, args, kwargs), **kwargs)
 
 
 class ObserveInputs(TorchFunctionMode):
@@ -59,8 +80,8 @@ class ObserveInputs(TorchFunctionMode):
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.collect(nested_tensors((args, tuple(kwargs.values()))))
-        if self._quiet is not None and func is Tensor.register_hook:
-            args = args[0], self._quiet.gated(args[1] if len(args) > 1 else kwargs.pop("hook"))
+        if self._quiet is not None:
+            args = self._quiet.gated(func, args, kwargs)
         self.keeps_gradients |= func is Tensor.retain_grad
         result = func(*args, **kwargs)
         for x in nested_tensors(result):

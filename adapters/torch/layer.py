@@ -210,11 +210,8 @@ def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) 
     def vjp_h(*v: Tensor) -> Sequence[Tensor]:
         if watched:
             raise NotImplementedError(WATCHED.format(type(gradient).__name__))
-        quiet.on = True
-        try:
+        with quiet:
             return vector_jacobian(edges, h_in, v)
-        finally:
-            quiet.on = False
 
     rule = Rule(f, gradient, structure, len(h_in), problem.batch_ndim, vjp_h, inputs.complete, scale=problem.scale)
     value: H = BACKEND.unflatten(structure, list(attach(rule, h_leaves, outputs, inputs.tensors)))

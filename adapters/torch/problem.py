@@ -14,8 +14,10 @@ from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, pushforward, vector_jacobian
 from .closure import hoist
+from .function_modes import GateHooks, Quiet
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
+from .jacobian import GraphJacobian
 from .random_state import RandomState
 from .tensors import Tensors, as_leaf, dense, has_storage, is_differentiable, tensors, views
 
@@ -57,8 +59,9 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Probl
     Returns
     -------
     Problem
-        With derivatives in both modes. A pullback goes backwards through the graph of one evaluation of F. A
-        pushforward evaluates F in forward mode. ``fixed_point`` treats this problem as it treats f itself.
+        With derivatives in both modes, from the graph of one evaluation of F. Where f calls an ``autograd.Function``,
+        and with a tangent of z, a pushforward evaluates F in forward mode. ``fixed_point`` treats this problem as it
+        treats f itself.
 
     Examples
     --------
@@ -74,7 +77,7 @@ def problem(f: Map[H, Z], *, batch_ndim: int = 0, scale: PyTree = None) -> Probl
     """
     checks.function("f", f)
     f = BACKEND.protected(f)
-    return AutogradProblem(f, linearize=partial(_linearize, f), batch_ndim=batch_ndim, scale=scale)
+    return AutogradProblem(f, linearize=partial(_linearize, f, batch_ndim), batch_ndim=batch_ndim, scale=scale)
 
 
 def plain_function(f: Map[H, Z]) -> Map[H, Z]:
@@ -85,16 +88,17 @@ def plain_function(f: Map[H, Z]) -> Map[H, Z]:
     return f
 
 
-def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
+def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]:
     """F and its derivatives at (h, z), from the graph of one evaluation."""
     call = _OnLeaves(f, h, z)
     n = len(call.h)
-    random = RandomState(call.h)
-    with torch.inference_mode(False), torch.enable_grad():
+    random, quiet = RandomState(call.h), Quiet()
+    with torch.inference_mode(False), torch.enable_grad(), GateHooks(quiet):
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
         outputs = call(views(h_in), views(z_in))
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
+    jacobian = GraphJacobian(h_in, value, edges, quiet)
 
     def pull(v: H, inputs: Tensors) -> list[Tensor]:
         return vector_jacobian(edges, inputs, BACKEND.flatten(v)[0])
@@ -103,21 +107,28 @@ def _linearize(f: Map[H, Z], h: H, z: Z) -> Linearization[H, Z]:
         cotangents = pull(v, h_in + z_in)
         return call.as_h(cotangents[:n]), call.as_z(cotangents[n:])
 
-    def jvp(dh: H, dz: Z) -> H:
+    def push(tangents: Sequence[Tensor]) -> H:
         # torch.func and not forward_ad: an autograd.Function disables forward_ad within its forward, where a solve may
         # be running. Forward mode refuses expanded tensors, so all are made dense.
-        at = tuple(dense(x) for x in (*call.h, *call.z))
-        tangents = tuple(dense(x) for x in (*BACKEND.flatten(dh)[0], *call.z_tangents(dz)))
-        tangent = pushforward(random.replay(lambda *at: call(at[:n], at[n:])), at, tangents)
+        at, fixed = [dense(x) for x in (*call.h, *call.z)][: len(tangents)], call.z[len(tangents) - n :]
+        again = random.replay(lambda *at: call(at[:n], (*at[n:], *fixed)))
+        tangent = pushforward(again, tuple(at), tuple(map(dense, tangents)))
         # Forward mode promotes the tangent of a tensor without axes.
         return call.as_value([t.to(x.dtype) for t, x in zip(tangent, value, strict=True)])
+
+    def jvp_h(dh: H) -> H:
+        tangents = BACKEND.flatten(dh)[0]
+        found = jacobian.product(tangents)
+        return push(tangents) if found is None else call.as_value(found)
 
     return Linearization(
         call.as_value(value),
         vjp_h=lambda v: call.as_h(pull(v, h_in)),
         vjp_z=lambda v: call.as_z(pull(v, z_in)),
         vjp=vjp,
-        jvp=jvp,
+        jvp_h=jvp_h,
+        jvp=lambda dh, dz: push([*BACKEND.flatten(dh)[0], *call.z_tangents(dz)]),
+        matrix_h=lambda: jacobian.matrix(batch_ndim),
     )
 
 

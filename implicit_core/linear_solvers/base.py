@@ -239,6 +239,38 @@ class LinearSolver(Record, ABC):
         rtol = solver.rtol if rtol is None else rtol
         return solver._run(space, operator, b, x0, rtol, precondition)
 
+    def one_cycle(self, space: Space, operator: Operator, b: State, *, rtol: Numbers) -> State:
+        """An approximate solution of A x = b by one cycle of the method, whose residual is not computed.
+
+        That is one product less than :meth:`run`, for those who find out in another way how good x is. It is zero where
+        it is not finite. Without a loop in a cycle it is the solution of :meth:`run`.
+
+        Parameters
+        ----------
+        space, operator, b, rtol
+            As for :meth:`run`, ``rtol`` for each sample, (N, 1).
+        """
+        if not self.loops:
+            return self.run(space, operator, b, rtol=rtol).x
+        if space.backend.capturing(b[0]):
+            raise NotImplementedError(RECORDED)
+        solver = settings.bound(self, space, constant=True)
+        b, scale, size, target = solver._in_range(space, settings.with_settings(space, solver, b), rtol)
+        x, *_ = solver.cycle(space, operator, b, size, target, size > target)
+        return space.where(space.norm(x) < float("inf"), space.scale(scale, x), space.zeros())
+
+    def _in_range(self, space: Space, b: State, rtol: Numbers | Real) -> tuple[State, Numbers, Numbers, Numbers]:
+        """The right-hand side in units in which its square is a number, these units, its norm, and the target."""
+        space.shard_as(b)
+        # A cotangent of 1e-25 is not zero in float32, nor is one of 1e-7 in float16. With a unit for each sample a
+        # system of coupled samples is another one, whose residuals show nothing: only samples that need one get it.
+        scale = space.magnitude(b)
+        if not space.rounds:
+            scale = space.select(space.out_of_range(scale), scale, space.xp.ones_like(scale))
+        b = space.divide(b, scale)
+        size = space.norm(b)
+        return b, scale, size, rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
+
     def _run(
         self,
         space: Space,
@@ -250,15 +282,7 @@ class LinearSolver(Record, ABC):
     ) -> LinearResult:
         """:meth:`run`, with settings to compute with."""
         xp, backend = space.xp, space.backend
-        space.shard_as(b)
-        # A cotangent of 1e-25 is not zero in float32, nor is one of 1e-7 in float16. With a unit for each sample a
-        # system of coupled samples is another one, whose residuals show nothing: only samples that need one get it.
-        scale = space.magnitude(b)
-        if not space.rounds:
-            scale = space.select(space.out_of_range(scale), scale, xp.ones_like(scale))
-        b = space.divide(b, scale)
-        size = space.norm(b)
-        target = rtol * size + space.scalar(settings.absolute(space, self.atol)) / scale
+        b, scale, size, target = self._in_range(space, b, rtol)
         nothing, zeros = space.full(0.0), space.zeros()
         x, r, norm, used, active = zeros, b, size, 0, size > target
         if x0 is not None:

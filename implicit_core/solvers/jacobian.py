@@ -150,7 +150,12 @@ def complement(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) -
     """I - ∂F/∂h on states, for a problem with a Jacobian. For the F(x) = x - α g(x) of a root it is α ∂g/∂x."""
     if problem.row_factors is not None:
         return on_states(evaluated(problem, space, h, z), space, rows_of(space, problem.row_factors))
-    matrix = on_states(evaluated(problem, space, h, z), space, inverse_units(space))
+    return complement_of(evaluated(problem, space, h, z), space)
+
+
+def complement_of(given: Matrix, space: Space) -> Matrix:
+    """I - ∂F/∂h on states, for a ∂F/∂h as :func:`on_states` takes it."""
+    matrix = on_states(given, space, inverse_units(space))
     if is_sparse(matrix):
         return (identity_like(matrix) - matrix).tocsc()
     return space.eye(space.dimension)[None, :, :] - matrix
@@ -171,6 +176,26 @@ def evaluated(problem: Problem[Any, Any], space: Space, h: PyTree, z: PyTree) ->
     """What the user's function returns."""
     assert problem.jacobian is not None
     return space.backend.guarded(problem.jacobian, "jacobian", "h")(h, z)
+
+
+@dataclass(frozen=True)
+class LinearizedOperator:
+    """Products by a linearization.
+
+    Attributes
+    ----------
+    product
+        A v for a state v.
+    matrix
+        Computes A on states, (N, n, n), by one call; None where that takes n products.
+    """
+
+    product: Operator
+    matrix: Callable[[], Matrices | None]
+
+    def __call__(self, x: State) -> State:
+        """The product with a state."""
+        return self.product(x)
 
 
 class MatrixOperator:
@@ -267,11 +292,16 @@ def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
 
 
 def transposed_of(space: Space, operator: Operator) -> Matrices:
-    """Aᵀ, (N, n, n), of the Jacobian that the user gives, else by n products."""
+    """Aᵀ, (N, n, n), of the Jacobian that the user gives, or that one call computes; else by n products."""
+    matrix: Matrix = None
     if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
-        transposed: Matrices = space.xp.matrix_transpose(operator.matrix)
-        return transposed
-    return dense.transposed_matrix(space, operator)
+        matrix = operator.matrix
+    elif isinstance(operator, LinearizedOperator):
+        matrix = operator.matrix()
+    if matrix is None:
+        return dense.transposed_matrix(space, operator)
+    transposed: Matrices = space.xp.matrix_transpose(matrix)
+    return transposed
 
 
 def inverse_transposed(space: Space, transposed: Matrices) -> Matrices:
@@ -281,9 +311,11 @@ def inverse_transposed(space: Space, transposed: Matrices) -> Matrices:
     inverse, singular = _inverse_and_singular(space, transposed)
 
     def by_least_squares(carry: tuple[Matrices, Mask], _: tuple[Known, ...]) -> tuple[Matrices, Mask]:
-        return space.xp.where(carry[1][:, :, None], xp.linalg.pinv(transposed), carry[0]), carry[1]
+        return xp.linalg.pinv(carry[0]), carry[1]
 
-    made: Matrices = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (inverse, singular), 1)[0]
+    # The matrix itself is carried: what is the same in every step XLA would compute before the loop, always.
+    least, _ = space.backend.while_loop(lambda carry: (carry[1],), by_least_squares, (transposed, singular), 1)
+    made: Matrices = space.xp.where(singular[:, :, None], least, inverse)
     return made
 
 

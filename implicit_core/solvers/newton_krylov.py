@@ -1,6 +1,6 @@
 """Newton's method with a Krylov solver for its linear systems."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from .. import checks
@@ -21,11 +21,11 @@ SHORTER = 0.1, 0.5
 """The least and the largest share that is left of a fraction that was too long."""
 WINDOW = 8
 """A residual has to fall below the largest of so many points, so that it may rise for a while."""
-FIRST, LARGEST = 0.3, 0.9
+FIRST, LARGEST = 0.2, 0.9
 """The first forcing term, and the largest one."""
-SHARE, SAFE = 0.9, 0.1
+SHARE, SAFE = 0.5, 0.1
 """γ of Eisenstat and Walker, and the forcing term above which the next one is not much smaller."""
-ENOUGH = 0.5
+ENOUGH = 0.8
 """No linear system is solved beyond this share of the tolerance of the solve."""
 
 
@@ -71,7 +71,8 @@ class NewtonKrylov(Solver):
     Parameters
     ----------
     linear_solver
-        A :class:`LinearSolver`; its rtol is the least forcing term.
+        A :class:`LinearSolver`; its rtol is the least forcing term. A step is one cycle of it: instead of a restart of
+        GMRES, which begins with the residual of the linear system, comes the next step, with that of F itself.
     rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
@@ -122,10 +123,8 @@ class NewtonKrylov(Solver):
         kept = point.active & enough & (point.norm < float("inf"))
 
         rhs = space.where(kept, point.residual, space.zeros())
-        check = self.check and self.freeze and self.linear_solver.check
-        linear_solver = replace(self.linear_solver, check=check)
         forcing = self._forcing(system, memory, point)
-        direction = linear_solver.run(space, operator, rhs, rtol=forcing).x
+        direction = self.linear_solver.one_cycle(space, operator, rhs, rtol=forcing)
         nowhere = kept & (space.norm(direction) == 0) & (point.norm > 0)
 
         shorter = self._shorter(space, memory, point)

@@ -1,0 +1,150 @@
+"""Products with the Jacobian, and the whole of it, from the graph of one evaluation."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+from implicit_core.adapters.torch import jacobian
+from implicit_core.adapters.torch.jacobian import GraphJacobian
+
+DOUBLE = torch.float64
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def pair(h: tuple[Tensor, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Two leaves of a sample, which depend on one another."""
+    a, b = h
+    return torch.sin(z * b.sum(-1, keepdim=True) * a), a[..., :2] * b
+
+
+def pair_jacobian(h: tuple[Tensor, Tensor], z: float) -> Tensor:
+    """Of one sample, by hand."""
+    a, b = h
+    slope = z * torch.cos(z * b.sum() * a)
+    above = torch.cat([torch.diag(slope * b.sum()), (slope * a)[:, None].expand(3, 2)], dim=1)
+    below = torch.cat([torch.diag(b), torch.zeros(2, 1, dtype=DOUBLE), torch.diag(a[:2])], dim=1)
+    return torch.cat([above, below])
+
+
+@pytest.mark.parametrize("most", [1 << 22, 7])
+def test_the_matrix_of_each_sample(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(jacobian, "MOST_NUMBERS", most)
+    h = draw(4, 3), draw(4, 2)
+    at = ict.problem(pair, batch_ndim=1).linearize(h, torch.tensor(0.7, dtype=DOUBLE))
+    expected = torch.stack([pair_jacobian(sample, 0.7) for sample in zip(*h, strict=True)])
+    torch.testing.assert_close(at.matrix_h(), expected)
+    u = draw(4, 3), draw(4, 2)
+    for _ in range(2):
+        torch.testing.assert_close(
+            torch.cat(at.jvp_h(u), dim=1), torch.einsum("sij,sj->si", expected, torch.cat(u, dim=1))
+        )
+
+
+def test_newton_takes_the_same_steps_with_the_matrix_as_with_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In units, and with an image whose numbers are ordered in memory as they are not in C."""
+    h0 = (draw(2, 3, 2, 2).contiguous(memory_format=torch.channels_last), 1e3 * draw(2, 2))
+
+    def f(h: Any, z: Any) -> Any:
+        image, tail = h
+        mixed = image.flip(1) * 0.3 + 1e-3 * tail[:, :, None, None].sum(1, keepdim=True)
+        return torch.tanh(mixed) + z, 1e3 * torch.sin(1e-3 * tail + image.mean((1, 2))) * 0.2
+
+    def g(h: Any, z: Any) -> Any:
+        return tuple(1e-4 * (x - y) for x, y in zip(h, f(h, z), strict=True))
+
+    solver, scale, z = ic.Newton(rtol=1e-12), (1.0, 1e3), torch.tensor(0.4, dtype=DOUBLE)
+
+    def solved() -> list[Any]:
+        return [
+            ic.solve(ict.problem(f, batch_ndim=1, scale=scale), h0, z, solver=solver),
+            ic.root(g, h0, z, solver=solver, batch_ndim=1, scale=scale, g_scale=(1e-4, 0.1)),
+        ]
+
+    by_matrix = solved()
+    monkeypatch.setattr(GraphJacobian, "matrix", lambda *_: None)
+    for one, other in zip(by_matrix, solved(), strict=True):
+        assert torch.all(one.status == ic.CONVERGED)
+        assert int(one.stats.evaluations) == int(other.stats.evaluations) < 10
+        for a, b in zip(one.value, other.value, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [ic.Newton(rtol=1e-10), ic.NewtonKrylov(rtol=1e-10)], ids=repr)
+def test_sparse_operations_have_neither_forward_mode_nor_a_rule_of_vmap(solver: ic.Solver) -> None:
+    n = 5
+    dense = 3 * torch.eye(n, dtype=DOUBLE) - torch.diag(torch.ones(n - 1, dtype=DOUBLE), 1)
+    a = dense.to_sparse()
+    solution = ic.root(
+        lambda x, z: torch.sparse.mm(a, x) + x**3 - z, torch.zeros(n, 1, dtype=DOUBLE), 1.0, solver=solver
+    )
+    x = solution.value
+    assert solution.converged
+    torch.testing.assert_close(dense @ x + x**3, torch.ones(n, 1, dtype=DOUBLE), rtol=1e-8, atol=0)
+
+
+class Square(torch.autograd.Function):
+    """Its backward leaves the graph, so that a second derivative would be zero."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return (2 * ctx.saved_tensors[0] * v).detach()
+
+    @staticmethod
+    def jvp(ctx: Any, u: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * u
+
+
+def test_forward_mode_differentiates_an_autograd_function() -> None:
+    h, u = draw(4), draw(4) + 1
+    at = ict.problem(lambda h, z: Square.apply(h)).linearize(h, None)
+    torch.testing.assert_close(at.jvp_h(u), 2 * h * u)
+    assert at.matrix_h() is None
+
+
+def test_forward_mode_replaces_second_derivatives_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def missing(self: GraphJacobian) -> Any:
+        tries.append(self)
+        raise RuntimeError("the derivative of a backward is not implemented")
+
+    monkeypatch.setattr(GraphJacobian, "_pullback_with_graph", missing)
+    h, u = draw(4), draw(4)
+    at = ict.problem(lambda h, z: torch.sin(h)).linearize(h, None)
+    for _ in range(2):
+        torch.testing.assert_close(at.jvp_h(u), torch.cos(h) * u)
+    assert len(tries) == 1
+
+
+def test_hooks_of_f_are_not_called_by_products() -> None:
+    called: list[Tensor] = []
+
+    def f(h: Tensor, z: Any) -> Tensor:
+        h = 2 * h
+        if h.requires_grad:
+            h.register_hook(lambda v: called.append(v) or 100 * v)
+        return torch.sin(h)
+
+    h, u = draw(4), draw(4)
+    at = ict.problem(f).linearize(h, None)
+    torch.testing.assert_close(at.jvp_h(u), 2 * torch.cos(2 * h) * u)
+    torch.testing.assert_close(at.matrix_h(), torch.diag(2 * torch.cos(2 * h)))
+    assert not called
+    at.vjp_h(u)
+    assert len(called) == 1
