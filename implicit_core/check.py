@@ -408,7 +408,8 @@ def _derivatives(
             found.measure("difference_error", error)
             if not abs(value - central) <= tolerance * scale + 8 * rounding:
                 text = f"the {kind} with respect to {called} differs from central differences by {error:.1e} (relative)"
-                advice = "correct it; where F has kinks or is not smooth at this point, the difference may be the cause"
+                symbol = problem.names.symbol
+                advice = f"correct it; where {symbol} has kinks or is not smooth here, the difference may be the cause"
                 found.add("derivatives", text, advice)
 
 
@@ -430,8 +431,10 @@ def _units(problem: RootProblem[H, Z], space: Space, at: BoundLinearization[H, Z
     if not at.has("jvp_h") or space.dimension < 2:
         return
     xp, image, x = space.xp, problem.image(at.h), space.pack(at.h)
-    sizes = [xp.maximum(xp.abs(a), space.norm(x) / math.sqrt(space.dimension)) for a in x]
-    sizes = [xp.where(size > 0, size, xp.ones_like(size)) for size in sizes]
+    # An unknown may be small by chance, but not all of them.
+    usual = space.norm(x) / math.sqrt(space.dimension)
+    least = space.select(usual > 0, xp.minimum(usual, space.full(1.0)), space.full(1.0))
+    sizes = [xp.maximum(xp.abs(a), least) for a in x]
     rows = None
     for seed in range(SIGNS):
         along = State(tuple(s * size for s, size in zip(signs(space, random.Random(seed)), sizes, strict=True)))

@@ -386,13 +386,14 @@ class Iteration:
         if kept is not None:
             self.unmodified = self.unmodified & self._is_left(kept, h)
             point = point._replace(active=point.active & self.unmodified)
+        point = self._while_steps_are_left(point)
         steps = carry.steps.plus_one(space, active)
         if made is not None:
             if made.failures is not None and not (tells and masks[-1] is True):
                 made, point = self._given_up(made, before, point)
             accepted = masks[-1] if tells else True
             made, point = self._judge(made, best, point, operator, accepted)
-        point, stopped = self._stopped(self._while_steps_are_left(point), carry.stopped)
+        point, stopped = self._stopped(point, carry.stopped)
         settled = carry.settled
         if settled is not None:
             latest = space.select(active, point.norm, settled)
@@ -522,6 +523,9 @@ class Iteration:
     def _status(self, carry: Carry, valid: Mask, norm: Numbers) -> Numbers:
         """Why a sample did not converge, where it did not, with the residual at the point that is returned."""
         space, point, best = self.space, carry.point, carry.best
+        if best is not None and carry.progress is not None and carry.progress.failures is not None:
+            # A last trial is not finite, and would have been undone.
+            valid = valid | (finite(best.norm) & (carry.progress.failures + 1 < PATIENCE))
         status = space.select(valid, Status.MAX_STEPS.value, space.full(Status.NONFINITE, space.xp.int32))
         if best is not None:  # Decision 5.
             late = carry.steps.array(space) - best.steps.array(space) >= PATIENCE

@@ -75,7 +75,7 @@ def as_function(name: str, given: LinearMap, backend: Backend, like: PyTree, bat
 def transpose_of(given: LinearMap, backend: Backend) -> LinearMap | None:
     """The transpose of a matrix in one of its forms; None of a function."""
     if is_sparse(given) or hasattr(given, "matvec"):
-        return given.T
+        return getattr(given, "T", None)
     return backend.xp.matrix_transpose(given) if backend.is_array(given) else None
 
 

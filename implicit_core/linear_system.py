@@ -102,7 +102,8 @@ def solve_linear(
 
     apply: Operator = on_states("operator", operator, space)
     precondition = None if preconditioner is None else on_states("preconditioner", preconditioner, space)
-    transposed = transpose_of(operator, backend) if transposed is None else transposed
+    if transposed is None and solver.uses_transpose:
+        transposed = transpose_of(operator, backend)
     if transposed is not None:
         apply = Transposable(apply, on_states("transposed", transposed, space.dual))
     with backend.on_device_of(b):

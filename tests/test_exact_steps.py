@@ -204,6 +204,14 @@ def test_steps_that_do_not_fit_to_the_batch() -> None:
 TARGETS = np.array([[1.0, 1.0], [0.5, 0.5], [2.0, 2.0]])
 
 
+@pytest.mark.parametrize("many", [3, 300])
+def test_a_sample_that_runs_out_of_steps_has_not_stagnated(many: int) -> None:
+    """Whatever the others do then."""
+    solver = ic.FixedPointIteration(rtol=1e-9, max_steps=np.array([3, many]))
+    solution = ic.solve(lambda h, z: 0.9999 * h + 1, np.zeros((2, 1)), None, solver=solver, batch_ndim=1)
+    assert list(solution.status) == [ic.MAX_STEPS] * 2
+
+
 def halted(h: Any, f: Any) -> Any:
     return f[..., 0] >= 1.9
 

@@ -440,6 +440,84 @@ def test_a_jacobian_that_leads_nowhere_ends_a_sample_at_once(slope: float, statu
     assert krylov.stats.steps[0] == 1
 
 
+def uneven(x: Any, z: Any) -> Any:
+    """Two equations for each sample, the second of them tiny."""
+    return np.stack([x[:, 0] - 1, 1e-17 * (x[:, 1] ** 3 - 8)], axis=1)
+
+
+def uneven_jacobian(x: Any, z: Any) -> Any:
+    made = np.zeros((len(x), 2, 2))
+    made[:, 0, 0], made[:, 1, 1] = 1.0, 3e-17 * x[:, 1] ** 2
+    return made
+
+
+@pytest.mark.parametrize("neighbour", [[1.0, 2.0], [np.nan, 2.0], [1.0, 0.0]], ids=["finished", "NaN", "singular"])
+@pytest.mark.parametrize("solver", [ic.Newton(rtol=1e-9, atol=0.0), ic.Broyden(rtol=1e-9, atol=0.0)], ids=repr)
+def test_a_singular_jacobian_of_a_neighbour_changes_nothing(solver: Any, neighbour: list[float]) -> None:
+    """NumPy's linear algebra raises for the whole batch if one matrix is singular."""
+    problem = ic.RootProblem(uneven, jacobian=uneven_jacobian, batch_ndim=1)
+    alone = ic.solve(problem, np.array([[1.0, 3.0]]), None, solver=solver)
+    solution = ic.solve(problem, np.array([[1.0, 3.0], neighbour]), None, solver=solver)
+    assert solution.status[0] == alone.status[0] == ic.CONVERGED
+    np.testing.assert_array_equal(solution.value[0], alone.value[0])
+    assert solution.stats.steps[0] == alone.stats.steps[0]
+
+
+def two_cubics(x: Any, z: Any) -> Any:
+    """Of the second sample a singular linear system, whose numbers are huge."""
+    first = np.stack([x[:1, 0] ** 3 - 2 * x[:1, 0] + 2, x[:1, 1] - 1], axis=1)
+    return np.concatenate([first, x[1:] @ HUGE.T - HUGE @ np.array([3.0, 0.0])])
+
+
+HUGE = np.array([[-3e19, -6e19], [4e19, 8e19]])
+
+
+def two_jacobians(x: Any, z: Any) -> Any:
+    first = np.array([[3 * x[0, 0] ** 2 - 2, 0.0], [0.0, 1.0]])
+    return np.stack([first, *len(x[1:]) * [HUGE]])
+
+
+@pytest.mark.parametrize("start", [1.5, 0.5])
+def test_regularized_steps_do_not_depend_on_a_neighbour(start: float) -> None:
+    problem = ic.RootProblem(two_cubics, jacobian=two_jacobians, batch_ndim=1)
+    solver = ic.Newton(rtol=1e-9, max_steps=200)
+    alone = ic.solve(problem, np.array([[start, 3.0]]), None, solver=solver)
+    solution = ic.solve(problem, np.array([[start, 3.0], [0.0, 0.0]]), None, solver=solver)
+    assert solution.status[0] == alone.status[0] == ic.CONVERGED
+    assert solution.stats.steps[0] == alone.stats.steps[0] > solution.stats.steps[1]
+
+
+@pytest.mark.parametrize("solver", [ic.Newton(rtol=1e-6), ic.NewtonKrylov(rtol=1e-6)], ids=repr)
+def test_a_tiny_unknown_in_float32_has_steps(solver: Any) -> None:
+    """The squares of its steps are zero."""
+    unit = np.float32(1e-22)
+    problem = ic.RootProblem(
+        lambda x, z: (x / unit) ** 3 - np.float32(8),
+        jvp=lambda x, z, dx, dz: 3 * (x / unit) ** 2 * (dx / unit),
+    )
+    solution = ic.solve(problem, np.array([3e-22], np.float32), None, solver=solver)
+    assert solution.converged
+    np.testing.assert_allclose(solution.value, [2e-22], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("solver", [ic.Newton(), ic.Polyalgorithm()], ids=repr)
+def test_nothing_is_unknown(solver: Any, wrap: Any) -> None:
+    solution = wrap(lambda x: ic.solve(ic.RootProblem(lambda x, z: x**2), x, None, solver=solver))(jnp.zeros((0,)))
+    assert solution.value.shape == (0,)
+
+
+def test_a_last_trial_that_is_not_finite_says_nothing_of_the_best_point() -> None:
+    """The whole step from 1 leaves the domain; no step is left to undo it."""
+    problem = ic.RootProblem(
+        lambda x, z: np.where(x > 0, np.sqrt(np.abs(x)) - 0.1, np.nan), jvp=lambda x, z, dx, dz: dx / (2 * np.sqrt(x))
+    )
+    for solver in (ic.Newton(max_steps=2), ic.NewtonKrylov(max_steps=2)):
+        solution = ic.solve(problem, np.array([1.0]), None, solver=solver)
+        assert solution.status == ic.MAX_STEPS
+        np.testing.assert_array_equal(solution.value, [1.0])
+
+
 def test_complex_matrices_are_refused() -> None:
     problem = ic.RootProblem(lambda x, z: x - 1, jacobian=lambda x, z: np.eye(2) * (1 + 5j))
     with pytest.raises(TypeError, match="the result of jacobian must be real, got the dtype complex128"):

@@ -112,3 +112,28 @@ def test_what_has_no_transpose_is_refused() -> None:
         ic.Implicit(ic.LSMR()).vjp(problem, np.ones(2), np.ones(2))[1](np.ones(2))
     with pytest.raises(ValueError, match=r"transposed must have the shape \(3, 3\), got \(2, 2\)"):
         ic.solve_linear(lambda v: v, np.ones(3), solver=ic.LSMR(), transposed=np.eye(2))
+
+
+@pytest.mark.parametrize("power", [-30, -25, -22, 22, 25])
+def test_a_matrix_whose_squares_are_no_numbers(power: int) -> None:
+    """In float32. Where ‖Aᵀb‖ underflows, nothing is a solution of least squares."""
+    a = (np.array([[2.0, 1.0], [1.0, 3.0]]) * 10.0**power).astype(np.float32)
+    b = np.array([1.0, 2.0], np.float32)
+    solution = ic.solve_linear(a, b, solver=ic.LSMR())
+    assert solution.converged
+    np.testing.assert_allclose(a @ solution.value, b, rtol=1e-4)
+
+
+def test_the_transpose_is_asked_for_where_it_is_used() -> None:
+    class Untransposed:
+        shape, dtype = (3, 3), np.dtype(float)
+
+        def matvec(self, v: np.ndarray) -> np.ndarray:
+            return 2 * v
+
+        def __matmul__(self, v: np.ndarray) -> np.ndarray:
+            return 2 * v
+
+    np.testing.assert_allclose(ic.solve_linear(Untransposed(), np.ones(3)).value, 0.5)
+    with pytest.raises(TypeError, match="LSMR needs products with Aᵀ"):
+        ic.solve_linear(Untransposed(), np.ones(3), solver=ic.LSMR())

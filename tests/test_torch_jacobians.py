@@ -67,7 +67,16 @@ def test_newton_takes_the_same_steps_with_the_matrix_as_with_products(monkeypatc
             ic.root(g, h0, z, solver=solver, batch_ndim=1, scale=scale, g_scale=(1e-4, 0.1)),
         ]
 
+    made, matrix = [], GraphJacobian.matrix
+
+    def counted(self: GraphJacobian, batch_ndim: int) -> Any:
+        made.append(matrix(self, batch_ndim))
+        return made[-1]
+
+    monkeypatch.setattr(GraphJacobian, "matrix", counted)
     by_matrix = solved()
+    assert len(made) == sum(int(solution.stats.evaluations) - 1 for solution in by_matrix)  # but where it ends
+    assert all(isinstance(each, Tensor) for each in made)
     monkeypatch.setattr(GraphJacobian, "matrix", lambda *_: None)
     for one, other in zip(by_matrix, solved(), strict=True):
         assert torch.all(one.status == ic.CONVERGED)
@@ -132,7 +141,8 @@ def test_forward_mode_replaces_second_derivatives_that_are_missing(monkeypatch: 
     assert len(tries) == 1
 
 
-def test_hooks_of_f_are_not_called_by_products() -> None:
+def test_hooks_of_f_are_a_part_of_its_jacobian() -> None:
+    """As of its pullback. The product is the adjoint of that, and makes its graph once."""
     called: list[Tensor] = []
 
     def f(h: Tensor, z: Any) -> Tensor:
@@ -143,8 +153,83 @@ def test_hooks_of_f_are_not_called_by_products() -> None:
 
     h, u = draw(4), draw(4)
     at = ict.problem(f).linearize(h, None)
-    torch.testing.assert_close(at.jvp_h(u), 2 * torch.cos(2 * h) * u)
-    torch.testing.assert_close(at.matrix_h(), torch.diag(2 * torch.cos(2 * h)))
-    assert not called
-    at.vjp_h(u)
+    slope = 200 * torch.cos(2 * h)
+    for _ in range(3):
+        torch.testing.assert_close(at.jvp_h(u), slope * u)
     assert len(called) == 1
+    torch.testing.assert_close(at.matrix_h(), torch.diag(slope))
+    torch.testing.assert_close(at.vjp_h(u), slope * u)
+
+
+def of_sparse(h: Tensor) -> Tensor:
+    """A matrix with the values h: autograd takes its backward for constant."""
+    places = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+    return (torch.sparse_coo_tensor(places, h, (4, 4)) @ torch.ones(4, 1, dtype=DOUBLE)).flatten() ** 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_backward_that_autograd_takes_for_constant_is_noticed() -> None:
+    """Its second derivative is no error, but zero. Forward mode has no rule for it, and says so."""
+    h, u = draw(4), draw(4)
+    at = ict.problem(lambda h, z: of_sparse(h)).linearize(h, None)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        at.jvp_h(u)
+    torch.testing.assert_close(at.matrix_h(), torch.diag(2 * h))
+    solution = ic.root(lambda x, z: of_sparse(x) + x - 2, torch.ones(4, dtype=DOUBLE), None, solver=ic.Newton())
+    torch.testing.assert_close(solution.value, torch.ones(4, dtype=DOUBLE))
+
+
+AROUND = {
+    "sinc": (torch.sinc, 0.0),
+    "where": (lambda h: torch.where(h == 0, 1.0, torch.sin(h) / h), 0.0),
+    "std": (lambda h: h + 0.5 * h.std(), 1.0),
+    "norm": (lambda h: h + h.norm(p=3), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_products_are_finite_where_forward_mode_is(name: str) -> None:
+    """The pullback's own pullback is NaN at some points, and so are some matrices."""
+    function, place = AROUND[name]
+    h, u = torch.full((4,), place, dtype=DOUBLE), draw(4)
+    at = ict.problem(lambda h, z: function(h)).linearize(h, None)
+    torch.testing.assert_close(at.jvp_h(u), torch.func.jvp(function, (h,), (u,))[1])
+    matrix = at.matrix_h()
+    assert matrix is None or torch.all(torch.isfinite(matrix))
+    solution = ic.root(lambda x, z: function(x) - 3 * x - 1, h, None, solver=ic.Newton())
+    assert solution.converged
+
+
+def test_products_in_inference_mode() -> None:
+    with torch.inference_mode():
+        h, u = draw(4), draw(4)
+        at = ict.problem(lambda h, z: h**3).linearize(h, None)
+        torch.testing.assert_close(at.jvp_h(u), 3 * h**2 * u)
+        torch.testing.assert_close(at.matrix_h(), torch.diag(3 * h**2))
+
+
+def test_a_function_that_does_not_depend_on_h_changes_no_products() -> None:
+    """What f closes over may come out of an ``autograd.Function``, such as another implicit layer."""
+    inner = Square.apply(draw(4).requires_grad_())
+    h, u = draw(4), draw(4)
+    at = ict.problem(lambda h, z: h**2 + inner).linearize(h, None)
+    torch.testing.assert_close(at.matrix_h(), torch.diag(2 * h))
+    torch.testing.assert_close(at.jvp_h(u), 2 * h * u)
+
+
+@pytest.mark.parametrize(
+    "solver", [ic.Newton(rtol=1e-10), ic.NewtonKrylov(rtol=1e-10), ic.Broyden(rtol=1e-10)], ids=repr
+)
+@pytest.mark.filterwarnings("ignore")  # of Dynamo, of its own access to .grad
+def test_a_compiled_function_after_a_layer(solver: ic.Solver) -> None:
+    """Dynamo once took code compiled while a layer looked on for that of a solve, with other operations."""
+
+    def cell(h: Tensor, x: Tensor) -> Tensor:
+        return 2 * h - x + 0.5 * torch.tanh(h)
+
+    compiled = torch.compile(cell, backend="eager")
+    for scale in (1.0, 2.0, 3.0):
+        z = scale * torch.linspace(0.1, 1, 4, dtype=DOUBLE)
+        found = ict.root(compiled, torch.zeros(4, dtype=DOUBLE), z, solver=solver)
+        assert found.converged
+        assert float(cell(found.value, z).norm()) <= 1e-8

@@ -37,18 +37,6 @@ class Quiet:
         return args[0], lambda cotangent: None if self._on else hook(cotangent)
 
 
-class GateHooks(TorchFunctionMode):
-    """Gates the hooks that are registered on tensors by ``quiet``."""
-
-    def __init__(self, quiet: Quiet) -> None:
-        super().__init__()
-        self._quiet = quiet
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return func(*self._quiet.gated(func, args, kwargs), **kwargs)
-
-
 class ObserveInputs(TorchFunctionMode):
     """Collects the tensors that enter PyTorch's functions and did not come out of one.
 
@@ -108,6 +96,8 @@ class ReplaceInputs(TorchFunctionMode):
         super().__init__()
         self._replace = replace
 
+    # Dynamo would take code that it compiled under another mode for the code of this one.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.register_hook:
             raise NotImplementedError(HOOK)

@@ -3,15 +3,14 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .autograd import gradient_edges, vector_jacobian
-from .function_modes import Quiet
-from .graph_inputs import ancestors
 
 MOST_NUMBERS = 1 << 22
 """Numbers of the cotangents that go backwards at once."""
@@ -31,45 +30,62 @@ class GraphJacobian:
         The leaves of F(h), without a graph.
     edges
         Their nodes in the graph.
-    quiet
-        The context in which hooks that F registered are not called.
     """
 
-    def __init__(
-        self, inputs: Sequence[Tensor], value: Sequence[Tensor], edges: Sequence[GradientEdge | None], quiet: Quiet
-    ) -> None:
-        self._inputs, self._value, self._edges, self._quiet = inputs, value, edges, quiet
-        self._pullback: tuple[list[Tensor], list[GradientEdge | None]] | None = None
-        self._has_products = True
+    def __init__(self, inputs: Sequence[Tensor], value: Sequence[Tensor], edges: Sequence[GradientEdge | None]) -> None:
+        self._inputs, self._value, self._edges = inputs, value, edges
+        self._pullback: _Pullback | None = None
+        self._has_products: bool | None = None
 
     @cached_property
     def _is_known(self) -> bool:
-        """Whether the graph has no ``autograd.Function``, whose ``backward`` may be cut off from the graph."""
-        edges = [(edge.node, edge.output_nr) for edge in self._edges if edge is not None]
-        return not any(isinstance(node, BackwardCFunction) for node, _ in ancestors(edges, ()))
+        """Whether there is no ``autograd.Function`` on the way from h, whose ``backward`` may do anything."""
+        nodes = [edge.node for edge in self._edges if edge is not None]
+        return not any(isinstance(node, BackwardCFunction) for node in _on_the_way(nodes, self._inputs))
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor] | None:
-        """J u; None if F calls an ``autograd.Function``, or an operation without a second derivative."""
-        if not (self._has_products and self._is_known):
+        """J u; None where it has to be computed in another way.
+
+        That is where F calls an ``autograd.Function``, or an operation whose ``backward`` has no derivative: some raise
+        an error, and some are constant to autograd. So the first product is held against the pullback.
+        """
+        if self._has_products is False or not self._is_known or _is_captured(tangents):
             return None
         try:
-            with self._quiet:
-                v, edges = self._pullback = self._pullback or self._pullback_with_graph()
-                return vector_jacobian(edges, v, tangents)
+            made = self._pullback = self._pullback or self._pullback_with_graph()
+            product = vector_jacobian(made.edges, made.v, tangents)
+            if self._has_products is None:
+                self._has_products = _are_adjoint(made, product, tangents)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             self._has_products = False
-            return None
+        return None if self._has_products is False else product
 
-    def _pullback_with_graph(self) -> tuple[list[Tensor], list[GradientEdge | None]]:
-        """Some v, and the nodes of Jᵀ v in a graph that begins there."""
+    def _pullback_with_graph(self) -> "_Pullback":
+        """Some v without a pattern, Jᵀ v, and its nodes in a graph that begins at v."""
         with torch.inference_mode(False), torch.enable_grad():
-            v = [torch.ones_like(x).requires_grad_() for x in self._value]
-            return v, gradient_edges(vector_jacobian(self._edges, self._inputs, v, create_graph=True))
+            v = [_irregular(x).requires_grad_() for x in self._value]
+            pulled = vector_jacobian(self._edges, self._inputs, v, create_graph=True)
+            return _Pullback(v, [x.detach() for x in pulled], gradient_edges(pulled))
 
     def matrix(self, batch_ndim: int) -> Tensor | None:
-        """J for each sample, (batch..., n, n) for n numbers in a sample; None if F calls an ``autograd.Function``."""
+        """J for each sample, (batch..., n, n) for n numbers in a sample; None where it takes n products.
+
+        That is where F calls an ``autograd.Function``, where a pullback raises an error, and where it is not finite: a
+        product may be, as beside a ``where`` that leaves out a NaN.
+        """
         if not self._is_known:
             return None
+        try:
+            made = self._matrix(batch_ndim)
+            return made if bool(torch.isfinite(made).all()) else None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return None
+
+    def _matrix(self, batch_ndim: int) -> Tensor:
         batch = self._value[0].shape[:batch_ndim]
         samples, sizes = math.prod(batch), [math.prod(x.shape[batch_ndim:]) for x in self._value]
         n = sum(sizes)
@@ -86,9 +102,63 @@ class GraphJacobian:
 
     def _pullbacks(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
         """Jᵀ v for each of the v along the first axis."""
-        with self._quiet:
-            try:
-                return vector_jacobian(self._edges, self._inputs, v, batched=True)
-            except RuntimeError:  # an operation that vmap refuses
-                each = [vector_jacobian(self._edges, self._inputs, one) for one in zip(*v, strict=True)]
-                return [torch.stack(parts) for parts in zip(*each, strict=True)]
+        try:
+            return vector_jacobian(self._edges, self._inputs, v, batched=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation that vmap refuses
+            each = [vector_jacobian(self._edges, self._inputs, one) for one in zip(*v, strict=True)]
+            return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+class _Pullback(NamedTuple):
+    """v, Jᵀ v, and the nodes of Jᵀ v in a graph that begins at v."""
+
+    v: list[Tensor]
+    value: list[Tensor]
+    edges: list[GradientEdge | None]
+
+
+def _irregular(like: Tensor) -> Tensor:
+    """Numbers of a size of one that no operation maps to zero because of a pattern, as softmax does with equal ones."""
+    index = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
+    return torch.cos(1.7 * index + 0.3).to(like.dtype).reshape(like.shape)
+
+
+def _are_adjoint(made: _Pullback, product: Sequence[Tensor], tangents: Sequence[Tensor]) -> bool | None:
+    """Whether ⟨v, J u⟩ is ⟨Jᵀ v, u⟩ up to rounding; None if all is zero, and nothing known. NaN equals nothing."""
+    here = [a.detach().double() * b.double() for a, b in zip(made.v, product, strict=True)]
+    there = [a.double() * b.double() for a, b in zip(made.value, tangents, strict=True)]
+    size = sum(float(x.abs().sum()) for x in (*here, *there))
+    difference = sum(float(x.sum()) for x in here) - sum(float(x.sum()) for x in there)
+    eps = max(torch.finfo(x.dtype).eps for x in product)
+    return None if size == 0 else abs(difference) <= math.sqrt(eps) * size
+
+
+def _is_captured(tensors: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph is captured, in which no number can be read."""
+    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+def _on_the_way(nodes: Sequence[Node], inputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes from ``inputs`` to ``nodes``, without those that lead to ``nodes`` from elsewhere."""
+    parents: dict[Node, list[Node]] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in parents:
+            parents[node] = [parent for parent, _ in node.next_functions if parent is not None]
+            pending += parents[node]
+    children: dict[Node, list[Node]] = {node: [] for node in parents}
+    for node, before in parents.items():
+        for parent in before:
+            children[parent].append(node)
+    found = set[Node]()
+    with torch.inference_mode(False), torch.enable_grad():
+        pending = [node for node in (get_gradient_edge(x).node for x in inputs) if node in parents]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += children[node]
+    return found

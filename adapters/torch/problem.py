@@ -14,7 +14,6 @@ from implicit_core.problem import Linearization, Map, Problem, zero_tangent
 
 from .autograd import gradient_edges, pushforward, vector_jacobian
 from .closure import hoist
-from .function_modes import GateHooks, Quiet
 from .graph_inputs import graph_inputs
 from .identity import IdentitySet
 from .jacobian import GraphJacobian
@@ -92,13 +91,13 @@ def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]
     """F and its derivatives at (h, z), from the graph of one evaluation."""
     call = _OnLeaves(f, h, z)
     n = len(call.h)
-    random, quiet = RandomState(call.h), Quiet()
-    with torch.inference_mode(False), torch.enable_grad(), GateHooks(quiet):
+    random = RandomState(call.h)
+    with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
         outputs = call(views(h_in), views(z_in))
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
-    jacobian = GraphJacobian(h_in, value, edges, quiet)
+    jacobian = GraphJacobian(h_in, value, edges)
 
     def pull(v: H, inputs: Tensors) -> list[Tensor]:
         return vector_jacobian(edges, inputs, BACKEND.flatten(v)[0])

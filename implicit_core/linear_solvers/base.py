@@ -125,6 +125,8 @@ class LinearSolver(Record, ABC):
     """Whether a cycle that does not reduce a sample's residual is undone and ends that sample."""
     undoes: ClassVar[bool] = True
     """Whether a cycle that is not accepted is undone. Otherwise a number that is not finite stays in the result."""
+    uses_transpose: ClassVar[bool] = False
+    """Whether the method needs products with Aᵀ."""
     loops: ClassVar[bool] = True
     """Whether a cycle has a loop of its own. Otherwise it is a single step."""
     recomputes: ClassVar[bool] = True
@@ -251,7 +253,8 @@ class LinearSolver(Record, ABC):
             As for :meth:`run`, ``rtol`` for each sample, (N, 1).
         """
         if not self.loops:
-            return self.run(space, operator, b, rtol=rtol).x
+            x = self.run(space, operator, b, rtol=rtol).x
+            return space.where(space.largest(x) < float("inf"), x, space.zeros())
         if space.backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
         solver = settings.bound(self, space, constant=True)

@@ -1,7 +1,7 @@
 """The least-squares minimal residual method."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
@@ -71,7 +71,7 @@ class LSMR(LinearSolver):
     A sample is CONVERGED where the residual r = b - A x is within the tolerance, as for :class:`LinearSolver`, or where
     x is a solution in the sense of least squares: ‖Aᵀr‖ ≤ rtol ‖A‖ ‖r‖, or at the level of rounding errors. Both are
     computed from x. ``stats.residual`` is ‖r‖ and tells which. Singular values below rtol ‖A‖ count as zero. With x0
-    the solution is the one closest to x0.
+    the solution is the one closest to x0, unless the residual of x0 is not below ‖b‖: then x0 is not used.
 
     Parameters
     ----------
@@ -97,18 +97,20 @@ class LSMR(LinearSolver):
     array([1., 1.])
     """
 
+    uses_transpose: ClassVar[bool] = True
+
     def cycle(self, space: Space, operator: Operator, r: State, norm: Numbers, target: Numbers, active: Mask) -> Cycle:
         """See :class:`LinearSolver`."""
         if not isinstance(operator, Transposable):
             raise TypeError(NO_TRANSPOSE)
-        xp, transposed = space.xp, operator.transposed
+        xp = space.xp
 
         def unit(x: State) -> tuple[State, Numbers]:
             length = space.norm(x)
             return space.scale(ratio(one, length, space), x), length
 
         def body(c: _Carry, _: tuple[Known, ...]) -> _Carry:
-            u, beta = unit(space.axpy(-c.alpha, c.u, operator(c.v)))
+            u, beta = unit(space.axpy(-c.alpha, c.u, product(c.v)))
             v, alpha = unit(space.axpy(-beta, c.v, transposed(u)))
             rho, zero = xp.hypot(c.alpha_bar, beta), xp.zeros_like(beta)
             cosine, sine = ratio(c.alpha_bar, rho, space), ratio(beta, rho, space)
@@ -144,7 +146,18 @@ class LSMR(LinearSolver):
 
         one, nothing, zeros = space.full(1.0), space.full(0.0), space.zeros()
         u, beta = unit(r)
-        v, alpha = unit(transposed(u))
+        # Products of four numbers as large as A: these are of A in units of its own size, if that is far from one.
+        along = operator.transposed(u)
+        units = space.magnitude(along)
+        units = space.select(space.out_of_range(units * units), units, one)
+
+        def product(x: State) -> State:
+            return space.divide(operator(x), units)
+
+        def transposed(x: State) -> State:
+            return space.divide(operator.transposed(x), units)
+
+        v, alpha = unit(space.divide(along, units))
         carry = _Carry(
             x=zeros,
             u=u,
@@ -168,9 +181,9 @@ class LSMR(LinearSolver):
         # Aᵀr of x, and of zero, where x may be nothing but the rounding errors of Aᵀr.
         at_zero = self._is_least(space, norm * alpha, norm, zeros, norm, carry.growth)
         x = space.where(at_zero, zeros, carry.x)
-        rest = space.sub(r, operator(x))
+        rest = space.sub(r, product(x))
         least = self._is_least(space, space.norm(transposed(rest)), space.norm(rest), x, norm, carry.growth)
-        return x, carry.products + 2, carry.growth, least
+        return space.divide(x, units), carry.products + 2, units * carry.growth, least
 
     def _is_least(
         self, space: Space, gradient: Numbers, rest: Numbers, x: State, size: Numbers, growth: Numbers

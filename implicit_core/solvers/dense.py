@@ -33,14 +33,17 @@ def transposed_matrix(space: Space, operator: Operator) -> Matrices:
     return matrix
 
 
-def safely(xp: Any, function: Callable[..., Any], matrices: Matrices, *others: Matrices) -> Matrices:
-    """A function of matrices, NaN for all samples if a library raises an error because one of them is singular."""
+def safely(space: Space, function: Callable[..., Any], matrices: Matrices, *others: Matrices) -> Matrices:
+    """A function of matrices, NaN for those that are singular, where a library raises an error if one of them is."""
     try:
         made: Matrices = function(matrices, *others)
     except Exception as error:
         if not type(error).__name__.endswith("LinAlgError"):  # as every library that raises one calls it
             raise
-        made = xp.full_like(others[-1] if others else matrices, math.nan)
+        xp: Any = space.xp
+        singular = (xp.linalg.slogdet(matrices)[0] == 0)[:, None, None]
+        found = function(xp.where(singular, space.eye(matrices.shape[-1])[None, :, :], matrices), *others)
+        made = xp.where(singular, xp.full_like(found, math.nan), found)
     return made
 
 

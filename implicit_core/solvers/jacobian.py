@@ -298,7 +298,7 @@ def transposed_of(space: Space, operator: Operator) -> Matrices:
         matrix = operator.matrix
     elif isinstance(operator, LinearizedOperator):
         matrix = operator.matrix()
-    if matrix is None:
+    if matrix is None or not space.dimension:
         return dense.transposed_matrix(space, operator)
     transposed: Matrices = space.xp.matrix_transpose(matrix)
     return transposed
@@ -327,7 +327,9 @@ def without_nan(space: Space, numbers: Any) -> Any:
 def _inverse_and_singular(space: Space, transposed: Matrices) -> tuple[Matrices, Mask]:
     """A⁻ᵀ from Aᵀ, and the samples (N, 1) in which there is none."""
     xp: Any = space.xp
-    inverse = dense.safely(xp, xp.linalg.inv, transposed)
+    if not space.dimension:  # of which there is no largest entry
+        return transposed, ~space.all_samples()
+    inverse = dense.safely(space, xp.linalg.inv, transposed)
     defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
     return inverse, ~(defect[:, None] <= EXACT)  # true of NaN
 

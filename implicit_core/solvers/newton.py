@@ -63,7 +63,7 @@ class Newton(Solver):
 
     A step is damped, per sample, until the next correction with the same Jacobian is shorter than this one. Unlike a
     test of the residual, this does not depend on the units of the equations, nor on how they are combined. A singular
-    Jacobian is inverted by least squares.
+    Jacobian is inverted by least squares, if it is dense; to a sparse one √ε of its largest entry times I is added.
 
     Where no fraction of 1/1000 or more is short enough, the sample goes on with a regularized Jacobian A, and a shift s
     in proportion to its residual r = F(h) - h:
@@ -142,7 +142,7 @@ class Newton(Solver):
         jacobian = jacobian.factorized(space, whole)
         direction = space.where(whole, jacobian.solve(space, residual), memory.direction)
         length = space.norm(direction)
-        nowhere = whole & (length == 0) & (space.norm(residual) > 0)
+        nowhere = whole & (space.largest(direction) == 0) & (space.largest(residual) > 0)
         status = space.select(
             jacobian.is_finite(space), Status.STAGNATED.value, space.full(Status.NONFINITE, space.xp.int32)
         )

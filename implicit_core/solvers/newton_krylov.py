@@ -1,6 +1,6 @@
 """Newton's method with a Krylov solver for its linear systems."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 from .. import checks
@@ -124,8 +124,10 @@ class NewtonKrylov(Solver):
 
         rhs = space.where(kept, point.residual, space.zeros())
         forcing = self._forcing(system, memory, point)
-        direction = self.linear_solver.one_cycle(space, operator, rhs, rtol=forcing)
-        nowhere = kept & (space.norm(direction) == 0) & (point.norm > 0)
+        check = self.check and self.freeze and self.linear_solver.check
+        linear_solver = replace(self.linear_solver, check=check)
+        direction = linear_solver.one_cycle(space, operator, rhs, rtol=forcing)
+        nowhere = kept & (space.largest(direction) == 0) & (point.norm > 0)
 
         shorter = self._shorter(space, memory, point)
         failed = ~memory.forced & (shorter < SHORTEST)

@@ -75,7 +75,7 @@ class DenseJacobian(NamedTuple):
         lower = xp.concat([transposed, -diagonal], axis=2)
         row = dense.joined(space, r)
         right = xp.matrix_transpose(xp.concat([row, xp.zeros_like(row)], axis=2))
-        solution = xp.matrix_transpose(dense.safely(xp, xp.linalg.solve, xp.concat([upper, lower], axis=1), right))
+        solution = xp.matrix_transpose(dense.safely(space, xp.linalg.solve, xp.concat([upper, lower], axis=1), right))
         left: Numbers = shift * xp.linalg.vector_norm(solution[:, 0, :n], axis=1, keepdims=True)
         return dense.split(space, solution[:, :, n:]), left
 
@@ -136,7 +136,7 @@ class SparseJacobian(NamedTuple):
 
     def size(self, space: Space) -> Numbers:
         data = without_nan(space, self.matrix.data)
-        return space.full(float((data * data).sum()) ** 0.5 / math.sqrt(space.dimension))
+        return space.full(float((data * data).sum()) ** 0.5 / math.sqrt(max(space.dimension, 1)))
 
     def first_shift(self, space: Space) -> Numbers:
         return FIRST_OF_SPARSE * self.size(space)
@@ -150,10 +150,12 @@ Jacobian = DenseJacobian | SparseJacobian
 
 
 def first_jacobian(space: Space, operator: Operator | None) -> Jacobian:
-    """The matrix of an operator that is given as a sparse one; else zero."""
+    """The matrix of an operator that is given as a sparse one; else the identity."""
     if isinstance(operator, MatrixOperator) and is_sparse(operator.matrix):
         return SparseJacobian(operator.matrix)
-    return DenseJacobian(*(space.matrices(space.dimension, space.dimension) for _ in range(2)))
+    # The identity, and not zero, in samples that are finished before the first step.
+    identity = space.matrices(space.dimension, space.dimension) + space.eye(space.dimension)[None, :, :]
+    return DenseJacobian(identity, identity)
 
 
 class Regularization(NamedTuple):
@@ -225,7 +227,9 @@ def directed(
 ) -> tuple[State, Regularization]:
     """The regularized step from a point with the residual r, in the samples of ``where``, else ``direction``."""
     where = where & memory.on
-    shift = space.select(where, memory.factor * space.norm(r), space.full(1.0))
+    # Other samples are solved as well: with a shift that is not small beside their A.
+    size = jacobian.size(space)
+    shift = space.select(where, memory.factor * space.norm(r), space.select(size > 0, size, space.full(1.0)))
 
     def made(carry: tuple[State, Numbers, Mask], _: tuple[Known, ...]) -> tuple[State, Numbers, Mask]:
         step, predicted = jacobian.regularized(space, r, shift)
