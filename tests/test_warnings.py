@@ -102,6 +102,7 @@ with warnings.catch_warnings():
     with torch.no_grad():
         ic.fixed_point(problem, torch.zeros(3), torch.ones(3))
     assert ic.solve(problem, torch.zeros(3), torch.ones(3), solver=ic.NewtonKrylov()).converged
+    ic.Implicit().jvp(problem, torch.zeros(3), torch.ones(3), torch.ones(3))
     torch.func.jvp(lambda z: ic.fixed_point(problem, torch.zeros(3), z).value, (torch.ones(3),), (torch.ones(3),))
 """
 
