@@ -73,6 +73,7 @@ class NewtonKrylov(Solver):
     linear_solver
         A :class:`LinearSolver`; its rtol is the least forcing term. A step is one cycle of it: instead of a restart of
         GMRES, which begins with the residual of the linear system, comes the next step, with that of F itself.
+        Its ``check`` finds no coupled samples within a cycle.
     rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
