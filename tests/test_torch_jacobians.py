@@ -14,6 +14,13 @@ from implicit_core.adapters.torch.jacobian import GraphJacobian
 DOUBLE = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    """As within a solve. Where autograd records, products go forward."""
+    with torch.no_grad():
+        yield
+
+
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -233,3 +240,15 @@ def test_a_compiled_function_after_a_layer(solver: ic.Solver) -> None:
         found = ict.root(compiled, torch.zeros(4, dtype=DOUBLE), z, solver=solver)
         assert found.converged
         assert float(cell(found.value, z).norm()) <= 1e-8
+
+
+def test_where_autograd_records_products_have_a_graph() -> None:
+    h, u = draw(4), draw(4).requires_grad_()
+    z = draw(4).requires_grad_()
+    at = ict.problem(lambda h, z: z * h**2).linearize(h, z)
+    with torch.enable_grad():
+        along = at.jvp_h(u)
+        by_u, by_z = torch.autograd.grad(along.sum(), (u, z))
+    torch.testing.assert_close(by_u, (2 * z * h).detach())
+    torch.testing.assert_close(by_z, (2 * h * u).detach())
+    assert not at.jvp_h(u).requires_grad

@@ -46,10 +46,11 @@ class GraphJacobian:
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor] | None:
         """J u; None where it has to be computed in another way.
 
-        That is where F calls an ``autograd.Function``, or an operation whose ``backward`` has no derivative: some raise
-        an error, and some are constant to autograd. So the first product is held against the pullback.
+        That is where autograd records, since this product has no graph; and where F calls an ``autograd.Function``, or
+        an operation whose ``backward`` has no derivative: some raise an error, and some are constant to autograd. So
+        the first product is held against the pullback.
         """
-        if self._has_products is False or not self._is_known or _is_captured(tangents):
+        if torch.is_grad_enabled() or self._has_products is False or not self._is_known or _is_captured(tangents):
             return None
         try:
             made = self._pullback = self._pullback or self._pullback_with_graph()
