@@ -121,9 +121,12 @@ class _Pullback(NamedTuple):
 
 
 def _irregular(like: Tensor) -> Tensor:
-    """Numbers of a size of one that no operation maps to zero because of a pattern, as softmax does with equal ones."""
+    """Numbers of a size of one that no operation maps to zero because of a pattern, as softmax does with equal ones.
+
+    In the memory format of ``like``.
+    """
     index = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
-    return torch.cos(1.7 * index + 0.3).to(like.dtype).reshape(like.shape)
+    return torch.empty_like(like).copy_(torch.cos(1.7 * index + 0.3).reshape(like.shape))
 
 
 def _are_adjoint(made: _Pullback, product: Sequence[Tensor], tangents: Sequence[Tensor]) -> bool | None:
