@@ -66,7 +66,7 @@ class GraphJacobian:
     def _pullback_with_graph(self) -> "_Pullback":
         """Some v without a pattern, Jᵀ v, and its nodes in a graph that begins at v."""
         with torch.inference_mode(False), torch.enable_grad():
-            v = [_irregular(x).requires_grad_() for x in self._value]
+            v = [_irregular(h).requires_grad_() for h in self._inputs]
             pulled = vector_jacobian(self._edges, self._inputs, v, create_graph=True)
             return _Pullback(v, [x.detach() for x in pulled], gradient_edges(pulled))
 
@@ -123,7 +123,7 @@ class _Pullback(NamedTuple):
 def _irregular(like: Tensor) -> Tensor:
     """Numbers of a size of one that no operation maps to zero because of a pattern, as softmax does with equal ones.
 
-    In the memory format of ``like``.
+    In the memory format of ``like``, a leaf of h, as other cotangents are.
     """
     index = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
     return torch.empty_like(like).copy_(torch.cos(1.7 * index + 0.3).reshape(like.shape))
