@@ -525,7 +525,8 @@ class Iteration:
         space, point, best = self.space, carry.point, carry.best
         if best is not None and carry.progress is not None and carry.progress.failures is not None:
             # A last trial is not finite, and would have been undone.
-            valid = valid | (finite(best.norm) & (carry.progress.failures + 1 < PATIENCE))
+            undone = finite(best.norm) & (carry.progress.failures + 1 < PATIENCE)
+            valid = valid | (undone if self.unread is None else undone & ~self.unread)
         status = space.select(valid, Status.MAX_STEPS.value, space.full(Status.NONFINITE, space.xp.int32))
         if best is not None:  # Decision 5.
             late = carry.steps.array(space) - best.steps.array(space) >= PATIENCE

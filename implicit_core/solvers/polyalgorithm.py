@@ -26,6 +26,7 @@ SMALL: tuple[Solver, ...] = (
     Anderson(max_steps=80, patience=QUICK),
     Broyden(max_steps=100, patience=PATIENCE),
     Newton(max_steps=200),
+    Broyden(max_steps=300),
 )
 WITHOUT_DERIVATIVES: tuple[Solver, ...] = (
     Anderson(max_steps=150, patience=PATIENCE),
@@ -62,10 +63,10 @@ class Polyalgorithm(Record):
     ----------
     solvers
         A tuple of :class:`Solver`, each with its own ``max_steps`` and ``patience``. None chooses by the size of the
-        state: Anderson, then Broyden and Newton, with matrices, up to 64 unknowns; else Anderson, NewtonKrylov, and
-        Anderson for longer, with Newton before them if the problem has a ``jacobian``. Without derivatives, as for a
-        plain g in NumPy, it is Anderson, Broyden, and Anderson for longer, and of others those that need a Jacobian are
-        left out.
+        state: Anderson, then Broyden, Newton, and Broyden for longer, with matrices, up to 64 unknowns; else Anderson,
+        NewtonKrylov, and Anderson for longer, with Newton before them if the problem has a ``jacobian``. Without
+        derivatives, as for a plain g in NumPy, it is Anderson, Broyden, and Anderson for longer, and of others those
+        that need a Jacobian are left out.
     rtol, atol
         As for :class:`Solver`, for all of them.
 
