@@ -13,7 +13,7 @@ from implicit_core.arrays import H, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.problem import Map
 
-from .function_modes import ObserveInputs, Quiet, ReplaceInputs
+from .function_modes import ObserveInputs, Quiet, replacing
 from .identity import IdentityMap, IdentitySet
 from .referenced_modules import with_present_parameters
 from .tensors import OnLeaves, Tensors, is_expanded, tensors
@@ -111,7 +111,7 @@ def with_explicit_inputs(
                 used.add(x)
             return by_external.get(x, x)
 
-        with ReplaceInputs(replace):
+        with replacing(replace):
             value = f(BACKEND.unflatten(structure, list(h_leaves)), BACKEND.map(replace, z))
         result = tuple(replace(x) for x in BACKEND.flatten(value)[0])
         if not all(x in used for x in parameters):  # tensors that are no parameters have taken their places

@@ -1,5 +1,7 @@
 """``TorchFunctionMode`` subclasses that see, and replace, the tensors that enter PyTorch's functions."""
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -96,8 +98,6 @@ class ReplaceInputs(TorchFunctionMode):
         super().__init__()
         self._replace = replace
 
-    # Dynamo would take code that it compiled under another mode for the code of this one.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.register_hook:
             raise NotImplementedError(HOOK)
@@ -116,3 +116,17 @@ class ReplaceInputs(TorchFunctionMode):
             return {name: self._replaced(b) for name, b in a.items()}
         parts = [self._replaced(b) for b in a]
         return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)
+
+
+def replacing(replace: Callable[[Tensor], Tensor]) -> ReplaceInputs:
+    """A :class:`ReplaceInputs` that compiled functions may run within.
+
+    Dynamo would take code that it compiled under another mode for the code of this one, so it does not look inside.
+    """
+    return (_uncompiled() if "torch._dynamo" in sys.modules else ReplaceInputs)(replace)
+
+
+@functools.cache
+def _uncompiled() -> type[ReplaceInputs]:
+    hidden = {"__torch_function__": torch.compiler.disable(ReplaceInputs.__torch_function__)}
+    return type("UncompiledReplaceInputs", (ReplaceInputs,), hidden)
