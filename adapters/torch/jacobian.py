@@ -1,7 +1,7 @@
 """Products with a Jacobian, and the whole of it, from the graph of one evaluation instead of forward mode."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,12 +30,21 @@ class GraphJacobian:
         The leaves of F(h), without a graph.
     edges
         Their nodes in the graph.
+    batch_ndim
+        How many axes index samples.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], value: Sequence[Tensor], edges: Sequence[GradientEdge | None]) -> None:
-        self._inputs, self._value, self._edges = inputs, value, edges
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        value: Sequence[Tensor],
+        edges: Sequence[GradientEdge | None],
+        batch_ndim: int,
+    ) -> None:
+        self._inputs, self._value, self._edges, self._batch_ndim = inputs, value, edges, batch_ndim
         self._pullback: _Pullback | None = None
-        self._has_products: bool | None = None
+        self._right: Tensor | bool | None = None
+        """In which samples products are right, (batch...); None before the first one."""
 
     @cached_property
     def _is_known(self) -> bool:
@@ -43,25 +52,56 @@ class GraphJacobian:
         nodes = [edge.node for edge in self._edges if edge is not None]
         return not any(isinstance(node, BackwardCFunction) for node in _on_the_way(nodes, self._inputs))
 
-    def product(self, tangents: Sequence[Tensor]) -> list[Tensor] | None:
-        """J u; None where it has to be computed in another way.
+    def product(self, tangents: Sequence[Tensor], forward: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """J u, or in some samples, or in all, what ``forward`` computes.
 
         That is where autograd records, since this product has no graph; and where F calls an ``autograd.Function``, or
         an operation whose ``backward`` has no derivative: some raise an error, and some are constant to autograd. So
         the first product is held against the pullback.
         """
-        if torch.is_grad_enabled() or self._has_products is False or not self._is_known or _is_captured(tangents):
-            return None
+        if torch.is_grad_enabled() or self._right is False or not self._is_known or _is_captured(tangents):
+            return forward()
         try:
             made = self._pullback = self._pullback or self._pullback_with_graph()
             product = vector_jacobian(made.edges, made.v, tangents)
-            if self._has_products is None:
-                self._has_products = _are_adjoint(made, product, tangents)
+            if self._right is None:
+                self._right = self._are_adjoint(made, product, tangents)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            self._has_products = False
-        return None if self._has_products is False else product
+            self._right = False
+        right = self._right
+        if right is False:
+            return forward()
+        if not isinstance(right, Tensor):
+            return product
+        return [
+            torch.where(right.reshape(*right.shape, *[1] * (a.ndim - right.ndim)), a, b)
+            for a, b in zip(product, forward(), strict=True)
+        ]
+
+    def _are_adjoint(
+        self, made: "_Pullback", product: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> Tensor | bool | None:
+        """The samples in which ⟨v, J u⟩ is ⟨Jᵀ v, u⟩ up to rounding; None if all is zero, and nothing known.
+
+        NaN equals nothing, but where F itself is not finite no other product is better.
+        """
+        here = [a.detach().double() * b.double() for a, b in zip(made.v, product, strict=True)]
+        there = [-a.double() * b.double() for a, b in zip(made.value, tangents, strict=True)]
+        size = sum(map(self._sums, [x.abs() for x in (*here, *there)]), torch.zeros(()))
+        difference = sum(map(self._sums, (*here, *there)), torch.zeros(()))
+        eps = max(torch.finfo(x.dtype).eps for x in product)
+        finite = torch.isfinite(sum(map(self._sums, (x.double() for x in self._value)), torch.zeros(())))
+        right = (difference.abs() <= math.sqrt(eps) * size) | ~finite
+        if bool((size == 0).all()):
+            return None
+        return right if bool(right.any()) and not bool(right.all()) else bool(right.all())
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """The sum of each sample, (batch...), which copies nothing in any memory format."""
+        axes = tuple(range(self._batch_ndim, x.ndim))
+        return x.sum(axes) if axes else x
 
     def _pullback_with_graph(self) -> "_Pullback":
         """Some v without a pattern, Jᵀ v, and its nodes in a graph that begins at v."""
@@ -70,23 +110,22 @@ class GraphJacobian:
             pulled = vector_jacobian(self._edges, self._inputs, v, create_graph=True)
             return _Pullback(v, [x.detach() for x in pulled], gradient_edges(pulled))
 
-    def matrix(self, batch_ndim: int) -> Tensor | None:
+    def matrix(self) -> Tensor | None:
         """J for each sample, (batch..., n, n) for n numbers in a sample; None where it takes n products.
 
-        That is where F calls an ``autograd.Function``, where a pullback raises an error, and where it is not finite: a
-        product may be, as beside a ``where`` that leaves out a NaN.
+        That is where F calls an ``autograd.Function``, and where a pullback raises an error.
         """
         if not self._is_known:
             return None
         try:
-            made = self._matrix(batch_ndim)
-            return made if bool(torch.isfinite(made).all()) else None
+            return self._matrix()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             return None
 
-    def _matrix(self, batch_ndim: int) -> Tensor:
+    def _matrix(self) -> Tensor:
+        batch_ndim = self._batch_ndim
         batch = self._value[0].shape[:batch_ndim]
         samples, sizes = math.prod(batch), [math.prod(x.shape[batch_ndim:]) for x in self._value]
         n = sum(sizes)
@@ -127,16 +166,6 @@ def _irregular(like: Tensor) -> Tensor:
     """
     index = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
     return torch.empty_like(like).copy_(torch.cos(1.7 * index + 0.3).reshape(like.shape))
-
-
-def _are_adjoint(made: _Pullback, product: Sequence[Tensor], tangents: Sequence[Tensor]) -> bool | None:
-    """Whether ⟨v, J u⟩ is ⟨Jᵀ v, u⟩ up to rounding; None if all is zero, and nothing known. NaN equals nothing."""
-    here = [a.detach().double() * b.double() for a, b in zip(made.v, product, strict=True)]
-    there = [a.double() * b.double() for a, b in zip(made.value, tangents, strict=True)]
-    size = sum(float(x.abs().sum()) for x in (*here, *there))
-    difference = sum(float(x.sum()) for x in here) - sum(float(x.sum()) for x in there)
-    eps = max(torch.finfo(x.dtype).eps for x in product)
-    return None if size == 0 else abs(difference) <= math.sqrt(eps) * size
 
 
 def _is_captured(tensors: Sequence[Tensor]) -> bool:

@@ -97,7 +97,7 @@ def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]
         outputs = call(views(h_in), views(z_in))
     value = [out.detach() for out in outputs]
     edges = gradient_edges(outputs)
-    jacobian = GraphJacobian(h_in, value, edges)
+    jacobian = GraphJacobian(h_in, value, edges, batch_ndim)
 
     def pull(v: H, inputs: Tensors) -> list[Tensor]:
         return vector_jacobian(edges, inputs, BACKEND.flatten(v)[0])
@@ -117,8 +117,7 @@ def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]
 
     def jvp_h(dh: H) -> H:
         tangents = BACKEND.flatten(dh)[0]
-        found = jacobian.product(tangents)
-        return push(tangents) if found is None else call.as_value(found)
+        return call.as_value(jacobian.product(tangents, lambda: BACKEND.flatten(push(tangents))[0]))
 
     return Linearization(
         call.as_value(value),
@@ -127,7 +126,7 @@ def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]
         vjp=vjp,
         jvp_h=jvp_h,
         jvp=lambda dh, dz: push([*BACKEND.flatten(dh)[0], *call.z_tangents(dz)]),
-        matrix_h=lambda: jacobian.matrix(batch_ndim),
+        matrix_h=jacobian.matrix,
     )
 
 

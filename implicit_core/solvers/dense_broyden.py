@@ -82,7 +82,7 @@ def observe(space: Space, memory: Memory, point: Point, operator: Operator | Non
         fresh = kept & (memory.returning | slow | (memory.fraction < 1))
         returning = ~kept & ~memory.fresh
         inverse = dense.renewed(
-            space, lambda: inverse_transposed(space, transposed_of(space, operator)), inverse, fresh
+            space, lambda: inverse_transposed(space, transposed_of(space, operator, fresh)), inverse, fresh
         )
         fresh = fresh | (memory.fresh & ~kept)
     residual = space.where(kept, point.residual, memory.residual)

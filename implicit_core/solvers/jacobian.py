@@ -291,8 +291,12 @@ def factorized(space: Space, matrix: Matrix) -> Inverse | SparseFactors:
     return Inverse(space.xp.where(singular[:, :, None], space.eye(space.dimension)[None, :, :], inverse))
 
 
-def transposed_of(space: Space, operator: Operator) -> Matrices:
-    """Aᵀ, (N, n, n), of the Jacobian that the user gives, or that one call computes; else by n products."""
+def transposed_of(space: Space, operator: Operator, where: Mask) -> Matrices:
+    """Aᵀ, (N, n, n), of the Jacobian that the user gives, or that one call computes; else by n products.
+
+    By products also in the samples of ``where`` in which what is computed is not finite: a product may be, as beside a
+    ``where`` of F that leaves out a NaN.
+    """
     matrix: Matrix = None
     if isinstance(operator, MatrixOperator) and not is_sparse(operator.matrix):
         matrix = operator.matrix
@@ -301,7 +305,10 @@ def transposed_of(space: Space, operator: Operator) -> Matrices:
     if matrix is None or not space.dimension:
         return dense.transposed_matrix(space, operator)
     transposed: Matrices = space.xp.matrix_transpose(matrix)
-    return transposed
+    if not isinstance(operator, LinearizedOperator):
+        return transposed
+    finite = space.xp.all(space.xp.isfinite(transposed), axis=(1, 2))[:, None]
+    return dense.renewed(space, lambda: dense.transposed_matrix(space, operator), transposed, where & ~finite)
 
 
 def inverse_transposed(space: Space, transposed: Matrices) -> Matrices:

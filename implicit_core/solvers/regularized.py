@@ -54,7 +54,7 @@ class DenseJacobian(NamedTuple):
 
     def renewed(self, space: Space, operator: Operator, where: Mask) -> "DenseJacobian":
         """The matrix of an operator, in the samples of ``where``."""
-        made = dense.renewed(space, lambda: transposed_of(space, operator), self.transposed, where)
+        made = dense.renewed(space, lambda: transposed_of(space, operator, where), self.transposed, where)
         return self._replace(transposed=made)
 
     def factorized(self, space: Space, where: Mask) -> "DenseJacobian":
