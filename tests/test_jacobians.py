@@ -223,7 +223,7 @@ def test_newton_with_a_sparse_jacobian_of_many_unknowns(solver: Any) -> None:
 
 def test_a_sparse_jacobian_in_units_and_of_a_fixed_point() -> None:
     rng = np.random.default_rng(3)
-    m = scipy.sparse.random_array((20, 20), density=0.2, rng=rng) * 0.3
+    m = scipy.sparse.csr_array(0.3 * rng.random((20, 20)) * (rng.random((20, 20)) < 0.2))
     scale = np.logspace(-1, 1, 20)
 
     def f(h: np.ndarray, z: np.ndarray) -> np.ndarray:
