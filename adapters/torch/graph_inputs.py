@@ -59,13 +59,13 @@ def graph_inputs(
     # for closed-over tensors. They depend on h, which closed-over tensors do not.
     computed = [edge for edge, x in externals.items() if x.grad_fn is not None and x not in in_z]
     for edge in computed:
-        if any(ancestor in edges_of_h for ancestor in _ancestors([edge], edges_of_h)):
+        if any(ancestor in edges_of_h for ancestor in ancestors([edge], edges_of_h)):
             del externals[edge]
     reached: list[Tensor] = []
     unknown: list[Edge] = []
     opaque = False
     watched = evaluation.watched
-    for edge in _ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
+    for edge in ancestors([_edge(x) for x in outputs if x.requires_grad], externals.keys() | edges_of_h):
         if edge in externals:
             reached.append(externals[edge])
         elif edge not in edges_of_h and not any(parent for parent, _ in edge[0].next_functions):
@@ -87,7 +87,7 @@ def _edge(x: Tensor) -> Edge:
     return get_gradient_edge(x)[:2]
 
 
-def _ancestors(edges: Iterable[Edge], stop: Container[Edge]) -> Iterable[Edge]:
+def ancestors(edges: Iterable[Edge], stop: Container[Edge]) -> Iterable[Edge]:
     """``edges`` and all edges that lead to them, each once, in a fixed order. Those in ``stop`` are not followed."""
     found = dict.fromkeys(edges)  # a dict and not a set: the order reaches autograd
     pending = list(found)

@@ -11,6 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .autograd import gradient_edges, vector_jacobian
+from .graph_inputs import ancestors
 
 MOST_NUMBERS = 1 << 22
 """Numbers of the cotangents that go backwards at once."""
@@ -96,7 +97,9 @@ class GraphJacobian:
         right = (difference.abs() <= math.sqrt(eps) * size) | ~finite
         if bool((size == 0).all()):
             return None
-        return right if bool(right.any()) and not bool(right.all()) else bool(right.all())
+        if bool(right.all()):
+            return True
+        return right if bool(right.any()) else False
 
     def _sums(self, x: Tensor) -> Tensor:
         """The sum of each sample, (batch...), which copies nothing in any memory format."""
@@ -175,23 +178,17 @@ def _is_captured(tensors: Sequence[Tensor]) -> bool:
 
 def _on_the_way(nodes: Sequence[Node], inputs: Sequence[Tensor]) -> set[Node]:
     """The nodes from ``inputs`` to ``nodes``, without those that lead to ``nodes`` from elsewhere."""
-    parents: dict[Node, list[Node]] = {}
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in parents:
-            parents[node] = [parent for parent, _ in node.next_functions if parent is not None]
-            pending += parents[node]
-    children: dict[Node, list[Node]] = {node: [] for node in parents}
-    for node, before in parents.items():
-        for parent in before:
-            children[parent].append(node)
+    children: dict[Node, list[Node]] = {}
+    for node, _ in ancestors([(node, 0) for node in nodes], ()):
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                children.setdefault(parent, []).append(node)
     found = set[Node]()
     with torch.inference_mode(False), torch.enable_grad():
-        pending = [node for node in (get_gradient_edge(x).node for x in inputs) if node in parents]
+        pending = [get_gradient_edge(x).node for x in inputs]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += children[node]
+            pending += children.get(node, [])
     return found
