@@ -36,6 +36,7 @@ from .preconditioner import Preconditioner
 from .problem import Linearization, Problem
 from .root import root
 from .root_problem import RootProblem
+from .samples import reset
 from .solution import (
     CONVERGED,
     DIVERGED,
@@ -63,6 +64,7 @@ from .solvers import (
     NewtonKrylov,
     Polyalgorithm,
     Solver,
+    steps,
 )
 from .stepper import Stepper, StepperState
 
@@ -125,9 +127,11 @@ __all__ = [
     "check",
     "fixed_point",
     "magnitudes",
+    "reset",
     "root",
     "solve",
     "solve_linear",
+    "steps",
     "to_complex",
     "to_real",
 ]

@@ -23,6 +23,7 @@ from .records import is_array
 from .root_problem import RootProblem
 from .solution import Solution, Stats, Status
 from .system import system_of
+from .unsolved import unsolved
 
 if TYPE_CHECKING:
     from .solvers.base import Solver
@@ -147,6 +148,8 @@ class Iteration:
         ValueError
             If F wrote to its argument.
         """
+        if settings.is_zero(self.solver.max_steps):
+            return unsolved(self.system.problem, self.space.like, self.solver, trace=self.trace)
         return self._in_range(self._run)
 
     def first(self) -> Carry:
@@ -442,7 +445,7 @@ class Iteration:
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
-            steps=space.per_sample(carry.steps.array(space)),
+            steps=space.per_sample(self._made(carry)),
             evaluations=point.index + 1,
             residual=space.per_sample(self.in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
@@ -466,7 +469,27 @@ class Iteration:
         last = point._replace(accepted=True if accepted is None else accepted)
         x, _ = solver.step(self.system, carry.memory, last)
         moving = finite(point.norm) if carry.stopped is None else finite(point.norm) & ~carry.stopped
+        if self.may_make_none:
+            moving = moving & (self._limit > 0)
         return space.copy(space.round(space.where(moving, x, point.x)))
+
+    def _made(self, carry: Carry) -> Numbers:
+        """The evaluations of F until each sample was finished, or the steps of its own, (N, 1)."""
+        steps = carry.steps.array(self.space)
+        if not self.may_make_none:
+            return steps
+        fewer: Numbers = self.space.xp.minimum(steps, self.space.xp.astype(self._limit, steps.dtype))
+        return fewer
+
+    @property
+    def may_make_none(self) -> bool:
+        """Whether a forced number of steps may be zero in some sample, where F is evaluated all the same."""
+        return self._moves_on and is_array(self._limit)
+
+    @property
+    def _limit(self) -> Any:
+        """The ``max_steps`` of each sample, (N, 1), or of all."""
+        return self.solver.max_steps if self.most is None else self.most
 
     @property
     def _moves_on(self) -> bool:

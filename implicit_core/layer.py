@@ -16,12 +16,12 @@ from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
 from .registry import find_backend
-from .root_problem import RootProblem
-from .solution import Solution, Stats, Status, warn_of_failures
+from .solution import Solution, Status, warn_of_failures
 from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
 from .solvers.here import Here
 from .space import Space
+from .unsolved import unsolved
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
     Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
     """
     if replaces_solve(options.gradient):
-        return unsolved(problem, h0, options)
+        return unsolved(problem, h0, measuring(options.solver), trace=options.trace)
     solver = starting_solver(options)
     return solve_from_arrays(problem, h0, z, solver=solver, trace=options.trace)
 
@@ -87,34 +87,6 @@ def starting_solver(options: LayerOptions) -> FixedPointSolver:
         return options.solver
     like = measuring(options.solver)
     return Here(rtol=like.rtol, atol=like.atol)
-
-
-def unsolved(problem: Problem[H, Z], h0: H, options: LayerOptions) -> Solution[H]:
-    """The start of an estimator that replaces the solve. Its residual is not known yet.
-
-    ``stats.tolerance`` is the absolute tolerance alone, until :func:`of_value` knows ‖F(h0)‖.
-    """
-    name = problem.names.start
-    backend = find_backend(h0, name)
-    with backend.on_device_of(h0), backend.solving():
-        space = problem.space(h0, name)
-        h = space.unpack(space.copy(space.pack(backend.map(backend.stop_gradient, h0))))
-        solver = settings.bound(measuring(options.solver), space, constant=True)
-        atol = solver.absolute_tolerance_of(root=isinstance(problem, RootProblem))
-        status, steps = (space.full(number, space.xp.int32) for number in (Status.MAX_STEPS.value, 0))
-        # The largest number, and not infinity, of which frameworks can be asked to raise an error.
-        unknown = space.full(float(backend.finfo(space.dtype).max))
-        tolerance = space.full(0.0) + settings.absolute(space, atol)
-        trace = space.xp.reshape(space.matrices(0, 1), (0, *space.batch_shape)) if options.trace else None
-        stats = Stats(
-            space.per_sample(steps),
-            0,
-            space.per_sample(unknown),
-            trace,
-            space.per_sample(unknown),
-            space.per_sample(tolerance),
-        )
-        return Solution(h, space.per_sample(status), stats)
 
 
 class Watched(Generic[H, Z]):

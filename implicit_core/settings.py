@@ -89,6 +89,7 @@ def steps_of_samples(record: R, space: Space) -> tuple[R, Any]:
         ) from None
     steps = xp.reshape(xp.astype(to_device(steps, space.device), xp.int32), (-1, 1))
     largest = xp.max(steps) if space.samples else xp.asarray(1)
+    largest = xp.maximum(largest, xp.ones_like(largest))  # F is evaluated at the start of all samples, or of none
     return _with(record, {"max_steps": int(largest) if backend.readable(steps) else largest}), steps
 
 

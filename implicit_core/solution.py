@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple
 
 from .arrays import Array, H, PyTree
 from .registry import find_backend
+from .samples import best
 from .warnings_ import warn
 
 CAPTURED = (
@@ -157,6 +158,41 @@ class Solution(NamedTuple, Generic[H]):
         """
         check_statuses("the solve", self.status, self.stats.residual)
         return self
+
+    def best(self, axis: int = 0) -> "Solution[H]":
+        """The samples of least residual along an axis of the batch, such as restarts of the same samples.
+
+        Start R times by one more axis of the batch, ``h0`` of shape (R, batch..., state...), and take the best:
+        ``fixed_point(..., batch_ndim=2).best()``. A residual that is not finite is never the least, unless all are.
+        Nothing is read from the device, and the value keeps its derivatives. ``evaluations`` and ``aux`` stay as they
+        are.
+
+        Parameters
+        ----------
+        axis
+            The axis of the batch, at least 0.
+
+        Returns
+        -------
+        Solution
+            Without this axis, in the value, the status and the stats of each sample.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``axis`` is no axis of the batch.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import implicit_core as ic
+        >>> starts = np.array([[[3.0], [0.1]], [[0.5], [2.0]]])  # two restarts of two samples
+        >>> solution = ic.solve(lambda h, z: h * h, starts, None, solver=ic.steps(3), batch_ndim=2)
+        >>> solution.best().value.round(4)
+        array([[0.0039],
+               [0.    ]])
+        """
+        return best(self, axis)
 
 
 @dataclass(frozen=True)

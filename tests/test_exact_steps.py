@@ -388,3 +388,47 @@ def test_bptt_on_a_root_is_told_in_the_units_of_g(unit: float) -> None:
         bound = 2e-6 if status == ic.CONVERGED else 2.0
         assert float(found.stats.residual) <= bound * unit
         assert float(abs(g(found.value, z))) <= bound * unit
+
+
+# No steps.
+
+
+@pytest.mark.parametrize("gradient", [ic.Unroll(2, 1.0), ic.BPTT(2)])
+def test_no_step_evaluates_nothing(gradient: ic.Estimator, library: Library) -> None:
+    f, h0, calls = cell(library)
+    solution = ic.solve(f, h0, None, solver=ic.steps(0), batch_ndim=1, trace=True)
+    assert not calls or library.name == "jax"  # which traces f once
+    np.testing.assert_array_equal(library.numpy(solution.value), np.zeros_like(X))
+    assert solution.stats.evaluations == 0
+    assert list(library.numpy(solution.stats.steps)) == [0, 0]
+    assert list(library.numpy(solution.status)) == [ic.MAX_STEPS] * 2
+    assert solution.stats.trace.shape == (0, 2)
+    layer = ic.fixed_point(f, h0, None, solver=ic.steps(0), gradient=gradient, batch_ndim=1)
+    np.testing.assert_allclose(library.numpy(layer.value), loop(2)[2], rtol=1e-12)
+    np.testing.assert_allclose(library.numpy(layer.stats.residual), residual(loop(1)[1]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 0, 0], [0, 2, 0, 5]])
+def test_no_step_of_some_samples(numbers: list[int], library: Library) -> None:
+    solution = halving(library, ic.steps(library.array(np.array(numbers, np.int32))))
+    np.testing.assert_allclose(library.numpy(solution.value)[:, 0], 2 - 2 * 0.5 ** np.array(numbers), rtol=1e-12)
+    assert list(library.numpy(solution.stats.steps)) == numbers
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_traced_number_of_steps_may_be_zero(steps: int) -> None:
+    f, h0 = lambda h, z: jnp.tanh(h @ W + X), jnp.zeros_like(X)
+    solution = jax.jit(lambda n: ic.solve(f, h0, None, solver=ic.steps(n), batch_ndim=1))(steps)
+    np.testing.assert_allclose(solution.value, loop(steps)[steps], rtol=1e-12)
+    assert list(solution.stats.steps) == [steps, steps]
+
+
+def test_a_number_of_torch_may_be_zero() -> None:
+    solution = ic.solve(lambda h, z: h + 1, torch.zeros(2), None, solver=ic.steps(torch.tensor(0)))
+    assert solution.value.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [lambda: ic.steps(-1), lambda: ic.FixedPointIteration(max_steps=0)])
+def test_fewer_steps_than_there_can_be(make: Any) -> None:
+    with pytest.raises(ValueError, match="max_steps must be at least"):
+        make()

@@ -22,7 +22,6 @@ from implicit_core.layer import (
     replaces_solve,
     solver_point,
     starting_solver,
-    unsolved,
 )
 from implicit_core.problem import Map, Problem
 from implicit_core.root_problem import RootProblem
@@ -30,6 +29,7 @@ from implicit_core.solution import Solution
 from implicit_core.solve import solve_as_it_is
 from implicit_core.solvers import FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
+from implicit_core.unsolved import unsolved
 
 from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
@@ -80,7 +80,7 @@ def layer(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solutio
         h0, f, inputs, static = _map(problem, h0, z)
         relaxation, form = None, problem
         if replaces_solve(options.gradient):
-            solution = unsolved(problem, _constants(h0), options)
+            solution = unsolved(problem, _constants(h0), measuring(options.solver), trace=options.trace)
         else:
             solution = _solve(f, h0, inputs, static, options, problem.jacobian)
         if isinstance(problem, RootProblem):

@@ -8,7 +8,7 @@ from .brent import Brent
 from .broyden import Broyden
 from .compacting import Compacting
 from .custom import CallableSolver
-from .fixed_point_iteration import FixedPointIteration
+from .fixed_point_iteration import FixedPointIteration, steps
 from .newton import Newton
 from .newton_krylov import NewtonKrylov
 from .polyalgorithm import Polyalgorithm
@@ -27,4 +27,5 @@ __all__ = [
     "Point",
     "Polyalgorithm",
     "Solver",
+    "steps",
 ]

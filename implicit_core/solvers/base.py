@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from .. import checks
+from .. import checks, settings
 from ..arrays import Count, H, Mask, Numbers, Operator, Real, State, Z
 from ..carry import Point
 from ..iteration import Iteration
@@ -54,7 +54,8 @@ class Solver(Record, ABC):
         with ε the machine precision of the coarsest leaf, counts as 8 ε. With both zero, as numbers and not as arrays,
         the number of steps is forced: only a value that is not finite ends a sample. A solver that does not keep its
         best point, as :class:`FixedPointIteration`, then makes ``max_steps`` steps with as many evaluations of F, and
-        does not evaluate F at its result: status and residual are those of the point before it.
+        does not evaluate F at its result: status and residual are those of the point before it. It may make none. See
+        :func:`~implicit_core.steps`.
     max_steps
         Most evaluations of F: a number, or an array of integers that broadcasts to the batch, one for each sample. A
         sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the start, and as STAGNATED if
@@ -130,7 +131,9 @@ class Solver(Record, ABC):
         set_field(self, "rtol", checks.real("rtol", self.rtol, 0.0))
         if self.atol is not None:
             set_field(self, "atol", checks.real("atol", self.atol, 0.0))
-        set_field(self, "max_steps", checks.count("max_steps", self.max_steps, 1))
+        forced = settings.is_zero(self.rtol) and settings.is_zero(self.absolute_tolerance)
+        least = 0 if forced and not self.keeps_best else 1
+        set_field(self, "max_steps", checks.count("max_steps", self.max_steps, least))
         set_field(self, "check_every", checks.integer("check_every", self.check_every, 1))
         if self.patience is not None:
             set_field(self, "patience", checks.integer("patience", self.patience, 1))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import checks, settings
-from ..arrays import Real, State
+from ..arrays import Count, Real, State
 from ..carry import Point
 from ..system import System
 from .base import Solver
@@ -54,3 +54,32 @@ class FixedPointIteration(Solver):
         if settings.is_one(self.damping):
             return point.f, None
         return system.space.axpy(self.damping, point.residual, point.x), None
+
+
+def steps(n: Count, *, damping: Real = 1.0) -> FixedPointIteration:
+    """The solver that makes exactly n steps, as recursive models do: ``FixedPointIteration`` with tolerances of zero.
+
+    n steps evaluate F n times, and F is not evaluated at the result. ``solver=steps(n), gradient=Unroll(k, 1.0)`` is n
+    steps without a graph and k with one.
+
+    Parameters
+    ----------
+    n
+        How many steps, at least 0: a number, or an array of integers that broadcasts to the batch, one for each sample.
+    damping
+        λ in (0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        If n is no integer or is negative, or the damping is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import implicit_core as ic
+    >>> solution = ic.solve(lambda h, z: 0.5 * h + z, np.zeros(2), np.ones(2), solver=ic.steps(3))
+    >>> solution.value, solution.stats.evaluations
+    (array([1.75, 1.75]), 3)
+    """
+    return FixedPointIteration(rtol=0.0, atol=0.0, max_steps=n, damping=damping)
