@@ -1,6 +1,5 @@
 """Recursive models in PyTorch, trained with the library and by hand: the same parameters, bit for bit."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +93,13 @@ def damped(cell: library.Cell, h: Tensor, x: Any, k: int, lam: float) -> Tensor:
 
 def fp_rnn(cell: library.Cell, h: Tensor, x: Any) -> Tensor:
     return cell(until_converged(cell, h, x, 0.01, 30), x)
+
+
+def implicit_language_model(cell: library.Cell, x: Tensor, trained: bool) -> Tensor:
+    h = torch.zeros_like(x)
+    if trained:
+        return damped(cell, until_converged(cell, h, x, 0.05, 32), x, 4, 0.8)
+    return damped(cell, constant(by_hand.recur(constant, cell, h, x, 4, 0)), x, 1, 0.8)
 
 
 # A loop advances a state by one training step: (cells, state, injected input, draws) -> state.
@@ -220,11 +226,7 @@ LOOPS = [
         lambda cells, state, x, draws: library.implicit_language_model(
             cells[0], torch.zeros_like(x), x, draws.step >= 10
         ),
-        lambda cells, state, x, draws: (
-            damped(cells[0], until_converged(cells[0], torch.zeros_like(x), x, 0.05, 32), x, 4, 0.8)
-            if draws.step >= 10
-            else damped(cells[0], constant(by_hand.recur(constant, cells[0], torch.zeros_like(x), x, 4, 0)), x, 1, 0.8)
-        ),
+        lambda cells, state, x, draws: implicit_language_model(cells[0], x, draws.step >= 10),
         sequence=True,
     ),
 ]
