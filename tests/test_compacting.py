@@ -380,7 +380,7 @@ ENDED_BY_THE_USER = [
     ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=40, stop=lambda h, f: np.linalg.norm(f - h, axis=-1) < 1e-3),
     ic.steps(np.array([1, 1, 0, 2, 1, 1, 3, 40])),
 ]
-RATES = np.array([[0.1], [0.1], [0.1], [0.1], [0.1], [0.2], [0.9], [0.99]])
+RATES = np.array([[0.1], [0.1], [0.1], [0.1], [0.1], [0.2], [0.9], [1.01]])
 
 
 @pytest.mark.parametrize("solver", ENDED_BY_THE_USER, ids=["stop", "steps"])
