@@ -177,14 +177,15 @@ class _Step(Generic[H, Z]):
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
-    lam, may_alias = gradient.lam, settings.is_one(gradient.lam)
+    may_alias = settings.is_one(gradient.lam)
     if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
     ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim, problem.scale)
-    h_1 = ends.start(Unroll(1, lam).value(problem, h, z))
-    return ends.end(Unroll(gradient.k - 1, lam).value(problem, h_1, z))
+    unroll = gradient if isinstance(gradient, Unroll) else gradient.unrolled
+    h_1 = ends.start(unroll.steps(problem, h, z, 0, 1))
+    return ends.end(unroll.steps(problem, h_1, z, 1, unroll.largest))
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:
