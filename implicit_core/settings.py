@@ -81,6 +81,11 @@ def steps_of_samples(record: R, space: Space) -> tuple[R, Any]:
     if not is_array(steps) or tuple(steps.shape) == ():
         return record, None
     xp, backend = space.xp, space.backend
+    if backend.recording():
+        raise TypeError(
+            f"max_steps of {type(record).__name__} is an array, and a program that is exported needs to know how many "
+            "steps it makes: write one number"
+        )
     steps = _of_each_sample(record, "max_steps", steps, space, constant=True)
     largest = xp.max(steps) if space.samples else xp.asarray(1)
     largest = xp.maximum(largest, xp.ones_like(largest))  # F is evaluated at the start of all samples, or of none

@@ -225,3 +225,12 @@ def test_a_number_of_a_framework_is_a_number() -> None:
     for k in (torch.tensor(3), jnp.asarray(3), np.asarray(3)):
         assert ic.Unroll(k) == ic.Unroll(3)
     assert ict.ImplicitLayer(lambda h, x: 0.5 * h + x, gradient=ic.Unroll(torch.tensor(3))).gradient.k == 3
+
+
+def test_an_exported_program_makes_a_known_number_of_steps() -> None:
+    layer = ict.ImplicitLayer(torch.nn.Bilinear(2, 2, 2), solver=ic.steps(torch.tensor([1, 2, 0])))
+    with pytest.raises(TypeError, match="a program that is exported needs to know"):
+        torch.export.export(layer, (torch.zeros(3, 2),))
+    layer.solver, layer.gradient = ic.steps(1), ic.Unroll(torch.tensor([1, 2, 1]), 1.0)
+    x = torch.ones(3, 2)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
