@@ -39,7 +39,7 @@ def integer(name: str, value: Any, minimum: int) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        if is_array(value) and not _is_known(name, value):
+        if is_array(value) and not is_known(name, value):
             raise TypeError(STATIC.format(name=name, kind=type(value).__name__)) from None
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
     if number < minimum:
@@ -54,7 +54,7 @@ def count(name: str, value: Any, minimum: int) -> Any:
     backend = find_backend_of(value, name)
     if not backend.isdtype(value.dtype, "integral"):
         raise TypeError(f"{name} must be an integer, got an array of dtype {value.dtype}")
-    if _is_known(name, value):
+    if is_known(name, value):
         with backend.known():
             if not bool(backend.xp.all(value >= minimum)):
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
@@ -104,7 +104,7 @@ def _real_array(name: str, value: Any, low: float, high: float, low_open: bool, 
         above = value > low if low_open else value >= low
         return above & (value < high if high_open else value <= high)
 
-    if _is_known(name, value):
+    if is_known(name, value):
         with backend.known():
             if not bool(backend.xp.all(inside())):
                 raise ValueError(f"{name} must lie in {_interval(low, high, low_open, high_open)}, got {value}")
@@ -125,7 +125,16 @@ def _is_setting(name: str, value: Any) -> bool:
     return is_array(value) and (value.shape != () or find_backend_of(value, name).has_autodiff)
 
 
-def _is_known(name: str, value: Any) -> bool:
+def largest(value: Any) -> int:
+    """The largest of one or more integers that can be read; 1 of none."""
+    if isinstance(value, int):
+        return value
+    backend = find_backend_of(value, "k")
+    with backend.known():
+        return int(backend.xp.max(value)) if 0 not in value.shape else 1
+
+
+def is_known(name: str, value: Any) -> bool:
     """Whether the numbers of an array can be read."""
     backend = find_backend_of(value, name)
     return not backend.recording() and backend.readable(value) and not backend.is_wrapped(value)

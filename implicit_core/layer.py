@@ -15,6 +15,7 @@ from .estimators import AtFixedPoint, Estimator
 from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
+from .records import is_array
 from .registry import find_backend
 from .solution import Solution, Status, warn_of_failures
 from .solve import solve_from_arrays
@@ -230,6 +231,7 @@ def _of_value(
     if at_start:
         solver = settings.bound(measuring(options.solver), space, constant=True)
         rtol: Any = progress.reachable(space, solver.rtol)
+        rtol = space.per_sample(rtol) if is_array(rtol) and rtol.shape != () else rtol
         first, first_f = (space.per_sample(number) for number in at_start)
         cap = progress.largest_converged(space, first, rtol * first_f + stats.tolerance, rtol)
         tolerance = xp.maximum(xp.minimum(rtol * f_norm + stats.tolerance, cap - rounding), xp.zeros_like(first))

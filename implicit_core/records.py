@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import Field, fields
 from numbers import Real
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 from weakref import WeakKeyDictionary, WeakSet
 
 from array_api_compat import array_namespace
@@ -40,6 +40,9 @@ class Record:
     Settings may be arrays, which a framework may trace: they are leaves of the record as a pytree, while numbers are
     part of its structure. Records compare by value. One that holds an array has no hash.
     """
+
+    of_samples: ClassVar[frozenset[str]] = frozenset()
+    """Settings of which each sample of a batch may have its own, in an array that broadcasts to the batch's shape."""
 
     def __new__(cls, *_args: Any, **_settings: Any) -> Self:
         """A new record, of a class that frameworks know as a node of their pytrees from now on."""

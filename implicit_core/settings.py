@@ -37,6 +37,8 @@ def arrays_in(record: object) -> Iterator[tuple[str, Array]]:
 def bound(record: R, space: Space, *, constant: bool = False) -> R:
     """The record, whose arrays have the dtype and the device of a space. A record of numbers is returned as it is.
 
+    A setting that each sample may have for itself, see :attr:`Record.of_samples`, is then of shape (N, 1).
+
     Parameters
     ----------
     record
@@ -62,7 +64,8 @@ def bound(record: R, space: Space, *, constant: bool = False) -> R:
             if inner is not value:
                 changed[name] = inner
         elif is_array(value) and _kind(record, name) is not None:
-            changed[name] = _one_number(record, name, value, space, constant=constant)
+            binds = _of_each_sample if tuple(value.shape) != () and name in record.of_samples else _one_number
+            changed[name] = binds(record, name, value, space, constant=constant)
     return _with(record, changed) if changed else record
 
 
@@ -78,16 +81,12 @@ def steps_of_samples(record: R, space: Space) -> tuple[R, Any]:
     if not is_array(steps) or tuple(steps.shape) == ():
         return record, None
     xp, backend = space.xp, space.backend
-    if not backend.is_array(steps):
-        steps = xp.asarray(steps, device=space.device)  # of NumPy
-    try:
-        steps = xp.broadcast_to(steps, space.batch_shape)
-    except (ValueError, RuntimeError, TypeError):
-        raise ValueError(
-            f"max_steps of {type(record).__name__} must be one number, or one for each sample, of shape "
-            f"{space.batch_shape}; got an array of shape {tuple(steps.shape)}"
-        ) from None
-    steps = xp.reshape(xp.astype(to_device(steps, space.device), xp.int32), (-1, 1))
+    if backend.recording():
+        raise TypeError(
+            f"max_steps of {type(record).__name__} is an array, and a program that is exported needs to know how many "
+            "steps it makes: write one number"
+        )
+    steps = _of_each_sample(record, "max_steps", steps, space, constant=True)
     largest = xp.max(steps) if space.samples else xp.asarray(1)
     largest = xp.maximum(largest, xp.ones_like(largest))  # F is evaluated at the start of all samples, or of none
     return _with(record, {"max_steps": int(largest) if backend.readable(steps) else largest}), steps
@@ -189,6 +188,46 @@ def _kind(record: Record, name: str) -> type[float] | type[int] | None:
     of_record: Any = record
     annotation = next(field.type for field in fields(of_record) if field.name == name)
     return float if annotation in NUMBER else int if annotation in INTEGER else None
+
+
+def taken(record: R, take: Any) -> R:
+    """A record that :func:`bound` returned, with the settings of some of the samples: ``take(array)``."""
+    if not isinstance(record, Record):
+        return record
+    changed: dict[str, Any] = {
+        name: take(value) for name, value in vars(record).items() if name in record.of_samples and is_array(value)
+    }
+    return _with(record, changed) if changed else record
+
+
+def of_leaf(space: Space, setting: Any, leaf: Array) -> Any:
+    """A setting (N, 1), or a number, as it broadcasts to a leaf of the user's, (batch..., state...)."""
+    if not is_array(setting) or tuple(setting.shape) == ():
+        return setting
+    batch = space.batch_shape
+    return space.xp.reshape(setting, (*batch, *(1,) * (len(leaf.shape) - len(batch))))
+
+
+def _of_each_sample(record: Any, name: str, value: Array, space: Space, *, constant: bool) -> Any:
+    """A setting of each sample, (N, 1)."""
+    owner, xp, backend = type(record).__name__, space.xp, find_backend(value, name)
+    if backend is not space.backend:
+        if backend.has_autodiff:
+            raise TypeError(
+                f"{name} of {owner} is an array of {backend.name}, and the state one of {space.backend.name}: make it "
+                f"one of {space.backend.name}"
+            )
+        value = xp.asarray(value, device=space.device)
+    try:
+        value = xp.broadcast_to(value, space.batch_shape)
+    except (ValueError, RuntimeError, TypeError):
+        raise ValueError(
+            f"{name} of {owner} must be one number, or one for each sample, of shape {space.batch_shape}; got an array "
+            f"of shape {tuple(value.shape)}"
+        ) from None
+    value = space.backend.stop_gradient(value) if constant else value
+    value = value if space.backend.device(value) == space.device else to_device(value, space.device)
+    return xp.reshape(xp.astype(value, space.dtype if _kind(record, name) is float else xp.int32), (-1, 1))
 
 
 def _one_number(record: Record, name: str, value: Array, space: Space, *, constant: bool) -> Any:

@@ -113,3 +113,93 @@ def test_a_start_inferred_from_a_narrower_x_is_named(cell: Any) -> None:
     with pytest.raises((RuntimeError, ValueError)) as caught:
         ict.ImplicitLayer(cell)(torch.ones(4, 2), torch.ones(4, 2))
     assert not hasattr(caught.value, "__notes__")
+
+
+# A generator of the user's own, which noise in each step is drawn from.
+
+
+class Noisy(nn.Module):
+    """A cell that adds noise from its own generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(h).normal_(generator=self.generator)
+        return torch.tanh(0.5 * h * z + z + 0.3 * noise * h)
+
+
+def in_closure() -> tuple[Callable[..., torch.Tensor], torch.Generator]:
+    cell = Noisy()
+    generator = cell.generator
+
+    def f(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(h).normal_(generator=generator)
+        return torch.tanh(0.5 * h * z + z + 0.3 * noise * h)
+
+    return f, generator
+
+
+def noises(n: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.empty_like(H).normal_(generator=generator) for _ in range(n)]
+
+
+@pytest.mark.parametrize("in_module", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_noise_in_each_step_is_the_same_when_recomputed(recompute: bool, in_module: bool) -> None:
+    f, generator = in_closure()
+    if in_module:
+        f = Noisy()
+        generator = f.generator
+    z = Z.clone().requires_grad_()
+    value = ic.fixed_point(f, H, z, solver=ic.steps(2), gradient=ic.Unroll(3, 1.0, recompute=recompute)).value
+    consumed = generator.get_state()
+    generator.manual_seed(77)  # between the two
+    between = generator.get_state()
+    (gradient,) = torch.autograd.grad((value * Z).sum(), z)
+    assert torch.equal(generator.get_state(), between)
+    h = H
+    for t, noise in enumerate(noises(5)):
+        h = torch.tanh(0.5 * h * z + z + 0.3 * noise * h)
+        h = h if t > 1 else h.detach()
+    assert torch.equal(value, h)
+    torch.testing.assert_close(gradient, torch.autograd.grad((h * Z).sum(), z)[0], rtol=1e-12, atol=0.0)
+    reference = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        torch.empty_like(H).normal_(generator=reference)
+    assert torch.equal(consumed, reference.get_state()), "one draw for each step"
+
+
+@pytest.mark.parametrize("gradient", [ic.Neumann(3, 0.5), ic.Implicit(ic.GMRES(rtol=1e-12)), ic.OneStep()], ids=repr)
+def test_a_second_derivative_has_the_noise_of_the_first(gradient: ic.Estimator) -> None:
+    def derivatives(f: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        z = Z.clone().requires_grad_()
+        value = ic.fixed_point(f, H, z, solver=ic.steps(1), gradient=gradient).value
+        [first] = torch.autograd.grad((value * Z).sum(), z, create_graph=True)
+        return first.detach(), torch.autograd.grad((first * H).sum(), z)[0]
+
+    first, second = noises(2)
+    start = torch.tanh(0.5 * H * Z + Z + 0.3 * first * H)
+
+    def known(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        noise = first if torch.equal(h, H) else second
+        return torch.tanh(0.5 * h * z + z + 0.3 * noise * h)
+
+    assert not torch.equal(start, H)
+    for a, b in zip(derivatives(Noisy()), derivatives(known), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_check_of_the_layer_draws_nothing() -> None:
+    """The test for coupled samples, and ``ic.check``, evaluate the cell, whose generator they leave as it was."""
+    cell = Noisy()
+    layer = ict.ImplicitLayer(cell, solver=ic.steps(2), gradient=ic.Unroll(1, 1.0))
+    layer(Z[None].requires_grad_(), h0=H[None])
+    drawn = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        torch.empty_like(H).normal_(generator=drawn)
+    assert torch.equal(cell.generator.get_state(), drawn.get_state())
+    ic.check(cell, H[None], Z[None].detach(), batch_ndim=1)
+    assert torch.equal(cell.generator.get_state(), drawn.get_state())

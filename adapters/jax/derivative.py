@@ -96,7 +96,7 @@ class Inverse:
         """D v, with ``jacobian`` the products with ∂F/∂h, and ``numbers`` the arrays in the estimator."""
         space = self.space(v, dual=dual)
         with coupled_axes(self.axes):  # Decision 50.
-            gradient = settings.bound(self.gradient.combine(numbers), space)
+            gradient = self.gradient.combine(numbers)
             product = on_states(jacobian, space, space)
             w: H = space.unpack(gradient.apply(space, product, space.pack(v), transposed=dual))
         return w
@@ -141,9 +141,8 @@ def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays, A
         assert isinstance(gradient, Neumann)
         with coupled_axes(inverse.axes):
             product, b = on_states(lambda w: jacobian(w, residuals), space, space), space.pack(v)
-            before = gradient.sum_of_terms(space, product, space.pack(start), b, gradient.k - 2)
-            total = gradient.sum_of_terms(space, product, before, b, 1)
-            return space.unpack(total), space.unpack(space.sub(total, before))
+            total, last = gradient.series(space, product, space.pack(start), b)
+            return space.unpack(total), space.unpack(last)
 
     return series
 

@@ -325,22 +325,22 @@ def _unrolled(
     """The k steps from the solver's point, which JAX differentiates."""
     growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
 
-    def steps(gradient: Unroll | BPTT, h: H) -> tuple[H, tuple[Numbers, ...]]:
+    def steps(h: H, first: int, end: int) -> tuple[H, tuple[Numbers, ...]]:
         numbers, static = split_record(gradient)
-        result: tuple[H, tuple[Numbers, ...]] = compiled_for(_stepping, f, static)(h, inputs, numbers)
+        result: tuple[H, tuple[Numbers, ...]] = compiled_for(_stepping, f, static, first, end)(h, inputs, numbers)
         return result
 
     h = solution.value
     if growth.watches(f.axes):
         # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-        h_1, at_start = steps(replace(gradient, k=1), h)
+        h_1, at_start = steps(h, 0, 1)
         h_1, reference = fork(h_1, growth, primal=True)
-        h_k, norms = steps(replace(gradient, k=gradient.k - 1), h_1)
+        h_k, norms = steps(h_1, 1, gradient.largest)
         if gradient.starts_from_h0:
             norms = (*norms[:2], *at_start[:2])
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
-        h_k, norms = steps(gradient, h)
+        h_k, norms = steps(h, 0, gradient.largest)
     norms = in_terms_of_g(relaxation, norms, solution)
     # Of the solver, only the tolerances of a start are asked for.
     solver = measuring(options.solver if gradient.starts_from_h0 else None)
@@ -352,18 +352,19 @@ def _unrolled(
 
 
 def _stepping(
-    f: AnyMap[H], gradient: Static[Unroll | BPTT]
+    f: AnyMap[H], gradient: Static[Unroll | BPTT], first: int, end: int
 ) -> Callable[[H, Arrays, Arrays], tuple[H, tuple[Numbers, ...]]]:
-    """The steps of an estimator, and the norms where F was evaluated last."""
+    """The steps of an estimator from h_first to h_end, and the norms where F was evaluated last."""
 
     def stepping(h: H, inputs: Arrays, numbers: Arrays) -> tuple[H, tuple[Numbers, ...]]:
         estimator = gradient.combine(numbers)
-        recompute = isinstance(estimator, Unroll) and estimator.recompute
+        unroll = estimator if isinstance(estimator, Unroll) else estimator.unrolled
+        recompute = unroll.recompute
         if recompute and not f.traced:
             raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
         watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f), estimator)
         with coupled_axes(f.axes):
-            h_k: H = estimator.value(watched.problem, h, inputs)
+            h_k: H = unroll.steps(watched.problem, h, inputs, first, end)
             return h_k, watched.norms()
 
     return stepping

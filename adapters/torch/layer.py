@@ -38,8 +38,8 @@ from .growth import GrowthOfCotangents
 from .identity import IdentitySet
 from .precision import autocasted, full_precision, with_reachable_tolerance
 from .problem import AutogradProblem, problem
-from .random_state import RandomState
-from .referenced_modules import trained_by, with_present_parameters
+from .random_state import RandomState, replayed
+from .referenced_modules import generators_of, trained_by, with_present_parameters
 from .tensors import as_leaf, as_tensors, has_storage, tensors, views
 from .transformed import transformed
 from .unchanged import Unchanged
@@ -128,16 +128,16 @@ def _recomputed(f: Map[H, Z]) -> Map[H, Z]:
         return f
     # By then a module may have other parameters, or a tensor may have been written to.
     present, trained = with_present_parameters(f), trained_by(f)
-    return lambda h, z: _checkpointed(present, h, z, trained)
+    return lambda h, z: _checkpointed(present, h, z, trained, generators_of(f, z))
 
 
-def _checkpointed(f: Map[H, Z], h: H, z: Z, trained: Sequence[Tensor]) -> H:
+def _checkpointed(f: Map[H, Z], h: H, z: Z, trained: Sequence[Tensor], generators: Sequence[torch.Generator]) -> H:
     """F by torch.utils.checkpoint, which before PyTorch 2.13 leaves its hooks on where f raises: here it does not.
 
     Tensors that require a gradient are arguments only to be saved, which autograd looks after.
     """
     in_z = tensors(z)
-    step = _Step(f, Unchanged(in_z))
+    step = _Step(f, Unchanged(in_z), generators)
     saved = [x for x in IdentitySet([*in_z, *trained]) if x.requires_grad]
     value: H = checkpoint(step.forward, h, z, *saved, use_reentrant=False)
     if step.raised is None:
@@ -152,16 +152,19 @@ def _checkpointed(f: Map[H, Z], h: H, z: Z, trained: Sequence[Tensor]) -> H:
 class _Step(Generic[H, Z]):
     """An evaluation for torch.utils.checkpoint, which comes back for it in each backward pass."""
 
-    def __init__(self, f: Map[H, Z], unchanged: Unchanged) -> None:
+    def __init__(self, f: Map[H, Z], unchanged: Unchanged, generators: Sequence[torch.Generator]) -> None:
         self._f, self._unchanged = f, unchanged
         self._evaluated = False
+        # PyTorch's own generators are the checkpoint's to restore.
+        self._random = [(generator, generator.get_state()) for generator in generators]
         self.raised: BaseException | None = None
         """What f raised in the first evaluation, which then returns h."""
 
     def forward(self, h: H, z: Z, *_: Tensor) -> H:
         if self._evaluated:
             self._unchanged.check()
-            return self._f(h, z)
+            with replayed(self._random):
+                return self._f(h, z)
         self._evaluated = True
         try:
             value = self._f(h, z)
@@ -177,21 +180,22 @@ class _Step(Generic[H, Z]):
 def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
-    lam, may_alias = gradient.lam, settings.is_one(gradient.lam)
+    may_alias = settings.is_one(gradient.lam)
     if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
     ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim, problem.scale)
-    h_1 = ends.start(Unroll(1, lam).value(problem, h, z))
-    return ends.end(Unroll(gradient.k - 1, lam).value(problem, h_1, z))
+    unroll = gradient if isinstance(gradient, Unroll) else gradient.unrolled
+    h_1 = ends.start(unroll.steps(problem, h, z, 0, 1))
+    return ends.end(unroll.steps(problem, h_1, z, 1, unroll.largest))
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:
     """The point h with the graph of one F, whose incoming cotangent the estimator replaces (Decision 44)."""
     h_leaves, structure = BACKEND.flatten(h)
     h_in = tuple(as_leaf(x) for x in h_leaves)
-    random, quiet = RandomState(h_leaves), Quiet()
+    random, quiet = RandomState(h_leaves, problem.f, z), Quiet()
     with torch.enable_grad():
         evaluation = hoist(problem.f, BACKEND.unflatten(structure, views(h_in)), z, has_storage, quiet)
     checks.like(BACKEND, "the result of f", evaluation.value, h, "h0")

@@ -371,7 +371,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         space = BACKEND.space(h, self.batch_ndim, "h")
         if testable(space):
             # With the same random numbers each time: dropout draws masks, and couples nothing.
-            replayed = RandomState(tensors(h)).replay(BACKEND.protected(f))
+            replayed = RandomState(tensors(h), f, x).replay(BACKEND.protected(f))
             given = differences(replayed, self.batch_ndim)
             with undisturbed(self.cell, h), full_precision(h), BACKEND.solving():
                 h = replayed(h, x) if is_start else h

@@ -33,7 +33,7 @@ def closed_over(f: Map[H, Z], h: H, z: Z) -> list[Tensor]:
     """The tensors besides h and z that the value of F depends on and that require a gradient."""
     leaves, structure = BACKEND.flatten(h)
     h_in = [as_leaf(x) for x in leaves]
-    replayed = RandomState(leaves).replay(f)
+    replayed = RandomState(leaves, f, z).replay(f)
     with torch.inference_mode(False), torch.enable_grad():
         drop_casts_without_graph()
         evaluation = hoist(replayed, BACKEND.unflatten(structure, views(h_in)), z, has_storage)
@@ -91,7 +91,7 @@ def _linearize(f: Map[H, Z], batch_ndim: int, h: H, z: Z) -> Linearization[H, Z]
     """F and its derivatives at (h, z), from the graph of one evaluation."""
     call = _OnLeaves(f, h, z)
     n = len(call.h)
-    random = RandomState(call.h)
+    random = RandomState(call.h, f, z)
     with torch.inference_mode(False), torch.enable_grad():
         h_in, z_in = tuple(as_leaf(x) for x in call.h), tuple(as_leaf(x) for x in call.z)
         outputs = call(views(h_in), views(z_in))

@@ -7,9 +7,11 @@ evaluated again after that call would find other parameters.
 import contextlib
 import functools
 import inspect
+import itertools
 import types
 from typing import Any, Generic
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -61,8 +63,18 @@ def trained_by(f: Map[H, Z]) -> list[Tensor]:
     return [x for x in IdentitySet([*parameters, *closed_over]) if x.requires_grad]
 
 
-def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:
-    found: list[nn.Module | Tensor] = []
+def generators_of(f: Map[H, Z], z: object = None) -> list[torch.Generator]:
+    """The random number generators in z, among the variables of a function, and in these modules."""
+    found = _referenced((f, z))
+    modules = (part for module in found if isinstance(module, nn.Module) for part in module.modules())
+    # A look at the types alone, since there may be many modules.
+    drawing = (vars(part).values() for part in modules if torch.Generator in map(type, vars(part).values()))
+    generators = (x for x in (*found, *itertools.chain(*drawing)) if isinstance(x, torch.Generator))
+    return list(IdentitySet(generators))
+
+
+def _referenced(f: object) -> list[nn.Module | Tensor | torch.Generator]:
+    found: list[nn.Module | Tensor | torch.Generator] = []
     pending: list[Any] = [f]
     visited: IdentitySet[object] = IdentitySet()
     while pending:
@@ -70,7 +82,7 @@ def _referenced(f: Map[H, Z]) -> list[nn.Module | Tensor]:
         if a in visited:
             continue
         visited.add(a)
-        if isinstance(a, (nn.Module, Tensor)):
+        if isinstance(a, (nn.Module, Tensor, torch.Generator)):
             found.append(a)
         elif isinstance(a, (list, tuple)):
             pending += a

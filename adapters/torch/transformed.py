@@ -58,7 +58,7 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
     with BACKEND.solving():
         # Twice: a tensor that f makes at its first call and keeps, as a dropout mask, is closed over at the second.
         given.f(BACKEND.map(torch.clone, h0), z)
-        random = RandomState(leaves)
+        random = RandomState(leaves, given.f, z)
         value, externals = hoist(given.f, BACKEND.map(torch.clone, h0), z, is_alive)[:2]
     checks.like(BACKEND, f"the result of {given.names.function}", value, h0, given.names.start)
     f = with_explicit_inputs(given.f, structure, z, externals, externals)

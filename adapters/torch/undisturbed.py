@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND, writes
 
-from .referenced_modules import modules_of
+from .random_state import replayed
+from .referenced_modules import generators_of, modules_of
 from .tensors import is_expanded
 
 
@@ -47,7 +48,8 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
     ]
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
-    with torch.random.fork_rng(devices=list(devices)):
+    own = [(generator, generator.get_state()) for generator in generators_of(f)]
+    with torch.random.fork_rng(devices=list(devices)), replayed(own):
         try:
             with _unsaved():
                 yield changed

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar, Self, TypeVar
 
+from array_api_compat import array_namespace
+
 from .. import checks, settings
-from ..arrays import H, Operator, Real, State, Z
+from ..arrays import Count, H, Operator, Real, State, Z
 from ..problem import Problem
-from ..records import Record
+from ..records import Record, is_array
 from ..space import Space
 
 Factor = TypeVar("Factor")
@@ -271,9 +273,13 @@ def on_states(function: Callable[[Any], Any], domain: Space, codomain: Space) ->
     return lambda x: codomain.pack(function(domain.unpack(x)))
 
 
-def geometric_bound(k: int, lam: Real, contraction: Factor) -> Factor:
+def geometric_bound(k: Count, lam: Real, contraction: Factor) -> Factor:
     """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""
     number: Any = contraction
+    if is_array(k):  # an exponent of the same dtype, as the array API requires
+        xp: Any = array_namespace(k)
+        like: Any = next((x for x in (lam, number) if is_array(x)), xp.asarray(0.0))
+        k = xp.astype(k, like.dtype)
     bound: Factor = (1 - lam * (1 - number)) ** k / (1 - number)
     return bound
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..arrays import H, Z
+from ..arrays import Count, H, Z
 from ..problem import Problem
 from .base import Estimator
 from .growth import OnGrowth, Terms
@@ -20,7 +20,9 @@ class BPTT(Terms, Estimator):
     Parameters
     ----------
     k
-        Steps, at least 1.
+        Steps, at least 1: a number, or an array of integers that broadcasts to the batch, one for each sample.
+    most
+        The largest k, where k is an array that a framework traces.
     on_growth
         As for :class:`Unroll`. A cotangent that grows says that the k steps have not forgotten their start, so that
         their derivative does not approximate the derivative of a fixed point.
@@ -44,17 +46,23 @@ class BPTT(Terms, Estimator):
     (array([1.5]), array([1.5]))
     """
 
-    k: int = 30
+    k: Count = 30
+    most: int | None = field(default=None, kw_only=True, repr=False)
     on_growth: OnGrowth = field(default="warn", repr=False)
     lam = 1.0  # no setting, so no field: the steps are undamped
 
     starts_from_h0: ClassVar[bool] = True
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
-        return Unroll(self.k, 1.0).value(problem, h, z)
+        return self.unrolled.value(problem, h, z)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
-        return Unroll(self.k, 1.0).vjp_with(self.growth, problem, h, z)
+        return self.unrolled.vjp_with(self.growth, problem, h, z)
 
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
-        return Unroll(self.k, 1.0).jvp(problem, h, z, dz)
+        return self.unrolled.jvp(problem, h, z, dz)
+
+    @property
+    def unrolled(self) -> Unroll:
+        """The same steps, from a point that is given."""
+        return Unroll(self.k, 1.0, most=self.most)

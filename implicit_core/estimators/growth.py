@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from array_api_compat import array_namespace
 
 from .. import checks
-from ..arrays import Mask, Numbers, Real, State
+from ..arrays import Count, Mask, Numbers, Real, State
 from ..records import Record, is_array
 from ..registry import find_backend
 from ..solution import sample_names
@@ -20,6 +20,11 @@ E = TypeVar("E")
 """An estimator."""
 OnGrowth = Literal["warn", "nan", "ignore"]
 """What to do with the samples whose terms grow."""
+
+MOST = (
+    "k is an array whose numbers are not known while a program is traced: also give the largest that it can hold, "
+    "{kind}(k, ..., most=8)"
+)
 
 
 class GrowingGradientWarning(InexactGradientWarning):
@@ -135,15 +140,35 @@ class Terms(Record):
     It is no dataclass itself, so that each estimator keeps its fields in the paper's order.
     """
 
-    k: int
+    k: Count
     lam: Real
+    most: int | None
     on_growth: OnGrowth
 
+    of_samples: ClassVar[frozenset[str]] = frozenset(("k", "lam"))
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", checks.integer("k", self.k, 1))
+        k = checks.count("k", self.k, 1)
+        if is_array(k) and tuple(k.shape) == () and checks.is_known("k", k):
+            k = int(k)
+        object.__setattr__(self, "k", k)
+        if self.most is not None:
+            object.__setattr__(self, "most", checks.integer("most", self.most, 1))
+        if checks.is_known("k", k) if is_array(k) else True:
+            most = checks.largest(k)
+            if self.most is not None and self.most < most:
+                raise ValueError(f"most must be at least the largest k, {most}; got {self.most}")
+            object.__setattr__(self, "most", None if isinstance(k, int) else self.most or most)
+        elif self.most is None:
+            raise TypeError(MOST.format(kind=type(self).__name__))
         object.__setattr__(self, "lam", checks.real("lam", self.lam, 0.0, 1.0, low_open=True))
         if self.on_growth not in ("warn", "nan", "ignore"):
             raise ValueError(f"on_growth must be 'warn', 'nan' or 'ignore', got {self.on_growth!r}")
+
+    @property
+    def largest(self) -> int:
+        """The largest k of any sample."""
+        return self.k if isinstance(self.k, int) else self.most or 1
 
     def accumulated(self, contraction: float) -> float:
         """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""
@@ -152,7 +177,7 @@ class Terms(Record):
     @property
     def growth(self) -> GrowthTest:
         """The test whether the terms, or the cotangents that stand for them, grow."""
-        return GrowthTest(repr(self), self.k, None if is_array(self.lam) else self.lam, self.on_growth)
+        return GrowthTest(repr(self), self.largest, None if is_array(self.lam) else self.lam, self.on_growth)
 
 
 def _ratio(after: float, before: float) -> float:

@@ -1,8 +1,9 @@
 """The Neumann phantom gradient (Eq. 18)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..arrays import Operator, Real, State
+from ..arrays import Count, Operator, Real, State
 from ..space import Space
 from .base import AtFixedPoint, Factor, geometric_bound
 from .growth import OnGrowth, Terms
@@ -22,10 +23,13 @@ class Neumann(Terms, AtFixedPoint):
     Parameters
     ----------
     k
-        Terms of the series, at least 1.
+        Terms of the series, at least 1: a number, or an array of integers that broadcasts to the batch, one for each
+        sample.
     lam
-        λ in (0, 1]: a large one is more accurate, a small one better conditioned. The value has a derivative of zero
-        in an array λ, the gradient has that of its terms.
+        λ in (0, 1], likewise: a large one is more accurate, a small one better conditioned. The value has a derivative
+        of zero in an array λ, the gradient has that of its terms.
+    most
+        The largest k, where k is an array that a framework traces.
     on_growth
         What to do with samples whose terms grow, so that A is no estimate: ``"warn"`` with a
         :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The last term is
@@ -51,23 +55,47 @@ class Neumann(Terms, AtFixedPoint):
     array([1.75])
     """
 
-    k: int = 5
+    k: Count = 5
     lam: Real = 0.5
+    most: int | None = field(default=None, kw_only=True, repr=False)
     on_growth: OnGrowth = field(default="warn", repr=False)
 
     def inverse(self, space: Space, jacobian: Operator, v: State) -> State:
         """λ (I + B + ... + B^{k-1}) v with B = λ J + (1 - λ) I (Eq. 18)."""
         if not self.growth.active:
-            return space.scale(self.lam, self.sum_of_terms(space, jacobian, v, v, self.k - 1))
-        before = self.sum_of_terms(space, jacobian, v, v, self.k - 2)
-        w = self.sum_of_terms(space, jacobian, before, v, 1)
-        # The last two sums differ by the last term, B^{k-1} v.
-        return space.scale(self.lam, self.growth.checked(space, v, space.sub(w, before), w))
+            return space.scale(self.lam, self.series(space, jacobian, v, v, with_last=False)[0])
+        total, last = self.series(space, jacobian, v, v)
+        return space.scale(self.lam, self.growth.checked(space, v, last, total))
 
-    def sum_of_terms(self, space: Space, jacobian: Operator, w: State, v: State, products: int) -> State:
-        """``products`` steps of Horner's rule from w on: w ← v + B w."""
-        lam, axpy = self.lam, space.axpy
-        return space.backend.repeat(lambda w: axpy(lam, jacobian(w), axpy(1 - lam, w, v)), w, products)
+    def series(
+        self, space: Space, jacobian: Operator, start: State, v: State, *, with_last: bool = True
+    ) -> tuple[State, State]:
+        """(I + B + ... + B^{k-1}) v by Horner's rule, w ← v + B w, and the last term, or v.
+
+        ``start`` is v, the sum of one term.
+        """
+        lam, axpy, repeat, products = self.lam, space.axpy, space.backend.repeat, self.largest - 1
+
+        def longer(w: State) -> State:
+            return axpy(lam, jacobian(w), axpy(1 - lam, w, v))
+
+        if isinstance(self.k, int):
+            if not with_last:
+                return repeat(longer, start, products), v
+            before = repeat(longer, start, products - 1)
+            total = repeat(longer, before, 1)
+            return total, space.sub(total, before)  # they differ by the last term, B^{k-1} v
+        left = space.xp.astype(self.k, space.xp.int32) - 1
+
+        def longer_where_left(carry: tuple[State, State, Any]) -> tuple[State, State, Any]:
+            w, last, left = carry
+            longer_w = longer(w)
+            w_new = space.where(left > 0, longer_w, w)
+            last = space.where(left > 0, space.sub(longer_w, w), last) if with_last else last
+            return w_new, last, left - 1
+
+        total, last, _ = repeat(longer_where_left, (start, start, left), products)
+        return total, last
 
     def error_bound(self, contraction: Factor) -> Factor:
         """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h) (Theorem 2)."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import checks, settings
-from ..arrays import Array, H, Real, State, Z
+from ..arrays import Array, Count, H, Real, State, Z
 from ..problem import BoundLinearization, Problem
 from ..space import Space
 from .base import Estimator, Factor, bind, geometric_bound
@@ -26,9 +27,12 @@ class Unroll(Terms, Estimator):
     Parameters
     ----------
     k
-        Steps, at least 1.
+        Steps, at least 1: a number, or an array of integers that broadcasts to the batch, one for each sample. Samples
+        with fewer steps keep their points, and their residual is the one at h_k.
     lam
-        λ in (0, 1]. The value, and the gradient, have a derivative in an array λ.
+        λ in (0, 1], likewise. The value, and the gradient, have a derivative in an array λ.
+    most
+        The largest k, where k is an array that a framework traces.
     recompute
         Keep the k states only, and linearize F again in the pullback: k more evaluations, one linearization at a time.
     on_growth
@@ -56,9 +60,10 @@ class Unroll(Terms, Estimator):
     (array([1.5]), array([1.5]))
     """
 
-    k: int = 5
+    k: Count = 5
     lam: Real = 0.5
     recompute: bool = False
+    most: int | None = field(default=None, kw_only=True, repr=False)
     on_growth: OnGrowth = field(default="warn", repr=False)
 
     def __post_init__(self) -> None:
@@ -66,23 +71,27 @@ class Unroll(Terms, Estimator):
         checks.instance("recompute", self.recompute, bool, "True")
 
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
+        return self.steps(problem, h, z, 0, self.largest)
+
+    def steps(self, problem: Problem[H, Z], h: H, z: Z, first: int, end: int) -> H:
+        """The point h_end, from the point h_first; ``end`` is larger."""
         space = bind(problem, h)
         problem = problem.fixed_point_form(h, z)
-        lam = settings.bound(self, space).lam
+        bound = settings.bound(self, space)
         backend = space.backend
 
-        def step(problem: Problem[H, Z], h: H) -> H:
+        def step(problem: Problem[H, Z], h: H, t: Any) -> H:
             f = problem.f if backend.has_autodiff else backend.protected(problem.f)
-            return _blend(space, lam, f(h, z), h)
+            return _where_left(space, bound, t, _blend(space, bound.lam, f(h, z), h), h)
 
         # Whoever watches F sees the last step alone (Decision 72), and the first where asked for: a loop that is traced
         # lets nothing out.
-        inner, left = problem.unwatched or problem, self.k - 1
+        inner, t = problem.unwatched or problem, first
         with space.backend.on_device_of(h):
-            if problem.watches_first and left:
-                h, left = step(problem, h), left - 1
-            before_last = space.backend.repeat(lambda h: step(inner, h), h, left)
-            return step(problem, before_last)
+            if problem.watches_first and t < end - 1:
+                h, t = step(problem, h, t), t + 1
+            h = _repeated(space, bound, lambda h, t: step(inner, h, t), h, t, end - 1)
+            return step(problem, h, end - 1)
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)
@@ -91,13 +100,14 @@ class Unroll(Terms, Estimator):
         """:meth:`vjp`, with a test in the name of another estimator."""
         space = bind(problem, h)
         problem = problem.fixed_point_form(h, z)
-        lam = settings.bound(self, space).lam
+        bound = settings.bound(self, space)
+        lam = bound.lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
-            for _ in range(self.k):
+            for t in range(self.largest):
                 at = problem.linearize(h, z).require("vjp_h", "vjp_z")
                 steps.append((h, None if self.recompute else at))
-                h = _blend(space, lam, at.value, h)
+                h = _where_left(space, bound, t, _blend(space, lam, at.value, h), h)
 
         def linearization(t: int) -> BoundLinearization[H, Z]:
             h_t, at = steps[t]
@@ -108,10 +118,10 @@ class Unroll(Terms, Estimator):
             h_bar = checks.like(space.backend, "h_bar", h_bar, h_0, "h")
             g, z_bar = h_bar, None
             with space.backend.on_device_of(h_0):
-                for t in reversed(range(1, self.k)):
-                    g_h, g_z = linearization(t).vjp(_scale(space, lam, g))
+                for t in reversed(range(1, self.largest)):
+                    g_h, g_z = linearization(t).vjp(_where_left(space, bound, t, _scale(space, lam, g)))
                     z_bar = _add(space, z_bar, g_z)
-                    g = _axpy(space, 1 - lam, g, g_h)
+                    g = _where_left(space, bound, t, _axpy(space, 1 - lam, g, g_h), g)
                 g = _checked(space.dual, growth, h_bar, g)
                 return _add(space, z_bar, linearization(0).vjp_z(_scale(space, lam, g)))
 
@@ -120,16 +130,18 @@ class Unroll(Terms, Estimator):
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         space = bind(problem, h)
         problem = problem.fixed_point_form(h, z)
-        lam = settings.bound(self, space).lam
+        bound = settings.bound(self, space)
+        lam = bound.lam
         checks.like_z(space.backend, "dz", dz, z)
         with space.backend.on_device_of(h):
             at = problem.linearize(h, z).require("jvp_h", "jvp_z")
             tangent = _scale(space, lam, at.jvp_z(dz))
             h = _blend(space, lam, at.value, h)
-            for _ in range(self.k - 1):
+            for t in range(1, self.largest):
                 at = problem.linearize(h, z)
-                tangent = _blend(space, lam, at.jvp(tangent, dz), tangent)
-                h = _blend(space, lam, at.value, h)
+                moved = _blend(space, lam, at.jvp(tangent, dz), tangent)
+                tangent = _where_left(space, bound, t, moved, tangent)
+                h = _where_left(space, bound, t, _blend(space, lam, at.value, h), h)
         return h, tangent
 
     def error_bound(self, contraction: Factor) -> Factor:
@@ -156,11 +168,32 @@ def _blend(space: Space, lam: Real, f: H, h: H) -> H:
     return _copy(space, f) if settings.is_one(lam) else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 
 
+def _repeated(space: Space, bound: Unroll, step: Callable[[H, Any], H], h: H, first: int, end: int) -> H:
+    """The steps ``first`` to ``end`` - 1 from h."""
+    if isinstance(bound.k, int):
+        return space.backend.repeat(lambda h: step(h, first), h, end - first)
+    t = space.xp.asarray(first, dtype=space.xp.int32, device=space.device)
+    return space.backend.repeat(lambda carry: (step(*carry), carry[1] + 1), (h, t), end - first)[0]
+
+
+def _where_left(space: Space, bound: Unroll, t: Any, moved: H, h: H | None = None) -> H:
+    """``moved`` in the samples that make the step t of their k; in the others h, or zero."""
+    k = bound.k
+    if isinstance(k, int) or (isinstance(t, int) and t == 0):
+        return moved
+    backend = space.backend
+    leaves, structure = backend.flatten(moved)
+    kept = [space.xp.zeros_like(a) for a in leaves] if h is None else backend.flatten(h)[0]
+    masks = (settings.of_leaf(space, k > t, a) for a in leaves)
+    chosen: H = backend.unflatten(structure, [space.xp.where(*x) for x in zip(masks, leaves, kept, strict=True)])
+    return chosen
+
+
 def _axpy(space: Space, factor: Real, x: H, y: H) -> H:
     """``factor x + y``."""
     backend = space.backend
     leaves = [
-        space.multiply_add(settings.like(backend, factor, b), a, b)
+        space.multiply_add(_of_leaf(space, factor, b), a, b)
         for a, b in zip(backend.flatten(x)[0], backend.flatten(y)[0], strict=True)
     ]
     total: H = backend.unflatten(space.structure, leaves)
@@ -170,8 +203,12 @@ def _axpy(space: Space, factor: Real, x: H, y: H) -> H:
 def _scale(space: Space, factor: Real, x: H) -> H:
     """``factor x``."""
     backend = space.backend
-    scaled: H = backend.map(lambda a: settings.like(backend, factor, a) * a, x)
+    scaled: H = backend.map(lambda a: _of_leaf(space, factor, a) * a, x)
     return scaled
+
+
+def _of_leaf(space: Space, factor: Real, leaf: Array) -> Any:
+    return settings.like(space.backend, settings.of_leaf(space, factor, leaf), leaf)
 
 
 def _copy(space: Space, x: H) -> H:

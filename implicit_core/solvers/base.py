@@ -41,7 +41,8 @@ class Solver(Record, ABC):
 
     Settings that are numbers, such as tolerances, ``max_steps`` and ``damping``, may be arrays without axes, which JAX
     may trace or map; then the record is a pytree with these arrays as leaves, and has no hash. An array that is out of
-    range and cannot be read becomes NaN. Settings have no derivatives.
+    range and cannot be read becomes NaN. Settings have no derivatives. Tolerances, ``max_steps`` and the ``damping`` of
+    :class:`FixedPointIteration` may be one for each sample, in an array that broadcasts to the batch.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class Solver(Record, ABC):
         does not evaluate F at its result: status and residual are those of the point before it. It may make none. See
         :func:`~implicit_core.steps`.
     max_steps
-        Most evaluations of F: a number, or an array of integers that broadcasts to the batch, one for each sample. A
+        Most evaluations of F: a number, or an array of integers, one for each sample. A
         sample ends earlier, as DIVERGED, if its residual or its state grows far beyond the start, and as STAGNATED if
         the second half of 64, 128, ... evaluations brought no smaller residual. If a traced array, there can be no
         trace of the residuals.
@@ -108,6 +109,8 @@ class Solver(Record, ABC):
     freeze: bool = field(default=True, repr=False)
     check: bool = field(default=True, repr=False)
     stop: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
+
+    of_samples: ClassVar[frozenset[str]] = frozenset(("rtol", "atol", "max_steps"))
 
     keeps_best: ClassVar[bool] = True
     """Whether to return the point of least residual if no point meets the tolerance; False: the last one."""

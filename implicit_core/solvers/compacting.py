@@ -239,6 +239,7 @@ class _Compacting(Iteration):
         part.system = self.system.part(samples, take, like, self._of_rows(lambda a: backend.rows(a, rows)))
         part.space = part.system.space
         part.atol, part.units, part.unread, part.most = take(self.atol), take(self.units), None, take(self.most)
+        part.solver, part.rtol, part.absolute = settings.taken(self.solver, take), take(self.rtol), take(self.absolute)
         if not self.forced:
             part.start = Start(*map(take, self.start))
         memory = carry.memory

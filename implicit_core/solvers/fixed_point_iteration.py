@@ -19,7 +19,7 @@ class FixedPointIteration(Solver):
     Parameters
     ----------
     damping
-        λ in (0, 1].
+        λ in (0, 1]: a number, or an array that broadcasts to the batch, one for each sample.
     rtol, atol, max_steps, check_every, patience, freeze, stop, check
         As for :class:`Solver`.
 
@@ -40,6 +40,7 @@ class FixedPointIteration(Solver):
 
     damping: Real = 1.0
 
+    of_samples: ClassVar[frozenset[str]] = Solver.of_samples | {"damping"}
     keeps_best: ClassVar[bool] = False
     copies_results: ClassVar[bool] = False
 
