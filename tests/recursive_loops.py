@@ -13,6 +13,15 @@ def recur(constant: Constant, cell: Cell, h: Any, x: Any, n: int, k: int) -> Any
     return h
 
 
+def parcae(constant: Constant, where: Any, cell: Cell, h: Any, x: Any, n: Any, k: Any, most: tuple[int, int]) -> Any:
+    """With masks; n and k are (batch, 1), and no larger than ``most``."""
+    for steps, last in zip((n, k), most, strict=True):
+        h = constant(h)
+        for i in range(last):
+            h = where(i < steps, cell(h, x), h)
+    return h
+
+
 def hrm(constant: Constant, low: Cell, high: Cell, state: Any, x: Any, cycles: int = 2, steps: int = 3) -> Any:
     z_high, z_low = state
     for i in range(cycles * steps):

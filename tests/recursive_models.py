@@ -12,9 +12,15 @@ import implicit_core as ic
 Cell = Callable[[Any, Any], Any]
 
 
-def recur(cell: Cell, h: Any, x: Any, n: Any, k: Any = 1) -> Any:
-    """n steps of ``h = cell(h, x)`` without a graph, then k with one; numbers, or arrays with one for each sample."""
+def recur(cell: Cell, h: Any, x: Any, n: Any, k: int = 1) -> Any:
+    """n steps of ``h = cell(h, x)`` without a graph, then k with one: Huginn and FPDM, where both are random."""
     return ic.fixed_point(cell, h, x, solver=ic.steps(n), gradient=ic.Unroll(k, 1.0), batch_ndim=1).value
+
+
+def parcae(cell: Cell, h: Any, x: Any, n: Any, k: Any, most: int | None = None) -> Any:
+    """An n and a k for each sequence, arrays of integers; ``most`` is the largest k within ``jax.jit``: Parcae."""
+    gradient = ic.Unroll(k, 1.0, most=most)
+    return ic.fixed_point(cell, h, x, solver=ic.steps(n), gradient=gradient, batch_ndim=1).value
 
 
 def free(cell: Cell, h: Any, x: Any, n: int) -> Any:

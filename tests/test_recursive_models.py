@@ -149,6 +149,18 @@ def depths_of_fpdm(draws: Draws) -> tuple[int, int]:
     return draws.uniform(0, 4), draws.uniform(1, 3)
 
 
+def depths_of_parcae(draws: Draws) -> tuple[Tensor, Tensor]:
+    """Of each sequence."""
+    n = torch.poisson(torch.full((BATCH,), 1.5), generator=draws.generator).long()
+    return n, torch.randint(1, 4, (BATCH,), generator=draws.generator)
+
+
+def parcae(cell: nn.Module, x: Tensor, draws: Draws) -> Tensor:
+    h, (n, k) = draws.normal(x), depths_of_parcae(draws)
+    most = int(n.max()), int(k.max())
+    return by_hand.parcae(constant, torch.where, cell, h, x, n[:, None], k[:, None], most)
+
+
 LOOPS = [
     Loop(
         "HRM",
@@ -187,6 +199,16 @@ LOOPS = [
         lambda cells, state, x, draws: library.recur(cells[0], draws.normal(x), x, *depths_of_huginn(draws)),
         lambda cells, state, x, draws: by_hand.recur(constant, cells[0], draws.normal(x), x, *depths_of_huginn(draws)),
         lambda draws: (draws.normal(torch.empty(BATCH, WIDTH, dtype=torch.float64)), sum(depths_of_huginn(draws)))[1],
+    ),
+    Loop(
+        "Parcae",
+        lambda: [Net()],
+        lambda cells, state, x, draws: library.parcae(cells[0], draws.normal(x), x, *depths_of_parcae(draws)),
+        lambda cells, state, x, draws: parcae(cells[0], x, draws),
+        lambda draws: (
+            draws.normal(torch.empty(BATCH, WIDTH, dtype=torch.float64)),
+            sum(int(n.max()) for n in depths_of_parcae(draws)),
+        )[1],
     ),
     Loop(
         "HRM-Text",

@@ -107,6 +107,16 @@ def recur(cell: Cell, h: Any, x: Any, n: Any, k: int) -> Any:
     return by_hand.recur(constant, cell, h, x, 0, k)
 
 
+def depths_of_parcae(key: Any) -> tuple[Any, Any]:
+    """Of each sequence."""
+    key_n, key_k = jax.random.split(key)
+    return jax.random.randint(key_n, (BATCH,), 0, 4), jax.random.randint(key_k, (BATCH,), 1, 4)
+
+
+def parcae(cell: Cell, h: Any, x: Any, n: Any, k: Any) -> Any:
+    return by_hand.parcae(constant, jnp.where, cell, h, x, n[:, None], k[:, None], (3, 3))
+
+
 def until_converged(cell: Cell, h: Any, x: Any, rtol: float, most: int) -> Any:
     """Plain iteration until each sample has converged; such a sample keeps its point."""
     norm = lambda a: jnp.linalg.norm(a.reshape(a.shape[0], -1), axis=1)  # noqa: E731
@@ -197,6 +207,12 @@ LOOPS = [
         ),
         lambda cells, state, x, draws: recur(*cells, jax.random.normal(draws.key, x.shape), x, draws.n, draws.static),
         lambda step: 1 + step % 2,
+    ),
+    Loop(
+        "Parcae",
+        [net],
+        lambda cells, state, x, draws: library.parcae(*cells, state, x, *depths_of_parcae(draws.key), 3),
+        lambda cells, state, x, draws: parcae(*cells, state, x, *depths_of_parcae(draws.key)),
     ),
     Loop(
         "HRM-Text",
