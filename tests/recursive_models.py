@@ -4,7 +4,7 @@ A cell is ``cell(h, x)``, a function or a module. All of these run in PyTorch an
 same loops by hand.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import implicit_core as ic
@@ -97,3 +97,19 @@ def implicit_language_model(layers: Cell, h: Any, x: Any, trained: bool) -> Any:
     """A few steps at first, later a tolerance for each sequence, and a phantom gradient (M. Schöne et al., 2025)."""
     solver = ic.FixedPointIteration(rtol=0.05, max_steps=32) if trained else ic.steps(4)
     return ic.fixed_point(layers, h, x, solver=solver, gradient=ic.Unroll(4 if trained else 1, 0.8), batch_ndim=1).value
+
+
+def by_depth(cell: Cell, h: Any, x: Any, most: int) -> Iterator[tuple[Any, Any]]:
+    """The state after 0, 1, ... steps, and its residual, from one solve: how accuracy grows with depth."""
+    stepper = ic.Stepper(cell, solver=ic.steps(most), batch_ndim=1)
+    state = stepper.init(h, x)
+    yield state.value, state.residual
+    for _ in range(most):
+        state = stepper.step(state, x)
+        yield state.value, state.residual
+
+
+def until_halted(cell: Cell, h: Any, x: Any, halts: Callable[[Any], Any], most: int) -> ic.Solution[Any]:
+    """Each sample recurs until ``halts(h)`` says so, and then leaves the batch; x has a row for each sample."""
+    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=most, stop=lambda h, _: halts(h))
+    return ic.solve(cell, h, x, solver=ic.Compacting(solver), batch_ndim=1)

@@ -1,6 +1,6 @@
 """Recursive models in PyTorch, trained with the library and by hand: the same parameters, bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -420,3 +420,120 @@ def test_eqr_chooses_among_restarts_by_the_last_step() -> None:
     assert len(best.unique()) > 1
     for a, b in zip(found, last, strict=True):
         assert torch.equal(a, b[best, torch.arange(BATCH)])
+
+
+# Evaluation.
+
+
+@pytest.fixture
+def trained() -> TRM:
+    """A model after twenty steps, in eval mode."""
+    torch.manual_seed(0)
+    model = TRM().double()
+    supervised(model, ic.reset)
+    return model.eval()
+
+
+def test_states_and_residuals_by_depth_come_from_one_solve(trained: TRM) -> None:
+    calls = 0
+
+    def cell(state: Any, x: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return trained.layer.cell(state, x)
+
+    x = torch.randn(BATCH, 3).double()
+    start = (torch.zeros(BATCH, WIDTH).double(),) * 2
+    with torch.no_grad():
+        injected = trained.embed(x)
+        found = list(library.by_depth(cell, start, injected, 7))
+        assert calls == 8
+        state = start
+        for value, residual in found:
+            after = by_hand.trm(constant, trained.layer.cell.net, state, injected, cycles=1)
+            difference = torch.cat([a - b for a, b in zip(after, state, strict=True)], 1)
+            torch.testing.assert_close(residual, difference.norm(dim=1), rtol=1e-13, atol=0.0)
+            assert all(torch.equal(a, b) for a, b in zip(value, state, strict=True))
+            state = after
+        answer = trained.answer(found[6][0][0])
+        assert torch.equal(trained(x, start)[1], answer), "eval_solver makes 5 steps, and one more follows"
+
+
+def test_samples_that_halt_leave_the_batch(trained: TRM) -> None:
+    """A halting head as the test that ends samples. As many rows are evaluated as are left, and all once more."""
+    net, rows = trained.layer.cell.net, []
+    net.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    x = torch.randn(32, WIDTH).double()
+    start = (torch.zeros_like(x),) * 2
+    with torch.no_grad():
+        # A threshold of which some samples are beyond soon, some later, and some never.
+        threshold = by_hand.trm(constant, net, start, x, cycles=12)[0][:, 0].quantile(0.4)
+        halts = lambda state: state[0][:, 0] > threshold  # noqa: E731
+        rows.clear()
+        solution = library.until_halted(trained.layer.cell, start, x, halts, most=12)
+        ours = sum(rows)
+        rows.clear()
+        states = []
+        for i in range(32):
+            state = tuple(part[i : i + 1] for part in start)
+            for _ in range(12):
+                after = by_hand.trm(constant, net, state, x[i : i + 1], cycles=1)
+                if halts(state):
+                    break
+                state = after
+            states.append(state)
+        alone = len(rows)
+    for a, b in zip(solution.value, zip(*states, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.cat(b), rtol=1e-10, atol=1e-12)
+    halted = solution.status == ic.CONVERGED
+    assert torch.equal(halted, halts(solution.value))
+    assert 0 < halted.sum() < 32
+    assert len(solution.stats.steps.unique()) > 2
+    assert int(solution.stats.steps.sum()) * 4 == alone
+    assert ours < 0.8 * 32 * 4 * 12
+    assert ours <= 2 * alone + 32 * 4, "at least half of the rows are in use"
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def gradients_of_trm(model: TRM, step: Callable[..., Tensor]) -> list[Tensor]:
+    """Of three steps, whose states are carried on."""
+    draws, found = Draws(), []
+    state = (torch.zeros(BATCH, WIDTH).double(),) * 2
+    for _ in range(3):
+        model.zero_grad()
+        x, target = (draws.normal(torch.empty(BATCH, n).double()) for n in (3, 2))
+        state = step(x, target, state)
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
+@pytest.mark.parametrize("what", ["cell", "step"])
+def test_compiled_gradients_are_the_eager_ones(what: str, fresh_compiler: None) -> None:
+    torch.manual_seed(0)
+    model = TRM().double()
+
+    def step(x: Tensor, target: Tensor, state: Any) -> Any:
+        state, answer, halt = model(x, state)
+        loss = (answer - target).square().mean() + halt.square().mean()
+        loss.backward()
+        return constant(state)
+
+    expected = gradients_of_trm(model, step)
+    if what == "cell":
+        model.layer.cell.net = torch.compile(model.layer.cell.net, backend="aot_eager")
+    compiled = torch.compile(step, backend="aot_eager") if what == "step" else step
+    found = gradients_of_trm(model, compiled)
+    assert len(found) == 3 * len(list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
