@@ -236,7 +236,8 @@ def _one_number(record: Record, name: str, value: Array, space: Space, *, consta
     kind, owner = _kind(record, name), type(record).__name__
     if tuple(value.shape) != ():
         raise ValueError(
-            f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}. {MAPPED}"
+            f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}. "
+            f"{MAPPED}"
         )
     backend = find_backend(value, name)
     if not backend.has_autodiff:
