@@ -11,6 +11,7 @@ COMMANDS = {
     "profile": ("profile", "solved problems against cost: profiles of root finders and solvers"),
     "scaling": ("scaling", "cost as a function of batch, width, k and the solver's memory"),
     "step": ("torch_step", "a training step with a given number of evaluations, likewise"),
+    "recursive": ("recursive_step", "a training step of recursive models, compared with loops by hand"),
     "layer": ("jax_layer", "a layer in JAX, compared with jaxopt and optimistix"),
     "fig1": ("fig1", "Figure 1: cosine of phantom and exact gradient as a function of k"),
     "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, compared with its bound"),

@@ -7,6 +7,7 @@ import copy
 import datetime
 import sys
 
+import recursive_models
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -62,6 +63,24 @@ class Model(nn.Module):
         return self.head(self.layer(self.encoder(x)))
 
 
+class Recursive(nn.Module):
+    """Recursions of which a random number has no graph, and another one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head, self.first, self.second = (
+            nn.Linear(n, m) for n, m in ((4, 6), (6, 2), (6, 8), (8, 6))
+        )
+
+    def forward(self, x: Tensor, n: int, k: int) -> Tensor:
+        def net(h: Tensor, injected: Tensor) -> Tensor:
+            return torch.tanh(h + injected + self.second(torch.tanh(self.first(h))))
+
+        start = torch.zeros(len(x), 6, dtype=x.dtype)
+        y, _ = recursive_models.recur(recursive_models.recursion(net), (start, start), self.encoder(x), n, k)
+        return self.head(y)
+
+
 def distributed(model: Model, strategy: str) -> nn.Module:
     """``model``, in its hands."""
     if strategy == "ddp-cell":
@@ -86,7 +105,7 @@ def main(rank: int, world: int, file: str, *strategies: str) -> None:
     torch.set_num_threads(1)
     for strategy in strategies:
         try:
-            train(strategy, rank, world)
+            train_recursive(rank, world) if strategy == "ddp-recursive" else train(strategy, rank, world)
         except RuntimeError as error:
             print(f"{strategy} rank {rank}: RuntimeError: {error}")
     dist.barrier()  # nobody leaves while another still listens
@@ -119,6 +138,26 @@ def train(strategy: str, rank: int, world: int) -> None:
                 got = got.full_tensor() if hasattr(got, "full_tensor") else got
                 torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
         print(f"{strategy} rank {rank}: {estimator} agrees")
+
+
+def train_recursive(rank: int, world: int) -> None:
+    """Ten steps, in which each process draws its own numbers of steps, of which some are 0. All parameters are used."""
+    torch.manual_seed(0)
+    alone = Recursive().double()
+    together = DistributedDataParallel(copy.deepcopy(alone))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (alone, together)]
+    for _ in range(10):
+        x = torch.randn(4 * world, 4, dtype=torch.float64).chunk(world)
+        depths = [(int(torch.randint(0, 3, ())), int(torch.randint(1, 3, ()))) for _ in x]
+        of_all = [alone(part, *depth).square().mean() for part, depth in zip(x, depths, strict=True)]
+        for loss in (sum(of_all) / world, together(x[rank], *depths[rank]).square().mean()):
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for got, wanted in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+    print(f"ddp-recursive rank {rank}: a random number of steps agrees")
 
 
 if __name__ == "__main__":

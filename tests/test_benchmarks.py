@@ -9,7 +9,7 @@ import pytest
 from libraries import dispatched
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import jax_layer, memory, torch_step
+from benchmarks import jax_layer, memory, recursive_step, torch_step
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,24 @@ def test_the_table_of_a_layer_in_jax(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["residual"] <= 1e-4
         assert len(row["forward"]) == len(row["gradient"]) == 2
         assert (row["cosine"] > 0.9999) == ("Neumann" not in name and "Unroll" not in name)
+
+
+def test_the_table_of_recursive_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both forms of a loop lead to the same parameters, or the benchmark fails."""
+    files = [tmp_path / "recursive.json", tmp_path / "recursive.md"]
+    saved = [argument for file in files for argument in ("--output", str(file))]
+    tiny = ["--batch", "4", "--width", "8", "--steps", "2", "--cycles", "2", "--pairs", "2"]
+    assert recursive_step.main([*tiny, *saved]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = {row["name"]: row for row in json.loads(files[0].read_text())["rows"]}
+    assert {"TRM", "TRM, ImplicitLayer", "HRM, nested layers", "8 + 4", "by hand, twice"} <= rows.keys()
+    for name, row in rows.items():
+        assert name in printed
+        assert f"| {name} |" in files[1].read_text()
+        assert len(row["by_hand"]) == len(row["library"]) == 2
+    assert (rows["TRM"]["free"], rows["TRM"]["graded"]) == (3, 3)
+    assert (rows["HRM, nested layers"]["free"], rows["HRM, nested layers"]["graded"]) == (4, 2)
 
 
 def test_live_tensors() -> None:

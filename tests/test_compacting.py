@@ -372,3 +372,42 @@ def test_an_error_of_f_says_how_many_rows_it_got() -> None:
     with pytest.raises(RuntimeError, match="the mask has 4 rows") as caught:
         ic.solve(f, np.zeros((4, 1)), None, solver=ic.Compacting(ic.FixedPointIteration()), batch_ndim=1)
     assert "called with 1 of 4 rows" in caught.value.__notes__[0]
+
+
+# Both tolerances are zero, and samples end by a test of the user's own, or by a number of steps for each.
+
+ENDED_BY_THE_USER = [
+    ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=40, stop=lambda h, f: np.linalg.norm(f - h, axis=-1) < 1e-3),
+    ic.steps(np.array([1, 1, 0, 2, 1, 1, 3, 40])),
+]
+RATES = np.array([[0.1], [0.1], [0.1], [0.1], [0.1], [0.2], [0.9], [1.01]])
+
+
+@pytest.mark.parametrize("solver", ENDED_BY_THE_USER, ids=["stop", "steps"])
+def test_samples_that_only_the_user_ends_leave(solver: ic.Solver) -> None:
+    rows: list[int] = []
+
+    def f(h: Any, z: Any) -> Any:
+        rows.append(len(h))
+        return z * h + 1
+
+    plain = ic.solve(f, np.zeros((8, 1)), RATES, solver=solver, batch_ndim=1)
+    assert rows == [8] * 40
+    rows.clear()
+    found = ic.solve(f, np.zeros((8, 1)), RATES, solver=ic.Compacting(solver), batch_ndim=1)
+    assert sum(rows) < 0.5 * 8 * 40
+    assert found.stats.evaluations == len(rows) == 41
+    assert found.aux is None
+    for name in ("steps", "residual", "tolerance"):
+        np.testing.assert_array_equal(getattr(found.stats, name), getattr(plain.stats, name))
+    np.testing.assert_array_equal(found.status, plain.status)
+    np.testing.assert_array_equal(found.value, plain.value)
+
+
+@pytest.mark.parametrize("solver", ENDED_BY_THE_USER, ids=["stop", "steps"])
+def test_other_values_are_refused_where_only_the_user_ends_samples(solver: ic.Solver) -> None:
+    """Also of samples that run out of steps, whose value is a step past the point whose residual is told."""
+    shifts = np.arange(1.0, 9.0)[:, None]
+    solver = ic.Compacting(solver)
+    with pytest.raises(ValueError, match="F of all rows has other residuals"):
+        ic.solve(lambda h, z: z * h + shifts[: len(h)], np.zeros((8, 1)), RATES, solver=solver, batch_ndim=1)

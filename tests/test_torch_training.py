@@ -371,7 +371,7 @@ def test_a_reentrant_checkpoint_gives_gradients_or_an_error() -> None:
 # Many processes
 
 
-TOGETHER = {"ddp": 5, "ddp-selective": 3, "fsdp": 5, "fsdp-layer": 5}
+TOGETHER = {"ddp": 5, "ddp-selective": 3, "fsdp": 5, "fsdp-layer": 5, "ddp-recursive": 1}
 """Ways to train together, and how many estimators of the worker's are trained."""
 REFUSED = {
     "fsdp-cell": "the cell is distributed over processes",

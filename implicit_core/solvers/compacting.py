@@ -149,7 +149,7 @@ class _Compacting(Iteration):
 
     def _run(self) -> Solution[Any]:
         solution = self.carried_on(self.begin, self.solver.max_steps - 1)
-        return self.with_nan(self._tested(solution) if self.parted else solution)
+        return self.with_nan(self._tested(solution) if self.parted else solution)._replace(aux=None)
 
     def carried_on(self, begin: Callable[[], Carry], steps: int) -> Solution[Any]:
         """The solution of all rows, those that are left by another iteration."""
@@ -170,10 +170,15 @@ class _Compacting(Iteration):
             raise
         return self._merged(solution, left, rest)
 
+    def finish(self, carry: Carry) -> Solution[Any]:
+        """The solution; if a step follows the last evaluation, ``aux`` holds the points of the evaluations."""
+        solution = super().finish(carry)
+        return solution._replace(aux=self.space.unpack(carry.point.x)) if self._moves_on else solution
+
     def _tested(self, solution: Solution[Any]) -> Solution[Any]:
         """The solution, if F of all rows has the residuals that are told."""
         space, stats = self.space, solution.stats
-        x = space.pack(solution.value)
+        x = space.pack(solution.value if solution.aux is None else solution.aux)
         evaluation = self.system.evaluate(x, space.unpack(space.copy(x)))
         norm, f_norm = evaluation.norm, evaluation.f_norm
         told, tolerance = (
@@ -196,11 +201,16 @@ class _Compacting(Iteration):
 
     def _watched(self, carry: Carry) -> Mask | None:
         moved = super()._watched(carry)
-        if carry.point.index == 0 or self.forced:  # then no sample is finished, unless F is not finite
+        if carry.point.index == 0 or not self._ends_samples:
             return moved
         few = carry.point.active & self._are_few(carry)
         watched: Mask = few if moved is None else few | moved
         return watched
+
+    @property
+    def _ends_samples(self) -> bool:
+        """Whether samples end before others, also where F is finite."""
+        return not self.forced or self.solver.stop is not None or self.most is not None
 
     def _are_few(self, carry: Carry) -> Any:
         return 2 * self.space.xp.sum(self.space.xp.astype(self._unfinished(carry), self.space.xp.int32)) <= self.rows
@@ -209,7 +219,7 @@ class _Compacting(Iteration):
         moved = super()._watched(carry)
         if moved is not None and bool(self.space.xp.any(moved)):
             super()._note(carry)
-        if carry.point.index > 0 and bool(self._are_few(carry)):
+        if carry.point.index > 0 and self._ends_samples and bool(self._are_few(carry)):
             raise _FewRowsError(carry)
 
     # From all rows to a part of them.
@@ -297,4 +307,5 @@ class _Compacting(Iteration):
             trace=merge(whole.stats.trace, part.stats.trace, axis=1),
             evaluations=part.stats.evaluations,
         )
-        return Solution(backend.map(merge, whole.value, part.value), merge(whole.status, part.status), stats)
+        value, aux = (backend.map(merge, getattr(whole, name), getattr(part, name)) for name in ("value", "aux"))
+        return Solution(value, merge(whole.status, part.status), stats, aux)
