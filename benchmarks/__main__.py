@@ -15,6 +15,7 @@ COMMANDS = {
     "layer": ("jax_layer", "a layer in JAX, compared with jaxopt and optimistix"),
     "fig1": ("fig1", "Figure 1: cosine of phantom and exact gradient as a function of k"),
     "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, compared with its bound"),
+    "ladder": ("ladder", "recursive models trained with every gradient, from one step to all"),
     "gpu": ("gpu", "everything that needs a GPU: the tests marked gpu, then timings"),
 }
 

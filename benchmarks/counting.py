@@ -35,19 +35,21 @@ class Counted:
         if not value.requires_grad:
             return value
         self.recorded += 1
-        counted: Tensor = _Pulled.apply(value, self)
+        counted: Tensor = Pulled.apply(value, self)
         return counted
 
 
-class _Pulled(torch.autograd.Function):
+class Pulled(torch.autograd.Function):
     """The identity, which counts the cotangents that pass it. A layer calls a hook once, however often they do."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, counted: Counted) -> Tensor:
+        """A view of the value."""
         ctx.counted = counted
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        """The cotangent, counted."""
         ctx.counted.vjps += 1
         return cotangent, None

@@ -44,6 +44,14 @@ class LayerOptions:
     trace: bool = False
     examine: Callable[[Any, Any], None] | None = None
 
+    def __post_init__(self) -> None:
+        # The steps of an unrolled estimator behind a number of steps are those of a recurrent model: whoever asks for
+        # them estimates no fixed point, whose derivative growing cotangents would miss (Decision 131).
+        gradient: Any = self.gradient
+        warns = not isinstance(gradient, AtFixedPoint) and getattr(gradient, "on_growth", None) == "warn"
+        if warns and is_forced(self.solver):
+            object.__setattr__(self, "gradient", replace(gradient, on_growth="ignore"))
+
 
 class Layer(Protocol):
     """The function ``layer`` of an adapter."""

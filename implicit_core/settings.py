@@ -17,6 +17,7 @@ R = TypeVar("R")
 """A record, or a solver that is none."""
 
 NUMBER = (Real, Real | None, float, float | None, "Real", "Real | None", "float", "float | None")
+MAPPED = "One layer for each number of an array is jax.vmap(lambda settings: ...) over the record"
 INTEGER = (Count, int, "Count", "int")
 """How a dataclass annotates a setting that is one number. Arrays in other fields are for the class that has them."""
 
@@ -223,7 +224,7 @@ def _of_each_sample(record: Any, name: str, value: Array, space: Space, *, const
     except (ValueError, RuntimeError, TypeError):
         raise ValueError(
             f"{name} of {owner} must be one number, or one for each sample, of shape {space.batch_shape}; got an array "
-            f"of shape {tuple(value.shape)}"
+            f"of shape {tuple(value.shape)}. {MAPPED}"
         ) from None
     value = space.backend.stop_gradient(value) if constant else value
     value = value if space.backend.device(value) == space.device else to_device(value, space.device)
@@ -235,8 +236,8 @@ def _one_number(record: Record, name: str, value: Array, space: Space, *, consta
     kind, owner = _kind(record, name), type(record).__name__
     if tuple(value.shape) != ():
         raise ValueError(
-            f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}: one "
-            "layer for each of its numbers is jax.vmap(lambda settings: ...) over the record"
+            f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}. "
+            f"{MAPPED}"
         )
     backend = find_backend(value, name)
     if not backend.has_autodiff:

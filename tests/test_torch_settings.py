@@ -90,8 +90,8 @@ def test_records_with_tensors() -> None:
         hash(record)
     with pytest.raises(ValueError, match=r"lam must lie in \(0, 1\]"):
         ic.Neumann(lam=torch.tensor(1.5))
-    with pytest.raises(ValueError, match="lam of Unroll must be one number where it is used"):
-        layer(gradient=ic.Unroll(lam=torch.tensor([0.5])))
+    with pytest.raises(ValueError, match="lam of Unroll must be one number, or one for each sample"):
+        layer(gradient=ic.Unroll(lam=torch.full((7,), 0.5)))
     with pytest.raises(TypeError, match="rtol of Anderson is an array of torch, and the state one of numpy"):
         ic.solve(lambda h, z: 0.5 * h, np.ones(2), None, solver=ic.Anderson(rtol=torch.tensor(0.5)))
 

@@ -22,8 +22,8 @@ OnGrowth = Literal["warn", "nan", "ignore"]
 """What to do with the samples whose terms grow."""
 
 MOST = (
-    "k is an array whose numbers are not known while a program is traced: also give the largest that it can hold, "
-    "{kind}(k, ..., most=8)"
+    "k must be known when a program is traced, since it decides which program that is: make it a static argument, or "
+    "also give the largest number that it can be, {kind}(k, ..., most=8)"
 )
 
 

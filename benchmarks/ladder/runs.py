@@ -1,0 +1,191 @@
+"""Runs and their files: a result for each finished run, and a checkpoint while it goes on."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import report
+from .measures import checkpoint
+from .rungs import rungs
+from .tasks import TASKS, Data, Examples, Settings
+from .training import Training
+
+
+class ResultError(Exception):
+    """Why a result or a checkpoint cannot be used, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes
+    ----------
+    task, rung
+        Their names.
+    seed
+        Its seed.
+    quick
+        Whether its settings are those of a test.
+    results, scratch
+        Folders of its result, and of its checkpoint and the data.
+    """
+
+    task: str
+    rung: str
+    seed: int
+    quick: bool
+    results: Path
+    scratch: Path
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.rung}-{self.seed}"
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of its task."""
+        task = TASKS[self.task]
+        return task.quick if self.quick else task.settings
+
+    @property
+    def result(self) -> Path:
+        """The file of its result."""
+        return self.results / f"{self}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """The file of its checkpoint."""
+        return self.scratch / f"{self}.pt"
+
+    def finished(self) -> bool:
+        """Whether there is a result.
+
+        Raises
+        ------
+        ResultError
+            If it was made with other settings.
+        """
+        if not self.result.exists():
+            return False
+        if json.loads(self.result.read_text())["settings"] != asdict(self.settings):
+            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
+        return True
+
+
+def data_of(run: Run) -> Data:
+    """The data of a run's task, made once for equal settings."""
+    settings = run.settings
+    file = run.scratch / f"{run.task}-data{'-quick' * run.quick}.npz"
+    key = json.dumps(asdict(settings), sort_keys=True)
+    if file.exists():
+        arrays = dict(np.load(file))
+        if str(arrays.pop("key")) == key:
+            sets = {
+                name.removesuffix(" inputs"): Examples(
+                    torch.as_tensor(inputs), torch.as_tensor(arrays[name.replace(" inputs", " targets")])
+                )
+                for name, inputs in arrays.items()
+                if name.endswith(" inputs")
+            }
+            return Data(sets.pop("train"), sets)
+    data = TASKS[run.task].data(settings)
+    sets = {"train": data.train, **data.tests}
+    named = {f"{name} {part}": x.numpy() for name, s in sets.items() for part, x in s._asdict().items()}
+    _write(file, lambda path: np.savez_compressed(path, key=key, **named))  # type: ignore[arg-type]  # arrays by name
+    return data
+
+
+def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -> None:
+    """Make a run, or the rest of it, and write its result.
+
+    Parameters
+    ----------
+    run
+        The run.
+    say
+        Called with a line at each checkpoint.
+    until
+        Stop after the checkpoint at this step, as if the process had ended.
+    """
+    torch.set_num_threads(1)
+    task, settings, data = TASKS[run.task], run.settings, data_of(run)
+    training = Training(task, settings, rungs(settings.recursions)[run.rung], run.seed, data.train)
+    made: list[dict[str, Any]] = []
+    if run.unfinished.exists():
+        made = _restore(run, training)
+    begun, first = time.perf_counter(), training.done
+    for mark in settings.marks():
+        while training.done < mark and not training.diverged:
+            training.step()
+        if training.diverged:
+            say(f"{run}: diverged in step {training.done}")
+            break
+        if made and made[-1]["step"] >= mark:
+            continue
+        made.append(checkpoint(task, settings, run.rung, training, data))
+        _save(run, training, made)
+        left = (time.perf_counter() - begun) / (mark - first) * (settings.steps - mark)
+        say(f"{_line(run, settings, made[-1])}, {left:.0f} s left")
+        if mark == until:
+            return
+    diverged = training.done if training.diverged else None
+    record = {
+        "task": run.task,
+        "rung": run.rung,
+        "seed": run.seed,
+        "settings": asdict(settings),
+        **report.environment("torch", "numpy"),
+        "diverged": diverged,
+        "checkpoints": made,
+    }
+    _write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
+    run.unfinished.unlink(missing_ok=True)
+
+
+def rounded(tree: Any) -> Any:
+    """A record with six digits of each number, and None for numbers that are not finite."""
+    if isinstance(tree, dict):
+        return {name: rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(value) for value in tree]
+    if isinstance(tree, float):
+        return float(f"{tree:.6g}") if np.isfinite(tree) else None
+    return tree
+
+
+def _line(run: Run, settings: Settings, found: dict[str, Any]) -> str:
+    exact = ", ".join(f"{name} {100 * test['exact']:.1f} %" for name, test in found["tests"].items())
+    cosine = found["gradients"][run.rung]["cosine"]
+    return (
+        f"{run}: step {found['step']} of {settings.steps}, loss {found['loss']:.3f}, exact on {exact}, "
+        f"cosine {cosine:.3f}, {found['seconds']:.0f} s of training"
+    )
+
+
+def _save(run: Run, training: Training, made: list[dict[str, Any]]) -> None:
+    state = {"settings": asdict(run.settings), "made": made, "training": training.state_dict()}
+    _write(run.unfinished, lambda path: torch.save(state, path))
+
+
+def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
+    state: dict[str, Any] = torch.load(run.unfinished, weights_only=True)
+    if state["settings"] != asdict(run.settings):
+        raise ResultError(f"{run.unfinished} was made with other settings: remove it, or pass --restart")
+    training.load_state_dict(state["training"])
+    made: list[dict[str, Any]] = state["made"]
+    return made
+
+
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
+    write(temporary)
+    os.replace(temporary, file)
