@@ -25,6 +25,8 @@ A = TypeVar("A")
 """An array."""
 PRIME = 46337
 """The largest prime whose square is an int32."""
+UNMEASURED = 2.0**100
+"""The unit of a part of a state that is not measured: a power of two, in which counts stay exact, and squares vanish."""
 Axes = tuple[int, ...]
 """The axes of an array, the one with the largest stride first."""
 
@@ -235,7 +237,7 @@ class Space:
 
     def _flat_unit(self, unit: Any, shape: tuple[int, ...], order: Axes | None, batch_ndim: int) -> Any:
         if isinstance(unit, (int, float)):
-            return float(unit)
+            return UNMEASURED if unit == math.inf else float(unit)
         xp = self.xp
         unit = self._cast(unit if self.backend.is_array(unit) else xp.asarray(unit, device=self.device), self.dtype)
         state = shape[batch_ndim:]
