@@ -26,7 +26,7 @@ A = TypeVar("A")
 PRIME = 46337
 """The largest prime whose square is an int32."""
 UNMEASURED = 2.0**100
-"""The unit of a part of a state that is not measured: a power of two, in which counts stay exact, and squares vanish."""
+"""The unit of a part of a state that is not measured: a power of two, so that counts stay exact; squares vanish."""
 Axes = tuple[int, ...]
 """The axes of an array, the one with the largest stride first."""
 
