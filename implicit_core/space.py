@@ -417,11 +417,20 @@ class Space:
         smallest: float = float(self.backend.finfo(self.dtype).smallest_normal) ** 0.5 / self.eps
         return smallest
 
+    @property
+    def highest(self) -> float:
+        """Squares of larger numbers, or sums of them, may leave the range of numbers."""
+        highest: float = float(self.backend.finfo(self.dtype).max) ** 0.5 * 1e-4
+        return highest
+
     def out_of_range(self, norm: Numbers) -> Mask:
         """Where squares of numbers of this size, or of their rounding errors, may leave the range of numbers."""
-        high = float(self.backend.finfo(self.dtype).max) ** 0.5 * 1e-4
-        outside: Mask = (norm <= self.smallest) | (norm >= high)
+        outside: Mask = (norm <= self.smallest) | (norm >= self.highest)
         return outside
+
+    def is_in_range(self, norm: Numbers) -> bool:
+        """Whether no number is :meth:`out_of_range`, or not finite; False where to know it would wait for a device."""
+        return False
 
     def dot(self, x: State, y: State) -> Numbers:
         """Inner product over all leaves."""
