@@ -127,6 +127,33 @@ def test_a_batch_in_jax_is_its_samples(estimator: Any) -> None:
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.BPTT])
+def test_a_traced_k_out_of_range_is_nan(estimator: Any) -> None:
+    """No gradient of fewer steps than asked for: neither of a k above ``most``, nor of a record that was changed."""
+    a, z = jnp.asarray(A), jnp.asarray(Z)
+
+    def value_and_gradient(gradient: Any) -> Any:
+        def layer(z: Any) -> Any:
+            solver, f = ic.steps(1), lambda h, z: a * h + z
+            return ic.fixed_point(f, jnp.zeros_like(z), z, solver=solver, gradient=gradient, batch_ndim=1)
+
+        solution = layer(z)
+        return solution.value, solution.status, jax.grad(lambda z: layer(z).value.sum())(z)
+
+    def changed(record: Any) -> Any:
+        return value_and_gradient(jax.tree.map(lambda x: x + 1 if x.dtype == jnp.int32 else x, record))
+
+    for k, run in (
+        (K, lambda k: value_and_gradient(estimator(k, most=3))),
+        (K - 1, lambda k: changed(estimator(k + 0, most=3))),
+    ):
+        value, status, gradient = jax.jit(run)(jnp.asarray(k))
+        np.testing.assert_array_equal(np.isnan(gradient[:, 0]), K == 4)
+        if estimator is not ic.Neumann:  # whose value has no k
+            np.testing.assert_array_equal(np.isnan(value[:, 0]), K == 4)
+            np.testing.assert_array_equal(status == ic.NONFINITE, K == 4)
+
+
 def test_growth_is_told_of_the_samples_whose_terms_grow() -> None:
     """h ← -3 h + z: two terms of λ = 1 grow threefold, and one term cannot."""
     slope = torch.tensor([[-3.0], [-3.0], [0.5]], requires_grad=True)

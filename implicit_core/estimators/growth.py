@@ -170,6 +170,19 @@ class Terms(Record):
         """The largest k of any sample."""
         return self.k if isinstance(self.k, int) else self.most or 1
 
+    def valid(self, space: Space) -> Real:
+        """A factor of each sample: NaN where k is not between 1 and ``most``, 1 elsewhere.
+
+        A number unless k is traced, since otherwise k was checked when the record was made.
+        """
+        k: Any = self.k
+        if not is_array(k) or checks.is_known("k", k):
+            return 1.0
+        xp = space.xp
+        one = xp.ones_like(k, dtype=space.dtype)
+        factor: Real = xp.where((k >= 1) & (k <= self.largest), one, xp.full_like(one, math.nan))
+        return factor
+
     def accumulated(self, contraction: float) -> float:
         """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""
         return geometric_count(self.k, self.lam, contraction)
