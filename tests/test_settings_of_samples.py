@@ -4,6 +4,7 @@ The oracle is h = a h + z, one number for each sample: from a fixed point, k ter
 (1 - ρᵏ) / (1 - a) with ρ = 1 - λ (1 - a).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -228,6 +229,7 @@ def test_vmap_of_torch_shares_the_settings_of_samples() -> None:
         (lambda: ic.Unroll(np.array([1, 0])), ValueError, "k must be at least 1"),
         (lambda: ic.Unroll(np.array([1.0, 2.0])), TypeError, "k must be an integer"),
         (lambda: ic.Neumann(np.array([1, 9]), most=8), ValueError, "most must be at least the largest k, 9"),
+        (lambda: replace(ic.Unroll(np.array([1, 4])), k=np.array([5, 2])), ValueError, "also give most=None"),
         (lambda: jax.jit(lambda k: ic.Unroll(k).largest)(jnp.asarray([1, 2])), TypeError, "most=8"),
         (
             lambda: ic.fixed_point(
@@ -251,6 +253,8 @@ def test_what_is_refused(make: Any, error: type[Exception], words: str) -> None:
 def test_a_number_of_a_framework_is_a_number() -> None:
     for k in (torch.tensor(3), jnp.asarray(3), np.asarray(3)):
         assert ic.Unroll(k) == ic.Unroll(3)
+    assert replace(ic.Unroll(np.array([1, 4])), k=7) == ic.Unroll(7)
+    assert replace(ic.Unroll(np.array([1, 4])), k=np.array([5, 2]), most=None).largest == 5
     assert ict.ImplicitLayer(lambda h, x: 0.5 * h + x, gradient=ic.Unroll(torch.tensor(3))).gradient.k == 3
 
 

@@ -156,8 +156,11 @@ class Terms(Record):
             object.__setattr__(self, "most", checks.integer("most", self.most, 1))
         if checks.is_known("k", k) if is_array(k) else True:
             most = checks.largest(k)
-            if self.most is not None and self.most < most:
-                raise ValueError(f"most must be at least the largest k, {most}; got {self.most}")
+            if self.most is not None and self.most < most and is_array(k):
+                raise ValueError(
+                    f"most must be at least the largest k, {most}; got {self.most}. dataclasses.replace keeps the most "
+                    "of the record: also give most=None"
+                )
             object.__setattr__(self, "most", None if isinstance(k, int) else self.most or most)
         elif self.most is None:
             raise TypeError(MOST.format(kind=type(self).__name__))
