@@ -22,8 +22,8 @@ OnGrowth = Literal["warn", "nan", "ignore"]
 """What to do with the samples whose terms grow."""
 
 MOST = (
-    "k must be known when a program is traced, since it decides which program that is: make it a static argument, or "
-    "also give the largest number that it can be, {kind}(k, ..., most=8)"
+    "k must be known where a program is traced or transformed, since it decides how many steps that makes: make k "
+    "outside, in JAX as a static argument, or also give the largest number that it can be, {kind}(k, ..., most=8)"
 )
 
 
