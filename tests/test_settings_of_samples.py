@@ -156,8 +156,8 @@ def test_a_traced_k_out_of_range_is_nan(estimator: Any) -> None:
 
 
 def test_growth_is_told_of_the_samples_whose_terms_grow() -> None:
-    """h ← -3 h + z: two terms of λ = 1 grow threefold, and one term cannot."""
-    slope = torch.tensor([[-3.0], [-3.0], [0.5]], requires_grad=True)
+    """h ← a h + z: each term of λ = 1 is a times the one before, and one term cannot grow."""
+    slope = torch.tensor([[-6.0], [-3.0], [0.5]], requires_grad=True)
     k = torch.tensor([1, 3, 3])
     f, h0, z = lambda h, z: slope * h + z, torch.zeros(3, 1), torch.ones(3, 1)
     for gradient in (ic.Neumann(k, 1.0), ic.Unroll(k, 1.0)):
