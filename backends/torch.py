@@ -128,7 +128,8 @@ class TorchSpace(Space):
         return norm  # type: ignore[no-any-return]  # a tensor (N, 1)
 
     def is_in_range(self, norm: Any) -> bool:
-        if not norm.is_cpu or norm.requires_grad or not norm.numel() or not self.backend.readable(norm):
+        backend = self.backend
+        if not norm.is_cpu or not norm.numel() or backend.is_wrapped(norm) or not backend.readable(norm):
             return False
         least, largest = torch.aminmax(norm)
         return self.smallest < float(least) and float(largest) < self.highest  # never true of NaN

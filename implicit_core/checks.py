@@ -49,6 +49,11 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 def count(name: str, value: Any, minimum: int) -> Any:
     """The same, or an array of integers as it is: of at least ``minimum``, where they can be read."""
+    if isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{name} must be an integer, or an array of integers with one for each sample; got {value!r}: make it an "
+            "array"
+        )
     if not _is_setting(name, value):
         return integer(name, value, minimum)
     backend = find_backend_of(value, name)

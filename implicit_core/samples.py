@@ -78,6 +78,8 @@ def _mask_of_samples(backend: Backend, where: Any, leaves: list[Any]) -> Any:
 def _set_back(backend: Backend, leaf: Any, start: Any, mask: Any) -> Any:
     xp = backend.xp
     new = start if backend.is_array(start) else xp.asarray(start, device=backend.device(leaf))
+    if backend.isdtype(new.dtype, "real floating") and not backend.isdtype(leaf.dtype, "real floating"):
+        raise TypeError(f"start has a leaf of dtype {new.dtype}, which does not fit into one of dtype {leaf.dtype}")
     new = new if new.dtype == leaf.dtype else xp.astype(new, leaf.dtype)
     try:
         new = xp.broadcast_to(new, leaf.shape)
@@ -96,6 +98,8 @@ def best(solution: "Solution[H]", axis: int) -> "Solution[H]":
     checks.integer("axis", axis, 0)
     if axis >= len(shape):
         raise ValueError(f"axis must be one of the {len(shape)} axes of the batch, of shape {shape}; got {axis}")
+    if not shape[axis]:
+        raise ValueError(f"there is nothing to choose from: axis {axis} of the batch, of shape {shape}, is empty")
     with backend.on_device_of(status):
         residual = stats.residual
         # Neither NaN nor infinity is least, and not every library compares them.

@@ -201,6 +201,12 @@ def taken(record: R, take: Any) -> R:
     return _with(record, changed) if changed else record
 
 
+def _remedy(space: Space, backend: Backend) -> str:
+    if not space.batch_shape:
+        return "With batch_ndim=0 there is one system: with batch_ndim=1 the first axis of h counts samples"
+    return MAPPED if backend.name == "jax" else "Leaves of h begin with the axes of the batch"
+
+
 def of_leaf(space: Space, setting: Any, leaf: Array) -> Any:
     """A setting (N, 1), or a number, as it broadcasts to a leaf of the user's, (batch..., state...)."""
     if not is_array(setting) or tuple(setting.shape) == ():
@@ -224,7 +230,7 @@ def _of_each_sample(record: Any, name: str, value: Array, space: Space, *, const
     except (ValueError, RuntimeError, TypeError):
         raise ValueError(
             f"{name} of {owner} must be one number, or one for each sample, of shape {space.batch_shape}; got an array "
-            f"of shape {tuple(value.shape)}. {MAPPED}"
+            f"of shape {tuple(value.shape)}. {_remedy(space, backend)}"
         ) from None
     value = space.backend.stop_gradient(value) if constant else value
     value = value if space.backend.device(value) == space.device else to_device(value, space.device)
@@ -237,7 +243,7 @@ def _one_number(record: Record, name: str, value: Array, space: Space, *, consta
     if tuple(value.shape) != ():
         raise ValueError(
             f"{name} of {owner} must be one number where it is used, got an array of shape {tuple(value.shape)}. "
-            f"{MAPPED}"
+            f"{MAPPED if find_backend(value, name).name == 'jax' else ''}"
         )
     backend = find_backend(value, name)
     if not backend.has_autodiff:

@@ -48,6 +48,7 @@ def test_reset_keeps_dtype_and_derivatives() -> None:
         (STATE, 0.0, [0, 1, 1], TypeError, "where must hold booleans"),
         (STATE, 0.0, [True, False], ValueError, "where must have the shape of the batch"),
         (STATE, np.zeros(3), MASK, ValueError, "start has a leaf of shape"),
+        (STATE.astype(int), 0.7, MASK, TypeError, "start has a leaf of dtype float64"),
         ((STATE, STATE), (0.0, 0.0, 0.0), MASK, TypeError, "start must have the structure"),
     ],
 )
@@ -89,6 +90,13 @@ def test_the_best_keeps_derivatives_and_pytrees() -> None:
         ic.fixed_point(lambda h, z: 0.5 * h + z, torch.zeros(2, 1), x, batch_ndim=1).value.sum(), x
     )
     torch.testing.assert_close(gradient, all_of_them, rtol=1e-4, atol=0.0)
+
+
+def test_the_best_of_none_is_refused() -> None:
+    solution = ic.solve(lambda h, z: 0.5 * h, np.ones((0, 2, 1)), None, batch_ndim=2)
+    with pytest.raises(ValueError, match="there is nothing to choose from"):
+        solution.best()
+    assert solution.best(1).value.shape == (0, 1)
 
 
 def test_the_best_of_one_system_is_refused() -> None:

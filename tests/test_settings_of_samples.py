@@ -228,6 +228,13 @@ def test_vmap_of_torch_shares_the_settings_of_samples() -> None:
     [
         (lambda: ic.Unroll(np.array([1, 0])), ValueError, "k must be at least 1"),
         (lambda: ic.Unroll(np.array([1.0, 2.0])), TypeError, "k must be an integer"),
+        (lambda: ic.Unroll([1, 2]), TypeError, "k must be an integer, or an array of integers"),
+        (lambda: ic.steps(2.0), TypeError, "n must be an integer"),
+        (
+            lambda: ic.solve(lambda h, z: h, np.ones((2, 1)), None, solver=ic.steps(np.array([1, 2]))),
+            ValueError,
+            "with batch_ndim=1 the first axis of h counts samples",
+        ),
         (lambda: ic.Neumann(np.array([1, 9]), most=8), ValueError, "most must be at least the largest k, 9"),
         (lambda: replace(ic.Unroll(np.array([1, 4])), k=np.array([5, 2])), ValueError, "also give most=None"),
         (lambda: jax.jit(lambda k: ic.Unroll(k).largest)(jnp.asarray([1, 2])), TypeError, "most=8"),
@@ -265,3 +272,66 @@ def test_an_exported_program_makes_a_known_number_of_steps() -> None:
     layer.solver, layer.gradient = ic.steps(1), ic.Unroll(torch.tensor([1, 2, 1]), 1.0)
     x = torch.ones(3, 2)
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def root_of_difference(xp: Any) -> Any:
+    """√(z - h z), whose derivative in h is infinite at h = 1, where F(0) lies for z = 1."""
+    return lambda h, z: xp.sqrt(z - h * z)
+
+
+@pytest.mark.parametrize(
+    "estimator", [lambda k: ic.Unroll(k, 1.0, on_growth="ignore"), lambda k: ic.BPTT(k, on_growth="ignore")]
+)
+def test_a_sample_without_steps_left_is_not_differentiated_where_it_ends(estimator: Any) -> None:
+    """F has no derivative at h_1 = 1 of the first sample, which makes one step; the second one makes two."""
+    k, h0, z = np.array([1, 2]), np.array([[0.0], [0.5]]), np.array([[1.0], [0.7]])
+    x = torch.tensor(z, requires_grad=True)
+    options: Any = {"solver": lambda problem, h0, z: h0, "batch_ndim": 1}
+    value = ic.fixed_point(root_of_difference(torch), torch.tensor(h0), x, gradient=estimator(k), **options).value
+    (of_torch,) = torch.autograd.grad(value.sum(), x)
+    expected = np.array([[0.5 / np.sqrt(1.0)], [0.0]])
+    (alone,) = torch.autograd.grad(
+        ic.fixed_point(
+            root_of_difference(torch), torch.tensor(h0[1:]), x[1:], gradient=estimator(2), **options
+        ).value.sum(),
+        x,
+    )
+    expected[1] = alone[1]
+    np.testing.assert_allclose(of_torch, expected, rtol=1e-12)
+
+    def loss(z: Any) -> Any:
+        return ic.fixed_point(root_of_difference(jnp), jnp.asarray(h0), z, gradient=estimator(k), **options).value.sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(z)), expected, rtol=1e-12)
+    problem = ict.problem(root_of_difference(torch), batch_ndim=1)
+    _, pullback = estimator(k).vjp(problem, torch.tensor(h0), x.detach())
+    np.testing.assert_allclose(pullback(torch.ones(2, 1).double()), expected, rtol=1e-12)
+    _, tangent = estimator(k).jvp(problem, torch.tensor(h0), x.detach(), torch.ones(2, 1).double())
+    np.testing.assert_allclose(tangent, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("on_growth", ["nan", "warn"])
+@pytest.mark.parametrize("estimator", [ic.Unroll, ic.Neumann])
+def test_each_sample_has_the_limit_of_its_own_k(
+    estimator: Any, on_growth: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Of h ← -5 h + z two terms grow fivefold, beyond the limit for k = 2, below the one for k = 10."""
+    k, slopes = np.array([2, 10]), np.array([[-5.0], [0.5]])
+    gradient = estimator(k, 1.0, on_growth=on_growth)
+    stay: Any = {"solver": lambda problem, h0, z: h0, "batch_ndim": 1, "gradient": gradient}
+    z = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    value = ic.fixed_point(lambda h, z: torch.tensor(slopes) * h + z, torch.zeros(2, 1).double(), z, **stay).value
+    recwarn.clear()
+    (found,) = torch.autograd.grad(value.sum(), z)
+    assert found.isnan().flatten().tolist() == [on_growth == "nan", False]
+    warned = [str(w.message) for w in recwarn.list if issubclass(w.category, ic.GrowingGradientWarning)]
+    assert len(warned) == (on_growth == "warn")
+    assert all("in 1 of 2 samples (0): the last of its terms there is larger" in message for message in warned)
+    if on_growth == "nan":
+        f = lambda h, z: jnp.asarray(slopes) * h + z  # noqa: E731
+        loss = lambda z: ic.fixed_point(f, jnp.zeros((2, 1)), z, **stay).value.sum()  # noqa: E731
+        for differentiated in (jax.grad(loss), jax.jit(jax.grad(loss))):
+            assert np.isnan(differentiated(jnp.ones((2, 1)))).flatten().tolist() == [True, False]
+        problem = ic.Problem(lambda h, z: slopes * h + z, vjp=lambda h, z, v: (slopes * v, v), batch_ndim=1)
+        pulled = gradient.vjp(problem, np.zeros((2, 1)), np.ones((2, 1)))[1](np.ones((2, 1)))
+        assert np.isnan(pulled).flatten().tolist() == [True, False]

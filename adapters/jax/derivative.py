@@ -119,6 +119,8 @@ def by_operations(
         w = compiled_for(_operations, jacobian, inverse)(v, residuals, numbers)
         return w
     start, reference = fork(v, growth)
+    if isinstance(gradient, Neumann) and not isinstance(gradient.k, int):
+        reference = compiled_for(_referenced, inverse)(reference, numbers)
     total, last = compiled_for(_series, jacobian, inverse)(start, v, residuals, numbers)
     # λ comes last: transposed, the cotangent that the terms are compared with has it already.
     w = compiled_for(_scaled, inverse)(compare(total, last, reference, growth), numbers)
@@ -145,6 +147,19 @@ def _series(jacobian: Program[H], inverse: Inverse) -> Callable[[H, H, Arrays, A
             return space.unpack(total), space.unpack(last)
 
     return series
+
+
+def _referenced(inverse: Inverse) -> Callable[[H, Arrays], H]:
+    """See ``reference`` of the estimator."""
+
+    def referenced(v: H, numbers: Arrays) -> H:
+        space = inverse.space(v)
+        gradient = settings.bound(inverse.gradient.combine(numbers), space)
+        assert isinstance(gradient, Neumann)
+        reference: H = space.unpack(gradient.reference(space, space.pack(v)))
+        return reference
+
+    return referenced
 
 
 def _scaled(inverse: Inverse) -> Callable[[H, Arrays], H]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from implicit_core import checks
+from implicit_core import checks, settings
 from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, noticing, sharded
 from implicit_core.backends.jax_internals import ShapedArray
@@ -325,38 +325,42 @@ def _unrolled(
     """The k steps from the solver's point, which JAX differentiates."""
     growth = Growth(gradient.growth, f.batch_ndim, f.units.scale)
 
-    def steps(h: H, first: int, end: int) -> tuple[H, tuple[Numbers, ...]]:
-        numbers, static = split_record(gradient)
-        result: tuple[H, tuple[Numbers, ...]] = compiled_for(_stepping, f, static, first, end)(h, inputs, numbers)
+    numbers, static = split_record(gradient)
+
+    def steps(before: H, h: H, first: int, end: int) -> tuple[H, tuple[Numbers, ...]]:
+        stepping = compiled_for(_stepping, f, static, first, end)
+        result: tuple[H, tuple[Numbers, ...]] = stepping(before, h, inputs, numbers)
         return result
 
     h = solution.value
     if growth.watches(f.axes):
         # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-        h_1, at_start = steps(h, 0, 1)
+        h_1, at_start = steps(h, h, 0, 1)
         h_1, reference = fork(h_1, growth, primal=True)
-        h_k, norms = steps(h_1, 1, gradient.largest)
+        if not isinstance(gradient.k, int):
+            reference = compiled_for(_referenced, f, static)(reference, numbers)
+        h_k, norms = steps(h, h_1, 1, gradient.largest)
         if gradient.starts_from_h0:
             norms = (*norms[:2], *at_start[:2])
         h_k = compare(h_k, h_k, reference, growth, primal=True)
     else:
-        h_k, norms = steps(h, 0, gradient.largest)
+        h_k, norms = steps(h, h, 0, gradient.largest)
     norms = in_terms_of_g(relaxation, norms, solution)
     # Of the solver, only the tolerances of a start are asked for, and whether there are any.
     solver = measuring(options.solver if gradient.starts_from_h0 or is_forced(options.solver) else None)
-    static, numbers = split(LayerOptions(solver, gradient))
+    static_options, numbers = split(LayerOptions(solver, gradient))
     kept = {"evaluations": solution.stats.evaluations, "trace": solution.stats.trace}
     solution = solution._replace(stats=solution.stats._replace(evaluations=0, trace=None))
-    solution = compiled_for(_telling, f, static)(solution, norms, numbers)
+    solution = compiled_for(_telling, f, static_options)(solution, norms, numbers)
     return announced(solution._replace(value=h_k, stats=solution.stats._replace(**kept)), options)
 
 
 def _stepping(
     f: AnyMap[H], gradient: Static[Unroll | BPTT], first: int, end: int
-) -> Callable[[H, Arrays, Arrays], tuple[H, tuple[Numbers, ...]]]:
+) -> Callable[[H, H, Arrays, Arrays], tuple[H, tuple[Numbers, ...]]]:
     """The steps of an estimator from h_first to h_end, and the norms where F was evaluated last."""
 
-    def stepping(h: H, inputs: Arrays, numbers: Arrays) -> tuple[H, tuple[Numbers, ...]]:
+    def stepping(before: H, h: H, inputs: Arrays, numbers: Arrays) -> tuple[H, tuple[Numbers, ...]]:
         estimator = gradient.combine(numbers)
         unroll = estimator if isinstance(estimator, Unroll) else estimator.unrolled
         recompute = unroll.recompute
@@ -364,10 +368,22 @@ def _stepping(
             raise NotImplementedError("Unroll(recompute=True) traces f, which jit=False forbids: take recompute=False")
         watched = Watched(_problem(f, jax.checkpoint(f) if recompute else f), estimator)
         with coupled_axes(f.axes):
-            h_k: H = unroll.steps(watched.problem, h, inputs, first, end)
+            h_k: H = unroll.steps(watched.problem, h, inputs, first, end, before)
             return h_k, watched.norms()
 
     return stepping
+
+
+def _referenced(f: AnyMap[H], gradient: Static[Unroll | BPTT]) -> Callable[[H, Arrays], H]:
+    """See ``reference`` of the estimator."""
+
+    def referenced(h: H, numbers: Arrays) -> H:
+        space = BACKEND.space(h, f.batch_ndim, "h", f.units.scale)
+        terms = settings.bound(gradient.combine(numbers), space)
+        reference: H = space.unpack(terms.reference(space, space.pack(h)))
+        return reference
+
+    return referenced
 
 
 def _telling(f: AnyMap[H], options: StaticOptions) -> Callable[[Solution[H], tuple[Numbers, ...], Arrays], Solution[H]]:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_core import settings
 from implicit_core.arrays import H, Numbers, PyTree
 from implicit_core.backends.torch import BACKEND
-from implicit_core.estimators.growth import GrowthTest
+from implicit_core.estimators.growth import Terms
 from implicit_core.space import Space
 
 from .autograd import transforming
@@ -22,14 +23,14 @@ class GrowthOfCotangents:
 
     Parameters
     ----------
-    test
-        What is compared, and what is done about it.
+    terms
+        The estimator, whose test says what is compared, and what is done about it.
     batch_ndim, scale
         As in the problem.
     """
 
-    def __init__(self, test: GrowthTest, batch_ndim: int, scale: PyTree = None) -> None:
-        self.test = test
+    def __init__(self, terms: Terms, batch_ndim: int, scale: PyTree = None) -> None:
+        self.terms, self.test = terms, terms.growth
         self.batch_ndim = batch_ndim
         self.scale = scale
         self._at_end: Numbers | None = None
@@ -52,7 +53,8 @@ class GrowthOfCotangents:
         """Keep the norm of the cotangents at the end."""
         if not self._differentiated and not transforming():
             space = self._space(cotangents)
-            self._at_end = self.test.norm(space, space.pack(list(cotangents)))
+            terms = settings.bound(self.terms, space, constant=True)
+            self._at_end = self.test.norm(space, terms.reference(space, space.pack(list(cotangents))))
 
     def compare(self, cotangents: Tensors) -> Tensors:
         """The cotangents at the start, after the test."""

@@ -185,10 +185,10 @@ def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.
-    ends = GrowthOfCotangents(gradient.growth, problem.batch_ndim, problem.scale)
+    ends = GrowthOfCotangents(gradient, problem.batch_ndim, problem.scale)
     unroll = gradient if isinstance(gradient, Unroll) else gradient.unrolled
     h_1 = ends.start(unroll.steps(problem, h, z, 0, 1))
-    return ends.end(unroll.steps(problem, h_1, z, 1, unroll.largest))
+    return ends.end(unroll.steps(problem, h_1, z, 1, unroll.largest, before=h))
 
 
 def _at_fixed_point(problem: Problem[H, Z], h: H, z: Z, gradient: AtFixedPoint) -> H:

@@ -48,12 +48,15 @@ class GrowthTest:
         The estimator in words.
     k, lam, on_growth
         As in the estimator. An array in place of λ is None: programs and caches are found by this record.
+    of_samples
+        Whether each sample has a k of its own, of which k is the largest. See :meth:`Terms.reference`.
     """
 
     name: str
     k: int
     lam: float | None
     on_growth: OnGrowth
+    of_samples: bool = False
 
     @property
     def active(self) -> bool:
@@ -124,12 +127,14 @@ class GrowthTest:
         flags, firsts, lasts = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
         samples = [i for i, flag in enumerate(flags) if flag]
         growth = max(_ratio(lasts[i], firsts[i]) for i in samples)
+        large = f"the last of its {self.k} terms is up to {growth:.0e} times as large as the first"
+        if self.of_samples:
+            large = "the last of its terms there is larger than the first"
         steps = "its steps" if self.lam is None else f"steps with lam={self.lam:g}"
         warn(
-            f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: the last of its {self.k} "
-            f"terms is up to {growth:.0e} times as large as the first, because {steps} do not "
-            "contract. Use gradient=Implicit(), which is exact and needs no contraction (with NewtonKrylov as the "
-            "solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
+            f"{self.name} does not estimate the gradient{sample_names(samples, batch_shape)}: {large}, because {steps} "
+            "do not contract. Use gradient=Implicit(), which is exact and needs no contraction (with NewtonKrylov as "
+            "the solver), or a smaller lam, which helps where the eigenvalues of ∂F/∂h have real parts below 1",
             GrowingGradientWarning,
         )
 
@@ -190,6 +195,13 @@ class Terms(Record):
         """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""
         return geometric_count(self.k, self.lam, contraction)
 
+    def reference(self, space: Space, first: State) -> State:
+        """The term that the last one is compared with, so that each sample has the limit of its own k (Decision 76)."""
+        k: Any = self.k
+        if not is_array(k):
+            return first
+        return space.scale(space.xp.exp(math.log(10) * (1 / self.largest - 1 / space.xp.astype(k, space.dtype))), first)
+
     @property
     def is_tested(self) -> bool:
         """Whether there is something to compare, and something to do about it. One term cannot grow."""
@@ -198,7 +210,8 @@ class Terms(Record):
     @property
     def growth(self) -> GrowthTest:
         """The test whether the terms, or the cotangents that stand for them, grow."""
-        return GrowthTest(repr(self), self.largest, None if is_array(self.lam) else self.lam, self.on_growth)
+        lam = None if is_array(self.lam) else self.lam
+        return GrowthTest(repr(self), self.largest, lam, self.on_growth, of_samples=is_array(self.k))
 
 
 def _ratio(after: float, before: float) -> float:

@@ -66,7 +66,7 @@ class Neumann(Terms, AtFixedPoint):
         if not self.growth.active:
             return space.scale(self.lam, self.series(space, jacobian, v, v, with_last=False)[0])
         total, last = self.series(space, jacobian, v, v)
-        return space.scale(self.lam, self.growth.checked(space, v, last, total))
+        return space.scale(self.lam, self.growth.checked(space, self.reference(space, v), last, total))
 
     def series(
         self, space: Space, jacobian: Operator, start: State, v: State, *, with_last: bool = True

@@ -29,7 +29,7 @@ class Unroll(Terms, Estimator):
     ----------
     k
         Steps, at least 1: a number, or an array of integers that broadcasts to the batch, one for each sample. Samples
-        with fewer steps keep their points, and their residual is the one at h_k.
+        with fewer steps keep their points.
     lam
         λ in (0, 1], likewise. The value, and the gradient, have a derivative in an array λ.
     most
@@ -76,26 +76,31 @@ class Unroll(Terms, Estimator):
     def value(self, problem: Problem[H, Z], h: H, z: Z) -> H:
         return self.steps(problem, h, z, 0, self.largest)
 
-    def steps(self, problem: Problem[H, Z], h: H, z: Z, first: int, end: int) -> H:
-        """The point h_end, from the point h_first; ``end`` is larger."""
+    def steps(self, problem: Problem[H, Z], h: H, z: Z, first: int, end: int, before: H | None = None) -> H:
+        """The point h_end, from the point h_first; ``end`` is larger. ``before`` is the point before h_first."""
         space = bind(problem, h)
         problem = problem.fixed_point_form(h, z)
         bound = settings.bound(self, space)
         backend = space.backend
 
-        def step(problem: Problem[H, Z], h: H, t: Any) -> H:
+        def step(problem: Problem[H, Z], at: H, h: H, t: Any) -> tuple[H, H]:
+            """The point that F is evaluated at, and the next one."""
             f = problem.f if backend.has_autodiff else backend.protected(problem.f)
-            return _where_left(space, bound, t, _blend(space, bound.lam, f(h, z), h), h)
+            # Without a step left, the point of the last one: at h_k F may have an infinite derivative, and zero times
+            # that is NaN.
+            at = _where_left(space, bound, t, h, at)
+            return at, _where_left(space, bound, t, _blend(space, bound.lam, f(at, z), at), h)
 
         # Whoever watches F sees the last step alone (Decision 72), and the first where asked for: a loop that is traced
         # lets nothing out.
         inner, t = problem.unwatched or problem, first
         with space.backend.on_device_of(h):
             h = _valid(space, bound, h)
+            at = h if before is None else before
             if problem.watches_first and t < end - 1:
-                h, t = step(problem, h, t), t + 1
-            h = _repeated(space, bound, lambda h, t: step(inner, h, t), h, t, end - 1)
-            return _valid(space, bound, step(problem, h, end - 1))
+                (at, h), t = step(problem, at, h, t), t + 1
+            at, h = _repeated(space, bound, lambda at, h, t: step(inner, at, h, t), at, h, t, end - 1)
+            return _valid(space, bound, step(problem, at, h, end - 1)[1])
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)
@@ -108,11 +113,12 @@ class Unroll(Terms, Estimator):
         lam = bound.lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
-            h = _valid(space, bound, h)
+            h = h_t = _valid(space, bound, h)
             for t in range(self.largest):
-                at = problem.linearize(h, z).require("vjp_h", "vjp_z")
-                steps.append((h, None if self.recompute else at))
-                h = _where_left(space, bound, t, _blend(space, lam, at.value, h), h)
+                h_t = _where_left(space, bound, t, h, h_t)
+                at = problem.linearize(h_t, z).require("vjp_h", "vjp_z")
+                steps.append((h_t, None if self.recompute else at))
+                h = _where_left(space, bound, t, _blend(space, lam, at.value, h_t), h)
 
         def linearization(t: int) -> BoundLinearization[H, Z]:
             h_t, at = steps[t]
@@ -127,7 +133,7 @@ class Unroll(Terms, Estimator):
                     g_h, g_z = linearization(t).vjp(_where_left(space, bound, t, _scale(space, lam, g)))
                     z_bar = _add(space, z_bar, g_z)
                     g = _where_left(space, bound, t, _axpy(space, 1 - lam, g, g_h), g)
-                g = _checked(space.dual, growth, h_bar, g)
+                g = _checked(space.dual, growth, bound, h_bar, g)
                 return _add(space, z_bar, linearization(0).vjp_z(_scale(space, lam, g)))
 
         return h, pullback
@@ -141,13 +147,15 @@ class Unroll(Terms, Estimator):
         with space.backend.on_device_of(h):
             h = _valid(space, bound, h)
             at = problem.linearize(h, z).require("jvp_h", "jvp_z")
+            h_t, tangent_t = h, _scale(space, 0.0, h)
             tangent = _scale(space, lam, at.jvp_z(dz))
             h = _blend(space, lam, at.value, h)
             for t in range(1, self.largest):
-                at = problem.linearize(h, z)
-                moved = _blend(space, lam, at.jvp(tangent, dz), tangent)
+                h_t, tangent_t = (_where_left(space, bound, t, *x) for x in ((h, h_t), (tangent, tangent_t)))
+                at = problem.linearize(h_t, z)
+                moved = _blend(space, lam, at.jvp(tangent_t, dz), tangent_t)
                 tangent = _where_left(space, bound, t, moved, tangent)
-                h = _where_left(space, bound, t, _blend(space, lam, at.value, h), h)
+                h = _where_left(space, bound, t, _blend(space, lam, at.value, h_t), h)
         return h, _valid(space, bound, tangent)
 
     def error_bound(self, contraction: Factor) -> Factor:
@@ -155,12 +163,12 @@ class Unroll(Terms, Estimator):
         return geometric_bound(self.k, self.lam, contraction)
 
 
-def _checked(space: Space, growth: GrowthTest, first: H, last: H) -> H:
+def _checked(space: Space, growth: GrowthTest, bound: Unroll, first: H, last: H) -> H:
     """The cotangent ``last`` at h_1, compared with ``first`` at h_k."""
     if not growth.active:
         return last
     g = space.pack(last)
-    checked: H = space.unpack(growth.checked(space, space.pack(first), g, g))
+    checked: H = space.unpack(growth.checked(space, bound.reference(space, space.pack(first)), g, g))
     return checked
 
 
@@ -174,12 +182,16 @@ def _blend(space: Space, lam: Real, f: H, h: H) -> H:
     return _copy(space, f) if settings.is_one(lam) else _axpy(space, lam, f, _scale(space, 1 - lam, h))
 
 
-def _repeated(space: Space, bound: Unroll, step: Callable[[H, Any], H], h: H, first: int, end: int) -> H:
-    """The steps ``first`` to ``end`` - 1 from h."""
+def _repeated(
+    space: Space, bound: Unroll, step: Callable[[H, H, Any], tuple[H, H]], at: H, h: H, first: int, end: int
+) -> tuple[H, H]:
+    """The steps ``first`` to ``end`` - 1 from h: the last point that F was evaluated at, and the one after it."""
     if isinstance(bound.k, int):
-        return space.backend.repeat(lambda h: step(h, first), h, end - first)
+        h = space.backend.repeat(lambda h: step(h, h, first)[1], h, end - first)
+        return h, h
     t = space.xp.asarray(first, dtype=space.xp.int32, device=space.device)
-    return space.backend.repeat(lambda carry: (step(*carry), carry[1] + 1), (h, t), end - first)[0]
+    at, h, _ = space.backend.repeat(lambda carry: (*step(*carry), carry[2] + 1), (at, h, t), end - first)
+    return at, h
 
 
 def _where_left(space: Space, bound: Unroll, t: Any, moved: H, h: H | None = None) -> H:

@@ -83,4 +83,5 @@ def steps(n: Count, *, damping: Real = 1.0) -> FixedPointIteration:
     >>> solution.value, solution.stats.evaluations
     (array([1.75, 1.75]), 3)
     """
+    n = checks.count("n", n, 0)
     return FixedPointIteration(rtol=0.0, atol=0.0, max_steps=n, damping=damping)
