@@ -24,8 +24,10 @@ switching takes neumann where the state moves little, and unroll elsewhere.
 
 examples:
   {PROGRAM} --picture solved.png
-  {PROGRAM} --framework jax --gradient unroll --k 3
-  {PROGRAM} --checkpoint run.pt --tensorboard runs
+  {PROGRAM} \\
+      --framework jax --gradient unroll --k 3
+  {PROGRAM} \\
+      --checkpoint run.pt --tensorboard runs
 
 Ctrl-C stops after the current step. With a checkpoint, --resume goes on from
 there, and ends with the same parameters as a run without an interruption."""

@@ -1,5 +1,6 @@
 """What a trained model does to puzzles, recursion by recursion; in every framework."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,9 @@ import numpy as np
 import implicit_core as ic
 
 from .sudoku import Array, Puzzles
+
+BELIEF = 0.9
+"""Probability at which the model is taken to believe its answer. At 0.5 one answer in five would be wrong."""
 
 
 class Functions(NamedTuple):
@@ -89,12 +93,15 @@ def shares(answers: Answers, puzzles: Puzzles) -> dict[str, float]:
     }
 
 
-def until_halted(model: Functions, puzzles: Puzzles, most: int) -> Halted:
+def until_halted(model: Functions, puzzles: Puzzles, most: int, belief: float = BELIEF) -> Halted:
     """Each puzzle recurs until the model believes its answer, at most ``most`` times. Then it leaves the batch."""
+    limit = math.log(belief / (1 - belief))
     x = model.embed(puzzles.clues)
     # The belief at the start has seen no puzzle.
     h = ic.solve(model.recursion, model.start(puzzles.clues), x, solver=ic.steps(1), batch_ndim=1).value
-    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=most - 1, stop=lambda h, _: model.read(h[0])[1] > 0)
+    solver = ic.FixedPointIteration(
+        rtol=0.0, atol=0.0, max_steps=most - 1, stop=lambda h, _: model.read(h[0])[1] > limit
+    )
     solution = ic.solve(model.recursion, h, x, solver=ic.Compacting(solver), batch_ndim=1)
     digits = np.asarray(model.read(solution.value[0])[0]).argmax(axis=-1) + 1
     halted, steps = np.asarray(solution.converged), np.asarray(solution.stats.steps)

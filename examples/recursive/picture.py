@@ -28,14 +28,13 @@ def draw(path: Path, model: Functions, puzzles: Puzzles, most: int) -> Figure:
     puzzles
         Of which one is drawn.
     most
-        Recursions.
+        Recursions in which it is solved. Twice as many are drawn.
     """
-    answers = list(by_depth(model, puzzles.clues, most))
-    right = np.stack([(a.digits == puzzles.solutions).all(axis=1) for a in answers])
-    # From this recursion on the answer is right; without one, 0.
-    solved = np.where(right[-1], most - right[::-1].argmin(axis=0) + 1, 0)
-    solved[right.all(axis=0)] = 1
-    chosen = int(solved.argmax()) if right[-1].any() else int((answers[-1].digits == puzzles.solutions).sum(1).argmax())
+    answers = list(by_depth(model, puzzles.clues, 2 * most))
+    right = np.stack([(a.digits == puzzles.solutions).all(axis=1) for a in answers[:most]])
+    # The first recursion from which on the answer is right; 0 if it is wrong in the end.
+    solved = np.where(right[-1], most - np.logical_and.accumulate(right[::-1]).sum(axis=0) + 1, 0)
+    chosen = int(solved.argmax())
     figure = picture(
         puzzles.clues[chosen],
         puzzles.solutions[chosen],
@@ -49,11 +48,14 @@ def draw(path: Path, model: Functions, puzzles: Puzzles, most: int) -> Figure:
 
 def picture(clues: Array, solution: Array, answers: list[Answers], last: int) -> Figure:
     """The boards of one puzzle up to the recursion ``last``; and residual, wrong cells and belief of all recursions."""
-    shown = sorted({*np.unique(np.geomspace(1, last, BOARDS).round().astype(int)), last})
+    shown = sorted({round(depth) for depth in np.geomspace(1, last, BOARDS)})
     while len(shown) < min(BOARDS, last):
         shown = sorted({*shown, next(i for i in range(1, last + 1) if i not in shown)})
-    figure = Figure(figsize=(10, 5.0), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(2, len(shown) + 1, height_ratios=[1.0, 1.0])
+    figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
+    figure.suptitle(
+        "black: given, blue: right, orange: wrong; the surer the model is, the darker is the cell", fontsize=9
+    )
+    grid = figure.add_gridspec(2, len(shown) + 1)
     board(figure.add_subplot(grid[0, 0]), clues, solution, None, "the puzzle")
     for column, depth in enumerate(shown, 1):
         title = f"after {depth} recursion{'s' * (depth > 1)}"
@@ -92,6 +94,7 @@ def curves(axes: Axes, solution: Array, answers: list[Answers], shown: list[int]
     for i in shown:
         axes.axvline(i, color="#cccccc", linewidth=0.8, zorder=0)
     axes.semilogy(depth, [float(a.residual) for a in answers], "o-", color=LINE, markersize=4)
+    axes.set_xlim(0, len(answers) + 1)
     axes.set_xlabel("recursion")
     axes.set_ylabel("relative residual", color=LINE)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,5 +102,5 @@ def curves(axes: Axes, solution: Array, answers: list[Answers], shown: list[int]
     wrong = [int((a.digits != solution).sum()) for a in answers]
     other.step(depth, wrong, where="mid", color=WRONG)
     other.set_ylabel("wrong cells", color=WRONG)
-    other.set_ylim(bottom=0)
+    other.set_ylim(bottom=-0.3)
     other.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,8 +6,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .evaluation import Halted
+from .evaluation import BELIEF, Halted
 from .settings import Settings
+
+WIDTH = 70
+"""Of the tables."""
 
 
 def progress(console: Console) -> Progress:
@@ -40,9 +43,10 @@ def scalars(means: dict[str, float], tested: dict[str, float]) -> dict[str, floa
     return {f"{name}/{part}": value for part, numbers in parts.items() for name, value in numbers.items()}
 
 
-def by_depth(settings: Settings, found: dict[int, dict[str, float]], count: int) -> Table:
+def by_depth(settings: Settings, found: dict[int, dict[str, float]], count: int, seconds: float) -> Table:
     """Accuracy against recursions."""
-    table = Table(title=f"Sudoku of 6 x 6: {settings}; {count:,} new puzzles", box=box.SIMPLE_HEAD)
+    caption = f"{count:,} new puzzles; trained for {seconds:.0f} s"
+    table = Table(title=f"6 x 6 Sudoku, {settings}", caption=caption, box=box.SIMPLE_HEAD, width=WIDTH)
     for name in ("recursions", "exact match", "cells", "residual"):
         table.add_column(name, justify="right")
     trained = settings.recursions * settings.supervisions
@@ -56,12 +60,14 @@ def by_depth(settings: Settings, found: dict[int, dict[str, float]], count: int)
 def halting(halted: Halted, most: int) -> Table:
     """What the model's own belief does."""
     stopped = halted.halted
-    table = Table(title="Halted by the model's own belief", box=box.SIMPLE, show_header=False)
+    title = f"Halted where the model believes its answer, at a probability of {BELIEF:g}"
+    table = Table(title=title, box=box.SIMPLE, show_header=False, width=WIDTH)
     table.add_column()
     table.add_column(justify="right")
 
     def share(part: np.ndarray, whole: np.ndarray) -> str:
-        return f"{part.sum():,} of {whole.sum():,} ({part.sum() / max(whole.sum(), 1):.1%})"
+        percent = f" ({part.sum() / whole.sum():.1%})" if whole.any() else ""
+        return f"{part.sum():,} of {whole.sum():,}{percent}"
 
     right, every = halted.right, np.ones_like(stopped)
     mean = halted.evaluated.mean()

@@ -112,7 +112,7 @@ def run(
             found = examine(settings, training, test)
             if picture is not None:
                 draw(picture, training.averaged(), test, settings.recursions * settings.supervisions)
-    console.print(report.by_depth(settings, found.by_depth, len(test.clues)))
+    console.print(report.by_depth(settings, found.by_depth, len(test.clues), training.wall))
     console.print(report.halting(found.halted, settings.recursions * settings.supervisions))
     return found
 

@@ -1,7 +1,9 @@
 """Deep supervision in JAX: the training step is one program."""
 
 import time
+from collections.abc import Callable
 from dataclasses import astuple
+from functools import cache, partial
 from typing import IO, Any, NamedTuple
 
 import equinox as eqx
@@ -80,8 +82,9 @@ class Training:
     def averaged(self) -> Functions:
         """The functions of the model with the averaged weights."""
         model = self.carry.average
-        embed, recursion, read = (eqx.filter_jit(f) for f in (model.embed, model.recursion, model.read))
-        return Functions(model.start, embed, recursion, read)
+        return Functions(
+            model.start, partial(call, model.embed), partial(call, model.recursion), partial(call, model.read)
+        )
 
     def state(self) -> tuple[Any, ...]:
         """All that the next step depends on: arrays and numbers."""
@@ -102,6 +105,13 @@ class Training:
         self.totals = Totals(*totals)
 
 
+@eqx.filter_jit
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function of a model, compiled once for all parameters."""
+    return function(*arguments)
+
+
+@cache
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW, whose rate goes up from zero, then down to a twentieth on a cosine."""
 
