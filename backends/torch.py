@@ -127,6 +127,12 @@ class TorchSpace(Space):
             norm = torch.hypot(norm, torch.linalg.vector_norm(a, dim=-1, keepdim=True))
         return norm  # type: ignore[no-any-return]  # a tensor (N, 1)
 
+    def is_in_range(self, norm: Any) -> bool:
+        if not norm.is_cpu or norm.requires_grad or not norm.numel() or not self.backend.readable(norm):
+            return False
+        least, largest = torch.aminmax(norm)
+        return self.smallest < float(least) and float(largest) < self.highest  # never true of NaN
+
     def same(self, x: State, y: State) -> Any:
         # On a device, reading one number waits for it.
         if all(a.is_cpu and torch.equal(a, b) for a, b in zip(x, y, strict=True)):

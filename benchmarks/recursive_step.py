@@ -34,14 +34,14 @@ Run = Callable[[Any, Any, Tensor], Any]
 
 
 class Net(nn.Module):
-    """A layer with one hidden layer, a residual connection and a normalization; what is injected is added."""
+    """A layer with one hidden layer at each position, a residual connection and a normalization."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, h: Tensor, injected: Tensor) -> Tensor:
-        """F(h, injected), (batch, width)."""
+        """F(h, injected), (batch, tokens, width)."""
         u = h + injected
         u = u + self.second(nn.functional.silu(self.first(u)))
         return nn.functional.rms_norm(u, u.shape[-1:])
@@ -55,7 +55,7 @@ class Recursion(nn.Module):
         self.net, self.steps = net, steps
 
     def forward(self, state: State, x: Tensor) -> State:
-        """The next state, two tensors (batch, width)."""
+        """The next state, two tensors (batch, tokens, width)."""
         y, z = state
         for _ in range(self.steps):
             z = self.net(z, x + y)
@@ -138,7 +138,7 @@ def loops(options: argparse.Namespace) -> dict[str, Loop]:
         for free, of_samples in ((True, n), (False, k)):
             with torch.no_grad() if free else nullcontext():
                 for i in range(int(of_samples.max())):
-                    h = torch.where((i < of_samples)[:, None], net(h, x), h)
+                    h = torch.where((i < of_samples).view(-1, *[1] * (h.ndim - 1)), net(h, x), h)
         return h
 
     evaluations = steps + 1
@@ -175,16 +175,17 @@ class Training:
         self.net, self.head, self.run, self.pair = Net(width), nn.Linear(width, 10), run, pair
         self.parameters = [*self.net.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters)
-        self.x, start = torch.randn(2, options.batch, width)
+        self.x, start = torch.randn(2, options.batch, options.tokens, width)
         self.start = (start, torch.zeros_like(start)) if pair else start
-        self.target = torch.randint(10, (options.batch,))
+        self.target = torch.randint(10, (options.batch * options.tokens,))
 
     def step(self) -> float:
         """One training step; the seconds that it took."""
         begin = time.perf_counter()
         self.optimizer.zero_grad()
         state = self.run(self.net, self.start, self.x)
-        nn.functional.cross_entropy(self.head(state[0] if self.pair else state), self.target).backward()
+        logits = self.head(state[0] if self.pair else state).flatten(0, 1)
+        nn.functional.cross_entropy(logits, self.target).backward()
         self.optimizer.step()
         return time.perf_counter() - begin
 
@@ -230,10 +231,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add = options.add_argument
     add("--batch", type=positive, default=64, help="samples")
-    add("--width", type=positive, default=256, help="numbers in each of the two parts of a state")
+    add("--tokens", type=positive, default=36, help="positions of a sample, such as the cells of a puzzle")
+    add("--width", type=positive, default=256, help="numbers of a position, in each of the two parts of a state")
     add("--steps", type=positive, default=6, help="steps of the latent in a recursion")
     add("--cycles", type=positive, default=3, help="recursions, of which the last one has a graph")
-    add("--pairs", type=positive, default=40, help="timed pairs of steps")
+    add("--pairs", type=positive, default=20, help="timed pairs of steps")
     add("--threads", type=positive, default=1, help="threads of torch")
     add("--seed", type=int, default=0, help="seed of weights and inputs")
     add("--output", type=output, action="append", default=[], help="save as .json or .md; may be repeated")
@@ -255,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     found = {"settings": settings} | environment("torch")
     title = [
-        f"batch {options.batch}, width {options.width}, float32; {options.pairs} pairs of steps",
+        f"batch {options.batch}, tokens {options.tokens}, width {options.width}, float32; {options.pairs} pairs",
         f"{found['machine']['cpu']}, threads: {options.threads}",
         f"implicit_core {found['versions']['implicit-core']}, torch {found['versions']['torch']}",
     ]

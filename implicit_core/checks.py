@@ -169,7 +169,10 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
 
 
 def scale(value: PyTree, name: str = "scale") -> PyTree:
-    """``value``, called ``name``, whose numbers are positive and finite; numbers in arrays where they can be read."""
+    """``value``, called ``name``, whose numbers are positive; finite in arrays, and where there is one number alone.
+
+    Numbers in arrays are checked where they can be read.
+    """
     from .registry import find_backend, leaves_of  # which import this module
 
     if value is None:
@@ -190,7 +193,7 @@ def scale(value: PyTree, name: str = "scale") -> PyTree:
                 positive = bool(xp.all((leaf > 0) & (leaf < float("inf"))))
             if not positive:
                 raise ValueError(f"{name} must be positive and finite, but an array in it is not")
-        else:
+        elif leaf is value or not (isinstance(leaf, float) and leaf == float("inf")):  # of a part, but not of all
             real(name, leaf, 0.0, low_open=True)
     return value
 

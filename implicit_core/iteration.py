@@ -13,7 +13,7 @@ active, a traced or captured one, which cannot, and a loop of the user's own (:c
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import checks, finished, progress, rounding, settings
+from . import checks, finished, forced, progress, rounding, settings
 from .arrays import H, History, Index, Mask, Numbers, Operator, PyTree, State, Z
 from .backend import Known, Watch, WrittenArgumentError
 from .carry import GOING_ON, Best, Carry, Count, Point, least_residual
@@ -23,7 +23,6 @@ from .records import is_array
 from .root_problem import RootProblem
 from .solution import Solution, Stats, Status
 from .system import system_of
-from .unsolved import unsolved
 
 if TYPE_CHECKING:
     from .solvers.base import Solver
@@ -132,6 +131,9 @@ class Iteration:
         # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
         self.forced = settings.is_zero(self.rtol) and settings.is_zero(self.absolute)
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
+        plain = forced.is_plain(solver) and self.most is None and not (trace or stepwise)
+        self.plain = plain and forced.needs_no_look(self.system)
+        """Whether the steps before the last are made without a look at their points."""
         self.unmodified: Any = True
         self.start: Start  # unless the number of steps is forced
 
@@ -149,8 +151,14 @@ class Iteration:
             If F wrote to its argument.
         """
         if settings.is_zero(self.solver.max_steps):
-            return unsolved(self.system.problem, self.space.like, self.solver, trace=self.trace)
-        return self._in_range(self._run)
+            return forced.unsolved(self.system.problem, self.space.like, self.solver, trace=self.trace)
+        solution = self._in_range(self._run)
+        if self.plain and bool(self.space.xp.any(solution.status == Status.NONFINITE.value)):
+            # Such a sample keeps its last finite point, which nobody looked for.
+            again = Iteration(self.system.problem, self.space.like, self.system.z, self.solver)
+            again.plain = False
+            return again.run()
+        return solution
 
     def first(self) -> Carry:
         """The first evaluation, at h0, of a loop that is the user's. The numbers are read once, if they can be."""
@@ -190,7 +198,7 @@ class Iteration:
         self.atol = self.atol / units
 
     def _run(self) -> Solution[Any]:
-        return self.with_nan(self.finish(self.loop(self.begin, self.solver.max_steps - 1)))
+        return self.with_nan(self.finish(self.loop(self.begin, 0 if self.plain else self.solver.max_steps - 1)))
 
     def loop(self, begin: Callable[[], Carry], steps: int) -> Carry:
         """At most so many steps from a start, which has no name here, since that would keep its states."""
@@ -200,10 +208,12 @@ class Iteration:
     def begin(self) -> Carry:
         """The first evaluation, at h0."""
         space, solver = self.space, self.solver
-        only = settings.is_one(solver.max_steps) and not self.stepwise
         start = space.copy(space.pack(space.backend.map(space.backend.stop_gradient, space.like)))
         start = settings.with_settings(space, solver, start)
         start = solver.start(self.system, start)
+        only = (self.plain or settings.is_one(solver.max_steps)) and not self.stepwise
+        if self.plain:
+            start = forced.advance(self.system, solver, start, self._before)
         h = space.unpack(start)
         kept = self._kept(h)
         # An infinite start is no start.
@@ -228,7 +238,7 @@ class Iteration:
             point = point._replace(active=point.active & ~self.unread)
         space.shard_as(point.f)
         point = point._replace(x=space.shard(point.x))
-        steps = Count(1 if readable and not self.stepwise else space.full(1, space.xp.int32))
+        steps = Count(1 + self._before if readable and not self.stepwise else space.full(1, space.xp.int32))
         best = Best(point.x, point.norm, point.f_norm, steps) if solver.keeps_best else None
         made = None
         if not self.forced:
@@ -446,7 +456,7 @@ class Iteration:
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
             steps=space.per_sample(self._made(carry)),
-            evaluations=point.index + 1,
+            evaluations=point.index + 1 + self._before,
             residual=space.per_sample(self.in_units(norm)),
             trace=None if carry.trace is None else self._trace(carry.trace),
             relative=space.per_sample(progress.relative(space, norm, f_norm)),
@@ -472,6 +482,11 @@ class Iteration:
         if self.may_make_none:
             moving = moving & (self._limit > 0)
         return space.copy(space.round(space.where(moving, x, point.x)))
+
+    @property
+    def _before(self) -> int:
+        """The steps that are made without a look, before the first point that is measured."""
+        return self.solver.max_steps - 1 if self.plain else 0
 
     def _made(self, carry: Carry) -> Numbers:
         """The evaluations of F until each sample was finished, or the steps of its own, (N, 1)."""

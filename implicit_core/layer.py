@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
-from . import progress, settings
+from . import forced, progress, settings
 from .arrays import H, Numbers, Z
 from .backend import Backend
 from .estimators import AtFixedPoint, Estimator
+from .forced import is_forced, is_plain, unmeasured, unsolved
 from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
@@ -22,7 +23,6 @@ from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
 from .solvers.here import Here
 from .space import Space
-from .unsolved import unsolved
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class LayerOptions:
     throw: bool = False
     trace: bool = False
     examine: Callable[[Any, Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        # The steps of an unrolled estimator behind a number of steps are those of a recurrent model: whoever asks for
+        # them estimates no fixed point, whose derivative growing cotangents would miss (Decision 131).
+        gradient: Any = self.gradient
+        warns = not isinstance(gradient, AtFixedPoint) and getattr(gradient, "on_growth", None) == "warn"
+        if warns and is_forced(self.solver):
+            object.__setattr__(self, "gradient", replace(gradient, on_growth="ignore"))
 
 
 class Layer(Protocol):
@@ -74,6 +82,10 @@ def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> 
     if replaces_solve(options.gradient):
         return unsolved(problem, h0, measuring(options.solver), trace=options.trace)
     solver = starting_solver(options)
+    # The estimator's own steps measure the last of them.
+    measured_later = is_plain(solver) and not (isinstance(options.gradient, AtFixedPoint) or options.trace)
+    if measured_later and (solution := unmeasured(problem, h0, z, solver)) is not None:
+        return solution
     return solve_from_arrays(problem, h0, z, solver=solver, trace=options.trace)
 
 
@@ -137,8 +149,11 @@ class Watched(Generic[H, Z]):
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
             space = self.problem.space(h)
             x, fx = space.pack(h), space.accept("the result of f", f)
+            residual, f_norm = space.sub(fx, x), space.norm(fx)
+            if space.is_in_range(f_norm):
+                return space.norm(residual), f_norm
             units = space.magnitude(fx)  # once, and whatever the size of the state
-            residual, fx = space.divide(space.sub(fx, x), units), space.divide(fx, units)
+            residual, fx = space.divide(residual, units), space.divide(fx, units)
             return units * space.norm(residual), units * space.norm(fx)
 
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
@@ -206,14 +221,6 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
     return solution
 
 
-def is_forced(solver: object) -> bool:
-    """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
-    solver = getattr(solver, "solver", solver)  # within Compacting, say
-    if getattr(solver, "ends_samples", False):
-        return False
-    return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
-
-
 def measuring(solver: object) -> FixedPointIteration:
     """A solver with the tolerances of another one, or the default ones if it has none."""
     rtol, atol = getattr(solver, "rtol", None), getattr(solver, "atol", None)
@@ -225,6 +232,8 @@ def _of_value(
     solution: Solution[H], options: LayerOptions, space: Space, norm: Numbers, f_norm: Numbers, *at_start: Numbers
 ) -> Solution[H]:
     """The solution told of h_k, given the norms at h_{k-1}, and at h0 if no solve measured them."""
+    if is_forced(options.solver) and not at_start:
+        return forced.told(solution, space, norm, f_norm)
     xp, status, stats = space.xp, solution.status, solution.stats
     norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
     first, rounding = stats.residual, RESOLVED * space.coarsest_eps * f_norm

@@ -212,9 +212,9 @@ class Problem(Generic[H, Z]):
         How many first axes of every leaf of h index independent samples; 0 for one system.
     scale
         The units of the unknown, if its parts have different ones: a number, an array that broadcasts to h, or a pytree
-        like h with a number or an array for each leaf. All positive, and known when a framework traces. Norms,
-        inner products, tolerances and certificates are then those of h / scale. ``magnitudes(f(h0, z))`` takes it from
-        the first evaluation.
+        like h with a number or an array for each leaf. All positive, and known when a framework traces. ``math.inf``
+        for a leaf leaves it out of all norms, as for a count of the steps. Norms, inner products, tolerances and
+        certificates are then those of h / scale. ``magnitudes(f(h0, z))`` takes it from the first evaluation.
 
     Notes
     -----

@@ -130,14 +130,15 @@ def find_adapter(tree: PyTree) -> ModuleType | None:
 
 
 def _owner(tree: PyTree, frameworks: dict[str, str]) -> Backend | None:
-    of_its_class = type(tree).__module__.partition(".")[0]
-    if of_its_class in frameworks and (backend := load_backend(of_its_class)).is_array(tree):
-        return backend  # one array, the most common pytree
+    # Nearly always one array, or a pytree of arrays of one framework, whose name is in the name of their class.
+    leaves = [tree] if hasattr(tree, "dtype") else optree.tree_leaves(tree)
+    roots = {type(leaf).__module__.partition(".")[0] for leaf in leaves}
+    if len(roots) == 1 and (root := roots.pop()) in frameworks and (backend := load_backend(root)).is_array(leaves[0]):
+        return backend
     for framework in frameworks:
         if sys.modules.get(framework) is not None:  # None stands for a module that must not be imported
             backend = load_backend(framework)
-            leaves, _ = backend.flatten(tree)
-            if any(backend.is_array(leaf) for leaf in leaves):
+            if any(map(backend.is_array, backend.flatten(tree)[0])):
                 return backend
     return None
 

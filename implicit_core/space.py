@@ -25,6 +25,8 @@ A = TypeVar("A")
 """An array."""
 PRIME = 46337
 """The largest prime whose square is an int32."""
+UNMEASURED = 2.0**100
+"""The unit of a part of a state that is not measured: a power of two, so that counts stay exact; squares vanish."""
 Axes = tuple[int, ...]
 """The axes of an array, the one with the largest stride first."""
 
@@ -235,7 +237,7 @@ class Space:
 
     def _flat_unit(self, unit: Any, shape: tuple[int, ...], order: Axes | None, batch_ndim: int) -> Any:
         if isinstance(unit, (int, float)):
-            return float(unit)
+            return UNMEASURED if unit == math.inf else float(unit)
         xp = self.xp
         unit = self._cast(unit if self.backend.is_array(unit) else xp.asarray(unit, device=self.device), self.dtype)
         state = shape[batch_ndim:]
@@ -415,11 +417,20 @@ class Space:
         smallest: float = float(self.backend.finfo(self.dtype).smallest_normal) ** 0.5 / self.eps
         return smallest
 
+    @property
+    def highest(self) -> float:
+        """Squares of larger numbers, or sums of them, may leave the range of numbers."""
+        highest: float = float(self.backend.finfo(self.dtype).max) ** 0.5 * 1e-4
+        return highest
+
     def out_of_range(self, norm: Numbers) -> Mask:
         """Where squares of numbers of this size, or of their rounding errors, may leave the range of numbers."""
-        high = float(self.backend.finfo(self.dtype).max) ** 0.5 * 1e-4
-        outside: Mask = (norm <= self.smallest) | (norm >= high)
+        outside: Mask = (norm <= self.smallest) | (norm >= self.highest)
         return outside
+
+    def is_in_range(self, norm: Numbers) -> bool:
+        """Whether no number is :meth:`out_of_range`, or not finite; False where to know it would wait for a device."""
+        return False
 
     def dot(self, x: State, y: State) -> Numbers:
         """Inner product over all leaves."""

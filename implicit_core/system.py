@@ -75,6 +75,10 @@ class System:
         residual = space.sub(f, x)
         return Evaluation(f, residual, space.norm(residual), space.norm(f), operator)
 
+    def value(self, x: State) -> State:
+        """F at x."""
+        return self._accept(self.f(self.space.unpack(x), self.z))
+
     def _linearized(self, at: BoundLinearization[Any, Any]) -> Operator:
         from .solvers.jacobian import LinearizedOperator, complement_of
 

@@ -80,7 +80,7 @@ def test_the_table_of_recursive_models(tmp_path: Path, capsys: pytest.CaptureFix
     """Both forms of a loop lead to the same parameters, or the benchmark fails."""
     files = [tmp_path / "recursive.json", tmp_path / "recursive.md"]
     saved = [argument for file in files for argument in ("--output", str(file))]
-    tiny = ["--batch", "4", "--width", "8", "--steps", "2", "--cycles", "2", "--pairs", "2"]
+    tiny = ["--batch", "4", "--tokens", "3", "--width", "8", "--steps", "2", "--cycles", "2", "--pairs", "2"]
     assert recursive_step.main([*tiny, *saved]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80

@@ -1,5 +1,6 @@
 """Exactly T steps: a forced number of steps costs T evaluations of F, and BPTT(T) costs T, in every framework."""
 
+import math
 from typing import Any
 
 import array_api_compat
@@ -432,3 +433,26 @@ def test_a_number_of_torch_may_be_zero() -> None:
 def test_fewer_steps_than_there_can_be(make: Any) -> None:
     with pytest.raises(ValueError, match="max_steps must be at least"):
         make()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_count_in_the_state_is_exact_and_not_measured(dtype: Any, library: Library) -> None:
+    """Recursive models count their steps in the state, to draw noise by them; restarts are compared without it."""
+    starts = np.array([[[3e-4], [1e-5]], [[1e-5], [3e-4]]], dtype)
+    state = library.array(starts), library.array(np.zeros((2, 2), dtype))
+    solution = ic.solve(
+        lambda state, z: (0.5 * state[0], state[1] + 1),
+        state,
+        None,
+        solver=ic.steps(7),
+        batch_ndim=2,
+        scale=(1.0, math.inf),
+    )
+    assert (library.numpy(solution.value[1]) == 7).all()
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), 0.5**7 * starts[..., 0], rtol=1e-5)
+    np.testing.assert_allclose(library.numpy(solution.best().value[0])[:, 0], 2 * [1e-5 * 0.5**7], rtol=1e-5)
+
+
+def test_no_state_is_without_any_measure() -> None:
+    with pytest.raises(ValueError, match="scale must lie in"):
+        ic.solve(lambda h, z: h, np.ones(2), None, scale=math.inf)

@@ -1,5 +1,6 @@
 """An estimate that grows with its terms is told in every framework, and a contraction is never accused."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -555,3 +556,20 @@ def test_a_certificate_measures_what_grows_and_does_not_warn() -> None:
     ]
     assert found[0].relative_error == found[1].relative_error == found[2].relative_error
     assert found[0].relative_error == pytest.approx(9.0**5, rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient", [ic.Unroll(3, 1.0), ic.BPTT(3)], ids=repr)
+def test_unrolled_steps_behind_a_forced_number_do_not_warn(gradient: Any, recwarn: pytest.WarningsRecorder) -> None:
+    """They are the steps of a recurrent model. ``"nan"`` is obeyed, and a series of terms warns as ever."""
+    slope = torch.full((2, 1), -3.0, requires_grad=True)
+
+    def backward(gradient: Any) -> Any:
+        options: Any = {"solver": ic.steps(2), "gradient": gradient, "batch_ndim": 1}
+        value = ic.fixed_point(lambda h, z: slope * h + z, torch.zeros(2, 1), torch.ones(2, 1), **options).value
+        return torch.autograd.grad(value.sum(), slope)[0]
+
+    assert backward(gradient).isfinite().all()
+    assert not recwarn.list
+    assert backward(dataclasses.replace(gradient, on_growth="nan")).isnan().all()
+    with pytest.warns(ic.GrowingGradientWarning):
+        backward(ic.Neumann(3, 1.0))

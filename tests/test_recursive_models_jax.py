@@ -14,6 +14,8 @@ import recursive_loops as by_hand
 import recursive_models as library
 from jax import lax
 
+import implicit_core as ic
+
 BATCH, WIDTH, TOKENS, STEPS = 4, 8, 5, 20
 constant = lax.stop_gradient
 Parameters = Any
@@ -83,22 +85,41 @@ def parameters(key: Any, cells: int) -> Parameters:
     return {"embed": layer(3, WIDTH), "head": layer(WIDTH, 2), "cells": made}
 
 
-def eqr(cell: Cell, state: Any, x: Any, key: Any, cycles: int = 3, steps: int = 3) -> Any:
-    """EqR: each application of the net draws noise by a key of its own, which a count in the state gives."""
+def counted(cell: Cell, key: Any, steps: int = 3) -> Cell:
+    """A recursion of EqR, each application of whose net draws noise by a key of its own. A count in the state gives it.
 
-    def counted(state: Any, x: Any) -> Any:
+    Keys are no numbers that a solve can carry, and F is not told how often it was evaluated.
+    """
+
+    def apply(state: Any, x: Any) -> Any:
         state, count = state
-        keys = iter(jax.random.split(jax.random.fold_in(key, count[0].astype(jnp.int32)), steps + 1))
+        keys = iter(jax.random.split(jax.random.fold_in(key, count.ravel()[0].astype(jnp.int32)), steps + 1))
         noisy = library.noisy(cell, lambda h: jax.random.normal(next(keys), h.shape))
         return library.recursion(noisy, steps)(state, x), count + 1
 
-    return library.recur(counted, (state, jnp.zeros(x.shape[0])), x, cycles - 1)[0]
+    return apply
 
 
-def eqr_by_hand(cell: Cell, state: Any, x: Any, key: Any) -> Any:
-    keys = iter([each for i in range(3) for each in jax.random.split(jax.random.fold_in(key, i), 4)])
+def eqr(cell: Cell, state: Any, x: Any, key: Any, cycles: int = 3) -> Any:
+    return library.recur(counted(cell, key), (state, jnp.zeros(x.shape[0])), x, cycles - 1)[0]
+
+
+def eqr_restarts(cell: Cell, starts: Any, x: Any, key: Any, cycles: int = 4) -> Any:
+    """The restart whose last step is the shortest.
+
+    In large units the count is no part of this length, and it stays exact if they are a power of 2.
+    """
+    h0, scale = (starts, jnp.zeros(starts[0].shape[:2])), ((1.0, 1.0), 2.0**100)
+    solution = ic.solve(counted(cell, key), h0, x, solver=ic.steps(cycles), batch_ndim=2, scale=scale)
+    return solution.best().value[0]
+
+
+def eqr_by_hand(cell: Cell, state: Any, x: Any, key: Any, cycles: int = 3) -> tuple[Any, Any]:
+    """The last state, and the one before it."""
+    keys = iter([each for i in range(cycles) for each in jax.random.split(jax.random.fold_in(key, i), 4)])
     noisy = lambda h, x: 0.95 * cell(h, x) + 0.05 * h + 0.01 * jax.random.normal(next(keys), h.shape)  # noqa: E731
-    return by_hand.trm(constant, noisy, state, x)
+    before = by_hand.trm(constant, noisy, state, x, cycles - 1)
+    return by_hand.trm(constant, noisy, before, x, 1), before
 
 
 def recur(cell: Cell, h: Any, x: Any, n: Any, k: int) -> Any:
@@ -196,7 +217,7 @@ LOOPS = [
         "EqR",
         [net],
         lambda cells, state, x, draws: eqr(*cells, state, x, draws.key),
-        lambda cells, state, x, draws: eqr_by_hand(*cells, state, x, draws.key),
+        lambda cells, state, x, draws: eqr_by_hand(*cells, state, x, draws.key)[0],
         pair=True,
     ),
     Loop(
@@ -320,3 +341,17 @@ def test_training_steps_are_scanned(loop: Loop) -> None:
 
     p, _ = jax.jit(partial(lax.scan, scanned, length=STEPS))(start(loop))[0]
     assert_equal(p, train(loop, loop.by_hand))
+
+
+def test_eqr_chooses_among_restarts_by_the_last_step() -> None:
+    cell = net(parameters(jax.random.key(0), 1)["cells"][0])
+    generator = np.random.default_rng(0)
+    x = jnp.broadcast_to(jnp.asarray(generator.standard_normal((BATCH, WIDTH))), (6, BATCH, WIDTH))
+    starts = tuple(jnp.asarray(generator.standard_normal((2, 6, BATCH, WIDTH))))
+    key = jax.random.key(1)
+    last, before = eqr_by_hand(cell, starts, x, key, 4)
+    length = jnp.linalg.norm(jnp.concatenate(last, -1) - jnp.concatenate(before, -1), axis=-1)
+    best = length.argmin(0)
+    assert len(set(best.tolist())) > 1
+    for a, b in zip(jax.jit(partial(eqr_restarts, cell))(starts, x, key), last, strict=True):
+        np.testing.assert_allclose(a, b[best, jnp.arange(BATCH)], rtol=1e-12, atol=1e-12)

@@ -12,6 +12,7 @@ from implicit_core.arrays import H, Numbers, Z
 from implicit_core.backends.jax import BACKEND, coupled_axes, debugs_nans, noticing, sharded
 from implicit_core.backends.jax_internals import ShapedArray
 from implicit_core.estimators import BPTT, AtFixedPoint, Derivative, Estimator, OneStep, Unroll
+from implicit_core.forced import is_forced, unsolved
 from implicit_core.layer import (
     LayerOptions,
     Watched,
@@ -29,7 +30,6 @@ from implicit_core.solution import Solution
 from implicit_core.solve import solve_as_it_is
 from implicit_core.solvers import FixedPointSolver
 from implicit_core.solvers.compacting import without_compacting
-from implicit_core.unsolved import unsolved
 
 from .batching import MapOfArrays, with_vmap_as_batch
 from .callbacks import value_from_callbacks
@@ -342,8 +342,8 @@ def _unrolled(
     else:
         h_k, norms = steps(h, 0, gradient.largest)
     norms = in_terms_of_g(relaxation, norms, solution)
-    # Of the solver, only the tolerances of a start are asked for.
-    solver = measuring(options.solver if gradient.starts_from_h0 else None)
+    # Of the solver, only the tolerances of a start are asked for, and whether there are any.
+    solver = measuring(options.solver if gradient.starts_from_h0 or is_forced(options.solver) else None)
     static, numbers = split(LayerOptions(solver, gradient))
     kept = {"evaluations": solution.stats.evaluations, "trace": solution.stats.trace}
     solution = solution._replace(stats=solution.stats._replace(evaluations=0, trace=None))

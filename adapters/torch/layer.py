@@ -181,7 +181,7 @@ def _unrolled(problem: Problem[H, Z], h: H, z: Z, gradient: Unroll | BPTT) -> H:
     """The k steps from h, with their graph."""
     # Without damping a step may be a tensor of the user's that f returned, such as z or a buffer.
     may_alias = settings.is_one(gradient.lam)
-    if not (gradient.growth.active and torch.is_grad_enabled()) or transforming() or in_dual_level():
+    if not (gradient.is_tested and torch.is_grad_enabled()) or transforming() or in_dual_level():
         value = gradient.value(problem, h, z)
         return BACKEND.map(torch.clone, value) if may_alias else value
     # The first step starts at a constant, where no cotangent arrives, so growth is measured from h_1 on.

@@ -15,7 +15,8 @@ from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
 from implicit_core.estimators import Estimator, Unroll
-from implicit_core.layer import LayerOptions, is_forced
+from implicit_core.forced import is_forced
+from implicit_core.layer import LayerOptions
 from implicit_core.problem import Problem, as_problem
 from implicit_core.registry import not_compiled
 from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats

@@ -175,6 +175,11 @@ class Terms(Record):
         return geometric_count(self.k, self.lam, contraction)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether there is something to compare, and something to do about it. One term cannot grow."""
+        return self.largest > 1 and self.on_growth != "ignore"
+
+    @property
     def growth(self) -> GrowthTest:
         """The test whether the terms, or the cotangents that stand for them, grow."""
         return GrowthTest(repr(self), self.largest, None if is_array(self.lam) else self.lam, self.on_growth)

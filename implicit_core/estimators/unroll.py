@@ -39,6 +39,8 @@ class Unroll(Terms, Estimator):
         What to do with samples whose cotangents grow from step to step, so that A is no estimate: ``"warn"`` with a
         :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The cotangent at
         h_1 is compared with the one at h_k. Code that a framework traces cannot warn: there ``"warn"`` does nothing.
+        Nor does it behind a solver whose number of steps is forced, as in recursive models, where A is the derivative
+        of the last k steps and estimates nothing else.
         Pushforwards and second derivatives are not tested.
 
     Raises
