@@ -15,11 +15,6 @@ State: TypeAlias = tuple[Tensor, Tensor]
 """The answer y and the latent z, each (n, 36, width)."""
 
 
-def forced(steps: int) -> ic.FixedPointIteration:
-    """A solver that makes this number of steps, whatever the residual."""
-    return ic.steps(steps)
-
-
 class SwiGLU(nn.Module):
     """A gated layer over the last axis, by N. Shazeer, *GLU variants improve transformer* (2020)."""
 
@@ -115,8 +110,8 @@ class RecursiveModel(nn.Module):
         Updates of the latent in a recursion.
     solver, gradient
         The recursions of a call, and their derivative.
-    recursion
-        The class of the cell.
+    last_step
+        Whether the gradient of a recursion passes through the last update of its latent alone.
 
     Examples
     --------
@@ -140,15 +135,14 @@ class RecursiveModel(nn.Module):
         gradient: ic.Estimator,
         *,
         expansion: int = 2,
-        recursion: type[Recursion] = Recursion,
+        last_step: bool = False,
     ) -> None:
         super().__init__()
         self.digits = nn.Embedding(DIGITS + 1, width)
         self.positions = nn.Embedding(CELLS, width)
         net = nn.Sequential(*(Block(width, expansion) for _ in range(2)))
-        self.layer: ict.ImplicitLayer[Tensor, State] = ict.ImplicitLayer(
-            recursion(net, steps), solver=solver, gradient=gradient
-        )
+        cell = (LastStepRecursion if last_step else Recursion)(net, steps)
+        self.layer: ict.ImplicitLayer[Tensor, State] = ict.ImplicitLayer(cell, solver=solver, gradient=gradient)
         self.head = nn.Linear(width, DIGITS, bias=False)
         self.halt = nn.Linear(width, 1)
 

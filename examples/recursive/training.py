@@ -17,9 +17,9 @@ import implicit_core as ic
 from .batches import SOLVED, Places, Schedule, Totals
 from .evaluation import Functions
 from .loops import Loop
-from .model import LastStepRecursion, Prediction, Recursion, RecursiveModel
+from .model import Prediction, RecursiveModel
 from .settings import Settings
-from .sudoku import Array, Puzzles
+from .sudoku import Puzzles
 
 
 class Examples(NamedTuple):
@@ -34,6 +34,11 @@ def loss_of(prediction: Prediction, targets: Tensor) -> Tensor:
     cells = cross_entropy(prediction.logits.flatten(0, 1), targets.flatten())
     right = (prediction.logits.argmax(dim=-1) == targets).all(dim=1)
     return cells + SOLVED * binary_cross_entropy_with_logits(prediction.solved, right.to(cells.dtype))
+
+
+def residual_of(model: Any) -> float:
+    """The median relative residual of the last call of a model's layer."""
+    return float(model.layer.stats.relative.median())
 
 
 class Training:
@@ -95,9 +100,8 @@ class Training:
         train = Examples(torch.as_tensor(puzzles.clues), torch.as_tensor(puzzles.solutions) - 1)
 
         def make() -> RecursiveModel:
-            recursion = LastStepRecursion if loop.last_step else Recursion
             return RecursiveModel(
-                settings.width, settings.latent_steps, loop.solver, loop.gradient, recursion=recursion
+                settings.width, settings.latent_steps, loop.solver, loop.gradient, last_step=loop.last_step
             )
 
         return cls(make, settings, loop, settings.seed, train)
@@ -123,7 +127,7 @@ class Training:
             self.scheduler.step()
             self.average.update_parameters(self.model)
         self.state = prediction.state
-        self.residual = float(self.model.layer.stats.relative.median())
+        self.residual = residual_of(self.model)
         right = prediction.logits.argmax(dim=-1) == targets
         shares = float(right.float().mean()), float(right.all(dim=1).float().mean())
         self.totals.add(float(loss.detach()), *shares, self.residual)
@@ -135,10 +139,6 @@ class Training:
         """The functions of the model with the averaged weights."""
         model: Any = copy.deepcopy(self.average.module).requires_grad_(False)
         return Functions(model.start, model.embed, model.recursion, model.read)
-
-    def parameters(self) -> dict[str, Array]:
-        """The parameters by name."""
-        return {name: value.detach().numpy() for name, value in self.model.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors and plain Python."""
