@@ -42,7 +42,7 @@ from implicit_core.examples.recursive.sudoku import Puzzles
 
 pytestmark = [pytest.mark.slow, pytest.mark.promotes("optax")]
 
-SMALL = {"steps": 20, "batch": 8, "width": 8, "supervisions": 4, "latent_steps": 2, "recursions": 2}
+SMALL = {"steps": 20, "batch": 16, "width": 8, "supervisions": 4, "latent_steps": 2, "recursions": 2}
 FLAGS = [word for name, value in SMALL.items() for word in ("--" + name.replace("_", "-"), str(value))]
 FRAMEWORKS = {"torch": training.Training, "jax": training_jax.Training}
 
@@ -185,7 +185,7 @@ def test_a_new_puzzle_starts_anew_and_an_old_one_goes_on(
     for _ in range(5):
         made.step()
     for done in range(1, 5):
-        fresh = (np.arange(8) + done) % 4 == 0
+        fresh = (np.arange(16) + done) % 4 == 0
         for start, before in zip(seen[done][0], seen[done - 1][1], strict=True):
             assert torch.equal(start[fresh], torch.zeros_like(start[fresh]))
             assert torch.equal(start[~fresh], before[~fresh])
@@ -202,16 +202,16 @@ def test_a_puzzle_halts_at_the_first_recursion_whose_answer_the_model_believes(
     # Between two of them, so that some puzzles halt at once, some later, and some not at all.
     belief = float(np.sort(beliefs.max(axis=0))[5:7].mean())
     believed = beliefs > belief
-    halted = evaluation.until_halted(plain, test, most, belief)
-    assert 0 < halted.halted.sum() < 20
+    expected = np.where(believed[:-1].any(axis=0), believed.argmax(axis=0) + 1, most)
+    assert {1, most} < set(expected)
+    digits = np.stack([answers.digits for answers in evaluation.by_depth(plain, test.clues, most + 1)])
+    assert (digits[most] != digits[most - 1]).any(axis=1)[expected == most].any()
+    answered = Puzzles(test.clues, digits[expected - 1, np.arange(20)])
+    halted = evaluation.until_halted(plain, answered, most, belief)
     assert np.array_equal(halted.halted, believed[:-1].any(axis=0))
-    expected = np.where(halted.halted, believed.argmax(axis=0) + 1, most)
-    assert len(set(expected)) > 2
     assert np.array_equal(halted.recursions, expected)
     assert np.array_equal(halted.evaluated, np.where(halted.halted, expected + 1, most))
-    digits = np.stack([answers.digits for answers in evaluation.by_depth(plain, test.clues, most)])
-    right = (digits[expected - 1, np.arange(20)] == test.solutions).all(axis=1)
-    assert np.array_equal(halted.right, right)
+    assert halted.right.all()
 
 
 def content(path: Path) -> Any:
@@ -241,7 +241,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     for row in ("8 \\(trained\\) +[0-9.]+%", "16 +[0-9.]+%", "puzzles that halted +[0-9]+ of 20", "saved +[0-9.]+%"):
         assert re.search(row, shown), row
 
-    interrupt(framework, 7)
+    interrupt(framework, 12)  # between the second and the third pass over the puzzles
     arguments = ["--checkpoint", str(parts), "--tensorboard", str(log), "--picture", str(drawn)]
     assert main([*flags, *arguments]) == 130
     assert signal.getsignal(signal.SIGINT) is before
