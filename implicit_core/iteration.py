@@ -153,12 +153,17 @@ class Iteration:
         if settings.is_zero(self.solver.max_steps):
             return forced.unsolved(self.system.problem, self.space.like, self.solver, trace=self.trace)
         solution = self._in_range(self._run)
-        if self.plain and bool(self.space.xp.any(solution.status == Status.NONFINITE.value)):
+        if self.plain and self._fails(solution):
             # Such a sample keeps its last finite point, which nobody looked for.
             again = Iteration(self.system.problem, self.space.like, self.system.z, self.solver)
             again.plain = False
             return again.run()
         return solution
+
+    def _fails(self, solution: Solution[Any]) -> bool:
+        """Whether some sample is not finite."""
+        mask = solution.status == Status.NONFINITE.value
+        return self.space.backend.count([self.space.xp.reshape(mask, (-1, 1))])[0] > 0
 
     def first(self) -> Carry:
         """The first evaluation, at h0, of a loop that is the user's. The numbers are read once, if they can be."""

@@ -4,6 +4,7 @@ The oracle is h = a h + z, one number for each sample: from a fixed point, k ter
 (1 - ρᵏ) / (1 - a) with ρ = 1 - λ (1 - a).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -127,9 +128,36 @@ def test_a_batch_in_jax_is_its_samples(estimator: Any) -> None:
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, ic.BPTT])
+def test_a_traced_k_out_of_range_is_nan(estimator: Any) -> None:
+    """No gradient of fewer steps than asked for: neither of a k above ``most``, nor of a record that was changed."""
+    a, z = jnp.asarray(A), jnp.asarray(Z)
+
+    def value_and_gradient(gradient: Any) -> Any:
+        def layer(z: Any) -> Any:
+            solver, f = ic.steps(1), lambda h, z: a * h + z
+            return ic.fixed_point(f, jnp.zeros_like(z), z, solver=solver, gradient=gradient, batch_ndim=1)
+
+        solution = layer(z)
+        return solution.value, solution.status, jax.grad(lambda z: layer(z).value.sum())(z)
+
+    def changed(record: Any) -> Any:
+        return value_and_gradient(jax.tree.map(lambda x: x + 1 if x.dtype == jnp.int32 else x, record))
+
+    for k, run in (
+        (K, lambda k: value_and_gradient(estimator(k, most=3))),
+        (K - 1, lambda k: changed(estimator(k + 0, most=3))),
+    ):
+        value, status, gradient = jax.jit(run)(jnp.asarray(k))
+        np.testing.assert_array_equal(np.isnan(gradient[:, 0]), K == 4)
+        if estimator is not ic.Neumann:  # whose value has no k
+            np.testing.assert_array_equal(np.isnan(value[:, 0]), K == 4)
+            np.testing.assert_array_equal(status == ic.NONFINITE, K == 4)
+
+
 def test_growth_is_told_of_the_samples_whose_terms_grow() -> None:
-    """h ← -3 h + z: two terms of λ = 1 grow threefold, and one term cannot."""
-    slope = torch.tensor([[-3.0], [-3.0], [0.5]], requires_grad=True)
+    """h ← a h + z: each term of λ = 1 is a times the one before, and one term cannot grow."""
+    slope = torch.tensor([[-6.0], [-3.0], [0.5]], requires_grad=True)
     k = torch.tensor([1, 3, 3])
     f, h0, z = lambda h, z: slope * h + z, torch.zeros(3, 1), torch.ones(3, 1)
     for gradient in (ic.Neumann(k, 1.0), ic.Unroll(k, 1.0)):
@@ -201,6 +229,7 @@ def test_vmap_of_torch_shares_the_settings_of_samples() -> None:
         (lambda: ic.Unroll(np.array([1, 0])), ValueError, "k must be at least 1"),
         (lambda: ic.Unroll(np.array([1.0, 2.0])), TypeError, "k must be an integer"),
         (lambda: ic.Neumann(np.array([1, 9]), most=8), ValueError, "most must be at least the largest k, 9"),
+        (lambda: replace(ic.Unroll(np.array([1, 4])), k=np.array([5, 2])), ValueError, "also give most=None"),
         (lambda: jax.jit(lambda k: ic.Unroll(k).largest)(jnp.asarray([1, 2])), TypeError, "most=8"),
         (
             lambda: ic.fixed_point(
@@ -224,6 +253,8 @@ def test_what_is_refused(make: Any, error: type[Exception], words: str) -> None:
 def test_a_number_of_a_framework_is_a_number() -> None:
     for k in (torch.tensor(3), jnp.asarray(3), np.asarray(3)):
         assert ic.Unroll(k) == ic.Unroll(3)
+    assert replace(ic.Unroll(np.array([1, 4])), k=7) == ic.Unroll(7)
+    assert replace(ic.Unroll(np.array([1, 4])), k=np.array([5, 2]), most=None).largest == 5
     assert ict.ImplicitLayer(lambda h, x: 0.5 * h + x, gradient=ic.Unroll(torch.tensor(3))).gradient.k == 3
 
 

@@ -1,5 +1,6 @@
 """A cell that draws random numbers: F evaluated again for a derivative draws the same ones."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,29 @@ def test_noise_in_each_step_is_the_same_when_recomputed(recompute: bool, in_modu
     for _ in range(5):
         torch.empty_like(H).normal_(generator=reference)
     assert torch.equal(consumed, reference.get_state()), "one draw for each step"
+
+
+@pytest.mark.parametrize("place", ["a default", "a keyword", "a list of a module", "a plain object"])
+def test_a_generator_is_found_wherever_f_refers_to_it(place: str) -> None:
+    def gradient(recompute: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        cell, owner = nn.Module(), types.SimpleNamespace(generator=generator)
+        cell.generators = [generator]
+
+        def step(h: torch.Tensor, z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            return torch.tanh(0.5 * h * z + z + 0.3 * torch.empty_like(h).normal_(generator=generator) * h)
+
+        f: Any = {
+            "a default": lambda h, z, generator=generator: step(h, z, generator),
+            "a keyword": lambda h, z, *, generator=generator: step(h, z, generator),
+            "a list of a module": lambda h, z: step(h, z, cell.generators[0]),
+            "a plain object": lambda h, z: step(h, z, owner.generator),
+        }[place]
+        z = Z.clone().requires_grad_()
+        value = ic.fixed_point(f, H, z, solver=ic.steps(1), gradient=ic.Unroll(2, 1.0, recompute=recompute)).value
+        return torch.autograd.grad((value * Z).sum(), z)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("gradient", [ic.Neumann(3, 0.5), ic.Implicit(ic.GMRES(rtol=1e-12)), ic.OneStep()], ids=repr)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import types
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic
 
 import torch
@@ -19,6 +20,9 @@ from implicit_core.arrays import H, Z
 from implicit_core.problem import Map
 
 from .identity import IdentitySet
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that PyTorch gives to all modules."""
 
 
 def with_present_parameters(f: Map[H, Z]) -> Map[H, Z]:
@@ -64,16 +68,31 @@ def trained_by(f: Map[H, Z]) -> list[Tensor]:
 
 
 def generators_of(f: Map[H, Z], z: object = None) -> list[torch.Generator]:
-    """The random number generators in z, among the variables of a function, and in these modules."""
-    found = _referenced((f, z))
-    modules = (part for module in found if isinstance(module, nn.Module) for part in module.modules())
-    # A look at the types alone, since there may be many modules.
-    drawing = (vars(part).values() for part in modules if torch.Generator in map(type, vars(part).values()))
-    generators = (x for x in (*found, *itertools.chain(*drawing)) if isinstance(x, torch.Generator))
+    """The random number generators in z, among the variables of a function, and in these modules.
+
+    Attributes of a module or of another object may be generators, or lists, tuples and dictionaries of them.
+    """
+    found = _referenced((f, z), others := list[object]())
+    parts = (part for module in found if isinstance(module, nn.Module) for part in module.modules())
+    generators = [x for x in found if isinstance(x, torch.Generator)]
+    for owner in itertools.chain(parts, others):
+        attributes = vars(owner)
+        generators += _generators_among(attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE)
     return list(IdentitySet(generators))
 
 
-def _referenced(f: object) -> list[nn.Module | Tensor | torch.Generator]:
+def _generators_among(values: Iterable[object]) -> Iterator[torch.Generator]:
+    """The generators among these values, and among those of the containers that the values are."""
+    for value in values:  # a look at the types alone, since there may be many modules
+        if type(value) is torch.Generator:
+            yield value
+        elif type(value) in (list, tuple, dict):
+            items: Any = value.values() if isinstance(value, dict) else value
+            yield from (x for x in items if type(x) is torch.Generator)
+
+
+def _referenced(f: object, others: list[object] | None = None) -> list[nn.Module | Tensor | torch.Generator]:
+    """What a function refers to. ``others`` is given the objects whose attributes are not looked at."""
     found: list[nn.Module | Tensor | torch.Generator] = []
     pending: list[Any] = [f]
     visited: IdentitySet[object] = IdentitySet()
@@ -96,14 +115,17 @@ def _referenced(f: object) -> list[nn.Module | Tensor | torch.Generator]:
             pending += _variables(a)
         elif callable(a) and not isinstance(a, type) and hasattr(a, "__dict__"):
             pending.append(vars(a))
+        elif others is not None and hasattr(a, "__dict__") and not isinstance(a, (type, types.ModuleType)):
+            others.append(a)
     return found
 
 
 def _variables(f: types.FunctionType) -> list[object]:
-    """The values of the global names and closure cells of a function; empty for one of PyTorch's own."""
+    """The values of the global names, defaults and closure cells of a function; empty for one of PyTorch's own."""
     if (f.__module__ or "").partition(".")[0] == "torch":
         return []
     values = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
+    values += [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
     for cell in f.__closure__ or ():
         with contextlib.suppress(ValueError):  # a variable that is not assigned yet
             values.append(cell.cell_contents)

@@ -22,7 +22,7 @@ class BPTT(Terms, Estimator):
     k
         Steps, at least 1: a number, or an array of integers that broadcasts to the batch, one for each sample.
     most
-        The largest k, where k is an array that a framework traces.
+        The largest k, where k is an array that a framework traces. Samples with a larger one, or with none, become NaN.
     on_growth
         As for :class:`Unroll`. A cotangent that grows says that the k steps have not forgotten their start, so that
         their derivative does not approximate the derivative of a fixed point.

@@ -22,8 +22,8 @@ OnGrowth = Literal["warn", "nan", "ignore"]
 """What to do with the samples whose terms grow."""
 
 MOST = (
-    "k must be known when a program is traced, since it decides which program that is: make it a static argument, or "
-    "also give the largest number that it can be, {kind}(k, ..., most=8)"
+    "k must be known where a program is traced or transformed, since it decides how many steps that makes: make k "
+    "outside, in JAX as a static argument, or also give the largest number that it can be, {kind}(k, ..., most=8)"
 )
 
 
@@ -156,8 +156,11 @@ class Terms(Record):
             object.__setattr__(self, "most", checks.integer("most", self.most, 1))
         if checks.is_known("k", k) if is_array(k) else True:
             most = checks.largest(k)
-            if self.most is not None and self.most < most:
-                raise ValueError(f"most must be at least the largest k, {most}; got {self.most}")
+            if self.most is not None and self.most < most and is_array(k):
+                raise ValueError(
+                    f"most must be at least the largest k, {most}; got {self.most}. dataclasses.replace keeps the most "
+                    "of the record: also give most=None"
+                )
             object.__setattr__(self, "most", None if isinstance(k, int) else self.most or most)
         elif self.most is None:
             raise TypeError(MOST.format(kind=type(self).__name__))
@@ -169,6 +172,19 @@ class Terms(Record):
     def largest(self) -> int:
         """The largest k of any sample."""
         return self.k if isinstance(self.k, int) else self.most or 1
+
+    def valid(self, space: Space) -> Real:
+        """A factor of each sample: NaN where k is not between 1 and ``most``, 1 elsewhere.
+
+        A number unless k is traced, since otherwise k was checked when the record was made.
+        """
+        k: Any = self.k
+        if not is_array(k) or checks.is_known("k", k):
+            return 1.0
+        xp = space.xp
+        one = xp.ones_like(k, dtype=space.dtype)
+        factor: Real = xp.where((k >= 1) & (k <= self.largest), one, xp.full_like(one, math.nan))
+        return factor
 
     def accumulated(self, contraction: float) -> float:
         """At most k, and at most 1 / (λ (1 - L_h)), since later products shrink earlier errors."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..arrays import Count, Operator, Real, State
+from ..records import is_array
 from ..space import Space
 from .base import AtFixedPoint, Factor, geometric_bound
 from .growth import OnGrowth, Terms
@@ -29,7 +30,7 @@ class Neumann(Terms, AtFixedPoint):
         λ in (0, 1], likewise: a large one is more accurate, a small one better conditioned. The value has a derivative
         of zero in an array λ, the gradient has that of its terms.
     most
-        The largest k, where k is an array that a framework traces.
+        The largest k, where k is an array that a framework traces. Samples with a larger one, or with none, become NaN.
     on_growth
         What to do with samples whose terms grow, so that A is no estimate: ``"warn"`` with a
         :class:`GrowingGradientWarning`, make their part of the gradient ``"nan"``, or ``"ignore"`` it. The last term is
@@ -86,6 +87,9 @@ class Neumann(Terms, AtFixedPoint):
             total = repeat(longer, before, 1)
             return total, space.sub(total, before)  # they differ by the last term, B^{k-1} v
         left = space.xp.astype(self.k, space.xp.int32) - 1
+        valid = self.valid(space)  # a factor, and no choice: JAX transposes the sum
+        if is_array(valid):
+            start, v = space.scale(valid, start), space.scale(valid, v)
 
         def longer_where_left(carry: tuple[State, State, Any]) -> tuple[State, State, Any]:
             w, last, left = carry

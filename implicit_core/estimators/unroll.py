@@ -7,6 +7,7 @@ from typing import Any
 from .. import checks, settings
 from ..arrays import Array, Count, H, Real, State, Z
 from ..problem import BoundLinearization, Problem
+from ..records import is_array
 from ..space import Space
 from .base import Estimator, Factor, bind, geometric_bound
 from .growth import GrowthTest, OnGrowth, Terms
@@ -32,7 +33,7 @@ class Unroll(Terms, Estimator):
     lam
         λ in (0, 1], likewise. The value, and the gradient, have a derivative in an array λ.
     most
-        The largest k, where k is an array that a framework traces.
+        The largest k, where k is an array that a framework traces. Samples with a larger one, or with none, become NaN.
     recompute
         Keep the k states only, and linearize F again in the pullback: k more evaluations, one linearization at a time.
     on_growth
@@ -90,10 +91,11 @@ class Unroll(Terms, Estimator):
         # lets nothing out.
         inner, t = problem.unwatched or problem, first
         with space.backend.on_device_of(h):
+            h = _valid(space, bound, h)
             if problem.watches_first and t < end - 1:
                 h, t = step(problem, h, t), t + 1
             h = _repeated(space, bound, lambda h, t: step(inner, h, t), h, t, end - 1)
-            return step(problem, h, end - 1)
+            return _valid(space, bound, step(problem, h, end - 1))
 
     def vjp(self, problem: Problem[H, Z], h: H, z: Z) -> tuple[H, Callable[[H], Z]]:
         return self.vjp_with(self.growth, problem, h, z)
@@ -106,6 +108,7 @@ class Unroll(Terms, Estimator):
         lam = bound.lam
         h_0, steps = h, list[tuple[H, BoundLinearization[H, Z] | None]]()
         with space.backend.on_device_of(h):
+            h = _valid(space, bound, h)
             for t in range(self.largest):
                 at = problem.linearize(h, z).require("vjp_h", "vjp_z")
                 steps.append((h, None if self.recompute else at))
@@ -118,7 +121,7 @@ class Unroll(Terms, Estimator):
         def pullback(h_bar: H) -> Z:
             """Eq. (17), the last step first. g is the cotangent of h_{t+1}, the point after step t."""
             h_bar = checks.like(space.backend, "h_bar", h_bar, h_0, "h")
-            g, z_bar = h_bar, None
+            g, z_bar = _valid(space, bound, h_bar), None
             with space.backend.on_device_of(h_0):
                 for t in reversed(range(1, self.largest)):
                     g_h, g_z = linearization(t).vjp(_where_left(space, bound, t, _scale(space, lam, g)))
@@ -136,6 +139,7 @@ class Unroll(Terms, Estimator):
         lam = bound.lam
         checks.like_z(space.backend, "dz", dz, z)
         with space.backend.on_device_of(h):
+            h = _valid(space, bound, h)
             at = problem.linearize(h, z).require("jvp_h", "jvp_z")
             tangent = _scale(space, lam, at.jvp_z(dz))
             h = _blend(space, lam, at.value, h)
@@ -144,7 +148,7 @@ class Unroll(Terms, Estimator):
                 moved = _blend(space, lam, at.jvp(tangent, dz), tangent)
                 tangent = _where_left(space, bound, t, moved, tangent)
                 h = _where_left(space, bound, t, _blend(space, lam, at.value, h), h)
-        return h, tangent
+        return h, _valid(space, bound, tangent)
 
     def error_bound(self, contraction: Factor) -> Factor:
         """qᵏ / (1 - L_h) with q = 1 - λ (1 - L_h), from a fixed point on (Theorem 2)."""
@@ -189,6 +193,15 @@ def _where_left(space: Space, bound: Unroll, t: Any, moved: H, h: H | None = Non
     masks = (settings.of_leaf(space, k > t, a) for a in leaves)
     chosen: H = backend.unflatten(structure, [space.xp.where(*x) for x in zip(masks, leaves, kept, strict=True)])
     return chosen
+
+
+def _valid(space: Space, bound: Unroll, h: H) -> H:
+    """``h``, NaN in samples whose k is out of range.
+
+    Of the start, so that their status says it, and of the result, so that their gradient does.
+    """
+    valid = bound.valid(space)
+    return _scale(space, valid, h) if is_array(valid) else h
 
 
 def _axpy(space: Space, factor: Real, x: H, y: H) -> H:
