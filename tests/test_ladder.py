@@ -14,9 +14,10 @@ from benchmarks import __main__ as benchmarks
 from benchmarks.ladder import command, measures, runs
 from benchmarks.ladder.rungs import Rung, rungs
 from benchmarks.ladder.tasks import SUDOKU, Examples
-from benchmarks.ladder.training import Training, loss_of
+from benchmarks.ladder.training import Training
 from implicit_core.examples.recursive import sudoku
 from implicit_core.examples.recursive.model import Prediction
+from implicit_core.examples.recursive.training import loss_of
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,12 @@ from torch.nn.functional import cross_entropy
 
 import implicit_core as ic
 from implicit_core.examples import torch_mnist1d
+from implicit_core.examples.program import TrainingError
 from implicit_core.examples.torch_mnist1d import checkpoint, data, model, run
 from implicit_core.examples.torch_mnist1d.__main__ import PROGRAM, main
 from implicit_core.examples.torch_mnist1d.data import Data, Samples
 from implicit_core.examples.torch_mnist1d.settings import GRADIENTS, Settings
-from implicit_core.examples.torch_mnist1d.training import Training, TrainingError, evaluate
+from implicit_core.examples.torch_mnist1d.training import Training, evaluate
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import implicit_core as ic
+from implicit_core.examples.recursive.training import loss_of, residual_of
 
 from ..counting import Counted, Pulled
 from .rungs import Rung, rungs
 from .tasks import Examples, Settings, Task
-from .training import Training, loss_of, residual_of
+from .training import Training
 
 CHUNK = 250
 

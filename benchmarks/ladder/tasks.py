@@ -5,19 +5,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from implicit_core.examples.recursive import sudoku
 from implicit_core.examples.recursive.model import RecursiveModel
+from implicit_core.examples.recursive.training import Examples
 
 from .rungs import Rung
-
-
-class Examples(NamedTuple):
-    """Inputs and targets, integers (n, cells); the targets begin at 0."""
-
-    inputs: Tensor
-    targets: Tensor
 
 
 class Data(NamedTuple):
@@ -105,7 +99,7 @@ def sudoku_data(settings: Settings) -> Data:
 
 def sudoku_model(settings: Settings, rung: Rung) -> RecursiveModel:
     """The model of a rung."""
-    return RecursiveModel(settings.width, settings.latent, rung.solver, rung.gradient, recursion=rung.recursion)
+    return RecursiveModel(settings.width, settings.latent, rung.solver, rung.gradient, last_step=rung.last_step)
 
 
 SUDOKU = Task(

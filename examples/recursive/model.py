@@ -9,15 +9,10 @@ from torch.nn.functional import rms_norm, silu
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
-from .sudoku import CELLS, DIGITS
+from .sudoku import CELLS, DIGITS, Array
 
 State: TypeAlias = tuple[Tensor, Tensor]
 """The answer y and the latent z, each (n, 36, width)."""
-
-
-def forced(steps: int) -> ic.FixedPointIteration:
-    """A solver that makes this number of steps, whatever the residual."""
-    return ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=steps)
 
 
 class SwiGLU(nn.Module):
@@ -79,11 +74,8 @@ class LastStepRecursion(Recursion):
         def step(z: Tensor, given: Tensor) -> Tensor:
             return self.net(given + z)  # type: ignore[no-any-return]  # a tensor
 
-        if self.steps == 1:
-            return step(z, given)
-        return ic.fixed_point(
-            step, z, given, solver=forced(self.steps - 1), gradient=ic.Unroll(1, 1.0), batch_ndim=1
-        ).value
+        solver, gradient = ic.steps(self.steps - 1), ic.Unroll(1, 1.0)
+        return ic.fixed_point(step, z, given, solver=solver, gradient=gradient, batch_ndim=1).value
 
 
 class Prediction(NamedTuple):
@@ -118,15 +110,15 @@ class RecursiveModel(nn.Module):
         Updates of the latent in a recursion.
     solver, gradient
         The recursions of a call, and their derivative.
-    recursion
-        The class of the cell.
+    last_step
+        Whether the gradient of a recursion passes through the last update of its latent alone.
 
     Examples
     --------
     >>> import torch
     >>> import implicit_core as ic
-    >>> from implicit_core.examples.recursive.model import RecursiveModel, forced
-    >>> model = RecursiveModel(width=16, steps=2, solver=forced(2), gradient=ic.Unroll(1, 1.0))
+    >>> from implicit_core.examples.recursive.model import RecursiveModel
+    >>> model = RecursiveModel(width=16, steps=2, solver=ic.steps(2), gradient=ic.Unroll(1, 1.0))
     >>> clues = torch.zeros(5, 36, dtype=torch.long)
     >>> state = model.start(clues)
     >>> for _ in range(4):  # steps of supervision
@@ -143,19 +135,23 @@ class RecursiveModel(nn.Module):
         gradient: ic.Estimator,
         *,
         expansion: int = 2,
-        recursion: type[Recursion] = Recursion,
+        last_step: bool = False,
     ) -> None:
         super().__init__()
         self.digits = nn.Embedding(DIGITS + 1, width)
         self.positions = nn.Embedding(CELLS, width)
         net = nn.Sequential(*(Block(width, expansion) for _ in range(2)))
-        self.layer: ict.ImplicitLayer[Tensor, State] = ict.ImplicitLayer(
-            recursion(net, steps), solver=solver, gradient=gradient
-        )
+        cell = (LastStepRecursion if last_step else Recursion)(net, steps)
+        self.layer: ict.ImplicitLayer[Tensor, State] = ict.ImplicitLayer(cell, solver=solver, gradient=gradient)
         self.head = nn.Linear(width, DIGITS, bias=False)
         self.halt = nn.Linear(width, 1)
 
-    def start(self, clues: Tensor) -> State:
+    @property
+    def recursion(self) -> Recursion:
+        """F, the cell of the implicit layer."""
+        return self.layer.cell  # type: ignore[return-value]  # as it was made
+
+    def start(self, clues: Tensor | Array) -> State:
         """The state of puzzles before the first call: zeros."""
         weight = self.digits.weight
         y = torch.zeros(*clues.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -173,6 +169,13 @@ class RecursiveModel(nn.Module):
 
         ``solver`` and ``gradient`` are those of the layer, unless given.
         """
-        x = self.digits(clues) + self.positions.weight
-        y, z = self.layer(x, state, solver=solver, gradient=gradient)
-        return Prediction(self.head(y), self.halt(y.mean(dim=1)).squeeze(1), (y.detach(), z.detach()))
+        y, z = self.layer(self.embed(clues), state, solver=solver, gradient=gradient)
+        return Prediction(*self.read(y), (y.detach(), z.detach()))
+
+    def embed(self, clues: Tensor | Array) -> Tensor:
+        """The puzzle as the recursions see it: (n, 36, width)."""
+        return self.digits(torch.as_tensor(clues)) + self.positions.weight  # type: ignore[no-any-return]  # a tensor
+
+    def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits (n, 36, 6) of an answer, and of the belief that it is right: (n,)."""
+        return self.head(y), self.halt(y.mean(dim=1)).squeeze(1)

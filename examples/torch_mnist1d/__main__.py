@@ -2,13 +2,13 @@
 
 import argparse
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .settings import GRADIENTS, GROUPS, PHANTOM, Settings, flag
+from ..program import exit_code, flag, how_to_go_on
+from .settings import GRADIENTS, GROUPS, PHANTOM, Settings
 
 PROGRAM = "python -m implicit_core.examples.torch_mnist1d"
 MODULES = {"matplotlib", "mnist1d", "requests", "rich", "scipy", "tensorboard", "threadpoolctl", "torch"}
@@ -48,45 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--k and --lam belong to --gradient {' and '.join(PHANTOM)}, not to {settings.gradient}")
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint FILE, the file to go on from")
-    try:
-        return _run(settings, options)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in MODULES:
-            raise
-        extra = 'in a checkout: pip install -e ".[examples]"'
-        print(f"The example needs {module}, which is not installed; {extra}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nStopped. {_how_to_go_on(settings, options)}", file=sys.stderr)
-        return 130
+    files = {"checkpoint": options.checkpoint, "tensorboard": options.tensorboard}
 
-
-def _run(settings: Settings, options: argparse.Namespace) -> int:
-    example = importlib.import_module(f"{__package__}.run")
-    try:
+    def run() -> None:
+        example = importlib.import_module(f"{__package__}.run")
         example.run(
-            settings,
-            checkpoint_path=options.checkpoint,
-            resume=options.resume,
-            tensorboard=options.tensorboard,
+            settings, checkpoint_path=options.checkpoint, resume=options.resume, tensorboard=options.tensorboard
         )
-    except example.ERRORS as error:
-        print(f"The training stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
 
-
-def _how_to_go_on(settings: Settings, options: argparse.Namespace) -> str:
-    path: Path | None = options.checkpoint
-    if path is None:
-        return "Nothing is kept; --checkpoint FILE would have saved the run."
-    if not path.exists():
-        return f"Nothing was done yet, and there is no {path}."
-    words = [word for pair in settings.flags().items() for word in pair] + ["--checkpoint", str(path)]
-    if options.tensorboard is not None:
-        words += ["--tensorboard", str(options.tensorboard)]
-    return f"The run is in {path}; go on with\n  {PROGRAM} {shlex.join([*words, '--resume'])}"
+    return exit_code(run, MODULES, "examples", lambda: how_to_go_on(PROGRAM, settings.flags(), files))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,29 +1,18 @@
 """Training states as files."""
 
-import io
-import os
-import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from .. import program
 from .settings import Settings
-from .training import Training, TrainingError
+from .training import Training
 
 
 def save(training: Training, path: Path) -> None:
-    """Write the state; whatever happens meanwhile, the file is the old one or the new one, and whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(training.state(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TrainingError(f"{path} can't be written: {error.strerror}.") from error
+    """Write the state, whole or not at all."""
+    program.write(path, lambda file: torch.save(training.state(), file))
 
 
 def restore(training: Training, path: Path) -> None:
@@ -34,17 +23,11 @@ def restore(training: Training, path: Path) -> None:
     TrainingError
         If the file has no state, or a state of other settings.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
-    try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-        stored = Settings(**state["settings"])
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{path} is not a checkpoint of this program, or is damaged.") from error
-    theirs, ours = stored.flags(), training.settings.flags()
-    differing = [f"{flag} {theirs[flag]}" for flag in theirs if theirs[flag] != ours.get(flag)]
-    if differing:
-        raise TrainingError(f"{path} was made with {' '.join(differing)}: resume with the same settings.")
+
+    def load(file: IO[bytes]) -> tuple[dict[str, Any], Settings]:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        return state, Settings(**state["settings"])
+
+    state, stored = program.read(path, load)
+    program.require_same(path, stored.flags(), training.settings.flags())
     training.restore(state)

@@ -1,14 +1,10 @@
 """The output of the program, in the terminal and for TensorBoard."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .training import Epoch, Totals, Training, TrainingError
+from .training import Epoch, Totals, Training
 
 PUBLISHED = 0.94
 
@@ -81,45 +77,7 @@ def remarks(training: Training, test: Totals) -> list[str]:
     ]
 
 
-class Log:
-    """Scalars of each epoch, for TensorBoard.
-
-    Parameters
-    ----------
-    folder
-        Where to write them.
-    epoch
-        How many epochs are done; what an interrupted run wrote beyond them is discarded.
-    """
-
-    def __init__(self, folder: Path, epoch: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
-        except OSError as error:
-            raise TrainingError(f"TensorBoard's files can't be written: {error}.") from error
-
-    def add(self, number: int, epoch: Epoch) -> None:
-        """Write the scalars of an epoch."""
-        for part, totals in (("train", epoch.train), ("validation", epoch.validation)):
-            for name, value in totals.means().items():
-                self._writer.add_scalar(f"{name}/{part}", value, number)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Finish the files."""
-        self._writer.close()
-
-
-@contextmanager
-def log(folder: Path | None, epoch: int) -> Iterator[Log | None]:
-    """A log in the folder, if there is one."""
-    if folder is None:
-        yield None
-        return
-    opened = Log(folder, epoch)
-    try:
-        yield opened
-    finally:
-        opened.close()
+def scalars(epoch: Epoch) -> dict[str, float]:
+    """The numbers of an epoch, for TensorBoard."""
+    parts = {"train": epoch.train, "validation": epoch.validation}
+    return {f"{name}/{part}": value for part, totals in parts.items() for name, value in totals.means().items()}

@@ -1,38 +1,14 @@
 """A run from beginning to end, which Ctrl-C stops between two steps."""
 
-import signal
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
 
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from implicit_core import SolveError
-
+from .. import program
 from . import checkpoint, data, report
 from .settings import Settings
-from .training import Totals, Training, TrainingError, evaluate
-
-ERRORS = (TrainingError, SolveError)
-"""Errors that stop a run, each with a message for the user."""
-
-
-class Stop:
-    """Ctrl-C asks for a stop after the current step, so that none is done by half; a second one is obeyed at once."""
-
-    asked = False
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+from .training import Totals, Training, evaluate
 
 
 def run(
@@ -70,8 +46,7 @@ def run(
     TrainingError
         If the run can't go on.
     """
-    if checkpoint_path is not None and checkpoint_path.exists() and not resume:
-        raise TrainingError(f"{checkpoint_path} exists: add --resume to go on from it, or name another file.")
+    program.refuse_to_replace(checkpoint_path, resume)
     console = Console() if console is None else console
     # Threads slow down convolutions this small, and fixing their number fixes the order of every sum.
     with threadpool_limits(1):
@@ -79,7 +54,7 @@ def run(
         training = Training(settings, train)
         if checkpoint_path is not None and resume:
             checkpoint.restore(training, checkpoint_path)
-        with Stop() as stop, report.log(tensorboard, len(training.epochs)) as log:
+        with program.Stop() as stop, program.tensorboard(tensorboard, len(training.epochs)) as log:
             if checkpoint_path is not None:
                 checkpoint.save(training, checkpoint_path)
             fit(training, checkpoint_path, log, stop, console)
@@ -90,7 +65,7 @@ def run(
     return training, tested
 
 
-def fit(training: Training, path: Path | None, log: report.Log | None, stop: Stop, console: Console) -> None:
+def fit(training: Training, path: Path | None, log: program.Log, stop: program.Stop, console: Console) -> None:
     """Train to the last epoch."""
     total = training.settings.epochs * training.steps
     with report.progress(console) as bars:
@@ -106,8 +81,7 @@ def fit(training: Training, path: Path | None, log: report.Log | None, stop: Sto
                 training.end_epoch()
                 number, epoch = len(training.epochs), training.epochs[-1]
                 console.print(report.line(number, epoch), highlight=False)
-                if log is not None:
-                    log.add(number, epoch)
+                log(number, report.scalars(epoch))
             if path is not None:
                 checkpoint.save(training, path)
             if stop.asked:

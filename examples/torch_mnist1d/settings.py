@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 import implicit_core as ic
 from implicit_core import checks
 
+from ..program import flag
+
 PHANTOM = ("unroll", "neumann")
 GRADIENTS = (*PHANTOM, "one-step", "implicit")
 GROUPS = 8
@@ -75,8 +77,3 @@ class Settings:
         """The settings that matter, as the command line spells them."""
         ignored = () if self.gradient in PHANTOM else ("k", "lam")
         return {flag(name): str(value) for name, value in asdict(self).items() if name not in ignored}
-
-
-def flag(name: str) -> str:
-    """How the command line spells the name of a setting."""
-    return "--" + name.replace("_", "-")

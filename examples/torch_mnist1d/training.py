@@ -12,15 +12,12 @@ from torch.optim.lr_scheduler import OneCycleLR
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
+from ..program import TrainingError
 from .data import Samples
 from .model import Classifier
 from .settings import Settings
 
 HELD_OUT, TEST_BATCH, WARM_UP, WEIGHT_DECAY = 0.1, 500, 0.2, 0.05
-
-
-class TrainingError(Exception):
-    """Why training can't go on, in a sentence."""
 
 
 @dataclass

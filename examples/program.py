@@ -1,0 +1,178 @@
+"""What the programs that train share: a stop at Ctrl-C, checkpoint files, TensorBoard's log, errors as sentences."""
+
+import io
+import os
+import pickle
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Self, TypeAlias, TypeVar
+
+from implicit_core import SolveError
+
+T = TypeVar("T")
+Log: TypeAlias = Callable[[int, Mapping[str, float]], None]
+"""Writes scalars by name: ``log(step, scalars)``."""
+
+
+class TrainingError(Exception):
+    """Why training can't go on, in a sentence."""
+
+
+def exit_code(run: Callable[[], object], modules: Collection[str], extras: str, stopped: Callable[[], str]) -> int:
+    """Run a program.
+
+    Parameters
+    ----------
+    run
+        The program, which imports what it needs.
+    modules, extras
+        Modules that may be missing, and the extras that they are part of.
+    stopped
+        What to say after Ctrl-C.
+
+    Returns
+    -------
+    int
+        0, or 1 if the run can't go on, 2 if a module is missing, 130 after Ctrl-C.
+    """
+    try:
+        run()
+    except (TrainingError, SolveError) as error:
+        print(f"The training stopped: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in modules:
+            raise
+        how = f'in a checkout: pip install -e ".[{extras}]"'
+        print(f"The example needs {module}, which is not installed; {how}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped. {stopped()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def flag(name: str) -> str:
+    """How the command line spells the name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def how_to_go_on(program: str, flags: Mapping[str, str], files: Mapping[str, Path | None]) -> str:
+    """What to say after Ctrl-C: the command that goes on, if there is a checkpoint.
+
+    Parameters
+    ----------
+    program, flags
+        How the program is called, and its settings.
+    files
+        Its files and folders by their names; that of the checkpoint is ``checkpoint``.
+    """
+    path = files["checkpoint"]
+    if path is None:
+        return "Nothing is kept; --checkpoint FILE would have saved the run."
+    if not path.exists():
+        return f"Nothing was done yet, and there is no {path}."
+    given = dict(flags) | {flag(name): str(file) for name, file in files.items() if file is not None}
+    words = [word for pair in given.items() for word in pair]
+    return f"The run is in {path}; go on with\n  {program} {shlex.join([*words, '--resume'])}"
+
+
+class Stop:
+    """Ctrl-C asks for a stop after the current step, so that none is done by half; a second one is obeyed at once."""
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def refuse_to_replace(path: Path | None, resume: bool) -> None:
+    """Raise :class:`TrainingError` if a new run would replace a checkpoint."""
+    if path is not None and path.exists() and not resume:
+        raise TrainingError(f"{path} exists: add --resume to go on from it, or name another file.")
+
+
+def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
+    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole.
+
+    Raises
+    ------
+    TrainingError
+        If it can't be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TrainingError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def read(path: Path, load: Callable[[IO[bytes]], T]) -> T:
+    """What ``load`` makes of a checkpoint.
+
+    Raises
+    ------
+    TrainingError
+        If the file can't be read, or ``load`` finds something else in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
+    try:
+        return load(io.BytesIO(content))
+    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path} is not a checkpoint of this program, or is damaged.") from error
+
+
+def require_same(path: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Raise :class:`TrainingError` if a checkpoint was made with other flags."""
+    differing = [f"{flag} {value}" for flag, value in stored.items() if value != ours.get(flag)]
+    if differing:
+        raise TrainingError(f"{path} was made with {' '.join(differing)}: resume with the same settings.")
+
+
+@contextmanager
+def tensorboard(folder: Path | None, done: int) -> Iterator[Log]:
+    """A log in the folder, if there is one.
+
+    What an interrupted run wrote beyond the step ``done`` is discarded.
+    """
+    if folder is None:
+        yield lambda _step, _scalars: None
+        return
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    try:
+        writer: Any = SummaryWriter(str(folder), purge_step=done + 1)
+    except OSError as error:
+        raise TrainingError(f"TensorBoard's files can't be written: {error}.") from error
+
+    def log(step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()
