@@ -1,6 +1,7 @@
 """What is measured at a checkpoint: accuracy, and the gradient beside the gradient through all recursions."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import implicit_core as ic
+from implicit_core.examples.recursive.model import forced
 
 from ..counting import Counted, Pulled
 from .rungs import Rung, rungs
@@ -50,12 +52,16 @@ def accuracy(training: Training, test: Examples) -> dict[str, Any]:
     median relative residual then.
     """
     settings, model = training.settings, training.average.module
+    options = training.rung.options(training.residual)
+    longer = test.inputs.shape[1] / training.train.inputs.shape[1]
+    if longer > 1:  # as many recursions more
+        options = {"solver": forced(math.ceil(longer * settings.recursions)), "gradient": ic.OneStep()}
     marks, right = (settings.supervisions, settings.tested), torch.zeros(2, 2, dtype=torch.float64)
     residuals = []
     for inputs, targets in zip(*(x.split(CHUNK) for x in test), strict=True):
         state = model.start(inputs)
         for step in range(1, settings.tested + 1):
-            logits, _, state = model(inputs, state, **training.rung.options(training.residual))
+            logits, _, state = model(inputs, state, **options)
             for i in (i for i, mark in enumerate(marks) if step == mark):
                 hits = logits.argmax(dim=-1) == targets
                 right[i] += torch.stack([hits.all(dim=1).sum(), hits.double().mean(dim=1).sum()])

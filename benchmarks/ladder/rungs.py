@@ -54,7 +54,8 @@ def rungs(recursions: int) -> dict[str, Rung]:
     ``switching`` evaluate the recursion once more, at the last state, for its graph.
     """
     t = recursions
-    linearized = ic.GMRES(rtol=1e-2, max_steps=20)
+    products = max(20, 2 * t)
+    linearized = ic.GMRES(rtol=1e-2, max_steps=products, restart=products)
     return {
         "hrm": Rung(forced(t - 1), ic.Unroll(1, 1.0), LastStepRecursion),
         "one-step": Rung(forced(t), ic.OneStep()),

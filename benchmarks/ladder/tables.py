@@ -17,7 +17,8 @@ Result: TypeAlias = dict[str, Any]
 
 LEGEND = """\
 exact    examples of the test that are right in every cell, averaged weights, in
-         percent; more: after more steps of supervision than in training
+         percent; more: after more steps of supervision than in training; a
+         number: the same on examples of this length
 - full   difference from full in points, of the same seeds, and its standard
          error; = where it is at most one point and one standard error
 cos      cosine with the gradient through all recursions, and
@@ -144,15 +145,17 @@ def equal(difference: tuple[float, float] | None) -> bool:
 def overview(task: Task, record: dict[str, Any]) -> report.Table:
     """A row for each rung."""
     tests = record["tests"]
-    head = ["estimator", "n", *(f"exact {test}" if len(tests) > 1 else "exact" for test in tests)]
-    head += ["more"] * (len(tests) == 1) + ["- full", "cos", "length", "F", "VJP", "MB", "s"]
+    several = len(tests) > 1
+    head = ["estimator", "n", "exact", *(tests[1:] if several else ["more"])]
+    head += ["- full", "cos", "length", "F", "VJP", "MB", "s"]
     rows = []
     for name, row in record["rungs"].items():
         curves, gradient = row["curves"], row["gradient"]
         difference = row["minus_full"][tests[0]]
         cells = [name, f"{row['runs']}" + f"({row['diverged']})" * bool(row["diverged"])]
-        cells += [_percent(curves[f"{test} exact"][-1]) for test in tests]
-        cells += [_percent(curves[f"{tests[0]} exact_more"][-1], False)] * (len(tests) == 1)
+        cells += [_percent(curves[f"{tests[0]} exact"][-1])]
+        others = [f"{test} exact" for test in tests[1:]] if several else [f"{tests[0]} exact_more"]
+        cells += [_percent(curves[other][-1], False) for other in others]
         cells += [_difference(difference) if name != "full" else ""]
         cells += [_median(gradient["cosine"], ".2f"), _median(gradient["length"], ".3g")]
         cells += [f"{row['evaluations']}", f"{row['vjps']:.0f}" if row["vjps"] else "-"]
