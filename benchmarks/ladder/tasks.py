@@ -164,7 +164,7 @@ def words_model(settings: Settings, rung: Rung) -> WordModel:
 WORDS = Task(
     "words",
     Settings(
-        steps=1200,
+        steps=2000,
         batch=32,
         supervisions=1,
         tested=1,
@@ -172,7 +172,7 @@ WORDS = Task(
         latent=0,
         width=64,
         rate=1e-2,
-        train=1200 * 32,
+        train=2000 * 32,
         test=1000,
         decay=0.01,
         watched=64,
