@@ -16,7 +16,7 @@ from implicit_core.examples.recursive.model import forced
 
 from ..counting import Counted, Pulled
 from .rungs import Rung, rungs
-from .tasks import Examples, Settings, Task
+from .tasks import Examples, Model, Settings, Task
 from .training import Training, loss_of, residual_of
 
 CHUNK = 250
@@ -51,7 +51,8 @@ def accuracy(training: Training, test: Examples) -> dict[str, Any]:
     ``exact`` is after ``supervisions`` steps, ``exact_more`` and ``cells_more`` after ``tested``; ``relative`` is the
     median relative residual then.
     """
-    settings, model = training.settings, training.average.module
+    settings = training.settings
+    model: Model = training.average.module
     options = training.rung.options(training.residual)
     longer = test.inputs.shape[1] / training.train.inputs.shape[1]
     if longer > 1:  # as many recursions more
@@ -139,7 +140,9 @@ def gradient_of(
 
 def told(gradient: ic.Estimator) -> ic.Estimator:
     """An estimator that warns if its terms grow."""
-    return replace(gradient, on_growth="warn") if hasattr(gradient, "on_growth") else gradient
+    record: Any = gradient
+    warning: ic.Estimator = replace(record, on_growth="warn") if hasattr(record, "on_growth") else gradient
+    return warning
 
 
 def compare(found: Gradient, reference: Gradient) -> dict[str, Any]:
@@ -151,9 +154,9 @@ def compare(found: Gradient, reference: Gradient) -> dict[str, Any]:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Counted]:
+def counted(model: Model) -> Iterator[Counted]:
     """Counts evaluations and pullbacks of the network of a model's cell."""
-    network = model.layer.cell.net  # type: ignore[union-attr]  # of all models of the ladder
+    network = model.layer.cell.net
     counts = Counted(network)
 
     def count(_module: nn.Module, _given: tuple[Tensor, ...], value: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ def counted(model: nn.Module) -> Iterator[Counted]:
 
 
 @contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+def saved_bytes(model: Model) -> Iterator[dict[int, int]]:
     """The storages that autograd keeps, by address, without those of parameters: their bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}

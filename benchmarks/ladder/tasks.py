@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_core.examples.recursive import sudoku
 from implicit_core.examples.recursive.model import RecursiveModel
 
 from .rungs import Rung
 from .words import WordModel, words
+
+Model: TypeAlias = Any
+"""A :class:`RecursiveModel`, or another module with its interface and another state."""
 
 
 class Examples(NamedTuple):
@@ -91,7 +94,7 @@ class Task:
     settings: Settings
     quick: Settings
     data: Callable[[Settings], Data]
-    model: Callable[[Settings, Rung], nn.Module]
+    model: Callable[[Settings, Rung], Model]
     main: tuple[str, ...]
     rest: tuple[str, ...]
     main_seeds: int = 5

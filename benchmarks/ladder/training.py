@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from implicit_core.examples.recursive.model import Prediction
 
 from .rungs import Rung
-from .tasks import Examples, Settings, Task
+from .tasks import Examples, Model, Settings, Task
 
 SOLVED = 0.1
 """Weight of the loss of the model's belief that it is right."""
@@ -63,7 +63,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = task.model(settings, rung)
+            self.model: Model = task.model(settings, rung)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay
@@ -144,6 +144,6 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def residual_of(model: nn.Module) -> float:
+def residual_of(model: Model) -> float:
     """The median relative residual of the last call of a model's layer."""
-    return float(model.layer.stats.relative.median())  # type: ignore[union-attr]  # of a layer that was called
+    return float(model.layer.stats.relative.median())

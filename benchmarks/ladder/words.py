@@ -86,4 +86,4 @@ class WordModel(nn.Module):
     def forward(self, inputs: Tensor, state: tuple[Tensor], **options: Any) -> Prediction:
         """The prediction for sequences (n, length); the options are those of the layer's call."""
         (h,) = self.layer(self.elements(inputs), state, **options)
-        return Prediction(self.head(h), self.right(h.mean(dim=1)).squeeze(1), (h.detach(),))
+        return Prediction(self.head(h), self.right(h.mean(dim=1)).squeeze(1), (h.detach(),))  # type: ignore[arg-type]  # its state
