@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in part
         if name in names and seed < seeds[name]
     ]
-    console = Console(width=80, soft_wrap=True)
+    console = Console(width=80)
     try:
         if not options.report:
             _execute(runs, options.workers, options.restart)

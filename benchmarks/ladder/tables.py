@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,7 +28,6 @@ F, VJP   evaluations of the network, and pullbacks through it, of one step
 MB       tensors that one step keeps for its backward pass, without parameters
 s        processor time of the training, one thread
 n        finished runs; in brackets: of which diverged, which count as 0"""
-GRADIENTS = "Cosine with the gradient through all recursions, and length, along full"
 
 
 def publish(console: Console, task: Task, folder: Path, quick: bool) -> int:
@@ -42,7 +42,10 @@ def publish(console: Console, task: Task, folder: Path, quick: bool) -> int:
     record |= {name: last[name] for name in ("settings", "versions", "machine")}
     tables = [overview(task, record), progress(record)]
     if "full" in record["rungs"]:
-        tables.append(estimates(record))
+        tables += [
+            estimates(record, "cosine", "Cosine with"),
+            estimates(record, "length", "Length, divided by that of"),
+        ]
     report.publish(console, folder, task.name, tables, record, picture)
     return 0
 
@@ -176,22 +179,21 @@ def progress(record: dict[str, Any]) -> report.Table:
     rows = [
         [name, *(_percent(x, False) for x in row["curves"][f"{test} exact"])] for name, row in record["rungs"].items()
     ]
-    return report.Table(
-        ["exact at step", *map(str, record["steps"])], rows, ["Examples right in every cell, percent"], ""
-    )
+    grew = [f"{name} {100 * row['grew']:.0f} %" for name, row in record["rungs"].items() if row["grew"]]
+    legend = f"checkpoints at which the terms of an estimate grew: {', '.join(grew) or 'none'}"
+    head = ["exact at step", *map(str, record["steps"])]
+    return report.Table(head, rows, ["Examples right in every cell, percent"], "\n".join(wrap(legend, 80)))
 
 
-def estimates(record: dict[str, Any]) -> report.Table:
-    """Cosine and length of all estimates at the points that the runs of full pass."""
+def estimates(record: dict[str, Any], key: str, what: str) -> report.Table:
+    """Cosine or length of all estimates at the points that the runs of full pass."""
     rows = [
-        [
-            name,
-            *(f"{c[0]:.2f}({n[0]:.1f})" if c and n else "-" for c, n in zip(row["cosine"], row["length"], strict=True)),
-        ]
+        [name, *(f"{x[0]:.2f}" if x else "-" for x in row[key])]
         for name, row in record["along_full"].items()
         if name != "full"
     ]
-    return report.Table(["at step", *map(str, record["steps"])], rows, [GRADIENTS], "")
+    head = [f"{key} at step", *map(str, record["steps"])]
+    return report.Table(head, rows, [f"{what} the gradient through all recursions, along full"], "")
 
 
 def _percent(found: tuple[float, float] | None, with_error: bool = True) -> str:
