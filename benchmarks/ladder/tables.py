@@ -23,7 +23,8 @@ exact    examples of the test that are right in every cell, averaged weights, in
 - full   difference from full in points, of the same seeds, and its standard
          error; = where it is at most one point and one standard error
 cos      cosine with the gradient through all recursions, and
-length   norm beside it: medians over checkpoints and seeds
+length   norm divided by the norm of that: means over seeds, then the median over
+         checkpoints
 F, VJP   evaluations of the network, and pullbacks through it, of one step
 MB       tensors that one step keeps for its backward pass, without parameters
 s        processor time of the training, one thread
