@@ -23,7 +23,7 @@ exact    examples of the test that are right in every cell, averaged weights, in
 - full   difference from full in points, of the same seeds, and its standard
          error; = where it is at most one point and one standard error
 cos      cosine with the gradient through all recursions, and
-length   norm divided by the norm of that: means over seeds, then the median over
+len      norm divided by the norm of that: means over seeds, then the median over
          checkpoints
 F, VJP   evaluations of the network, and pullbacks through it, of one step
 MB       tensors that one step keeps for its backward pass, without parameters
@@ -151,7 +151,7 @@ def overview(task: Task, record: dict[str, Any]) -> report.Table:
     tests = record["tests"]
     several = len(tests) > 1
     head = ["estimator", "n", "exact", *(tests[1:] if several else ["more"])]
-    head += ["- full", "cos", "length", "F", "VJP", "MB", "s"]
+    head += ["- full", "cos", "len", "F", "VJP", "MB", "s"]
     rows = []
     for name, row in record["rungs"].items():
         curves, gradient = row["curves"], row["gradient"]
@@ -161,7 +161,7 @@ def overview(task: Task, record: dict[str, Any]) -> report.Table:
         others = [f"{test} exact" for test in tests[1:]] if several else [f"{tests[0]} exact_more"]
         cells += [_percent(curves[other][-1], False) for other in others]
         cells += [_difference(difference) if name != "full" else ""]
-        cells += [_median(gradient["cosine"], ".2f"), _median(gradient["length"], ".3g")]
+        cells += [_median(gradient["cosine"], ".2f"), _median(gradient["length"], ".2g")]
         cells += [f"{row['evaluations']}", f"{row['vjps']:.0f}" if row["vjps"] else "-"]
         cells += [f"{row['saved'] / MB:.1f}" if row["saved"] else "-"]
         last = row["times"]["processor_seconds"][-1]
