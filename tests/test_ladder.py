@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.ladder import command, measures, runs
+from benchmarks.ladder import command, measures, runs, words
 from benchmarks.ladder.rungs import Rung, rungs
-from benchmarks.ladder.tasks import SUDOKU, Examples
+from benchmarks.ladder.tasks import SUDOKU, WORDS, Examples
 from benchmarks.ladder.training import Training
 from implicit_core.examples.recursive import sudoku
 from implicit_core.examples.recursive.model import Prediction
@@ -117,6 +118,38 @@ def test_a_gradient_is_that_of_a_loop_written_by_hand(name: str, data: Any) -> N
     torch.testing.assert_close(found.vector, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
+SERIES = {"one-step": (1, 1.0), "neumann-3-1": (3, 1.0), "neumann-5-0.5": (5, 0.5)}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_neumann_series_is_that_of_a_loop_written_by_hand(name: str, data: Any) -> None:
+    """Of the recursion at the state after T recursions."""
+    made, (probe, state) = training(name, data), started(data)
+    found = measures.gradient_of(SUDOKU, SETTINGS, made.rung, made, probe, state)
+    model: Any = made.model
+    model.zero_grad()
+    x = model.digits(probe.inputs) + model.positions.weight
+    with torch.no_grad():
+        for _ in range(T):
+            state = model.layer.cell(state, x)
+    h = tuple(part.requires_grad_() for part in state)
+    f = model.layer.cell(h, x)
+    y = h[0].detach().requires_grad_()
+    logits, solved = model.head(y), model.halt(y.mean(dim=1)).squeeze(1)
+    loss_of(Prediction(logits, solved, h), probe.targets).backward()
+    v = y.grad, torch.zeros_like(y)
+    k, lam = SERIES[name]
+    term, total = v, v
+    for _ in range(k - 1):
+        product = torch.autograd.grad(f, h, term, retain_graph=True)
+        term = tuple(lam * a + (1 - lam) * b for a, b in zip(product, term, strict=True))
+        total = tuple(a + b for a, b in zip(total, term, strict=True))
+    torch.autograd.backward(f, tuple(lam * part for part in total))
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    expected = torch.cat([g.flatten() for g in gradients])
+    torch.testing.assert_close(found.vector, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+
+
 FREE = {"neumann-3-1": 3, "neumann-5-0.5": 5, "one-step": 1}
 
 
@@ -155,6 +188,41 @@ def test_all_rungs_but_the_damped_one_have_the_same_value(data: Any) -> None:
         assert loss == pytest.approx(losses["full"], rel=1e-12), name
 
 
+def test_the_products_of_words_are_those_of_even_permutations() -> None:
+    even = [p for p in permutations(range(5)) if sum(a > b for a, b in combinations(p, 2)) % 2 == 0]
+    elements, products = words.words(np.random.default_rng(0), 20, 6)
+    for xs, found in zip(elements.tolist(), products.tolist(), strict=True):
+        total = tuple(range(5))
+        for x, product in zip(xs, found, strict=True):
+            total = tuple(even[x][i] for i in total)
+            assert even[product] == total
+    assert np.array_equal(words.group()[0], np.arange(60))
+
+
+def test_words_are_read_as_a_recurrent_network_reads_them() -> None:
+    """T recursions in words of T elements: the exact gradient and the full one are backpropagation through time."""
+    settings = WORDS.quick
+    train = WORDS.data(settings).train
+    made = Training(WORDS, settings, rungs(settings.recursions)["full"], 0, train)
+    model: Any = made.model.double()
+    state = model.start(train.inputs)
+    h, x = model.layer.cell.first.expand(len(train.inputs), -1), model.elements(train.inputs)
+    steps = [h := model.layer.cell.net(h, x[:, t]) for t in range(x.shape[1])]
+    h = torch.stack(steps, dim=1)
+    prediction = Prediction(model.head(h), model.right(h.mean(dim=1)).squeeze(1), state)
+    loss_of(prediction, train.targets).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    full, exact = (
+        measures.gradient_of(WORDS, settings, rungs(settings.recursions)[name], made, train, state)
+        for name in ("full", "exact")
+    )
+    torch.testing.assert_close(full.vector, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+    assert float(torch.linalg.vector_norm(exact.vector - expected) / torch.linalg.vector_norm(expected)) < 0.02
+    # The last recursion moves the last of 32 positions alone, each of which has the norm √width.
+    assert exact.relative == pytest.approx(32**-0.5)
+    assert full.relative == pytest.approx(32**-0.5)
+
+
 def test_switching_follows_the_residual_of_the_step_before() -> None:
     table = rungs(T)
     rung: Rung = table["switching"]
@@ -171,7 +239,10 @@ def without_times(file: Path) -> Any:
     return record
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "implicit_core.examples.recursive.loops.THRESHOLD", 0.2
+    )  # the first step is above it, later ones below
     run = runs.Run("sudoku", "switching", 0, True, tmp_path / "whole", tmp_path)
     runs.execute(run, print)
     parts = replace(run, results=tmp_path / "parts")

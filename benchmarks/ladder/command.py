@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in part
         if name in names and seed < seeds[name]
     ]
-    console = Console(width=80, soft_wrap=True)
+    console = Console(width=80)
     try:
         if not options.report:
             _execute(runs, options.workers, options.restart)
@@ -93,7 +93,8 @@ def _execute(runs: Sequence[Run], workers: int, restart: bool) -> None:
 
     if workers == 1:
         for done, run in enumerate(left, 1):
-            execute(run, say)
+            if not run.finished():  # by another process meanwhile
+                execute(run, say)
             tell(done)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

@@ -1,6 +1,7 @@
 """What is measured at a checkpoint: accuracy, and the gradient beside the gradient through all recursions."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from implicit_core.examples.recursive.training import loss_of, residual_of
 
 from ..counting import Counted, Pulled
 from .rungs import Rung, rungs
-from .tasks import Examples, Settings, Task
+from .tasks import Examples, Model, Settings, Task
 from .training import Training
 
 CHUNK = 250
@@ -50,13 +51,18 @@ def accuracy(training: Training, test: Examples) -> dict[str, Any]:
     ``exact`` is after ``supervisions`` steps, ``exact_more`` and ``cells_more`` after ``tested``; ``relative`` is the
     median relative residual then.
     """
-    settings, model = training.settings, training.average.module
+    settings = training.settings
+    model: Model = training.average.module
+    options = training.rung.options(training.residual)
+    longer = test.inputs.shape[1] / training.train.inputs.shape[1]
+    if longer > 1:  # as many recursions more
+        options = {"solver": ic.steps(math.ceil(longer * settings.recursions)), "gradient": ic.OneStep()}
     marks, right = (settings.supervisions, settings.tested), torch.zeros(2, 2, dtype=torch.float64)
     residuals = []
     for inputs, targets in zip(*(x.split(CHUNK) for x in test), strict=True):
         state = model.start(inputs)
         for step in range(1, settings.tested + 1):
-            logits, _, state = model(inputs, state, **training.rung.options(training.residual))
+            logits, _, state = model(inputs, state, **options)
             for i in (i for i, mark in enumerate(marks) if step == mark):
                 hits = logits.argmax(dim=-1) == targets
                 right[i] += torch.stack([hits.all(dim=1).sum(), hits.double().mean(dim=1).sum()])
@@ -134,7 +140,9 @@ def gradient_of(
 
 def told(gradient: ic.Estimator) -> ic.Estimator:
     """An estimator that warns if its terms grow."""
-    return replace(gradient, on_growth="warn") if hasattr(gradient, "on_growth") else gradient
+    record: Any = gradient
+    warning: ic.Estimator = replace(record, on_growth="warn") if hasattr(record, "on_growth") else gradient
+    return warning
 
 
 def compare(found: Gradient, reference: Gradient) -> dict[str, Any]:
@@ -146,9 +154,9 @@ def compare(found: Gradient, reference: Gradient) -> dict[str, Any]:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Counted]:
+def counted(model: Model) -> Iterator[Counted]:
     """Counts evaluations and pullbacks of the network of a model's cell."""
-    network = model.layer.cell.net  # type: ignore[union-attr]  # of all models of the ladder
+    network = model.layer.cell.net
     counts = Counted(network)
 
     def count(_module: nn.Module, _given: tuple[Tensor, ...], value: Tensor) -> Tensor:
@@ -163,7 +171,7 @@ def counted(model: nn.Module) -> Iterator[Counted]:
 
 
 @contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+def saved_bytes(model: Model) -> Iterator[dict[int, int]]:
     """The storages that autograd keeps, by address, without those of parameters: their bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,16 +18,17 @@ Result: TypeAlias = dict[str, Any]
 
 LEGEND = """\
 exact    examples of the test that are right in every cell, averaged weights, in
-         percent; more: after more steps of supervision than in training
+         percent; more: after more steps of supervision than in training; a
+         number: the same on examples of this length
 - full   difference from full in points, of the same seeds, and its standard
          error; = where it is at most one point and one standard error
 cos      cosine with the gradient through all recursions, and
-length   norm beside it: medians over checkpoints and seeds
+len      norm divided by the norm of that: means over seeds, then the median over
+         checkpoints
 F, VJP   evaluations of the network, and pullbacks through it, of one step
 MB       tensors that one step keeps for its backward pass, without parameters
 s        processor time of the training, one thread
 n        finished runs; in brackets: of which diverged, which count as 0"""
-GRADIENTS = "Cosine with the gradient through all recursions, and length, along full"
 
 
 def publish(console: Console, task: Task, folder: Path, quick: bool) -> int:
@@ -41,7 +43,10 @@ def publish(console: Console, task: Task, folder: Path, quick: bool) -> int:
     record |= {name: last[name] for name in ("settings", "versions", "machine")}
     tables = [overview(task, record), progress(record)]
     if "full" in record["rungs"]:
-        tables.append(estimates(record))
+        tables += [
+            estimates(record, "cosine", "Cosine with"),
+            estimates(record, "length", "Length, divided by that of"),
+        ]
     report.publish(console, folder, task.name, tables, record, picture)
     return 0
 
@@ -144,17 +149,19 @@ def equal(difference: tuple[float, float] | None) -> bool:
 def overview(task: Task, record: dict[str, Any]) -> report.Table:
     """A row for each rung."""
     tests = record["tests"]
-    head = ["estimator", "n", *(f"exact {test}" if len(tests) > 1 else "exact" for test in tests)]
-    head += ["more"] * (len(tests) == 1) + ["- full", "cos", "length", "F", "VJP", "MB", "s"]
+    several = len(tests) > 1
+    head = ["estimator", "n", "exact", *(tests[1:] if several else ["more"])]
+    head += ["- full", "cos", "len", "F", "VJP", "MB", "s"]
     rows = []
     for name, row in record["rungs"].items():
         curves, gradient = row["curves"], row["gradient"]
         difference = row["minus_full"][tests[0]]
         cells = [name, f"{row['runs']}" + f"({row['diverged']})" * bool(row["diverged"])]
-        cells += [_percent(curves[f"{test} exact"][-1]) for test in tests]
-        cells += [_percent(curves[f"{tests[0]} exact_more"][-1], False)] * (len(tests) == 1)
+        cells += [_percent(curves[f"{tests[0]} exact"][-1])]
+        others = [f"{test} exact" for test in tests[1:]] if several else [f"{tests[0]} exact_more"]
+        cells += [_percent(curves[other][-1], False) for other in others]
         cells += [_difference(difference) if name != "full" else ""]
-        cells += [_median(gradient["cosine"], ".2f"), _median(gradient["length"], ".3g")]
+        cells += [_median(gradient["cosine"], ".2f"), _median(gradient["length"], ".2g")]
         cells += [f"{row['evaluations']}", f"{row['vjps']:.0f}" if row["vjps"] else "-"]
         cells += [f"{row['saved'] / MB:.1f}" if row["saved"] else "-"]
         last = row["times"]["processor_seconds"][-1]
@@ -173,22 +180,21 @@ def progress(record: dict[str, Any]) -> report.Table:
     rows = [
         [name, *(_percent(x, False) for x in row["curves"][f"{test} exact"])] for name, row in record["rungs"].items()
     ]
-    return report.Table(
-        ["exact at step", *map(str, record["steps"])], rows, ["Examples right in every cell, percent"], ""
-    )
+    grew = [f"{name} {100 * row['grew']:.0f} %" for name, row in record["rungs"].items() if row["grew"]]
+    legend = f"checkpoints at which the terms of an estimate grew: {', '.join(grew) or 'none'}"
+    head = ["exact at step", *map(str, record["steps"])]
+    return report.Table(head, rows, ["Examples right in every cell, percent"], "\n".join(wrap(legend, 80)))
 
 
-def estimates(record: dict[str, Any]) -> report.Table:
-    """Cosine and length of all estimates at the points that the runs of full pass."""
+def estimates(record: dict[str, Any], key: str, what: str) -> report.Table:
+    """Cosine or length of all estimates at the points that the runs of full pass."""
     rows = [
-        [
-            name,
-            *(f"{c[0]:.2f}({n[0]:.1f})" if c and n else "-" for c, n in zip(row["cosine"], row["length"], strict=True)),
-        ]
+        [name, *(f"{x[0]:.2f}" if x else "-" for x in row[key])]
         for name, row in record["along_full"].items()
         if name != "full"
     ]
-    return report.Table(["at step", *map(str, record["steps"])], rows, [GRADIENTS], "")
+    head = [f"{key} at step", *map(str, record["steps"])]
+    return report.Table(head, rows, [f"{what} the gradient through all recursions, along full"], "")
 
 
 def _percent(found: tuple[float, float] | None, with_error: bool = True) -> str:

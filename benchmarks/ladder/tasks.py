@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
-from torch import nn
 
 from implicit_core.examples.recursive import sudoku
 from implicit_core.examples.recursive.model import RecursiveModel
 from implicit_core.examples.recursive.training import Examples
 
 from .rungs import Rung
+from .words import WordModel, words
+
+Model: TypeAlias = Any
+"""A :class:`RecursiveModel`, or another module with its interface and another state."""
 
 
 class Data(NamedTuple):
@@ -32,7 +36,7 @@ class Settings:
     supervisions
         Steps that an example stays in the batch, with its state; ``tested`` are made in a test.
     recursions, latent
-        Recursions of a step, and updates of the latent in each.
+        Recursions of a step, and updates of the latent in each, besides one of the answer.
     width, rate, decay, warm_up, average
         Channels; learning rate, weight decay and first steps of AdamW; decay of the averaged weights.
     train, test, clues
@@ -83,7 +87,7 @@ class Task:
     settings: Settings
     quick: Settings
     data: Callable[[Settings], Data]
-    model: Callable[[Settings, Rung], nn.Module]
+    model: Callable[[Settings, Rung], Model]
     main: tuple[str, ...]
     rest: tuple[str, ...]
     main_seeds: int = 5
@@ -126,7 +130,7 @@ SUDOKU = Task(
         latent=2,
         width=16,
         rate=3e-3,
-        train=100,
+        train=16,
         test=20,
         clues=20,
         warm_up=4,
@@ -137,4 +141,58 @@ SUDOKU = Task(
     ("hrm", "trm", "neumann-3-1", "unroll-2-1", "full"),
     ("one-step", "neumann-5-0.5", "unroll-5-0.5", "exact", "switching"),
 )
-TASKS = {task.name: task for task in (SUDOKU,)}
+LENGTHS = {32: 1.0, 64: 0.4, 128: 0.2}
+"""Lengths of the words that are tested, and the share of the test examples of each. The first is that of training."""
+
+
+def words_data(settings: Settings) -> Data:
+    """Words of A5."""
+    rng, (length, *_) = np.random.default_rng(0), LENGTHS
+    train = Examples(*words(rng, settings.train, length))
+    return Data(train, {str(n): Examples(*words(rng, round(part * settings.test), n)) for n, part in LENGTHS.items()})
+
+
+def words_model(settings: Settings, rung: Rung) -> WordModel:
+    """The model of a rung."""
+    return WordModel(settings.width, 2 * settings.width, rung.solver, rung.gradient)
+
+
+WORDS = Task(
+    "words",
+    Settings(
+        steps=2000,
+        batch=32,
+        supervisions=1,
+        tested=1,
+        recursions=32,
+        latent=0,
+        width=64,
+        rate=1e-2,
+        train=2000 * 32,
+        test=1000,
+        decay=0.01,
+        watched=64,
+    ),
+    Settings(
+        steps=4,
+        batch=4,
+        supervisions=1,
+        tested=1,
+        recursions=32,
+        latent=0,
+        width=8,
+        rate=1e-2,
+        train=16,
+        test=10,
+        decay=0.01,
+        warm_up=2,
+        checkpoints=2,
+        watched=5,
+    ),
+    words_data,
+    words_model,
+    ("one-step", "neumann-3-1", "neumann-5-0.5", "unroll-2-1", "exact", "full"),
+    (),
+    main_seeds=3,
+)
+TASKS = {task.name: task for task in (SUDOKU, WORDS)}
