@@ -11,7 +11,7 @@ import implicit_core as ic
 from .sudoku import Array, Puzzles
 
 BELIEF = 0.9
-"""Probability at which the model is taken to believe its answer. At 0.5 one answer in five would be wrong."""
+"""Probability at which the model is taken to believe its answer. At 0.5 one answer in five was wrong."""
 
 
 class Functions(NamedTuple):
