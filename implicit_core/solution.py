@@ -162,10 +162,10 @@ class Solution(NamedTuple, Generic[H]):
     def best(self, axis: int = 0) -> "Solution[H]":
         """The samples of least residual along an axis of the batch, such as restarts of the same samples.
 
-        Start R times by one more axis of the batch, ``h0`` of shape (R, batch..., state...), and take the best:
-        ``fixed_point(..., batch_ndim=2).best()``. A residual that is not finite is never the least, unless all are.
-        Nothing is read from the device, and the value keeps its derivatives. ``evaluations`` and ``aux`` stay as they
-        are.
+        To start each sample R times, give the batch one more axis, ``h0`` of shape (R, batch..., state...), to which F
+        broadcasts z, and take the best: ``fixed_point(..., batch_ndim=2).best()``. A residual that is not
+        finite is never the least, unless all are. Nothing is read from the device, and the value keeps its derivatives.
+        ``evaluations`` and ``aux`` stay as they are.
 
         Parameters
         ----------

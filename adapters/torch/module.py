@@ -72,7 +72,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     gradient
         An estimator.
     eval_solver
-        The solver in eval mode; ``solver`` if None.
+        The solver in eval mode; ``solver`` if None. The steps of the estimator come after it in both modes.
     h0
         The start of a solve, unless the call gives one: the shape of one sample's state, as ``(64,)``, for zeros, or a
         function of x that returns the start. If None, the start is zero, with the shape and dtype of x, or with float32
@@ -82,7 +82,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     scale
         The units of h, if its parts have different ones, see :class:`~implicit_core.Problem`.
     throw
-        Raise :class:`~implicit_core.SolveError` where a sample did not converge.
+        Raise :class:`~implicit_core.SolveError` where a sample did not converge. After a forced number of steps, as
+        of :func:`~implicit_core.steps`, hardly any sample did.
     check
         Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes two evaluations
         without a graph, once for each shape of h and x and each mode of the cell, and each time within a
@@ -202,7 +203,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         x
             Inputs, a tensor or a pytree.
         h0
-            Where to start; the layer's own start if None.
+            Where to start, a constant that gets no gradient; the layer's own start if None.
         solver, gradient
             For this call, in both modes; the layer's own if None.
         """

@@ -15,7 +15,8 @@ from .unroll import Unroll
 class BPTT(Terms, Estimator):
     """The derivative of k undamped steps (Eq. 10 and 11), the baseline that implicit differentiation replaces.
 
-    In :func:`fixed_point` it replaces the solve: the k steps start at ``h0``. All k linearizations are held.
+    In :func:`fixed_point` it replaces the solve: the k steps start at ``h0``, which gets no gradient. All k
+    linearizations are held.
 
     Parameters
     ----------
