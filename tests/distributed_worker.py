@@ -63,21 +63,34 @@ class Model(nn.Module):
         return self.head(self.layer(self.encoder(x)))
 
 
+class Net(Cell):
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(h + x + self.second(torch.tanh(self.first(h))))
+
+
+class Recursion(nn.Module):
+    """A cell that applies one of its modules several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, state: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        return recursive_models.recursion(self.net)(state, x)
+
+
 class Recursive(nn.Module):
     """Recursions of which a random number has no graph, and another one has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.head, self.first, self.second = (
-            nn.Linear(n, m) for n, m in ((4, 6), (6, 2), (6, 8), (8, 6))
-        )
+        self.encoder, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.layer = ict.ImplicitLayer(Recursion())
 
     def forward(self, x: Tensor, n: int, k: int) -> Tensor:
-        def net(h: Tensor, injected: Tensor) -> Tensor:
-            return torch.tanh(h + injected + self.second(torch.tanh(self.first(h))))
-
         start = torch.zeros(len(x), 6, dtype=x.dtype)
-        y, _ = recursive_models.recur(recursive_models.recursion(net), (start, start), self.encoder(x), n, k)
+        options = {"solver": ic.steps(n), "gradient": ic.Unroll(k, 1.0)}
+        y, _ = self.layer(self.encoder(x), h0=(start, start), **options)
         return self.head(y)
 
 

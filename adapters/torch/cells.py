@@ -1,15 +1,19 @@
 """What a layer looks at in its cell."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_core.finished import ChangingFunctionWarning
 from implicit_core.warnings_ import warn
 
 DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+COMMUNICATING = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional"))
+"""Namespaces of operations between processes."""
 UPDATING = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
@@ -92,20 +96,41 @@ def check_not_sharded(cell: object) -> None:
         )
 
 
+class Collectives(TorchDispatchMode):
+    """Notes the operations that communicate with other processes (Decision 135).
+
+    Attributes
+    ----------
+    found
+        Their names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Carry an operation out."""
+        if func.namespace in COMMUNICATING:
+            self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def refuse_collectives(cell: object, evaluate: Callable[[], object]) -> None:
     """Raise if an evaluation of the cell communicates, unless its parameters are distributed tensors.
 
     Those compute the same numbers in all processes, so that all stop at the same step. All processes evaluate here.
     """
-    from torch.distributed.tensor import DTensor  # slow imports, needed only in a group of processes
-    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor import DTensor  # a slow import, needed only in a group of processes
 
     if isinstance(cell, nn.Module) and any(isinstance(x, DTensor) for x in cell.parameters()):
         return
-    with CommDebugMode() as communication:
+    with Collectives() as communication:
         evaluate()
-    if found := communication.get_comm_counts():
-        names = ", ".join(sorted(str(operation) for operation in found))
+    if communication.found:
+        names = ", ".join(sorted(communication.found))
         raise RuntimeError(
             f"the cell communicates with other processes ({names}), as SyncBatchNorm does in train mode, but each "
             "process stops after its own number of steps, and then the others wait for ever: use GroupNorm or "
