@@ -114,7 +114,7 @@ class Collectives(TorchDispatchMode):
     ) -> Any:
         """Carry an operation out."""
         if func.namespace in COMMUNICATING:
-            self.found.add(str(func))
+            self.found.add(str(func.overloadpacket))
         return func(*args, **(kwargs or {}))
 
 
