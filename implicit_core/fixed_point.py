@@ -52,7 +52,7 @@ def fixed_point(
     scale
         The units of the unknown, see :class:`Problem`; for a plain F only.
     throw
-        Raise where a sample did not converge.
+        Raise where a sample did not converge; after a forced number of steps, where one is not finite.
     trace
         Record every residual in ``stats.trace``.
     has_aux

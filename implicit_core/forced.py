@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import progress, settings
-from .arrays import H, Numbers, State, Z
+from .arrays import Array, H, Numbers, State, Z
 from .problem import Problem
 from .registry import find_backend
 from .root_problem import RootProblem
@@ -94,6 +94,14 @@ def told(solution: Solution[H], space: Space, norm: Numbers, f_norm: Numbers) ->
     relative, tolerance = progress.relative(space, norm, f_norm), space.xp.zeros_like(norm)
     stats = solution.stats._replace(residual=norm, relative=relative, tolerance=tolerance)
     return solution._replace(status=status, stats=stats)
+
+
+def only_nonfinite(status: Array) -> Array:
+    """Statuses in which NONFINITE alone is a failure."""
+    xp = find_backend(status, "status").xp
+    nonfinite = xp.full_like(status, Status.NONFINITE.value)
+    chosen: Array = xp.where(status == nonfinite, nonfinite, xp.full_like(status, Status.CONVERGED.value))
+    return chosen
 
 
 def _start(space: Space, h0: Any) -> State:

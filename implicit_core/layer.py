@@ -210,14 +210,21 @@ def in_terms_of_g(
 
 
 def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
-    """The solution, after an error if ``throw`` asks for it, or a warning of samples that did not converge."""
+    """The solution, after an error if ``throw`` asks for it, or a warning of samples that did not converge.
+
+    Of a forced number of steps no sample need have converged, but all have to be finite; a warning asks no more of
+    :class:`BPTT`.
+    """
+    failed, any_status = solution, not is_forced(options.solver)
+    if not any_status or options.gradient.starts_from_h0:
+        failed = solution._replace(status=forced.only_nonfinite(solution.status))
     if options.throw:
-        return solution.raise_for_status()
-    if not (options.gradient.starts_from_h0 or is_forced(options.solver)):
-        status, residual = solution.status, solution.stats.residual
-        backend = find_backend(status, "status")
-        if backend.readable(status):
-            backend.tell(warn_of_failures, backend.xp.astype(status, residual.dtype), residual)
+        (solution if any_status else failed).raise_for_status()
+        return solution
+    status, residual = failed.status, solution.stats.residual
+    backend = find_backend(status, "status")
+    if backend.readable(status):
+        backend.tell(warn_of_failures, backend.xp.astype(status, residual.dtype), residual)
     return solution
 
 

@@ -456,3 +456,47 @@ def test_a_count_in_the_state_is_exact_and_not_measured(dtype: Any, library: Lib
 def test_no_state_is_without_any_measure() -> None:
     with pytest.raises(ValueError, match="scale must lie in"):
         ic.solve(lambda h, z: h, np.ones(2), None, scale=math.inf)
+
+
+@pytest.mark.parametrize("gradient", [ic.Unroll(1, 1.0), ic.OneStep(), ic.BPTT(3)], ids=repr)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_value_that_is_not_finite_is_told_behind_forced_steps(
+    gradient: ic.Estimator, jitted: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A warning names such samples alone, and ``throw`` raises for them; others need not have converged."""
+    globals().pop("__warningregistry__", None)  # a line of the user's is warned of once
+    options: Any = {"solver": ic.steps(2), "gradient": gradient, "batch_ndim": 1}
+    if jitted:
+        x, start, f = jnp.asarray([[1.0], [-1.0]]), jnp.zeros((2, 1)), lambda h, z: jnp.sqrt(z + 0.1 * h)
+    else:
+        x, start, f = torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 1), lambda h, z: torch.sqrt(z + 0.1 * h)
+    solution = ic.fixed_point(f, start, x, **options)
+    assert [int(status) for status in solution.status] == [ic.MAX_STEPS, ic.NONFINITE]
+    (warned,) = [str(w.message) for w in recwarn.list if issubclass(w.category, ic.ConvergenceWarning)]
+    assert "NONFINITE in 1 of 2 samples (1)" in warned
+    assert "MAX_STEPS" not in warned
+    with pytest.raises(ic.SolveError, match=r"NONFINITE in 1 of 2 samples \(1\)"):
+        ic.fixed_point(f, start, x, throw=True, **options)
+    recwarn.clear()
+    ic.fixed_point(f, start[:1], x[:1], throw=True, **options)
+    ic.fixed_point(f, start[:1], x[:1], **options)
+    assert not recwarn.list
+
+
+def test_a_recurrent_model_may_drop_anew_in_each_step(recwarn: pytest.WarningsRecorder) -> None:
+    globals().pop("__warningregistry__", None)
+    cell = DroppingCell()
+    layer = ict.ImplicitLayer(cell, solver=ic.steps(2), gradient=ic.Unroll(1, 1.0))
+    layer(torch.ones(3, 4))
+    assert not [w for w in recwarn.list if issubclass(w.category, ic.ChangingFunctionWarning)]
+    with pytest.warns(ic.ChangingFunctionWarning, match="Dropout"):
+        layer(torch.ones(3, 4), gradient=ic.OneStep())
+
+
+class DroppingCell(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dropout(self.linear(h)) + x)

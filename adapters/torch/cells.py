@@ -56,10 +56,10 @@ def _described(cell: nn.Module, x: Tensor) -> str:
     return f"one of {shape}{origin}"
 
 
-def notice_changes(cell: object) -> None:
-    """Warn of modules that draw anew, or update statistics, at every evaluation of F."""
+def notice_changes(cell: object, *, draws: bool) -> None:
+    """Warn of modules that update statistics at every evaluation of F, and if ``draws`` of those that draw anew."""
     parts = [part for part in cell.modules() if part.training] if isinstance(cell, nn.Module) else []
-    drawing = [part for part in parts if isinstance(part, DRAWING) and part.p > 0]
+    drawing = [part for part in parts if draws and isinstance(part, DRAWING) and part.p > 0]
     updating = [part for part in parts if isinstance(part, UPDATING) and part.track_running_stats]
     if drawing:
         warn(

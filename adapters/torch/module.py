@@ -14,7 +14,7 @@ from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
-from implicit_core.estimators import Estimator, Unroll
+from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
 from implicit_core.forced import is_forced
 from implicit_core.layer import LayerOptions
 from implicit_core.problem import Problem, as_problem
@@ -82,8 +82,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     scale
         The units of h, if its parts have different ones, see :class:`~implicit_core.Problem`.
     throw
-        Raise :class:`~implicit_core.SolveError` where a sample did not converge. After a forced number of steps, as
-        of :func:`~implicit_core.steps`, hardly any sample did.
+        Raise :class:`~implicit_core.SolveError` where a sample did not converge; after a forced number of steps, as of
+        :func:`~implicit_core.steps`, where one is not finite.
     check
         Find out whether the cell couples samples, which makes per-sample gradients wrong. It takes two evaluations
         without a graph, once for each shape of h and x and each mode of the cell, and each time within a
@@ -207,14 +207,15 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         solver, gradient
             For this call, in both modes; the layer's own if None.
         """
-        if self.training:
-            notice_changes(self.cell)
         cell = constant_within_solve(self.cell)
         inferred = h0 is None and self.h0 is None
         start = self._start(x) if h0 is None else h0
         gradient = self.gradient if gradient is None else gradient
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         chosen = self._solver() if solver is None else solver
+        if self.training:
+            # The steps of a recurrent model may each draw anew.
+            notice_changes(self.cell, draws=isinstance(gradient, AtFixedPoint) or not is_forced(chosen))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)
