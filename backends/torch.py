@@ -129,7 +129,10 @@ class TorchSpace(Space):
 
     def is_in_range(self, norm: Any) -> bool:
         backend = self.backend
-        if not norm.is_cpu or not norm.numel() or backend.is_wrapped(norm) or not backend.readable(norm):
+        try:
+            if not norm.is_cpu or not norm.numel() or backend.is_wrapped(norm) or not backend.readable(norm):
+                return False
+        except NotImplementedError:  # a program is traced, to which nothing may be added
             return False
         least, largest = torch.aminmax(norm)
         return self.smallest < float(least) and float(largest) < self.highest  # never true of NaN

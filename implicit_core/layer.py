@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
 from . import forced, progress, settings
-from .arrays import H, Numbers, Z
+from .arrays import Array, H, Numbers, Z
 from .backend import Backend
 from .estimators import AtFixedPoint, Estimator
 from .forced import is_forced, is_plain, unmeasured, unsolved
@@ -215,17 +215,27 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
     Of a forced number of steps no sample need have converged, but all have to be finite; a warning asks no more of
     :class:`BPTT`.
     """
-    failed, any_status = solution, not is_forced(options.solver)
-    if not any_status or options.gradient.starts_from_h0:
-        failed = solution._replace(status=forced.only_nonfinite(solution.status))
+    status, residual = solution.status, solution.stats.residual
+    backend, any_status = find_backend(status, "status"), not is_forced(options.solver)
     if options.throw:
-        (solution if any_status else failed).raise_for_status()
+        checked = solution if any_status else solution._replace(status=forced.only_nonfinite(status))
+        checked.raise_for_status()
         return solution
-    status, residual = failed.status, solution.stats.residual
-    backend = find_backend(status, "status")
+    finite_is_enough = options.gradient.starts_from_h0 or not any_status
+    if finite_is_enough and not _reads_freely(backend, residual):
+        return solution
     if backend.readable(status):
+        status = forced.only_nonfinite(status) if finite_is_enough else status
         backend.tell(warn_of_failures, backend.xp.astype(status, residual.dtype), residual)
     return solution
+
+
+def _reads_freely(backend: Backend, residual: Array) -> bool:
+    """Whether nothing that a tracer records, without numbers of a loop's, would be refused for a look at a status."""
+    try:
+        return backend.readable(backend.xp.reshape(residual, (-1, 1)))
+    except NotImplementedError:
+        return False
 
 
 def measuring(solver: object) -> FixedPointIteration:

@@ -433,7 +433,8 @@ def test_a_trace_that_would_keep_the_number_of_steps_is_refused(estimator: ic.Es
         x = x.detach().requires_grad_()
         return torch.autograd.grad(f(x).sum(), x)[0]
 
-    if isinstance(estimator, ic.BPTT):  # whose number of steps is its own
+    own_steps = isinstance(estimator, ic.Unroll) and solver.rtol == 0.0  # behind a number of steps
+    if own_steps or isinstance(estimator, ic.BPTT):  # whose number of steps is its own
         torch.testing.assert_close(make_fx(f)(x)(x + 1), f(x + 1))
         torch.testing.assert_close(make_fx(gradient)(x)(x + 1), gradient(x + 1))
         return
