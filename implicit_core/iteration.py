@@ -112,6 +112,7 @@ class Iteration:
         origin: Origin | None = None,
     ) -> None:
         self.solver, self.trace, self.stepwise, self.origin = solver, trace, stepwise, origin
+        self.given = solver
         self.checked = False
         self.units: Numbers | None = None
         if isinstance(problem, RootProblem) or (solver.uses_jacobian and isinstance(problem, Problem)):
@@ -155,7 +156,7 @@ class Iteration:
         solution = self._in_range(self._run)
         if self.plain and self._fails(solution):
             # Such a sample keeps its last finite point, which nobody looked for.
-            again = Iteration(self.system.problem, self.space.like, self.system.z, self.solver)
+            again = Iteration(self.system.problem, self.space.like, self.system.z, self.given)
             again.plain = False
             return again.run()
         return solution

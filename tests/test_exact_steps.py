@@ -500,3 +500,11 @@ class DroppingCell(torch.nn.Module):
 
     def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.dropout(self.linear(h)) + x)
+
+
+def test_a_sample_that_is_not_finite_stays_with_a_damping_of_each() -> None:
+    """The loop that looks at each point begins again, with the settings as they were given."""
+    solver, z = ic.steps(3, damping=torch.tensor([1.0, 0.5])), torch.tensor([[1.0], [-1.0]])
+    solution = ic.solve(lambda h, z: torch.sqrt(z - h), torch.zeros(2, 1), z, solver=solver, batch_ndim=1)
+    assert solution.status.tolist() == [ic.MAX_STEPS, ic.NONFINITE]
+    np.testing.assert_allclose(solution.value, [[1.0], [0.0]])
