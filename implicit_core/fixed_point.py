@@ -6,13 +6,15 @@ from typing import Any
 from . import checks
 from .arrays import H, PyTree, Z
 from .estimators import Estimator, Unroll
-from .layer import Layer, LayerOptions, undifferentiated
+from .layer import Layer, LayerOptions, gradient_or_default, undifferentiated
 from .problem import Map, Names, Problem, as_problem
 from .registry import find_adapter, find_backend, not_compiled
 from .solution import Solution
 from .solve import as_solver
 from .solvers import Anderson, FixedPointSolver
 from .start import with_start
+
+DEFAULT_GRADIENT = Unroll(k=5, lam=0.5)
 
 
 @not_compiled
@@ -22,7 +24,7 @@ def fixed_point(
     z: Z,
     *,
     solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Anderson(),
-    gradient: Estimator = Unroll(k=5, lam=0.5),
+    gradient: Estimator | None = None,
     batch_ndim: int | None = None,
     scale: PyTree = None,
     throw: bool = False,
@@ -46,7 +48,8 @@ def fixed_point(
     solver
         A :class:`Solver`, or any callable ``(problem, h0, z) -> h``.
     gradient
-        An :class:`Estimator`.
+        An :class:`Estimator`; ``Unroll(k=5, lam=0.5)`` if None. There is no default behind a forced number of plain
+        steps, as of :func:`steps`.
     batch_ndim
         How many first axes of every leaf of h0 index independent samples; for a plain F only (default 0).
     scale
@@ -81,7 +84,8 @@ def fixed_point(
     >>> bool(solution.status == ic.CONVERGED)
     True
     """
-    options = LayerOptions(as_solver(solver), gradient, throw, trace)
+    solver = as_solver(solver)
+    options = LayerOptions(solver, gradient_or_default(gradient, DEFAULT_GRADIENT, solver), throw, trace)
     return layered(f, lambda f: as_problem(f, batch_ndim, scale), h0, z, options, Problem.names, has_aux=has_aux)
 
 

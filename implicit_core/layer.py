@@ -53,6 +53,22 @@ class LayerOptions:
             object.__setattr__(self, "gradient", replace(gradient, on_growth="ignore"))
 
 
+NO_DEFAULT = (
+    "a forced number of plain steps, as solver=ic.steps(n) makes, has no default gradient: add "
+    "gradient=ic.Unroll(k, 1.0), which makes k more steps and differentiates them, or gradient=ic.OneStep(), which "
+    "makes none"
+)
+
+
+def gradient_or_default(gradient: Estimator | None, default: Estimator, solver: object) -> Estimator:
+    """The estimator that a layer was given, or the default one, which is for points that a solve found."""
+    if gradient is not None:
+        return gradient
+    if type(getattr(solver, "solver", solver)) is FixedPointIteration and is_forced(solver):  # or within Compacting
+        raise TypeError(NO_DEFAULT)
+    return default
+
+
 class Layer(Protocol):
     """The function ``layer`` of an adapter."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from .arrays import H, PyTree, Z
 from .estimators import Estimator, Implicit
 from .fixed_point import layered
-from .layer import LayerOptions
+from .layer import LayerOptions, gradient_or_default
 from .linear_solvers import GMRES
 from .problem import Map, Problem, as_problem
 from .registry import not_compiled
@@ -27,7 +27,7 @@ def root(
     z: Z,
     *,
     solver: FixedPointSolver | Callable[[Problem[H, Z], H, Z], H] = Polyalgorithm(),
-    gradient: Estimator = EXACT_GRADIENT,
+    gradient: Estimator | None = None,
     batch_ndim: int | None = None,
     scale: PyTree = None,
     g_scale: PyTree = None,
@@ -55,7 +55,8 @@ def root(
         the root, as in a warm start.
     gradient
         An :class:`Estimator`, of F(x) = x - α g(x), whose fixed point is the root; see :class:`RootProblem` for α. The
-        default is exact. It holds at most 61 states, and makes at most 600 products with the transposed Jacobian.
+        default is exact. It holds at most 61 states, and makes at most 600 products with the transposed Jacobian. There
+        is none behind a forced number of plain steps, as of :func:`steps`.
     batch_ndim
         How many first axes of every leaf of x0 index independent samples; for a plain g only (default 0).
     scale, g_scale
@@ -99,5 +100,6 @@ def root(
         return RootProblem(g, batch_ndim=0 if batch_ndim is None else batch_ndim, scale=scale, g_scale=g_scale)
 
     names = RootProblem.names
-    options = LayerOptions(as_solver(solver, names=names), gradient, throw, trace)
+    solver = as_solver(solver, names=names)
+    options = LayerOptions(solver, gradient_or_default(gradient, EXACT_GRADIENT, solver), throw, trace)
     return layered(g, problem, x0, z, options, names, has_aux=has_aux)

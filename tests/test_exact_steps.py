@@ -435,6 +435,38 @@ def test_fewer_steps_than_there_can_be(make: Any) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [ic.steps(2), ic.steps(0), ic.steps(np.array([1, 2])), ic.Compacting(ic.steps(2))],
+    ids=["some", "none", "of samples", "compacting"],
+)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda f, h0, solver: ic.fixed_point(f, h0, None, solver=solver, batch_ndim=1),
+        lambda f, h0, solver: ic.root(f, h0, None, solver=solver, batch_ndim=1),
+        lambda f, h0, solver: ict.ImplicitLayer(f, solver=solver),
+        lambda f, h0, solver: ict.RootLayer(f, solver=solver),
+    ],
+    ids=["fixed_point", "root", "ImplicitLayer", "RootLayer"],
+)
+def test_a_number_of_steps_has_no_default_gradient(layer: Any, solver: Any) -> None:
+    """The default one adds five damped steps, which nobody who counts steps has asked for."""
+    with pytest.raises(TypeError, match=r"no default gradient: add gradient=ic\.Unroll\(k, 1\.0\)"):
+        layer(lambda h, z: 0.5 * h, torch.ones(2, 1), solver)
+
+
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(rtol=0, atol=0, max_steps=3)], ids=repr)
+def test_other_solvers_have_the_default_gradient(solver: Any) -> None:
+    h0 = torch.ones(2, 1)
+    default, given = (
+        ic.fixed_point(lambda h, z: torch.cos(h), h0, None, solver=solver, batch_ndim=1, **options).value
+        for options in ({}, {"gradient": ic.Unroll(5, 0.5)})
+    )
+    assert torch.equal(default, given)
+    assert ict.ImplicitLayer(lambda h, x: h, solver=solver).gradient == ic.Unroll(5, 0.5)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_count_in_the_state_is_exact_and_not_measured(dtype: Any, library: Library) -> None:
     """Recursive models count their steps in the state, to draw noise by them; restarts are compared without it."""

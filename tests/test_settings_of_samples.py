@@ -266,7 +266,8 @@ def test_a_number_of_a_framework_is_a_number() -> None:
 
 
 def test_an_exported_program_makes_a_known_number_of_steps() -> None:
-    layer = ict.ImplicitLayer(torch.nn.Bilinear(2, 2, 2), solver=ic.steps(torch.tensor([1, 2, 0])))
+    options: Any = {"solver": ic.steps(torch.tensor([1, 2, 0])), "gradient": ic.Unroll(1, 1.0)}
+    layer = ict.ImplicitLayer(torch.nn.Bilinear(2, 2, 2), **options)
     with pytest.raises(TypeError, match="a program that is exported needs to know"):
         torch.export.export(layer, (torch.zeros(3, 2),))
     layer.solver, layer.gradient = ic.steps(1), ic.Unroll(torch.tensor([1, 2, 1]), 1.0)

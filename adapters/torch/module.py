@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from implicit_core import checks
 from implicit_core.arrays import PyTree
 from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
-from implicit_core.estimators import AtFixedPoint, Estimator, Unroll
+from implicit_core.estimators import AtFixedPoint, Estimator
+from implicit_core.fixed_point import DEFAULT_GRADIENT
 from implicit_core.forced import is_forced
-from implicit_core.layer import LayerOptions
+from implicit_core.layer import LayerOptions, gradient_or_default
 from implicit_core.problem import Problem, as_problem
 from implicit_core.registry import not_compiled
 from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats
@@ -70,7 +71,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     solver
         A solver, or any callable ``(problem, h0, z) -> h``.
     gradient
-        An estimator.
+        An estimator; ``Unroll(k=5, lam=0.5)`` if None. There is no default behind a forced number of plain steps, as of
+        :func:`~implicit_core.steps`.
     eval_solver
         The solver in eval mode; ``solver`` if None. The steps of the estimator come after it in both modes.
     h0
@@ -132,6 +134,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
 
     status: Tensor | None
     stats: Stats | None
+    _default_gradient: ClassVar[Estimator] = DEFAULT_GRADIENT
     # Of the class, for layers that were pickled before there were counts.
     samples: int = 0
     _unconverged: Tensor | int = 0
@@ -141,7 +144,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         cell: Callable[[H, X], H],
         *,
         solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] = Anderson(),
-        gradient: Estimator = Unroll(k=5, lam=0.5),
+        gradient: Estimator | None = None,
         eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
         h0: Callable[[X], H] | Sequence[int] | None = None,
         batch_ndim: int = 1,
@@ -151,6 +154,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     ) -> None:
         super().__init__()
         checks.function("cell", cell)
+        gradient = gradient_or_default(gradient, self._default_gradient, solver)
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         checks.instance("throw", throw, bool, "True")
         checks.instance("check", check, bool, "False")

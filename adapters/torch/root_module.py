@@ -1,7 +1,7 @@
 """The root of a module as a layer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from implicit_core import checks
 from implicit_core.arrays import PyTree
@@ -61,12 +61,14 @@ class RootLayer(ImplicitLayer[X, H]):
     (tensor([1., 2.]), tensor(-0.8654))
     """
 
+    _default_gradient: ClassVar[Estimator] = EXACT_GRADIENT
+
     def __init__(
         self,
         cell: Callable[[H, X], H],
         *,
         solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] = Polyalgorithm(),
-        gradient: Estimator = EXACT_GRADIENT,
+        gradient: Estimator | None = None,
         eval_solver: FixedPointSolver | Callable[[Problem[H, X], H, X], H] | None = None,
         h0: Callable[[X], H] | Sequence[int] | None = None,
         batch_ndim: int = 1,
