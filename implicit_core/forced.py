@@ -46,6 +46,8 @@ def needs_no_look(system: System) -> bool:
 def advance(system: System, solver: Any, x: State, steps: int) -> State:
     """The point after so many steps from x, in memory of its own."""
     space = system.space
+    if steps == 0:
+        return space.copy(x)
     for _ in range(steps):
         f = system.value(x)
         if settings.is_one(solver.damping):
@@ -66,7 +68,7 @@ def unsolved(problem: Problem[H, Any], h0: H, solver: "Solver", *, trace: bool =
     with backend.on_device_of(h0), backend.solving():
         space = problem.space(h0, name)
         solver = settings.bound(solver, space, constant=True)
-        return _solution(problem, space, solver, _start(space, h0), 0, trace=trace)
+        return _solution(problem, space, solver, space.copy(_start(space, h0)), 0, trace=trace)
 
 
 def unmeasured(problem: Problem[H, Z], h0: H, z: Z, solver: Any) -> Solution[H] | None:
@@ -87,9 +89,12 @@ def told(solution: Solution[H], space: Space, norm: Numbers, f_norm: Numbers) ->
 
     No tolerance is asked for, so a status says whether the numbers are finite, and nothing else.
     """
-    finite = (norm < float("inf")) & (f_norm < float("inf"))
-    status = space.select(finite, Status.MAX_STEPS.value, space.full(Status.NONFINITE.value, space.xp.int32))
-    status = space.per_sample(space.select(norm == 0, Status.CONVERGED.value, status))
+    if space.is_in_range(norm) and space.is_in_range(f_norm):  # a look, which is cheaper than what it spares
+        status = _of_samples(space, Status.MAX_STEPS.value, space.xp.int32)
+    else:
+        finite = (norm < float("inf")) & (f_norm < float("inf"))
+        status = space.select(finite, Status.MAX_STEPS.value, space.full(Status.NONFINITE.value, space.xp.int32))
+        status = space.per_sample(space.select(norm == 0, Status.CONVERGED.value, status))
     norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
     relative, tolerance = progress.relative(space, norm, f_norm), space.xp.zeros_like(norm)
     stats = solution.stats._replace(residual=norm, relative=relative, tolerance=tolerance)
@@ -105,7 +110,7 @@ def only_nonfinite(status: Array) -> Array:
 
 
 def _start(space: Space, h0: Any) -> State:
-    return space.copy(space.pack(space.backend.map(space.backend.stop_gradient, h0)))
+    return space.pack(space.backend.map(space.backend.stop_gradient, h0))
 
 
 def _solution(
@@ -114,13 +119,19 @@ def _solution(
     h = space.unpack(x)
     atol = solver.absolute_tolerance_of(root=isinstance(problem, RootProblem))
     # The largest number, and not infinity, of which frameworks can be asked to raise an error.
-    unknown = space.per_sample(space.full(float(space.backend.finfo(space.dtype).max)))
+    unknown = _of_samples(space, float(space.backend.finfo(space.dtype).max), space.dtype)
     stats = Stats(
-        space.per_sample(space.full(steps, space.xp.int32)),
+        _of_samples(space, steps, space.xp.int32),
         steps,
         unknown,
         space.xp.reshape(space.matrices(0, 1), (0, *space.batch_shape)) if trace else None,
         unknown,
         space.per_sample(space.full(0.0) + settings.absolute(space, atol)),
     )
-    return Solution(h, space.per_sample(space.full(Status.MAX_STEPS.value, space.xp.int32)), stats)
+    return Solution(h, _of_samples(space, Status.MAX_STEPS.value, space.xp.int32), stats)
+
+
+def _of_samples(space: Space, number: float, dtype: Any) -> Array:
+    """The same number for each sample, in the shape of the batch."""
+    numbers: Array = space.xp.full(space.batch_shape, number, dtype=dtype, device=space.device)
+    return numbers

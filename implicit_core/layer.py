@@ -18,7 +18,7 @@ from .problem import Problem
 from .progress import RESOLVED
 from .records import is_array
 from .registry import find_backend
-from .solution import Solution, Status, warn_of_failures
+from .solution import Solution, Status, warn_of_failures, warn_of_nonfinite
 from .solve import solve_from_arrays
 from .solvers import FixedPointIteration, FixedPointSolver
 from .solvers.here import Here
@@ -147,23 +147,24 @@ class Watched(Generic[H, Z]):
         self.problem = problem.watched(note)
         self.problem.watches_first = with_first
 
-    def norms(self) -> tuple[Numbers, ...]:
+    def norms(self, space: Space | None = None) -> tuple[Numbers, ...]:
         """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none.
 
-        After them the same two at the first evaluation, if the estimator replaces the solve.
+        After them the same two at the first evaluation, if the estimator replaces the solve. ``space`` is that of h,
+        if it is known.
         """
         if not self._noted:
             return ()
         ends = [self._noted[-1], self._noted[0]] if self._with_first else self._noted
-        norms = [norm for h, f in ends for norm in self._norms_at(h, f)]
+        norms = [norm for h, f in ends for norm in self._norms_at(h, f, space)]
         self._noted.clear()  # they may hold a graph
         return tuple(norms)
 
-    def _norms_at(self, h: H, f: H) -> tuple[Numbers, Numbers]:
-        backend = find_backend(h, "h")
+    def _norms_at(self, h: H, f: H, space: Space | None) -> tuple[Numbers, Numbers]:
+        space = space or self.problem.space(h)
+        backend = space.backend
         with backend.on_device_of(h), backend.solving():
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
-            space = self.problem.space(h)
             x, fx = space.pack(h), space.accept("the result of f", f)
             residual, f_norm = space.sub(fx, x), space.norm(fx)
             if space.is_in_range(f_norm):
@@ -174,7 +175,8 @@ class Watched(Generic[H, Z]):
 
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""
-        return told(solution, options, self.problem, self.norms())
+        space = self.problem.space(solution.value)
+        return announced(of_value(solution, options, self.problem, self.norms(space), space), options)
 
 
 def _copied(backend: Backend, tree: H) -> H:
@@ -200,15 +202,18 @@ def told(
 
 
 def of_value(
-    solution: Solution[H], options: LayerOptions, problem: Problem[H, Any], norms: tuple[Numbers, ...]
+    solution: Solution[H],
+    options: LayerOptions,
+    problem: Problem[H, Any],
+    norms: tuple[Numbers, ...],
+    space: Space | None = None,
 ) -> Solution[H]:
     """The solution, with a status and stats that speak of the estimator's value, if it has norms of its own."""
     if not norms:
         return solution
-    backend = find_backend(solution.value, "h")
-    with backend.on_device_of(solution.value), backend.solving():
-        norms = in_terms_of_g(problem.relaxation, norms, solution)
-        return _of_value(solution, options, problem.space(solution.value), *norms)
+    space = space or problem.space(solution.value)
+    with space.backend.on_device_of(solution.value), space.backend.solving():
+        return _of_value(solution, options, space, *in_terms_of_g(problem.relaxation, norms, solution))
 
 
 def in_terms_of_g(
@@ -241,8 +246,8 @@ def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
     if finite_is_enough and not _reads_freely(backend, residual):
         return solution
     if backend.readable(status):
-        status = forced.only_nonfinite(status) if finite_is_enough else status
-        backend.tell(warn_of_failures, backend.xp.astype(status, residual.dtype), residual)
+        warn = warn_of_nonfinite if finite_is_enough else warn_of_failures
+        backend.tell(warn, backend.xp.astype(status, residual.dtype), residual)
     return solution
 
 

@@ -315,11 +315,20 @@ def counts(status: Array, residual: Array, relative: Array | None) -> str:
 
 def warn_of_failures(status: Array, residual: Array) -> None:
     """Warn, once at a line, if samples of a layer did not converge. Both arguments may be arrays of NumPy."""
-    failures = find_failures(status, residual)
-    if not failures:
-        return
+    if failures := find_failures(status, residual):
+        _warn_of(failures, math.prod(status.shape))
+
+
+def warn_of_nonfinite(status: Array, residual: Array) -> None:
+    """The same behind a forced number of steps, after which no sample need have converged, but all must be finite."""
+    if bool(find_backend(status, "status").xp.any(status == Status.NONFINITE.value)):
+        failures = find_failures(status, residual)
+        _warn_of(tuple(x for x in failures if x.status == Status.NONFINITE), math.prod(status.shape))
+
+
+def _warn_of(failures: tuple[Failure, ...], samples: int) -> None:
     warn(
-        f"the solve did not converge: {describe(failures, math.prod(status.shape))}. {advice(failures)} The values and "
+        f"the solve did not converge: {describe(failures, samples)}. {advice(failures)} The values and "
         "gradients of these samples are those of another point; layers keep the statuses, throw=True raises. See the "
         "page 'When training misbehaves'. Shown once for this line",
         ConvergenceWarning,

@@ -90,7 +90,8 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
     autograd.jacobian = given.jacobian
     solved = given.about(autograd) if isinstance(given, RootProblem) else autograd
     gradient = with_reachable_tolerance(options.gradient, h0)
-    options = replace(options, gradient=gradient)
+    if gradient is not options.gradient:
+        options = replace(options, gradient=gradient)
     with full_precision(h0):
         if not (isinstance(gradient, AtFixedPoint) or type(gradient) in (Unroll, BPTT)):
             if torch.is_grad_enabled():
