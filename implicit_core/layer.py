@@ -176,7 +176,11 @@ class Watched(Generic[H, Z]):
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""
         space = self.problem.space(solution.value)
-        return announced(of_value(solution, options, self.problem, self.norms(space), space), options)
+        norms = self.norms(space)
+        found = of_value(solution, options, self.problem, norms, space)
+        if is_forced(options.solver) and norms and all(map(space.is_in_range, norms)):
+            return found  # no sample is NONFINITE, which alone would be told
+        return announced(found, options)
 
 
 def _copied(backend: Backend, tree: H) -> H:
