@@ -60,8 +60,8 @@ class FixedPointIteration(Solver):
 def steps(n: Count, *, damping: Real = 1.0) -> FixedPointIteration:
     """The solver that makes exactly n steps, as recursive models do: ``FixedPointIteration`` with tolerances of zero.
 
-    n steps evaluate F n times, and F is not evaluated at the result. ``solver=steps(n), gradient=Unroll(k, 1.0)`` is n
-    steps without a graph and k with one.
+    n steps evaluate F n times, and F is not evaluated at the result. A layer with it names its gradient:
+    ``solver=steps(n), gradient=Unroll(k, 1.0)`` is n steps without a graph and k with one.
 
     Parameters
     ----------
