@@ -1,5 +1,6 @@
 """What the programs that train share: a stop at Ctrl-C, checkpoint files, TensorBoard's log, errors as sentences."""
 
+import argparse
 import io
 import os
 import pickle
@@ -8,15 +9,26 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, Self, TypeAlias, TypeVar
+from typing import IO, Any, Protocol, Self, TypeAlias, TypeVar
 
 from implicit_core import SolveError
 
+S = TypeVar("S", bound="Trained")
 T = TypeVar("T")
 Log: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Writes scalars by name: ``log(step, scalars)``."""
+
+
+class Trained(Protocol):
+    """Settings of a training."""
+
+    @property
+    def gradient(self) -> str:
+        """The name of the gradient."""
+        ...
 
 
 class TrainingError(Exception):
@@ -56,6 +68,51 @@ def exit_code(run: Callable[[], object], modules: Collection[str], extras: str, 
         print(f"\nStopped. {stopped()}", file=sys.stderr)
         return 130
     return 0
+
+
+def add_numbers(parser: argparse.ArgumentParser, settings: type, *rows: tuple[str, str, str]) -> None:
+    """Add the options of numbers.
+
+    Parameters
+    ----------
+    parser
+        The command line.
+    settings
+        The class of the settings, which has the defaults.
+    rows
+        Name, placeholder and description of each number.
+    """
+    for name, metavar, about in rows:
+        default = getattr(settings, name)
+        about = f"{about} (default: {default})"
+        parser.add_argument(flag(name), type=type(default), default=argparse.SUPPRESS, metavar=metavar, help=about)
+
+
+def settings_of(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Callable[..., S], phantom: Collection[str]
+) -> S:
+    """The settings of a training that are given on the command line. What does not go together ends the program.
+
+    Parameters
+    ----------
+    parser, options
+        The command line, and what it says.
+    settings
+        The class of the settings.
+    phantom
+        The gradients that have k and lam.
+    """
+    names = [field.name for field in fields(settings)]  # type: ignore[arg-type]  # a dataclass
+    given = {name: getattr(options, name) for name in names if name in options}
+    try:
+        made = settings(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    if made.gradient not in phantom and given.keys() & {"k", "lam"}:
+        parser.error(f"--k and --lam belong to --gradient {' and '.join(phantom)}, not to {made.gradient}")
+    if options.resume and options.checkpoint is None:
+        parser.error("--resume needs --checkpoint FILE, the file to go on from")
+    return made
 
 
 def flag(name: str) -> str:

@@ -4,10 +4,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from ..program import exit_code, flag, how_to_go_on
+from ..program import add_numbers, exit_code, flag, how_to_go_on, settings_of
 from .loops import GRADIENTS, PHANTOM
 from .settings import FRAMEWORKS, Settings
 
@@ -48,15 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name in options}
-    try:
-        settings = Settings(**given)
-    except ValueError as error:
-        parser.error(str(error))
-    if settings.gradient not in PHANTOM and given.keys() & {"k", "lam"}:
-        parser.error(f"--k and --lam belong to --gradient {' and '.join(PHANTOM)}, not to {settings.gradient}")
-    if options.resume and options.checkpoint is None:
-        parser.error("--resume needs --checkpoint FILE, the file to go on from")
+    settings = settings_of(parser, options, Settings, PHANTOM)
     if options.picture is not None and options.picture.suffix not in FORMATS:
         parser.error(f"--picture needs a file ending in one of {', '.join(FORMATS)}, got {str(options.picture)!r}")
     files = {name: getattr(options, name) for name in ("checkpoint", "tensorboard", "picture")}
@@ -82,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(Settings, name)
         about = f"{about} (default: {default})"
         parser.add_argument(flag(name), choices=choices, default=argparse.SUPPRESS, help=about)
-    for name, metavar, about in (
+    add_numbers(
+        parser,
+        Settings,
         ("k", "K", "recursions of unroll, or terms of neumann"),
         ("lam", "L", "damping of unroll and neumann, in (0, 1]"),
         ("recursions", "T", "recursions of a training step"),
@@ -93,10 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         ("steps", "N", "training steps"),
         ("rate", "R", "highest learning rate of the schedule"),
         ("seed", "S", "seed of parameters and order"),
-    ):
-        default = getattr(Settings, name)
-        about = f"{about} (default: {default})"
-        parser.add_argument(flag(name), type=type(default), default=argparse.SUPPRESS, metavar=metavar, help=about)
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="save the run ten times, and after Ctrl-C")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, with the same settings")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the run for TensorBoard")

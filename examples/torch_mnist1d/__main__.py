@@ -4,10 +4,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from ..program import exit_code, flag, how_to_go_on
+from ..program import add_numbers, exit_code, how_to_go_on, settings_of
 from .settings import GRADIENTS, GROUPS, PHANTOM, Settings
 
 PROGRAM = "python -m implicit_core.examples.torch_mnist1d"
@@ -39,15 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name in options}
-    try:
-        settings = Settings(**given)
-    except ValueError as error:
-        parser.error(str(error))
-    if settings.gradient not in PHANTOM and given.keys() & {"k", "lam"}:
-        parser.error(f"--k and --lam belong to --gradient {' and '.join(PHANTOM)}, not to {settings.gradient}")
-    if options.resume and options.checkpoint is None:
-        parser.error("--resume needs --checkpoint FILE, the file to go on from")
+    settings = settings_of(parser, options, Settings, PHANTOM)
     files = {"checkpoint": options.checkpoint, "tensorboard": options.tensorboard}
 
     def run() -> None:
@@ -70,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gradient", choices=GRADIENTS, default=Settings.gradient, help=f"estimator (default: {Settings.gradient})"
     )
-    for name, metavar, about in (
+    add_numbers(
+        parser,
+        Settings,
         ("k", "K", "steps of unroll, or terms of neumann"),
         ("lam", "L", "damping of unroll and neumann, in (0, 1]"),
         ("epochs", "N", "passes over the training samples"),
@@ -78,10 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         ("lr", "R", "highest learning rate of the schedule"),
         ("channels", "C", f"width of the model, a multiple of {GROUPS}"),
         ("seed", "S", "seed of parameters, split and order"),
-    ):
-        default = getattr(Settings, name)
-        about = f"{about} (default: {default})"
-        parser.add_argument(flag(name), type=type(default), default=argparse.SUPPRESS, metavar=metavar, help=about)
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="save the run after each epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, with the same settings")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log each epoch for TensorBoard")
