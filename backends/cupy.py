@@ -88,12 +88,14 @@ class CuPySpace(Space):
         return counts + mask
 
     def norm(self, x: State) -> Numbers:
-        norm: Numbers = functools.reduce(cupy.hypot, (cupy.linalg.norm(a, axis=-1, keepdims=True) for a in x))
+        norm: Numbers = functools.reduce(
+            cupy.hypot, (cupy.linalg.norm(a, axis=-1, keepdims=True) for a in self.measured(x))
+        )
         return norm
 
     def largest(self, x: State) -> Numbers:
         largest = self.full(0.0)
-        for a in x:
+        for a in self.measured(x):
             if a.shape[-1]:
                 largest = cupy.maximum(largest, _LARGEST(a, axis=-1, keepdims=True))
         return largest
@@ -106,12 +108,13 @@ class CuPySpace(Space):
         return history  # kernels are made for one m, and read histories as they lie
 
     def products(self, rows: Row, history: History) -> Matrices:
-        products: Matrices = total(_products(a, b) for a, b in zip(rows, history, strict=True))
+        pairs = zip(self.measured(rows), self.measured(history), strict=True)
+        products: Matrices = total(_products(a, b) for a, b in pairs)
         return products
 
     def gram(self, gram: Any, history: History, index: int) -> Any:
         # Recompute one row in place: a Gram matrix belongs to one solve.
-        for matrix, a in zip(gram, history, strict=True):
+        for matrix, a in zip(gram, self.measured(history), strict=True):
             products = _products(a[:, index : index + 1, :], a)[:, 0, :]
             matrix[:, index, :] = products
             matrix[:, :, index] = products

@@ -132,13 +132,13 @@ class JAXSpace(Space):
 
     def products(self, rows: Row, history: History) -> Matrices:
         # One product for each row: XLA's product of two rows on the CPU takes three times as long as two products.
-        n = rows[0].shape[1]
+        rows, history, n = self.measured(rows), self.measured(history), rows[0].shape[1]
         parts = [total(_products(a[:, i : i + 1, :], b) for a, b in zip(rows, history, strict=True)) for i in range(n)]
         products: Matrices = _total(parts[0] if n == 1 else jnp.concatenate(parts, axis=1))
         return products
 
     def gram(self, gram: Any, history: History, index: Any) -> Any:
-        return tuple(_gram(a, b, index) for a, b in zip(gram, history, strict=True))
+        return tuple(_gram(a, b, index) for a, b in zip(gram, self.measured(history), strict=True))
 
     # A loop's counter may be traced.
 

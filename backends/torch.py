@@ -28,8 +28,8 @@ LARGE = 1 << 18
 """Numbers of a history from which on a product with it costs more than the launch of some operations."""
 
 WRITES_LATER = (
-    "f wrote to its argument h, which it did not in its first evaluation: let it always return a new tensor, "
-    "`torch.relu(h)` instead of `torch.relu_(h)`, or always work on a copy, `h = h.clone()`"
+    "f wrote to its argument h, which it did not in its first evaluation, or it returns memory that it reuses: let it "
+    "always return a new tensor, `torch.relu(h)` instead of `torch.relu_(h)`, or always work on a copy, `h = h.clone()`"
 )
 
 TRACED = (
@@ -122,10 +122,11 @@ class TorchSpace(Space):
         return counts + mask
 
     def norm(self, x: State) -> Numbers:
-        norm: Any = torch.linalg.vector_norm(x[0], dim=-1, keepdim=True)
-        for a in x[1:]:
+        first, *rest = self.measured(x)
+        norm: Any = torch.linalg.vector_norm(first, dim=-1, keepdim=True)
+        for a in rest:
             norm = torch.hypot(norm, torch.linalg.vector_norm(a, dim=-1, keepdim=True))
-        return norm  # type: ignore[no-any-return]  # a tensor (N, 1)
+        return self.noticing(norm, x)
 
     def is_in_range(self, norm: Any) -> bool:
         backend = self.backend
@@ -157,11 +158,12 @@ class TorchSpace(Space):
         return History(tuple(a.narrow(1, 0, index) for a in history))
 
     def products(self, rows: Row, history: History) -> Matrices:
-        products: Matrices = total(torch.bmm(a, b.mT) for a, b in zip(rows, history, strict=True))
+        pairs = zip(self.measured(rows), self.measured(history), strict=True)
+        products: Matrices = total(torch.bmm(a, b.mT) for a, b in pairs)
         return products
 
     def gram(self, gram: Any, history: History, index: int | Tensor) -> Any:
-        return tuple(_gram(a, b, index) for a, b in zip(gram, history, strict=True))
+        return tuple(_gram(a, b, index) for a, b in zip(gram, self.measured(history), strict=True))
 
     def combine(self, weights: Any, history: History, onto: Row | None = None) -> Row:
         if onto is None:

@@ -1,6 +1,7 @@
 """Argument checks: each error names the argument, what came, and what was expected."""
 
 import operator
+import re
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -271,8 +272,8 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         leaves, structure = backend.flatten(got)
     if structure != expected_structure:
         raise TypeError(
-            f"{name} must have the structure of {expected_name}, {expected_structure}, got {structure}"
-            + unregistered(leaves)
+            f"{name} must have the structure of {expected_name}, {shown(expected_structure)}, got {shown(structure)}"
+            f"{', where * is an array' if '*' in str(structure) else ''}{unregistered(leaves)}"
         )
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if not backend.is_array(leaf):
@@ -280,8 +281,15 @@ def like(backend: "Backend", name: str, got: PyTree, expected: PyTree, expected_
         supported_leaf(backend, name, leaf)
         if difference := _difference(backend, leaf, reference):
             error, must, wanted, came = difference
-            raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}")
+            remedy = f"; cast it, or give {expected_name} in that dtype" if "dtype" in must else ""
+            raise error(f"{name} must {must} of {expected_name}, {wanted}, got {came}{remedy}")
     return got
+
+
+def shown(structure: object) -> str:
+    """The structure of a pytree in a sentence, without the name of its class; an array is ``*``."""
+    text = re.sub(r"^PyTree(Spec|Def)\((.*)\)$", r"\2", str(structure))
+    return re.sub(r"(, NoneIsLeaf)?(, namespace='[^']*')?$", "", text)
 
 
 def structured(backend: "Backend", got: PyTree, expected: PyTree) -> PyTree:
@@ -319,7 +327,7 @@ def like_z(backend: "Backend", name: str, got: PyTree, z: PyTree) -> None:
     leaves, structure = backend.flatten(got, none_is_leaf=True)
     expected_leaves, expected = backend.flatten(z, none_is_leaf=True)
     if structure != expected:
-        raise TypeError(f"{name} must have the structure of z, {expected}, got {structure}")
+        raise TypeError(f"{name} must have the structure of z, {shown(expected)}, got {shown(structure)}")
     for leaf, reference in zip(leaves, expected_leaves, strict=True):
         if leaf is None or not backend.is_array(reference):
             continue

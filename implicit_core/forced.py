@@ -15,21 +15,24 @@ if TYPE_CHECKING:
     from .solvers.base import Solver
 
 
-def is_forced(solver: object) -> bool:
-    """Whether a solver makes a fixed number of steps, after which no sample need have converged."""
+def has_no_tolerance(solver: object) -> bool:
+    """Whether no residual is small enough for a solver, so that no sample need have converged."""
     solver = getattr(solver, "solver", solver)  # within Compacting, say
     if getattr(solver, "ends_samples", False):
         return False
     return all(settings.is_zero(getattr(solver, name, None)) for name in ("rtol", "absolute_tolerance"))
 
 
+def is_forced(solver: object) -> bool:
+    """Whether a solver makes a fixed number of steps: it has no tolerance, and no ``stop``."""
+    return has_no_tolerance(solver) and getattr(getattr(solver, "solver", solver), "stop", None) is None
+
+
 def is_plain(solver: object) -> bool:
     """Whether it makes one known number of plain steps, none of which depends on a residual or on a sample."""
     from .solvers.fixed_point_iteration import FixedPointIteration  # which imports this module
 
-    if type(solver) is not FixedPointIteration or not isinstance(solver.max_steps, int) or solver.stop is not None:
-        return False
-    return is_forced(solver)
+    return type(solver) is FixedPointIteration and isinstance(solver.max_steps, int) and is_forced(solver)
 
 
 def needs_no_look(system: System) -> bool:
@@ -44,10 +47,8 @@ def needs_no_look(system: System) -> bool:
 
 
 def advance(system: System, solver: Any, x: State, steps: int) -> State:
-    """The point after so many steps from x, in memory of its own."""
+    """The point after so many steps from x; x itself if there are none."""
     space = system.space
-    if steps == 0:
-        return space.copy(x)
     for _ in range(steps):
         f = system.value(x)
         if settings.is_one(solver.damping):
@@ -80,7 +81,7 @@ def unmeasured(problem: Problem[H, Z], h0: H, z: Z, solver: Any) -> Solution[H] 
             return None
         x = _start(system.space, h0)
         solver = settings.bound(solver, system.space, constant=True)
-        x = advance(system, solver, x, solver.max_steps)
+        x = advance(system, solver, x, solver.max_steps) if solver.max_steps else system.space.copy(x)
         return _solution(problem, system.space, solver, x, solver.max_steps)
 
 
@@ -90,15 +91,15 @@ def told(solution: Solution[H], space: Space, norm: Numbers, f_norm: Numbers) ->
     No tolerance is asked for, so a status says whether the numbers are finite, and nothing else.
     """
     if space.is_in_range(norm) and space.is_in_range(f_norm):  # a look, which is cheaper than what it spares
-        status = _of_samples(space, Status.MAX_STEPS.value, space.xp.int32)
+        status = space.full(Status.MAX_STEPS.value, space.xp.int32)
     else:
         finite = (norm < float("inf")) & (f_norm < float("inf"))
         status = space.select(finite, Status.MAX_STEPS.value, space.full(Status.NONFINITE.value, space.xp.int32))
-        status = space.per_sample(space.select(norm == 0, Status.CONVERGED.value, status))
+        status = space.select(norm == 0, Status.CONVERGED.value, status)
     norm, f_norm = space.per_sample(norm), space.per_sample(f_norm)
     relative, tolerance = progress.relative(space, norm, f_norm), space.xp.zeros_like(norm)
     stats = solution.stats._replace(residual=norm, relative=relative, tolerance=tolerance)
-    return solution._replace(status=status, stats=stats)
+    return solution._replace(status=space.per_sample(status), stats=stats)
 
 
 def only_nonfinite(status: Array) -> Array:
@@ -116,22 +117,17 @@ def _start(space: Space, h0: Any) -> State:
 def _solution(
     problem: Problem[H, Any], space: Space, solver: "Solver", x: State, steps: int, *, trace: bool = False
 ) -> Solution[H]:
+    space.shard_as(x)
     h = space.unpack(x)
     atol = solver.absolute_tolerance_of(root=isinstance(problem, RootProblem))
     # The largest number, and not infinity, of which frameworks can be asked to raise an error.
-    unknown = _of_samples(space, float(space.backend.finfo(space.dtype).max), space.dtype)
+    unknown = space.per_sample(space.full(float(space.backend.finfo(space.dtype).max)))
     stats = Stats(
-        _of_samples(space, steps, space.xp.int32),
+        space.per_sample(space.full(steps, space.xp.int32)),
         steps,
         unknown,
         space.xp.reshape(space.matrices(0, 1), (0, *space.batch_shape)) if trace else None,
         unknown,
         space.per_sample(space.full(0.0) + settings.absolute(space, atol)),
     )
-    return Solution(h, _of_samples(space, Status.MAX_STEPS.value, space.xp.int32), stats)
-
-
-def _of_samples(space: Space, number: float, dtype: Any) -> Array:
-    """The same number for each sample, in the shape of the batch."""
-    numbers: Array = space.xp.full(space.batch_shape, number, dtype=dtype, device=space.device)
-    return numbers
+    return Solution(h, space.per_sample(space.full(Status.MAX_STEPS.value, space.xp.int32)), stats)

@@ -204,7 +204,12 @@ class Iteration:
         self.atol = self.atol / units
 
     def _run(self) -> Solution[Any]:
-        return self.with_nan(self.finish(self.loop(self.begin, 0 if self.plain else self.solver.max_steps - 1)))
+        return self.with_nan(self.finish(self.loop(self.begin, self.left)))
+
+    @property
+    def left(self) -> int:
+        """The most steps after :meth:`begin`."""
+        return 0 if self.plain else self.solver.max_steps - 1
 
     def loop(self, begin: Callable[[], Carry], steps: int) -> Carry:
         """At most so many steps from a start, which has no name here, since that would keep its states."""
@@ -234,7 +239,8 @@ class Iteration:
         readable = space.backend.readable(point.norm)
         self.system.grows = readable and not self.stepwise and self.memory_may_grow
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
-        self.unread = None if readable or only else self._outside(point)
+        # A forced number of steps needs no norm to go on.
+        self.unread = None if readable or only or self._moves_on else self._outside(point)
         if self.unread is not None:
             if self.noticed is not None:
                 self.noticed.append(self.unread)
@@ -294,7 +300,27 @@ class Iteration:
         # A frozen sample gives these numbers again, and a comparison with NaN is false: both stay finished.
         # Decisions 2 and 3.
         active = is_active(found.norm, found.f_norm)
-        return Point(x, found.f, found.residual, found.norm, found.f_norm, active, index), found.operator
+        point = Point(x, found.f, found.residual, found.norm, found.f_norm, active, index)
+        if self._moves_on:
+            point = self._with_norms(point) if self.trace or self.stepwise else point
+            point = point._replace(active=self._can_move(point))
+        return point, found.operator
+
+    def _can_move(self, point: Point) -> Mask:
+        """Where F is finite, and so the next point of a forced number of plain steps; its squares need not be."""
+        space, mask = self.space, finite(point.norm)
+        if space.is_in_range(point.norm):
+            return mask
+        return mask | finite(space.noticing(space.largest(point.f), point.f))
+
+    def _with_norms(self, point: Point) -> Point:
+        """The point, with norms whose squares stay in the range of numbers."""
+        if self.space.is_in_range(point.norm) and self.space.is_in_range(point.f_norm):
+            return point
+        space, measured = self.space, self._measured(point)
+        units = space.magnitude(measured)
+        norm, f_norm = (units * space.norm(space.divide(x, units)) for x in (point.residual, measured))
+        return point._replace(norm=norm, f_norm=point.f_norm if self.system.is_root else f_norm)
 
     def _observed(self, memory: Any, point: Point, operator: Operator | None) -> tuple[Any, Point]:
         """The solver's memory after an evaluation, the last of which no step follows, and the samples that go on."""
@@ -341,7 +367,7 @@ class Iteration:
         """
         point, settled = carry.point, carry.settled
         if isinstance(point.index, int) and point.index == 0:
-            return None if self.units is not None else self.space.out_of_range(point.f_norm)
+            return None if self.units is not None or self._moves_on else self.space.out_of_range(point.f_norm)
         return None if settled is None or settled is point.norm or self.checked else point.norm > settled
 
     def _measured(self, point: Point) -> State:
@@ -393,7 +419,7 @@ class Iteration:
                 # Where F is not finite, a sample that was active goes back, and stays so. NaN equals nothing.
                 going_on = norm != UNKNOWN if made is None else ~(norm <= self.threshold(f_norm, made))
                 return going_on if active is True else going_on & (before.active | finite(norm))
-            if made is None:
+            if made is None:  # or see below
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
             return norm > self.threshold(f_norm, made._replace(cap=space.multiply_add(0.0, norm, made.cap)))
@@ -458,6 +484,11 @@ class Iteration:
             carry = carry._replace(best=best)
         if self.noticed is not None and carry.settled is not None:
             self.noticed.append((carry.settled < 0) | finished.moved(self.system, point, carry.settled))
+        if self._moves_on and self.units is None:
+            point = self._with_norms(point)
+            if self._below_zero is not None:
+                point = point._replace(norm=space.filled(point.norm, self._below_zero, float("nan")))
+            carry = carry._replace(point=point)
         outcome = self.outcome(carry)
         norm, f_norm = outcome.norm, outcome.f_norm
         stats = Stats(
@@ -484,10 +515,14 @@ class Iteration:
         accepted = solver.accepts(self.system, carry.memory, point)
         last = point._replace(accepted=True if accepted is None else accepted)
         x, _ = solver.step(self.system, carry.memory, last)
-        moving = finite(point.norm) if carry.stopped is None else finite(point.norm) & ~carry.stopped
+        moving = self._can_move(point)
+        if carry.stopped is not None:
+            moving = moving & ~carry.stopped
         if self.may_make_none:
             moving = moving & (self._limit > 0)
-        return space.copy(space.round(space.where(moving, x, point.x)))
+        moved = space.copy(space.round(space.where(moving, x, point.x)))
+        below = self._below_zero
+        return moved if below is None else State(tuple(space.filled(a, below, float("nan")) for a in moved))
 
     @property
     def _before(self) -> int:
@@ -506,6 +541,12 @@ class Iteration:
     def may_make_none(self) -> bool:
         """Whether a forced number of steps may be zero in some sample, where F is evaluated all the same."""
         return self._moves_on and is_array(self._limit)
+
+    @property
+    def _below_zero(self) -> Mask | None:
+        """Where a forced number of steps is negative, which cannot be refused; None where it can be read."""
+        known = not self.may_make_none or self.space.backend.readable(self._limit)
+        return None if known else self._limit < 0
 
     @property
     def _limit(self) -> Any:
@@ -608,7 +649,7 @@ class Iteration:
         """The samples that take a step: the active ones, or all that can."""
         if self.solver.freeze or active is True:
             return active
-        moving = finite(carry.point.norm) | carry.point.active
+        moving = finite(carry.point.norm) | carry.point.active  # which is all that can, where F alone decides it
         if self.most is not None:
             moving = moving & (carry.point.index + 1 < self.most)
         if carry.stopped is not None:

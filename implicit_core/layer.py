@@ -12,7 +12,7 @@ from . import forced, progress, settings
 from .arrays import Array, H, Numbers, Z
 from .backend import Backend
 from .estimators import AtFixedPoint, Estimator
-from .forced import is_forced, is_plain, unmeasured, unsolved
+from .forced import has_no_tolerance, is_forced, is_plain, unmeasured, unsolved
 from .iteration import finite
 from .problem import Problem
 from .progress import RESOLVED
@@ -49,7 +49,7 @@ class LayerOptions:
         # them estimates no fixed point, whose derivative growing cotangents would miss (Decision 131).
         gradient: Any = self.gradient
         warns = not isinstance(gradient, AtFixedPoint) and getattr(gradient, "on_growth", None) == "warn"
-        if warns and is_forced(self.solver):
+        if warns and has_no_tolerance(self.solver):
             object.__setattr__(self, "gradient", replace(gradient, on_growth="ignore"))
 
 
@@ -64,9 +64,14 @@ def gradient_or_default(gradient: Estimator | None, default: Estimator, solver: 
     """The estimator that a layer was given, or the default one, which is for points that a solve found."""
     if gradient is not None:
         return gradient
-    if type(getattr(solver, "solver", solver)) is FixedPointIteration and is_forced(solver):  # or within Compacting
-        raise TypeError(NO_DEFAULT)
+    check_has_default(solver)
     return default
+
+
+def check_has_default(solver: object) -> None:
+    """Raise TypeError for a solver that has no default gradient."""
+    if isinstance(getattr(solver, "solver", solver), FixedPointIteration) and is_forced(solver):  # or within Compacting
+        raise TypeError(NO_DEFAULT)
 
 
 class Layer(Protocol):
@@ -90,17 +95,18 @@ def undifferentiated(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions)
     return watched.told(solution._replace(value=value), options)
 
 
-def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> Solution[H]:
+def solver_point(problem: Problem[H, Z], h0: H, z: Z, options: LayerOptions, *, measured: bool = False) -> Solution[H]:
     """The point at which the estimator starts: the solver's, or h0 itself, where F is not evaluated.
 
-    Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`.
+    Whether it converged is not asked here: ``throw`` speaks of the estimator's value, see :meth:`Watched.told`. With
+    ``measured`` the last of a forced number of steps is measured here, and not left to the estimator's.
     """
     if replaces_solve(options.gradient):
         return unsolved(problem, h0, measuring(options.solver), trace=options.trace)
     solver = starting_solver(options)
     # The estimator's own steps measure the last of them.
-    measured_later = is_plain(solver) and not (isinstance(options.gradient, AtFixedPoint) or options.trace)
-    if measured_later and (solution := unmeasured(problem, h0, z, solver)) is not None:
+    at_once = measured or options.trace or isinstance(options.gradient, AtFixedPoint)
+    if is_plain(solver) and not at_once and (solution := unmeasured(problem, h0, z, solver)) is not None:
         return solution
     return solve_from_arrays(problem, h0, z, solver=solver, trace=options.trace)
 
@@ -237,22 +243,27 @@ def in_terms_of_g(
 def announced(solution: Solution[H], options: LayerOptions) -> Solution[H]:
     """The solution, after an error if ``throw`` asks for it, or a warning of samples that did not converge.
 
-    Of a forced number of steps no sample need have converged, but all have to be finite; a warning asks no more of
-    :class:`BPTT`.
+    Of a forced number of steps no sample need have converged, but all have to be finite; a warning asks no more where
+    there is no tolerance, nor of :class:`BPTT`.
     """
     status, residual = solution.status, solution.stats.residual
-    backend, any_status = find_backend(status, "status"), not is_forced(options.solver)
+    backend = find_backend(status, "status")
     if options.throw:
-        checked = solution if any_status else solution._replace(status=forced.only_nonfinite(status))
-        checked.raise_for_status()
+        check_for_throw(solution, options.solver)
         return solution
-    finite_is_enough = options.gradient.starts_from_h0 or not any_status
+    finite_is_enough = options.gradient.starts_from_h0 or has_no_tolerance(options.solver)
     if finite_is_enough and not _reads_freely(backend, residual):
         return solution
     if backend.readable(status):
         warn = warn_of_nonfinite if finite_is_enough else warn_of_failures
         backend.tell(warn, backend.xp.astype(status, residual.dtype), residual)
     return solution
+
+
+def check_for_throw(solution: Solution[Any], solver: object) -> None:
+    """Raise :class:`SolveError` of what ``throw`` asks for: all samples converged, or are finite after forced steps."""
+    status = forced.only_nonfinite(solution.status) if is_forced(solver) else solution.status
+    solution._replace(status=status).raise_for_status()
 
 
 def _reads_freely(backend: Backend, residual: Array) -> bool:
@@ -297,6 +308,10 @@ def _of_value(
     # by no more than the residual grew over all steps.
     growth = norm / xp.maximum(first, rounding + float(space.backend.finfo(space.dtype).smallest_normal))
     converged = (norm <= tolerance) & ((growth <= 1) | (norm * growth <= tolerance))
+    if stats.tolerance is not None and not at_start:
+        # Where the solver's own test ended a sample, the tolerance is its residual there: the test asked for no less.
+        tested = (status == Status.CONVERGED.value) & (first >= stats.tolerance)
+        converged = converged | (tested & (growth <= progress.GROWTH))
     converged = converged & (status != Status.DIVERGED.value)  # from where rounding may hide the residual
     left = ~converged & ((status == Status.CONVERGED.value) | (growth > progress.GROWTH))
     for mask, code in (

@@ -213,7 +213,7 @@ class Problem(Generic[H, Z]):
     scale
         The units of the unknown, if its parts have different ones: a number, an array that broadcasts to h, or a pytree
         like h with a number or an array for each leaf. All positive, and known when a framework traces. ``math.inf``
-        for a leaf leaves it out of all norms, as for a count of the steps. Norms, inner products, tolerances and
+        for a leaf leaves it out of residuals, as for a count of the steps. Norms, inner products, tolerances and
         certificates are then those of h / scale. ``magnitudes(f(h0, z))`` takes it from the first evaluation.
 
     Notes

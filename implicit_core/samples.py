@@ -49,11 +49,12 @@ def reset(state: H, start: PyTree, *, where: Mask | Array) -> H:
     backend = find_backend(state, "state")
     leaves, structure = backend.flatten(state)
     starts, structure_of_start = backend.flatten(start)
-    if len(starts) == 1 and structure_of_start != structure:
+    if structure_of_start != structure and len(starts) == 1 and starts[0] is start:
         starts = starts * len(leaves)
     elif structure_of_start != structure:
         raise TypeError(
-            f"start must have the structure of state, {structure}, or be one array; got {structure_of_start}"
+            f"start must have the structure of state, {checks.shown(structure)}, or be one array; got "
+            f"{checks.shown(structure_of_start)}"
         )
     with backend.on_device_of(state):
         mask = _mask_of_samples(backend, where, leaves)
@@ -77,9 +78,16 @@ def _mask_of_samples(backend: Backend, where: Any, leaves: list[Any]) -> Any:
 
 def _set_back(backend: Backend, leaf: Any, start: Any, mask: Any) -> Any:
     xp = backend.xp
-    new = start if backend.is_array(start) else xp.asarray(start, device=backend.device(leaf))
+    new = start
+    if not backend.is_array(start):
+        # At once in the dtype of the leaf: a float through float32 would be rounded.
+        fits = isinstance(start, int) or (isinstance(start, float) and backend.isdtype(leaf.dtype, "real floating"))
+        new = xp.asarray(start, dtype=leaf.dtype if fits else None, device=backend.device(leaf))
     if backend.isdtype(new.dtype, "real floating") and not backend.isdtype(leaf.dtype, "real floating"):
-        raise TypeError(f"start has a leaf of dtype {new.dtype}, which does not fit into one of dtype {leaf.dtype}")
+        raise TypeError(
+            f"start has a leaf of dtype {new.dtype}, which does not fit into one of dtype {leaf.dtype}: give an "
+            "integer, as 0 for 0.0, or a pytree with a start for each leaf"
+        )
     new = new if new.dtype == leaf.dtype else xp.astype(new, leaf.dtype)
     try:
         new = xp.broadcast_to(new, leaf.shape)

@@ -204,7 +204,7 @@ def taken(record: R, take: Any) -> R:
 def _remedy(space: Space, backend: Backend) -> str:
     if not space.batch_shape:
         return "With batch_ndim=0 there is one system: with batch_ndim=1 the first axis of h counts samples"
-    return MAPPED if backend.name == "jax" else "Leaves of h begin with the axes of the batch"
+    return MAPPED if backend.name == "jax" else "The batch is the first axes of every leaf of h"
 
 
 def of_leaf(space: Space, setting: Any, leaf: Array) -> Any:
@@ -228,6 +228,8 @@ def _of_each_sample(record: Any, name: str, value: Array, space: Space, *, const
     try:
         value = xp.broadcast_to(value, space.batch_shape)
     except (ValueError, RuntimeError, TypeError):
+        if name == "max_steps" and is_zero(record.rtol) and is_zero(record.absolute_tolerance):
+            owner = f"{owner}, the n of ic.steps(n),"
         raise ValueError(
             f"{name} of {owner} must be one number, or one for each sample, of shape {space.batch_shape}; got an array "
             f"of shape {tuple(value.shape)}. {_remedy(space, backend)}"

@@ -316,21 +316,21 @@ def counts(status: Array, residual: Array, relative: Array | None) -> str:
 def warn_of_failures(status: Array, residual: Array) -> None:
     """Warn, once at a line, if samples of a layer did not converge. Both arguments may be arrays of NumPy."""
     if failures := find_failures(status, residual):
-        _warn_of(failures, math.prod(status.shape))
+        _warn_of("the solve did not converge", failures, status)
 
 
 def warn_of_nonfinite(status: Array, residual: Array) -> None:
     """The same behind a forced number of steps, after which no sample need have converged, but all must be finite."""
     if bool(find_backend(status, "status").xp.any(status == Status.NONFINITE.value)):
-        failures = find_failures(status, residual)
-        _warn_of(tuple(x for x in failures if x.status == Status.NONFINITE), math.prod(status.shape))
+        failures = tuple(x for x in find_failures(status, residual) if x.status == Status.NONFINITE)
+        _warn_of("the steps led to numbers that are not finite", failures, status)
 
 
-def _warn_of(failures: tuple[Failure, ...], samples: int) -> None:
+def _warn_of(what: str, failures: tuple[Failure, ...], status: Array) -> None:
     warn(
-        f"the solve did not converge: {describe(failures, samples)}. {advice(failures)} The values and "
-        "gradients of these samples are those of another point; layers keep the statuses, throw=True raises. See the "
-        "page 'When training misbehaves'. Shown once for this line",
+        f"{what}: {describe(failures, math.prod(status.shape))}. {advice(failures)} The values and gradients of these "
+        "samples are those of another point; layers keep the statuses, throw=True raises. See the page 'When training "
+        "misbehaves'. Shown once for this line",
         ConvergenceWarning,
         once=True,
     )

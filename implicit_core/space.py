@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 """An array."""
+Leaves = TypeVar("Leaves", bound=tuple[Any, ...])
+"""A state, a row or a history."""
 PRIME = 46337
 """The largest prime whose square is an int32."""
-UNMEASURED = 2.0**100
-"""The unit of a part of a state that is not measured: a power of two, so that counts stay exact; squares vanish."""
 Axes = tuple[int, ...]
 """The axes of an array, the one with the largest stride first."""
 
@@ -82,6 +82,12 @@ class Space:
         self._is_flat = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
         self.rounds = any(dtype != self.dtype for dtype in self.dtypes)
         self._units = None if scale is None else self._flat_units(scale, batch_ndim)
+        self._measured: tuple[int, ...] | None = None
+        """The leaves that norms and inner products count, if not all."""
+        infinite = [isinstance(unit, float) and unit == math.inf for unit in self._units or ()]
+        if any(infinite):
+            self._measured = tuple(i for i, left_out in enumerate(infinite) if not left_out)
+            self._units = tuple(1.0 if out else unit for out, unit in zip(infinite, self._units or (), strict=True))
 
     @property
     def dimension(self) -> int:
@@ -141,13 +147,36 @@ class Space:
         if self._units is None:
             return self
         dual = copy.copy(self)
-        dual._units = tuple(1 / unit for unit in self._units)
+        dual._units, dual._measured = tuple(1 / unit for unit in self._units), None
         return dual
+
+    @property
+    def every_leaf(self) -> "Space":
+        """The same space in which all leaves are measured: that of tangents, as :attr:`dual` is that of cotangents.
+
+        A part of the state that is left out of residuals may have a derivative all the same.
+        """
+        if self._measured is None:
+            return self
+        space = copy.copy(self)
+        space._measured = None
+        return space
+
+    def measured(self, x: Leaves) -> Leaves:
+        """The leaves that norms and inner products count."""
+        if self._measured is None:
+            return x
+        leaves: Any = tuple(x[i] for i in self._measured)
+        return leaves  # type: ignore[no-any-return]  # of the same kind
 
     def in_units(self, units: Numbers | State) -> "Space":
         """The same space with states that are divided by ``units``: one number a sample, or a state of them."""
         space, n = copy.copy(self), len(self.shapes)
-        of_leaves = units if isinstance(units, tuple) else (units,) * n
+        of_leaves = (
+            units
+            if isinstance(units, tuple)
+            else tuple(1.0 if self._measured is not None and i not in self._measured else units for i in range(n))
+        )
         space._units = tuple(
             new if unit is None else unit * new for unit, new in zip(self._units or (None,) * n, of_leaves, strict=True)
         )
@@ -237,7 +266,7 @@ class Space:
 
     def _flat_unit(self, unit: Any, shape: tuple[int, ...], order: Axes | None, batch_ndim: int) -> Any:
         if isinstance(unit, (int, float)):
-            return UNMEASURED if unit == math.inf else float(unit)
+            return float(unit)
         xp = self.xp
         unit = self._cast(unit if self.backend.is_array(unit) else xp.asarray(unit, device=self.device), self.dtype)
         state = shape[batch_ndim:]
@@ -393,15 +422,22 @@ class Space:
         return counts + one
 
     def norm(self, x: State) -> Numbers:
-        """Euclidean norm over all leaves."""
-        norms = (self.xp.linalg.vector_norm(a, axis=-1, keepdims=True) for a in x)
+        """Euclidean norm over all leaves that are measured."""
+        norms = (self.xp.linalg.vector_norm(a, axis=-1, keepdims=True) for a in self.measured(x))
         norm: Numbers = functools.reduce(self.xp.hypot, norms)
+        return self.noticing(norm, x)
+
+    def noticing(self, norm: Numbers, x: State) -> Numbers:
+        """The norm, NaN where a leaf that is not measured is not finite."""
+        for i, a in enumerate(x if self._measured is not None else ()):
+            if i not in (self._measured or ()) and a.shape[-1]:
+                norm = norm + 0.0 * self.xp.max(self.xp.abs(a), axis=-1, keepdims=True)
         return norm
 
     def largest(self, x: State) -> Numbers:
-        """Largest absolute value over all leaves."""
+        """Largest absolute value over all leaves that are measured."""
         largest = self.full(0.0)
-        for a in x:
+        for a in self.measured(x):
             if a.shape[-1]:
                 largest = self.xp.maximum(largest, self.xp.max(self.xp.abs(a), axis=-1, keepdims=True))
         return largest
@@ -433,8 +469,9 @@ class Space:
         return False
 
     def dot(self, x: State, y: State) -> Numbers:
-        """Inner product over all leaves."""
-        dot: Numbers = total(self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in zip(x, y, strict=True))
+        """Inner product over all leaves that are measured."""
+        pairs = zip(self.measured(x), self.measured(y), strict=True)
+        dot: Numbers = total(self.xp.sum(a * b, axis=-1, keepdims=True) for a, b in pairs)
         return dot
 
     def same(self, x: State, y: State) -> Array:
@@ -464,16 +501,20 @@ class Space:
         return History(tuple(head(a, 1, min(int(index), int(a.shape[1]))) for a in history))
 
     def products(self, rows: Row, history: History) -> Matrices:
-        """Inner products over all leaves of r rows with the m rows of a history: (N, r, D), (N, m, D) -> (N, r, m)."""
-        products: Matrices = total(a @ self.xp.matrix_transpose(b) for a, b in zip(rows, history, strict=True))
+        """Inner products of r rows with the m rows of a history, over all leaves that are measured.
+
+        (N, r, D), (N, m, D) -> (N, r, m).
+        """
+        pairs = zip(self.measured(rows), self.measured(history), strict=True)
+        products: Matrices = total(a @ self.xp.matrix_transpose(b) for a, b in pairs)
         return products
 
     def gram(self, gram: tuple[Matrices, ...], history: History, index: Index) -> tuple[Matrices, ...]:
-        """Inner products of the rows of a history with each other, (N, m, m) for each leaf.
+        """Inner products of the rows of a history with each other, (N, m, m) for each leaf that is measured.
 
         ``gram`` holds them as they were before the row at ``index`` was replaced, and is no longer valid.
         """
-        return tuple(a @ self.xp.matrix_transpose(a) for a in history)
+        return tuple(a @ self.xp.matrix_transpose(a) for a in self.measured(history))
 
     def combine(self, weights: Matrices, history: History, onto: Row | None = None) -> Row:
         """Weighted sum of the rows of a history, (N, 1, m), (N, m, D) -> (N, 1, D), plus ``onto``."""

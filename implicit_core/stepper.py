@@ -271,6 +271,9 @@ def _state(iteration: Iteration, carry: Carry) -> StepperState[Any]:
     )
     if not backend.immutable:  # they share memory with what the next step needs
         public = _copied(backend, public)
+        if not iteration.solver.copies_results:  # F may reuse the memory of its result, or return z
+            point = point._replace(f=space.copy(point.f), residual=space.copy(point.residual))
+            carry = carry._replace(point=point)
     start = None if iteration.forced else iteration.start
     state = StepperState(*public, StepperMemory(carry, start, iteration.units, iteration.unread))
     if backend.has_autodiff:  # without a graph, a framework may still carry forward-mode tangents

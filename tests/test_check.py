@@ -305,7 +305,7 @@ def test_a_layer_tests_a_cell_that_is_defined_near_its_solution_alone():
     x = 0.3 * torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer(x.requires_grad_()).sum().backward()
     with pytest.raises(ic.CoupledSamplesError):
-        ict.ImplicitLayer(coupled, solver=ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=5))(x)
+        ict.ImplicitLayer(coupled, solver=ic.steps(5), gradient=ic.Unroll())(x)
 
 
 def test_a_layer_that_was_pickled_without_counts_can_be_called():

@@ -452,7 +452,7 @@ def test_a_layer_that_fails_warns_once_a_line() -> None:
         ic.fixed_point(lambda h, z: 0.1 * h + z, np.zeros(2), np.ones(2))
         ic.fixed_point(lambda h, z: 0.9 * h + z, np.zeros(2), np.ones(2), gradient=ic.BPTT(3))
         forced = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=3)
-        ic.fixed_point(lambda h, z: 0.9 * h + z, np.zeros(2), np.ones(2), solver=forced)
+        ic.fixed_point(lambda h, z: 0.9 * h + z, np.zeros(2), np.ones(2), solver=forced, gradient=ic.Unroll())
     assert not caught
 
 

@@ -171,7 +171,10 @@ def test_mixed_precision(device: str) -> None:
     cell, x = nn.Linear(6, 6).to(device), torch.linspace(-1, 1, 24, device=device).reshape(4, 6)
     nn.init.orthogonal_(cell.weight, gain=0.5)
     solver = ic.FixedPointIteration(max_steps=12, rtol=0.0)
-    layers = [ict.ImplicitLayer(lambda h, x: torch.tanh(cell(h) + x), solver=s) for s in (solver, Recorded(solver))]
+    layers = [
+        ict.ImplicitLayer(lambda h, x: torch.tanh(cell(h) + x), solver=s, gradient=ic.Unroll())
+        for s in (solver, Recorded(solver))
+    ]
     for _ in range(3):
         with torch.autocast(device, dtype=torch.bfloat16):
             plain, replayed = (layer(x) for layer in layers)

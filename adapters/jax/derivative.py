@@ -90,7 +90,7 @@ class Inverse:
     def space(self, v: H, *, dual: bool = False) -> Space:
         """The space of a tangent, or of a cotangent."""
         space = BACKEND.space(v, self.batch_ndim, "v", self.units.scale)
-        return space.dual if dual else space
+        return space.dual if dual else space.every_leaf
 
     def __call__(self, jacobian: Callable[[H], H], v: H, numbers: Arrays, *, dual: bool = False) -> H:
         """D v, with ``jacobian`` the products with ∂F/∂h, and ``numbers`` the arrays in the estimator."""

@@ -83,7 +83,7 @@ class Growth:
     def space(self, leaves: Arrays) -> Space:
         """The space of a term, a list of arrays."""
         space = BACKEND.space_of_leaves(leaves, self.batch_ndim, "the term", self.scale)
-        return space.dual if self.dual else space
+        return space.dual if self.dual else space.every_leaf
 
 
 def fork(h: H, growth: Growth, *, primal: bool = False) -> tuple[H, H]:

@@ -113,7 +113,7 @@ class Rule:
         """The estimator's D v, on leaves; ``dual`` if v is a cotangent."""
         tree = BACKEND.unflatten(self.structure, list(v))
         space = BACKEND.space(tree, batch_ndim, "v", self.scale)
-        space = space.dual if dual else space
+        space = space.dual if dual else space.every_leaf
 
         def on_states(w: State) -> State:
             products = jacobian(*BACKEND.flatten(space.unpack(w))[0])

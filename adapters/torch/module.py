@@ -16,8 +16,8 @@ from implicit_core.backends.torch import BACKEND
 from implicit_core.coupling import differences, refuse_coupling, testable, unchecked
 from implicit_core.estimators import AtFixedPoint, Estimator
 from implicit_core.fixed_point import DEFAULT_GRADIENT
-from implicit_core.forced import is_forced
-from implicit_core.layer import LayerOptions, gradient_or_default
+from implicit_core.forced import has_no_tolerance, is_forced
+from implicit_core.layer import LayerOptions, check_has_default, gradient_or_default
 from implicit_core.problem import Problem, as_problem
 from implicit_core.registry import not_compiled
 from implicit_core.solution import CoupledSamplesError, Solution, SolveError, Stats
@@ -161,6 +161,8 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         as_solver(solver)
         if eval_solver is not None:
             as_solver(eval_solver, "eval_solver")
+            if gradient is self._default_gradient:
+                check_has_default(eval_solver)
         if h0 is not None and not callable(h0):
             h0 = _as_shape(h0)
         self.cell = cell
@@ -217,9 +219,11 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         gradient = self.gradient if gradient is None else gradient
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         chosen = self._solver() if solver is None else solver
+        if gradient is self._default_gradient:  # that of an earlier solver
+            check_has_default(chosen)
         if self.training:
             # The steps of a recurrent model may each draw anew.
-            notice_changes(self.cell, draws=isinstance(gradient, AtFixedPoint) or not is_forced(chosen))
+            notice_changes(self.cell, draws=isinstance(gradient, AtFixedPoint) or not has_no_tolerance(chosen))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_not_sharded(self.cell)
             self._refuse_collectives(cell, start, x)

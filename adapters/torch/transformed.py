@@ -10,7 +10,7 @@ from implicit_core import checks
 from implicit_core.arrays import H, PyTree, Z
 from implicit_core.backends.torch import BACKEND
 from implicit_core.estimators import BPTT, AtFixedPoint, Unroll
-from implicit_core.layer import LayerOptions, solver_point
+from implicit_core.layer import LayerOptions, check_for_throw, solver_point
 from implicit_core.problem import Problem
 from implicit_core.root_problem import RootProblem
 from implicit_core.settings import arrays_in
@@ -74,11 +74,12 @@ def transformed(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> tup
         factors: Sequence[Tensor] = ()
         if isinstance(given, RootProblem):
             problem = root = given.about(problem)
-        solution = solver_point(problem, BACKEND.unflatten(structure, list(values[:n])), z_in, options)
+        start = BACKEND.unflatten(structure, list(values[:n]))
+        solution = solver_point(problem, start, z_in, options, measured=options.throw)
         if is_root:
             factors = BACKEND.flatten(root.factors(solution.value, z_in, relaxed=gradient.relaxes))[0]
         if options.throw:  # of the solver's point, since a status can be read here and not within a vmap
-            solution.raise_for_status()
+            check_for_throw(solution, options.solver)
         stats = solution.stats
         evaluations.append(stats.evaluations)
         told = [x for x in (stats.relative, stats.tolerance) if x is not None]

@@ -250,7 +250,7 @@ class AtFixedPoint(Estimator):
 
     def jvp(self, problem: Problem[H, Z], h: H, z: Z, dz: Z) -> tuple[H, H]:
         """See :meth:`Estimator.jvp`."""
-        space = bind(problem, h)
+        space = bind(problem, h).every_leaf
         checks.like_z(space.backend, "dz", dz, z)
         form = self._form(problem, h, z)
         at = form.linearize(h, z).require("jvp_h", "jvp_z")

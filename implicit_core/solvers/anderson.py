@@ -121,7 +121,7 @@ class Anderson(Solver):
         return Memory(
             space.history(m),
             space.history(m),
-            tuple(space.matrices(m, m) for _ in x),
+            tuple(space.matrices(m, m) for _ in space.measured(x)),
             1 + ridge * space.eye(m)[None, :, :],
             tiny * space.eye(m)[None, :, :],
             space.matrices(1, m),

@@ -148,7 +148,7 @@ class _Compacting(Iteration):
         return self.space.batch_shape[0]
 
     def _run(self) -> Solution[Any]:
-        solution = self.carried_on(self.begin, self.solver.max_steps - 1)
+        solution = self.carried_on(self.begin, self.left)
         return self.with_nan(self._tested(solution) if self.parted else solution)._replace(aux=None)
 
     def carried_on(self, begin: Callable[[], Carry], steps: int) -> Solution[Any]:

@@ -97,7 +97,7 @@ class Jacobians(Generic[H, Z]):
     def __init__(self, problem: Problem[H, Z], h: H, z: Z) -> None:
         backend = self.backend = find_backend(h, "h")
         self.problem, self.h, self.z = problem, h, z
-        self.samples = problem.space(h)
+        self.samples = problem.space(h).every_leaf
         checks.samples("h", self.samples.batch_shape)
         if not self.samples.dimension:
             raise ValueError(f"h holds no numbers: shapes {self.samples.shapes}")

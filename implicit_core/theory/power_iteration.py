@@ -158,7 +158,7 @@ def _linearize(
     """The space of h, F's derivatives there, and whether F couples samples, where no error can say so."""
     checks.function("f", f)
     problem = as_problem(f, batch_ndim).with_derivatives((h, z)).fixed_point_form(h, z)
-    space = problem.space(h)
+    space = problem.space(h).every_leaf
     checks.samples("h", space.batch_shape)
     at = problem.linearize(h, z).require(*names)
     with space.backend.on_device_of(h), space.backend.solving():
