@@ -101,7 +101,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
     samples, unconverged
         How many samples were solved since :meth:`reset_counts`, and how many of them did not converge: two integers
         for a logger. To read ``unconverged`` waits for the device. Calls whose solver makes a fixed number of steps
-        (both tolerances zero) count no sample, nor do calls for which ``status`` is None.
+        (both tolerances zero, and no ``stop``) count no sample, nor do calls for which ``status`` is None.
 
     Raises
     ------
