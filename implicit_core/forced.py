@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from . import progress, settings
-from .arrays import Array, H, Numbers, State, Z
+from .arrays import Array, H, Mask, Numbers, State, Z
+from .carry import Point
 from .problem import Problem
 from .registry import find_backend
 from .root_problem import RootProblem
@@ -57,6 +58,27 @@ def advance(system: System, solver: Any, x: State, steps: int) -> State:
             x = space.axpy(solver.damping, space.sub(f, x), x)
         x = space.round(x)
     return x
+
+
+def can_move(space: Space, point: Point) -> Mask:
+    """Where F is finite, and so the next point, although its squares need not be."""
+    mask: Mask = point.norm < float("inf")
+    if space.is_in_range(point.norm):
+        return mask
+    return mask | (space.noticing(space.largest(point.f), point.f) < float("inf"))
+
+
+def with_norms(system: System, point: Point) -> Point:
+    """The point, with norms whose squares stay in the range of numbers."""
+    space = system.space
+    if space.is_in_range(point.norm) and space.is_in_range(point.f_norm):
+        return point
+    if system.is_root:  # ‖g‖ at the start is what f_norm is
+        units = space.magnitude(point.residual)
+        return point._replace(norm=units * space.norm(space.divide(point.residual, units)))
+    units = space.magnitude(point.f)
+    norm, f_norm = (units * space.norm(space.divide(x, units)) for x in (point.residual, point.f))
+    return point._replace(norm=norm, f_norm=f_norm)
 
 
 def unsolved(problem: Problem[H, Any], h0: H, solver: "Solver", *, trace: bool = False) -> Solution[H]:

@@ -302,25 +302,9 @@ class Iteration:
         active = is_active(found.norm, found.f_norm)
         point = Point(x, found.f, found.residual, found.norm, found.f_norm, active, index)
         if self._moves_on:
-            point = self._with_norms(point) if self.trace or self.stepwise else point
-            point = point._replace(active=self._can_move(point))
+            point = forced.with_norms(self.system, point) if self.trace or self.stepwise else point
+            point = point._replace(active=forced.can_move(self.space, point))
         return point, found.operator
-
-    def _can_move(self, point: Point) -> Mask:
-        """Where F is finite, and so the next point of a forced number of plain steps; its squares need not be."""
-        space, mask = self.space, finite(point.norm)
-        if space.is_in_range(point.norm):
-            return mask
-        return mask | finite(space.noticing(space.largest(point.f), point.f))
-
-    def _with_norms(self, point: Point) -> Point:
-        """The point, with norms whose squares stay in the range of numbers."""
-        if self.space.is_in_range(point.norm) and self.space.is_in_range(point.f_norm):
-            return point
-        space, measured = self.space, self._measured(point)
-        units = space.magnitude(measured)
-        norm, f_norm = (units * space.norm(space.divide(x, units)) for x in (point.residual, measured))
-        return point._replace(norm=norm, f_norm=point.f_norm if self.system.is_root else f_norm)
 
     def _observed(self, memory: Any, point: Point, operator: Operator | None) -> tuple[Any, Point]:
         """The solver's memory after an evaluation, the last of which no step follows, and the samples that go on."""
@@ -419,7 +403,7 @@ class Iteration:
                 # Where F is not finite, a sample that was active goes back, and stays so. NaN equals nothing.
                 going_on = norm != UNKNOWN if made is None else ~(norm <= self.threshold(f_norm, made))
                 return going_on if active is True else going_on & (before.active | finite(norm))
-            if made is None:  # or see below
+            if made is None:
                 return finite(norm)
             # Zero times an infinite norm is NaN, above which nothing is.
             return norm > self.threshold(f_norm, made._replace(cap=space.multiply_add(0.0, norm, made.cap)))
@@ -457,7 +441,7 @@ class Iteration:
             return point, None
         said = stop(*self.system.as_the_user_has_it(point.x, point.f, point.residual))
         now = space.xp.reshape(checks.mask_of_samples("stop", space, said), (-1, 1)) & point.active
-        now = now & finite(point.norm)
+        now = now if self._moves_on else now & finite(point.norm)  # where active says it
         stopped = now if before is None else now | before
         return point._replace(active=point.active & ~stopped), stopped
 
@@ -485,7 +469,7 @@ class Iteration:
         if self.noticed is not None and carry.settled is not None:
             self.noticed.append((carry.settled < 0) | finished.moved(self.system, point, carry.settled))
         if self._moves_on and self.units is None:
-            point = self._with_norms(point)
+            point = forced.with_norms(self.system, point)
             if self._below_zero is not None:
                 point = point._replace(norm=space.filled(point.norm, self._below_zero, float("nan")))
             carry = carry._replace(point=point)
@@ -515,7 +499,7 @@ class Iteration:
         accepted = solver.accepts(self.system, carry.memory, point)
         last = point._replace(accepted=True if accepted is None else accepted)
         x, _ = solver.step(self.system, carry.memory, last)
-        moving = self._can_move(point)
+        moving = forced.can_move(space, point)
         if carry.stopped is not None:
             moving = moving & ~carry.stopped
         if self.may_make_none:

@@ -169,6 +169,14 @@ def test_stop_may_end_a_sample_whose_residual_rises_after_it(library: Library) -
     assert list(library.numpy(solution.status)) == [ic.CONVERGED]
 
 
+def test_stop_may_end_a_sample_whose_norm_overflows(library: Library) -> None:
+    solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=26, stop=lambda h, f: h[:, 0] > 3e23)
+    h0 = library.array(np.ones((1, 2), np.float32))
+    solution = ic.solve(lambda h, z: 10 * h, h0, None, solver=solver, batch_ndim=1)
+    np.testing.assert_allclose(library.numpy(solution.value)[0], 2 * [1e24], rtol=1e-5)
+    assert list(library.numpy(solution.status)) == [ic.CONVERGED]
+
+
 def test_a_layer_counts_what_stop_did_not_end() -> None:
     solver = ic.FixedPointIteration(rtol=0.0, atol=0.0, max_steps=4, stop=below(0.1))
     layer = ict.ImplicitLayer(halved, solver=solver, gradient=ic.Unroll(1, 1.0))
