@@ -88,17 +88,12 @@ class CuPySpace(Space):
         return counts + mask
 
     def norm(self, x: State) -> Numbers:
-        norm: Numbers = functools.reduce(
-            cupy.hypot, (cupy.linalg.norm(a, axis=-1, keepdims=True) for a in self.measured(x))
-        )
-        return norm
+        norms = (cupy.linalg.norm(a, axis=-1, keepdims=True) for a in self.measured(x))
+        norm: Numbers = functools.reduce(cupy.hypot, norms)
+        return self.noticing(norm, x)
 
-    def largest(self, x: State) -> Numbers:
-        largest = self.full(0.0)
-        for a in self.measured(x):
-            if a.shape[-1]:
-                largest = cupy.maximum(largest, _LARGEST(a, axis=-1, keepdims=True))
-        return largest
+    def largest_of(self, a: Any) -> Any:
+        return _LARGEST(a, axis=-1, keepdims=True)
 
     def set_matrix_row(self, matrix: Any, index: int, row: Any) -> Any:
         matrix[:, index, :] = row if row.ndim == 2 else row[:, 0, :]

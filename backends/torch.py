@@ -128,6 +128,9 @@ class TorchSpace(Space):
             norm = torch.hypot(norm, torch.linalg.vector_norm(a, dim=-1, keepdim=True))
         return self.noticing(norm, x)
 
+    def largest_of(self, a: Any) -> Any:
+        return torch.linalg.vector_norm(a, torch.inf, dim=-1, keepdim=True)
+
     def is_in_range(self, norm: Any) -> bool:
         backend = self.backend
         try:

@@ -36,6 +36,13 @@ def is_plain(solver: object) -> bool:
     return type(solver) is FixedPointIteration and isinstance(solver.max_steps, int) and is_forced(solver)
 
 
+def moves_anyway(solver: object) -> bool:
+    """Whether it makes plain steps, wherever F is finite, however many and in whichever samples."""
+    from .solvers.fixed_point_iteration import FixedPointIteration
+
+    return type(solver) is FixedPointIteration and has_no_tolerance(solver)
+
+
 def needs_no_look(system: System) -> bool:
     """Whether no point needs a look: numbers can be read at the end, and an F that writes to h is noticed."""
     backend = system.space.backend
@@ -60,25 +67,26 @@ def advance(system: System, solver: Any, x: State, steps: int) -> State:
     return x
 
 
-def can_move(space: Space, point: Point) -> Mask:
+def can_move(space: Space, point: Point, solver: Any) -> Mask:
     """Where F is finite, and so the next point, although its squares need not be."""
-    mask: Mask = point.norm < float("inf")
-    if space.is_in_range(point.norm):
+    mask: Mask = space.noticing(space.largest(point.f), point.f) < float("inf")
+    if settings.is_one(solver.damping):
         return mask
-    return mask | (space.noticing(space.largest(point.f), point.f) < float("inf"))
+    return mask & (space.largest(point.residual) < float("inf"))  # which is a part of the next point
 
 
 def with_norms(system: System, point: Point) -> Point:
     """The point, with norms whose squares stay in the range of numbers."""
     space = system.space
-    if space.is_in_range(point.norm) and space.is_in_range(point.f_norm):
+    if space.is_in_range(space.xp.maximum(point.norm, point.f_norm)):  # what is much smaller is lost to rounding
         return point
-    if system.is_root:  # ‖g‖ at the start is what f_norm is
-        units = space.magnitude(point.residual)
-        return point._replace(norm=units * space.norm(space.divide(point.residual, units)))
-    units = space.magnitude(point.f)
-    norm, f_norm = (units * space.norm(space.divide(x, units)) for x in (point.residual, point.f))
-    return point._replace(norm=norm, f_norm=f_norm)
+    norm = space.norm_of_any_size(point.residual)
+    if not system.is_root:
+        return point._replace(norm=norm, f_norm=space.norm_of_any_size(point.f))
+    if isinstance(point.index, int) and point.index == 0:  # a root's f_norm is that at the start
+        system.first = norm
+    first = point.f_norm if system.first is None else system.first
+    return point._replace(norm=norm, f_norm=first)
 
 
 def unsolved(problem: Problem[H, Any], h0: H, solver: "Solver", *, trace: bool = False) -> Solution[H]:

@@ -240,7 +240,7 @@ class Iteration:
         self.system.grows = readable and not self.stepwise and self.memory_may_grow
         # Traced, a solve cannot be run again in other units: such a sample ends, NONFINITE, unless atol is enough.
         # A forced number of steps needs no norm to go on.
-        self.unread = None if readable or only or self._moves_on else self._outside(point)
+        self.unread = None if readable or only or self._moves_anyway else self._outside(point)
         if self.unread is not None:
             if self.noticed is not None:
                 self.noticed.append(self.unread)
@@ -301,9 +301,10 @@ class Iteration:
         # Decisions 2 and 3.
         active = is_active(found.norm, found.f_norm)
         point = Point(x, found.f, found.residual, found.norm, found.f_norm, active, index)
-        if self._moves_on:
-            point = forced.with_norms(self.system, point) if self.trace or self.stepwise else point
-            point = point._replace(active=forced.can_move(self.space, point))
+        if self._moves_anyway:
+            first = self.system.is_root and isinstance(index, int) and index == 0
+            point = forced.with_norms(self.system, point) if self.trace or self.stepwise or first else point
+            point = point._replace(active=forced.can_move(self.space, point, solver))
         return point, found.operator
 
     def _observed(self, memory: Any, point: Point, operator: Operator | None) -> tuple[Any, Point]:
@@ -351,7 +352,7 @@ class Iteration:
         """
         point, settled = carry.point, carry.settled
         if isinstance(point.index, int) and point.index == 0:
-            return None if self.units is not None or self._moves_on else self.space.out_of_range(point.f_norm)
+            return None if self.units is not None or self._moves_anyway else self.space.out_of_range(point.f_norm)
         return None if settled is None or settled is point.norm or self.checked else point.norm > settled
 
     def _measured(self, point: Point) -> State:
@@ -361,9 +362,9 @@ class Iteration:
     def _measured_in_units(self, point: Point) -> Point:
         """The only point of a solve, with its norms in units of its own size, which needs no read to begin again."""
         space, measured = self.space, self._measured(point)
-        units = self.units = space.magnitude(measured)
+        units = self.units = space.magnitude(measured, point.residual)
         self.atol = self.atol / units
-        norm, f_norm = (space.norm(space.divide(x, units)) for x in (point.residual, measured))
+        norm, f_norm = (space.norm(space.over(x, units)) for x in (point.residual, measured))
         if self.origin is not None:
             f_norm = self.origin.first / units
         return point._replace(norm=norm, f_norm=f_norm, active=finite(norm))
@@ -441,7 +442,7 @@ class Iteration:
             return point, None
         said = stop(*self.system.as_the_user_has_it(point.x, point.f, point.residual))
         now = space.xp.reshape(checks.mask_of_samples("stop", space, said), (-1, 1)) & point.active
-        now = now if self._moves_on else now & finite(point.norm)  # where active says it
+        now = now if self._moves_anyway else now & finite(point.norm)  # where active says it
         stopped = now if before is None else now | before
         return point._replace(active=point.active & ~stopped), stopped
 
@@ -468,7 +469,7 @@ class Iteration:
             carry = carry._replace(best=best)
         if self.noticed is not None and carry.settled is not None:
             self.noticed.append((carry.settled < 0) | finished.moved(self.system, point, carry.settled))
-        if self._moves_on and self.units is None:
+        if self._moves_anyway and self.units is None:
             point = forced.with_norms(self.system, point)
             if self._below_zero is not None:
                 point = point._replace(norm=space.filled(point.norm, self._below_zero, float("nan")))
@@ -499,7 +500,7 @@ class Iteration:
         accepted = solver.accepts(self.system, carry.memory, point)
         last = point._replace(accepted=True if accepted is None else accepted)
         x, _ = solver.step(self.system, carry.memory, last)
-        moving = forced.can_move(space, point)
+        moving = forced.can_move(space, point, solver) if self._moves_anyway else finite(point.norm)
         if carry.stopped is not None:
             moving = moving & ~carry.stopped
         if self.may_make_none:
@@ -536,6 +537,11 @@ class Iteration:
     def _limit(self) -> Any:
         """The ``max_steps`` of each sample, (N, 1), or of all."""
         return self.solver.max_steps if self.most is None else self.most
+
+    @property
+    def _moves_anyway(self) -> bool:
+        """Whether F alone decides which samples go on, and no norm does."""
+        return self.forced and forced.moves_anyway(self.given)
 
     @property
     def _moves_on(self) -> bool:

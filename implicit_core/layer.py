@@ -133,6 +133,8 @@ class Watched(Generic[H, Z]):
         The problem.
     gradient
         The estimator. If it replaces the solve, its first evaluation of F is remembered too.
+    keep
+        What to remember of a point, before F is evaluated there: a copy if F may write to its memory.
 
     Attributes
     ----------
@@ -140,7 +142,7 @@ class Watched(Generic[H, Z]):
         The same problem, watched.
     """
 
-    def __init__(self, problem: Problem[H, Z], gradient: Estimator) -> None:
+    def __init__(self, problem: Problem[H, Z], gradient: Estimator, keep: Callable[[H], H] = lambda h: h) -> None:
         self._noted = noted = list[tuple[Any, Any]]()
         self._with_first = with_first = replaces_solve(gradient)
 
@@ -150,7 +152,7 @@ class Watched(Generic[H, Z]):
                 h, f = _copied(backend, h), _copied(backend, f)
             noted[with_first:] = [(h, f)]
 
-        self.problem = problem.watched(note)
+        self.problem = problem.watched(note, keep)
         self.problem.watches_first = with_first
 
     def norms(self, space: Space | None = None) -> tuple[Numbers, ...]:
@@ -173,11 +175,10 @@ class Watched(Generic[H, Z]):
             h, f = (backend.map(backend.stop_gradient, tree) for tree in (h, f))
             x, fx = space.pack(h), space.accept("the result of f", f)
             residual, f_norm = space.sub(fx, x), space.norm(fx)
-            if space.is_in_range(f_norm):
-                return space.norm(residual), f_norm
-            units = space.magnitude(fx)  # once, and whatever the size of the state
-            residual, fx = space.divide(residual, units), space.divide(fx, units)
-            return units * space.norm(residual), units * space.norm(fx)
+            norm = space.norm(residual)
+            if space.is_in_range(space.xp.maximum(norm, f_norm)):
+                return norm, f_norm
+            return space.norm_of_any_size(residual), space.norm_of_any_size(fx)
 
     def told(self, solution: Solution[H], options: LayerOptions) -> Solution[H]:
         """See :func:`told`."""
@@ -311,8 +312,9 @@ def _of_value(
     if stats.tolerance is not None and not at_start:
         # Where the solver's own test ended a sample, the tolerance is its residual there: the test asked for no less.
         tested = (status == Status.CONVERGED.value) & (first >= stats.tolerance)
-        converged = converged | (tested & (growth <= progress.GROWTH))
-    converged = converged & (status != Status.DIVERGED.value)  # from where rounding may hide the residual
+        converged = converged | (tested & (growth <= progress.NEAR_LIMIT))
+    # Not from where rounding may hide the residual, nor where the solve met numbers beyond the range.
+    converged = converged & (status != Status.DIVERGED.value) & finite(first) & finite(tolerance)
     left = ~converged & ((status == Status.CONVERGED.value) | (growth > progress.GROWTH))
     for mask, code in (
         (left, Status.DIVERGED),

@@ -330,12 +330,13 @@ class Problem(Generic[H, Z]):
         """The same problem of another function with other derivatives, or none."""
         return Problem(f, linearize=linearize, batch_ndim=self.batch_ndim, scale=self.scale)
 
-    def watched(self, note: Callable[[H, H], None]) -> "Problem[H, Z]":
-        """The same problem, which calls ``note(h, F(h, z))`` after each evaluation of F."""
+    def watched(self, note: Callable[[H, H], None], keep: Callable[[H], H] = lambda h: h) -> "Problem[H, Z]":
+        """The same problem, which calls ``note(keep(h), F(h, z))`` after each evaluation of F, and ``keep`` before."""
 
         def f(h: H, z: Z) -> H:
+            kept = keep(h)
             value = self.f(h, z)
-            note(h, value)
+            note(kept, value)
             return value
 
         watched = self.replace_f(f)

@@ -162,6 +162,14 @@ class Space:
         space._measured = None
         return space
 
+    def measured_as(self, image: "Space") -> "Space":
+        """The same space with the norms of ``image``, in which residuals lie."""
+        if self._measured == image._measured:
+            return self
+        space = copy.copy(self)
+        space._measured = image._measured
+        return space
+
     def measured(self, x: Leaves) -> Leaves:
         """The leaves that norms and inner products count."""
         if self._measured is None:
@@ -431,20 +439,32 @@ class Space:
         """The norm, NaN where a leaf that is not measured is not finite."""
         for i, a in enumerate(x if self._measured is not None else ()):
             if i not in (self._measured or ()) and a.shape[-1]:
-                norm = norm + 0.0 * self.xp.max(self.xp.abs(a), axis=-1, keepdims=True)
+                norm = norm + 0.0 * self.largest_of(a)
         return norm
 
     def largest(self, x: State) -> Numbers:
         """Largest absolute value over all leaves that are measured."""
-        largest = self.full(0.0)
-        for a in self.measured(x):
-            if a.shape[-1]:
-                largest = self.xp.maximum(largest, self.xp.max(self.xp.abs(a), axis=-1, keepdims=True))
+        of_leaves = [self.largest_of(a) for a in self.measured(x) if a.shape[-1]]
+        largest: Numbers = functools.reduce(self.xp.maximum, of_leaves) if of_leaves else self.full(0.0)
         return largest
 
-    def magnitude(self, x: State) -> Numbers:
-        """A scale at which squares neither underflow nor overflow; 1 where x is zero or not finite."""
-        largest = self.largest(x)
+    def largest_of(self, a: Any) -> Any:
+        """Largest absolute value of a leaf, (N, D) -> (N, 1)."""
+        return self.xp.linalg.vector_norm(a, axis=-1, keepdims=True, ord=math.inf)
+
+    def norm_of_any_size(self, x: State) -> Numbers:
+        """The norm, whose squares stay in the range of numbers."""
+        units = self.magnitude(x)
+        return units * self.norm(self.over(x, units))
+
+    def over(self, x: State, units: Numbers) -> State:
+        """``x``, whose measured leaves are divided by ``units``."""
+        kept = range(len(x)) if self._measured is None else self._measured
+        return State(tuple(a / units if i in kept else a for i, a in enumerate(x)))
+
+    def magnitude(self, *states: State) -> Numbers:
+        """A scale at which squares neither underflow nor overflow; 1 where all are zero, or not finite."""
+        largest = functools.reduce(self.xp.maximum, map(self.largest, states))
         return self.select(self.xp.isfinite(largest) & (largest > 0), largest, self.xp.ones_like(largest))
 
     @property

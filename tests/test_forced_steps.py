@@ -373,3 +373,138 @@ def test_a_mesh_shards_the_numbers_of_samples(n: int, gradient: ic.Estimator, ji
             assert jax.typeof(numbers).sharding.spec == PartitionSpec("data")
         moved = n if isinstance(gradient, ic.OneStep) else n + gradient.k  # type: ignore[attr-defined]  # theirs
         np.testing.assert_allclose(solution.value, after(moved))
+
+
+# Where F and its argument have sizes that are far apart.
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": True}], ids=["", "trace"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_small_result_of_a_large_argument_has_its_residual(dtype: Any, options: Any, library: Library) -> None:
+    xp, tiny = library.xp, float(np.finfo(dtype).tiny) ** 0.7
+    h0 = library.array(np.zeros((2, 2), dtype))
+
+    def f(h: Any, z: Any) -> Any:
+        return xp.where(h > 0.5, 0 * h + tiny, 0 * h + 1.0)
+
+    for solution in (
+        ic.solve(f, h0, None, solver=ic.steps(2), batch_ndim=1, **options),
+        ic.fixed_point(f, h0, None, solver=ic.steps(1), **LAST, **options),
+    ):
+        np.testing.assert_allclose(library.numpy(solution.stats.residual), math.sqrt(2), rtol=1e-6)
+        assert list(library.numpy(solution.status)) == 2 * [ic.MAX_STEPS]
+
+
+def test_a_small_start_of_a_zero_map_has_not_converged(library: Library) -> None:
+    h0 = library.array(np.full((1, 2), 1e-30, np.float32))
+    solution = ic.solve(lambda h, z: 0 * h, h0, None, solver=ic.steps(1), batch_ndim=1)
+    np.testing.assert_allclose(library.numpy(solution.stats.residual), 1e-30 * math.sqrt(2), rtol=1e-6)
+    assert list(library.numpy(solution.status)) == [ic.MAX_STEPS]
+
+
+def test_a_tiny_part_beside_a_large_count(library: Library) -> None:
+    state = library.array(np.full((1, 2), 1e-30, np.float32)), library.array(np.array([[1e9]], np.float32))
+    for solved, options in ((ic.solve, {"batch_ndim": 1}), (ic.fixed_point, LAST)):
+        solution = solved(  # type: ignore[operator]  # either
+            lambda s, z: (0.5 * s[0], s[1] + 1), state, None, solver=ic.steps(3), scale=(1.0, math.inf), **options
+        )
+        assert list(library.numpy(solution.status)) == [ic.MAX_STEPS]
+        assert library.numpy(solution.stats.residual).item() > 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_steps_to_a_root_of_any_size(size: float, library: Library) -> None:
+    x0, z = (library.array(np.full((1, 2), part * size, np.float32)) for part in (1.0, 0.25))
+    problem = ic.RootProblem(lambda x, z: 0.5 * x - z, batch_ndim=1)
+    solution = ic.solve(problem, x0, z, solver=ic.steps(3))
+    np.testing.assert_allclose(library.numpy(solution.value) / size, 0.5625, rtol=1e-6)
+    np.testing.assert_allclose(library.numpy(solution.stats.relative), 0.25, rtol=1e-6)
+    assert list(library.numpy(solution.status)) == [ic.MAX_STEPS]
+
+
+class Normalized(ic.Solver):
+    """A plain step whose factor, which is 1, is a quotient of inner products."""
+
+    keeps_best = False
+
+    def init(self, system: Any, x: Any) -> None:
+        return None
+
+    def step(self, system: Any, memory: None, point: Any) -> Any:
+        space, r = system.space, point.residual
+        return space.axpy(space.dot(r, r) / space.dot(r, r), r, point.x), None
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_solver_of_ones_own_has_inner_products_of_numbers_in_range(size: float) -> None:
+    h0, z = np.full((1, 2), size, np.float32), np.full((1, 2), size, np.float32)
+    solution = ic.solve(halved, h0, z, solver=Normalized(rtol=0.0, atol=0.0, max_steps=5), batch_ndim=1)
+    np.testing.assert_allclose(solution.value / size, 2 - 0.5**5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_compacting_finds_a_wrong_batch_at_any_size(size: float) -> None:
+    z = size * np.array([[1.0], [1.0], [1.0], [8.0]], np.float32)
+    solver = ic.FixedPointIteration(
+        rtol=0.0, atol=0.0, max_steps=30, stop=lambda h, f: abs(f - h)[:, 0] < np.float32(size) * 1e-3
+    )
+    compacting = ic.Compacting(solver, batched=False)
+    with pytest.raises(ValueError, match="Either batched= is wrong"):
+        ic.solve(lambda h, z: 0.5 * h + z[: len(h)], np.zeros_like(z), z, solver=compacting, batch_ndim=1)
+
+
+# Beside forced steps.
+
+
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration(), ic.Anderson(), ic.Broyden()], ids=repr)
+def test_a_solve_that_met_no_numbers_has_not_converged_behind_more_steps(solver: ic.Solver) -> None:
+    h = jnp.full((1, 2), 1e30, jnp.float32)
+    run = jax.jit(lambda h, z: ic.fixed_point(halved, h, z, solver=solver, **LAST).status)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ic.ConvergenceWarning)
+        assert list(run(h, h)) == [ic.NONFINITE]
+
+
+@pytest.mark.parametrize("solver", [ic.FixedPointIteration, ic.Anderson])
+def test_stop_says_nothing_of_steps_that_run_away(solver: Any, library: Library) -> None:
+    xp = library.xp
+    h0, z = (library.array(np.full((2, 1), x)) for x in (0.0, 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ic.ConvergenceWarning)
+        solution = ic.fixed_point(
+            lambda h, z: xp.where(h < 1.5, h + z, 30.0 * h),
+            h0,
+            z,
+            solver=solver(stop=lambda h, f: h[:, 0] >= 2),
+            gradient=ic.Unroll(5, 1.0),
+            batch_ndim=1,
+        )
+    assert list(library.numpy(solution.status)) == 2 * [ic.DIVERGED]
+
+
+def test_a_part_of_g_is_left_out_by_its_own_scale() -> None:
+    """The residual is that of g, so the scale of x says nothing of it."""
+
+    def g(x: Any, z: Any) -> Any:
+        return x[0] - 0.5 * jnp.tanh(x[0]) - z - 0.1 * x[1], x[1] ** 3 + x[1] - 1
+
+    start, z = (jnp.zeros((1, 2)), jnp.zeros((1, 1))), jnp.asarray([[0.1, 0.2]])
+    scales: Any = {"scale": (1.0, math.inf)}
+    whole = ic.solve(ic.RootProblem(g, batch_ndim=1, **scales), start, z, solver=ic.NewtonKrylov(rtol=1e-12))
+    np.testing.assert_allclose(whole.value[1], 0.6823278, rtol=1e-6)
+    scales = {"g_scale": (1.0, math.inf)}
+    part = ic.solve(ic.RootProblem(g, batch_ndim=1, **scales), start, z, solver=ic.NewtonKrylov(rtol=1e-12))
+    assert np.linalg.norm(g(part.value, z)[0]) < 1e-9
+    assert float(part.stats.residual[0]) < 1e-9 < float(abs(g(part.value, z)[1])[0, 0])
+
+
+@pytest.mark.parametrize("solver", [ic.GMRES(rtol=1e-12), ic.BiCGSTAB(rtol=1e-12), ic.CG(rtol=1e-12)], ids=repr)
+def test_a_linear_system_has_all_parts(solver: Any) -> None:
+    a = np.array([[3.0, 1.0], [1.0, 2.0]])
+    found = ic.solve_linear(
+        lambda v: (a[0, 0] * v[0] + a[0, 1] * v[1], a[1, 0] * v[0] + a[1, 1] * v[1]),
+        (np.array([1.0]), np.array([-2.0])),
+        solver=solver,
+        scale=(1.0, math.inf),
+    )
+    np.testing.assert_allclose(np.concatenate(found.value), np.linalg.solve(a, [1.0, -2.0]), rtol=1e-9)

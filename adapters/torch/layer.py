@@ -117,17 +117,18 @@ def _by_autograd(given: Problem[H, Z], h0: H, z: Z, options: LayerOptions) -> So
             steps = autograd
             if isinstance(gradient, Unroll) and gradient.recompute:
                 steps = autograd.replace_f(_recomputed(autograd.f))
-            if not torch.is_grad_enabled():
-                steps = steps.replace_f(_in_new_memory(steps.f))
-            watched = Watched(steps, gradient)
+            watched = Watched(steps, gradient, _kept)
             value = _unrolled(watched.problem, solution.value, z, gradient)
             return watched.told(solution._replace(value=value), options)
         return solution
 
 
-def _in_new_memory(f: Map[H, Z]) -> Map[H, Z]:
-    """F, whose result is a copy: F may reuse its memory, which would be the memory of its next argument."""
-    return lambda h, z: BACKEND.map(torch.clone, f(h, z))
+def _kept(h: H) -> H:
+    """A point, where there is no graph a copy: F may reuse the memory of its last result, which h is."""
+    if torch.is_grad_enabled():
+        return h
+    copied: H = BACKEND.map(torch.clone, h)
+    return copied
 
 
 def _recomputed(f: Map[H, Z]) -> Map[H, Z]:

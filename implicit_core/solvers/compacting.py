@@ -181,6 +181,8 @@ class _Compacting(Iteration):
         x = space.pack(solution.value if solution.aux is None else solution.aux)
         evaluation = self.system.evaluate(x, space.unpack(space.copy(x)))
         norm, f_norm = evaluation.norm, evaluation.f_norm
+        if self._moves_anyway:
+            norm, f_norm = (space.norm_of_any_size(x) for x in (evaluation.residual, evaluation.f))
         told, tolerance = (
             space.xp.reshape(numbers, (-1, 1))
             if self.units is None
