@@ -174,17 +174,19 @@ def instance(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}; got {value!r}{hint}")
 
 
-def scale(value: PyTree, name: str = "scale") -> PyTree:
-    """``value``, called ``name``, whose numbers are positive; finite in arrays, and where there is one number alone.
+def scale(value: PyTree, name: str = "scale", *, all_parts: bool = False) -> PyTree:
+    """``value``, called ``name``, whose numbers are positive, and finite but for some parts, unless ``all_parts``.
 
-    Numbers in arrays are checked where they can be read.
+    Numbers in arrays are finite, which is checked where they can be read.
     """
     from .registry import find_backend, leaves_of  # which import this module
 
     if value is None:
         return None
     no_masks(name, value)
-    for leaf in leaves_of(value):
+    leaves = leaves_of(value)
+    all_parts = all_parts or all(isinstance(leaf, float) and leaf == float("inf") for leaf in leaves)
+    for leaf in leaves:
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
             backend = find_backend(leaf, name)
             if backend.recording():
@@ -199,7 +201,7 @@ def scale(value: PyTree, name: str = "scale") -> PyTree:
                 positive = bool(xp.all((leaf > 0) & (leaf < float("inf"))))
             if not positive:
                 raise ValueError(f"{name} must be positive and finite, but an array in it is not")
-        elif leaf is value or not (isinstance(leaf, float) and leaf == float("inf")):  # of a part, but not of all
+        elif all_parts or not (isinstance(leaf, float) and leaf == float("inf")):
             real(name, leaf, 0.0, low_open=True)
     return value
 

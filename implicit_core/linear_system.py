@@ -83,7 +83,7 @@ def solve_linear(
     checks.instance("solver", solver, LinearSolver, "GMRES()")
     checks.instance("throw", throw, bool, "True")
     backend = find_backend(b, "b")
-    space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale)).every_leaf
+    space = backend.space(b, checks.integer("batch_ndim", batch_ndim, 0), "b", checks.scale(scale, all_parts=True))
     if x0 is not None:
         x0 = checks.like(backend, "x0", x0, b, "b")
 

@@ -62,7 +62,8 @@ class RootProblem(Problem[H, Z]):
         super().__init__(
             f, vjp=vjp, jvp=jvp, linearize=linearize, jacobian=jacobian, batch_ndim=batch_ndim, scale=scale
         )
-        self.g_scale = checks.scale(g_scale, "g_scale")
+        checks.scale(scale, all_parts=True)  # an equation that is left out would not determine its unknown
+        self.g_scale = checks.scale(g_scale, "g_scale", all_parts=True)
         self._base: Problem[H, Z] | None = None
 
     @classmethod

@@ -162,14 +162,6 @@ class Space:
         space._measured = None
         return space
 
-    def measured_as(self, image: "Space") -> "Space":
-        """The same space with the norms of ``image``, in which residuals lie."""
-        if self._measured == image._measured:
-            return self
-        space = copy.copy(self)
-        space._measured = image._measured
-        return space
-
     def measured(self, x: Leaves) -> Leaves:
         """The leaves that norms and inner products count."""
         if self._measured is None:

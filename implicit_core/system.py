@@ -136,7 +136,6 @@ class RootSystem(System):
     def __init__(self, problem: RootProblem[Any, Any], h0: PyTree, z: PyTree, first: Numbers | None = None) -> None:
         super().__init__(problem, h0, z)
         self.image: Space = problem.image(h0, problem.names.start)
-        self.space = self.space.measured_as(self.image)  # norms are those of g
         self.first = self._given = first
 
     def evaluate(self, x: State, h: PyTree, *, copies: bool = False, linearizes: bool = False) -> Evaluation:

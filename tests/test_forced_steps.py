@@ -482,29 +482,17 @@ def test_stop_says_nothing_of_steps_that_run_away(solver: Any, library: Library)
     assert list(library.numpy(solution.status)) == 2 * [ic.DIVERGED]
 
 
-def test_a_part_of_g_is_left_out_by_its_own_scale() -> None:
-    """The residual is that of g, so the scale of x says nothing of it."""
-
-    def g(x: Any, z: Any) -> Any:
-        return x[0] - 0.5 * jnp.tanh(x[0]) - z - 0.1 * x[1], x[1] ** 3 + x[1] - 1
-
-    start, z = (jnp.zeros((1, 2)), jnp.zeros((1, 1))), jnp.asarray([[0.1, 0.2]])
-    scales: Any = {"scale": (1.0, math.inf)}
-    whole = ic.solve(ic.RootProblem(g, batch_ndim=1, **scales), start, z, solver=ic.NewtonKrylov(rtol=1e-12))
-    np.testing.assert_allclose(whole.value[1], 0.6823278, rtol=1e-6)
-    scales = {"g_scale": (1.0, math.inf)}
-    part = ic.solve(ic.RootProblem(g, batch_ndim=1, **scales), start, z, solver=ic.NewtonKrylov(rtol=1e-12))
-    assert np.linalg.norm(g(part.value, z)[0]) < 1e-9
-    assert float(part.stats.residual[0]) < 1e-9 < float(abs(g(part.value, z)[1])[0, 0])
+@pytest.mark.parametrize("options", [{"scale": (1.0, math.inf)}, {"g_scale": (1.0, math.inf)}], ids=str)
+def test_no_equation_is_left_out(options: Any) -> None:
+    """It would not determine its unknown."""
+    x0 = (np.ones(2), np.ones(1))
+    with pytest.raises(ValueError, match=r"scale must lie in \(0, inf\), got inf"):
+        ic.root(lambda x, z: x, x0, None, **options)
+    if "scale" in options:
+        with pytest.raises(ValueError, match=r"scale must lie in \(0, inf\), got inf"):
+            ic.solve_linear(lambda v: v, x0, **options)
 
 
-@pytest.mark.parametrize("solver", [ic.GMRES(rtol=1e-12), ic.BiCGSTAB(rtol=1e-12), ic.CG(rtol=1e-12)], ids=repr)
-def test_a_linear_system_has_all_parts(solver: Any) -> None:
-    a = np.array([[3.0, 1.0], [1.0, 2.0]])
-    found = ic.solve_linear(
-        lambda v: (a[0, 0] * v[0] + a[0, 1] * v[1], a[1, 0] * v[0] + a[1, 1] * v[1]),
-        (np.array([1.0]), np.array([-2.0])),
-        solver=solver,
-        scale=(1.0, math.inf),
-    )
-    np.testing.assert_allclose(np.concatenate(found.value), np.linalg.solve(a, [1.0, -2.0]), rtol=1e-9)
+def test_some_part_is_measured() -> None:
+    with pytest.raises(ValueError, match=r"scale must lie in \(0, inf\), got inf"):
+        ic.solve(lambda h, z: h, (np.ones(2), np.ones(1)), None, scale=(math.inf, math.inf))

@@ -88,7 +88,7 @@ class RootLayer(ImplicitLayer[X, H]):
             throw=throw,
             check=check,
         )
-        self.g_scale = checks.scale(g_scale, "g_scale")
+        self.g_scale = checks.scale(g_scale, "g_scale", all_parts=True)
 
     def _stated(self, problem: Problem[H, Any]) -> Problem[H, Any]:
         root = RootProblem.of(problem, self.g_scale)
