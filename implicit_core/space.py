@@ -152,9 +152,10 @@ class Space:
 
     @property
     def every_leaf(self) -> "Space":
-        """The same space in which all leaves are measured: that of tangents, as :attr:`dual` is that of cotangents.
+        """The same space, in which all leaves are measured.
 
-        A part of the state that is left out of residuals may have a derivative all the same.
+        It is the space of tangents, as :attr:`dual` is that of cotangents. A part of the state that is left out of
+        residuals may have a derivative all the same.
         """
         if self._measured is None:
             return self
