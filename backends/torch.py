@@ -129,7 +129,7 @@ class TorchSpace(Space):
         return self.noticing(norm, x)
 
     def largest_of(self, a: Any) -> Any:
-        return torch.linalg.vector_norm(a, torch.inf, dim=-1, keepdim=True)
+        return a.abs().amax(dim=-1, keepdim=True)  # a norm of order infinity takes twenty times as long on a CPU
 
     def is_in_range(self, norm: Any) -> bool:
         backend = self.backend
