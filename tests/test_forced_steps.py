@@ -72,7 +72,7 @@ def test_a_traced_program_makes_all_steps_of_tiny_and_of_large_samples(gradient:
 @pytest.mark.parametrize("gradient", [ic.Unroll(1, 1.0), ic.OneStep()], ids=repr)
 def test_so_does_an_exported_one(gradient: ic.Estimator) -> None:
     layer = ict.ImplicitLayer(halved, solver=ic.steps(2), gradient=gradient).eval()
-    program = torch.export.export(layer, (torch.ones(3, 1),)).module()
+    program = torch.export.export(layer, (torch.ones(3, 1),), strict=False).module()
     x = torch.tensor([[1e-14], [1.0], [1e18]])
     torch.testing.assert_close(program(x), layer(x), rtol=1e-6, atol=0.0)
 

@@ -265,14 +265,15 @@ def test_a_number_of_a_framework_is_a_number() -> None:
     assert ict.ImplicitLayer(lambda h, x: 0.5 * h + x, gradient=ic.Unroll(torch.tensor(3))).gradient.k == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # of PyTorch 2.6, for an array k
 def test_an_exported_program_makes_a_known_number_of_steps() -> None:
     options: Any = {"solver": ic.steps(torch.tensor([1, 2, 0])), "gradient": ic.Unroll(1, 1.0)}
     layer = ict.ImplicitLayer(torch.nn.Bilinear(2, 2, 2), **options)
     with pytest.raises(TypeError, match="a program that is exported needs to know"):
-        torch.export.export(layer, (torch.zeros(3, 2),))
+        torch.export.export(layer, (torch.zeros(3, 2),), strict=False)
     layer.solver, layer.gradient = ic.steps(1), ic.Unroll(torch.tensor([1, 2, 1]), 1.0)
     x = torch.ones(3, 2)
-    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+    torch.testing.assert_close(torch.export.export(layer, (x,), strict=False).module()(x), layer(x))
 
 
 def root_of_difference(xp: Any) -> Any:
@@ -297,8 +298,8 @@ def test_a_sample_without_steps_left_is_not_differentiated_where_it_ends(estimat
         ).value.sum(),
         x,
     )
-    expected[1] = alone[1]
-    np.testing.assert_allclose(of_torch, expected, rtol=1e-12)
+    expected[1] = alone[1].numpy()
+    np.testing.assert_allclose(of_torch.numpy(), expected, rtol=1e-12)
 
     def loss(z: Any) -> Any:
         return ic.fixed_point(root_of_difference(jnp), jnp.asarray(h0), z, gradient=estimator(k), **options).value.sum()
@@ -306,7 +307,7 @@ def test_a_sample_without_steps_left_is_not_differentiated_where_it_ends(estimat
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(z)), expected, rtol=1e-12)
     problem = ict.problem(root_of_difference(torch), batch_ndim=1)
     _, pullback = estimator(k).vjp(problem, torch.tensor(h0), x.detach())
-    np.testing.assert_allclose(pullback(torch.ones(2, 1).double()), expected, rtol=1e-12)
+    np.testing.assert_allclose(pullback(torch.ones(2, 1).double()).numpy(), expected, rtol=1e-12)
     _, tangent = estimator(k).jvp(problem, torch.tensor(h0), x.detach(), torch.ones(2, 1).double())
     np.testing.assert_allclose(tangent, expected, rtol=1e-12)
 
