@@ -185,7 +185,7 @@ def scale(value: PyTree, name: str = "scale", *, all_parts: bool = False) -> PyT
         return None
     no_masks(name, value)
     leaves = leaves_of(value)
-    all_parts = all_parts or all(isinstance(leaf, float) and leaf == float("inf") for leaf in leaves)
+    all_parts = all_parts or all(map(_is_infinite, leaves))
     for leaf in leaves:
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
             backend = find_backend(leaf, name)
@@ -201,9 +201,13 @@ def scale(value: PyTree, name: str = "scale", *, all_parts: bool = False) -> PyT
                 positive = bool(xp.all((leaf > 0) & (leaf < float("inf"))))
             if not positive:
                 raise ValueError(f"{name} must be positive and finite, but an array in it is not")
-        elif all_parts or not (isinstance(leaf, float) and leaf == float("inf")):
+        elif all_parts or not _is_infinite(leaf):
             real(name, leaf, 0.0, low_open=True)
     return value
+
+
+def _is_infinite(leaf: object) -> bool:
+    return isinstance(leaf, float) and leaf == float("inf")
 
 
 def state(backend: "Backend", name: str, value: PyTree, batch_ndim: int) -> tuple[int, ...]:

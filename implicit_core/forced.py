@@ -29,18 +29,16 @@ def is_forced(solver: object) -> bool:
     return has_no_tolerance(solver) and getattr(getattr(solver, "solver", solver), "stop", None) is None
 
 
-def is_plain(solver: object) -> bool:
-    """Whether it makes one known number of plain steps, none of which depends on a residual or on a sample."""
-    from .solvers.fixed_point_iteration import FixedPointIteration  # which imports this module
-
-    return type(solver) is FixedPointIteration and isinstance(solver.max_steps, int) and is_forced(solver)
-
-
 def moves_anyway(solver: object) -> bool:
     """Whether it makes plain steps, wherever F is finite, however many and in whichever samples."""
-    from .solvers.fixed_point_iteration import FixedPointIteration
+    from .solvers.fixed_point_iteration import FixedPointIteration  # which imports this module
 
     return type(solver) is FixedPointIteration and has_no_tolerance(solver)
+
+
+def is_plain(solver: Any) -> bool:
+    """Whether it makes one known number of plain steps, none of which depends on a residual or on a sample."""
+    return moves_anyway(solver) and isinstance(solver.max_steps, int) and solver.stop is None
 
 
 def needs_no_look(system: System) -> bool:

@@ -131,6 +131,8 @@ class Iteration:
         self.atol: Numbers = self.space.scalar(settings.absolute(self.space, self.absolute))
         # With both zero the number of steps is the user's. Arrays never say so, as a program would depend on it.
         self.forced = settings.is_zero(self.rtol) and settings.is_zero(self.absolute)
+        self._moves_anyway = self.forced and forced.moves_anyway(self.given)
+        """Whether F alone decides which samples go on, and no norm does."""
         self._never = float(self.space.backend.finfo(self.space.dtype).max)
         plain = forced.is_plain(solver) and self.most is None and not (trace or stepwise)
         self.plain = plain and forced.needs_no_look(self.system)
@@ -539,11 +541,6 @@ class Iteration:
         return self.solver.max_steps if self.most is None else self.most
 
     @property
-    def _moves_anyway(self) -> bool:
-        """Whether F alone decides which samples go on, and no norm does."""
-        return self.forced and forced.moves_anyway(self.given)
-
-    @property
     def _moves_on(self) -> bool:
         """Whether a step follows the last evaluation."""
         return self.forced and not self.solver.keeps_best
@@ -639,7 +636,7 @@ class Iteration:
         """The samples that take a step: the active ones, or all that can."""
         if self.solver.freeze or active is True:
             return active
-        moving = finite(carry.point.norm) | carry.point.active  # which is all that can, where F alone decides it
+        moving = finite(carry.point.norm) | carry.point.active
         if self.most is not None:
             moving = moving & (carry.point.index + 1 < self.most)
         if carry.stopped is not None:

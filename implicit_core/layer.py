@@ -158,8 +158,7 @@ class Watched(Generic[H, Z]):
     def norms(self, space: Space | None = None) -> tuple[Numbers, ...]:
         """‖F(h) - h‖ and ‖F(h)‖ at the last evaluation, without a graph; empty if there was none.
 
-        After them the same two at the first evaluation, if the estimator replaces the solve. ``space`` is that of h,
-        if it is known.
+        If the estimator replaces the solve, the two at the first evaluation follow. ``space`` is that of h, if known.
         """
         if not self._noted:
             return ()

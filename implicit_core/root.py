@@ -55,8 +55,8 @@ def root(
         the root, as in a warm start.
     gradient
         An :class:`Estimator`, of F(x) = x - α g(x), whose fixed point is the root; see :class:`RootProblem` for α. The
-        default is exact. It holds at most 61 states, and makes at most 600 products with the transposed Jacobian. There
-        is none behind a forced number of plain steps, as of :func:`steps`.
+        default is exact. It holds at most 61 states, and makes at most 600 products with the transposed Jacobian. A
+        forced number of plain steps, as of :func:`steps`, has no default.
     batch_ndim
         How many first axes of every leaf of x0 index independent samples; for a plain g only (default 0).
     scale, g_scale

@@ -82,12 +82,12 @@ class Space:
         self._is_flat = self.shapes == self.flat_shapes and all(dtype == self.dtype for dtype in self.dtypes)
         self.rounds = any(dtype != self.dtype for dtype in self.dtypes)
         self._units = None if scale is None else self._flat_units(scale, batch_ndim)
-        self._measured: tuple[int, ...] | None = None
-        """The leaves that norms and inner products count, if not all."""
-        infinite = [isinstance(unit, float) and unit == math.inf for unit in self._units or ()]
-        if any(infinite):
-            self._measured = tuple(i for i, left_out in enumerate(infinite) if not left_out)
-            self._units = tuple(1.0 if out else unit for out, unit in zip(infinite, self._units or (), strict=True))
+        self._unmeasured = frozenset(
+            i for i, unit in enumerate(self._units or ()) if isinstance(unit, float) and unit == math.inf
+        )
+        """The leaves that norms and inner products do not count, which have the unit 1."""
+        if self._unmeasured:
+            self._units = tuple(1.0 if i in self._unmeasured else unit for i, unit in enumerate(self._units or ()))
 
     @property
     def dimension(self) -> int:
@@ -147,7 +147,7 @@ class Space:
         if self._units is None:
             return self
         dual = copy.copy(self)
-        dual._units, dual._measured = tuple(1 / unit for unit in self._units), None
+        dual._units, dual._unmeasured = tuple(1 / unit for unit in self._units), frozenset()
         return dual
 
     @property
@@ -157,26 +157,24 @@ class Space:
         It is the space of tangents, as :attr:`dual` is that of cotangents. A part of the state that is left out of
         residuals may have a derivative all the same.
         """
-        if self._measured is None:
+        if not self._unmeasured:
             return self
         space = copy.copy(self)
-        space._measured = None
+        space._unmeasured = frozenset()
         return space
 
     def measured(self, x: Leaves) -> Leaves:
         """The leaves that norms and inner products count."""
-        if self._measured is None:
+        if not self._unmeasured:
             return x
-        leaves: Any = tuple(x[i] for i in self._measured)
+        leaves: Any = tuple(a for i, a in enumerate(x) if i not in self._unmeasured)
         return leaves  # type: ignore[no-any-return]  # of the same kind
 
     def in_units(self, units: Numbers | State) -> "Space":
         """The same space with states that are divided by ``units``: one number a sample, or a state of them."""
         space, n = copy.copy(self), len(self.shapes)
         of_leaves = (
-            units
-            if isinstance(units, tuple)
-            else tuple(1.0 if self._measured is not None and i not in self._measured else units for i in range(n))
+            units if isinstance(units, tuple) else tuple(1.0 if i in self._unmeasured else units for i in range(n))
         )
         space._units = tuple(
             new if unit is None else unit * new for unit, new in zip(self._units or (None,) * n, of_leaves, strict=True)
@@ -430,9 +428,9 @@ class Space:
 
     def noticing(self, norm: Numbers, x: State) -> Numbers:
         """The norm, NaN where a leaf that is not measured is not finite."""
-        for i, a in enumerate(x if self._measured is not None else ()):
-            if i not in (self._measured or ()) and a.shape[-1]:
-                norm = norm + 0.0 * self.largest_of(a)
+        for i in self._unmeasured:
+            if x[i].shape[-1]:
+                norm = norm + 0.0 * self.largest_of(x[i])
         return norm
 
     def largest(self, x: State) -> Numbers:
@@ -452,8 +450,7 @@ class Space:
 
     def over(self, x: State, units: Numbers) -> State:
         """``x``, whose measured leaves are divided by ``units``."""
-        kept = range(len(x)) if self._measured is None else self._measured
-        return State(tuple(a / units if i in kept else a for i, a in enumerate(x)))
+        return State(tuple(a if i in self._unmeasured else a / units for i, a in enumerate(x)))
 
     def magnitude(self, *states: State) -> Numbers:
         """A scale at which squares neither underflow nor overflow; 1 where all are zero, or not finite."""

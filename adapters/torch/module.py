@@ -219,7 +219,7 @@ class ImplicitLayer(nn.Module, Generic[X, H]):
         gradient = self.gradient if gradient is None else gradient
         checks.instance("gradient", gradient, Estimator, "Unroll(k=5, lam=0.5)")
         chosen = self._solver() if solver is None else solver
-        if gradient is self._default_gradient:  # that of an earlier solver
+        if gradient is self._default_gradient:  # which the layer has for its own solver
             check_has_default(chosen)
         if self.training:
             # The steps of a recurrent model may each draw anew.

@@ -20,7 +20,7 @@ MARKS, WATCHED = 10, 100
 """Tests in the course of a training, and their number of puzzles."""
 
 PUZZLES = 1
-"""Seed of the puzzles. :data:`.evaluation.BELIEF` was chosen with those of seed 0."""
+"""Seed of the puzzles. The threshold :data:`.evaluation.BELIEF` was tuned on the puzzles of seed 0."""
 
 
 class Training(Protocol):
