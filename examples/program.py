@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Protocol, Self, TypeAlias, TypeVar
@@ -89,7 +89,7 @@ def add_numbers(parser: argparse.ArgumentParser, settings: type, *rows: tuple[st
 
 
 def settings_of(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Callable[..., S], phantom: Collection[str]
+    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: S, phantom: Collection[str]
 ) -> S:
     """The settings of a training that are given on the command line. What does not go together ends the program.
 
@@ -97,15 +97,16 @@ def settings_of(
     ----------
     parser, options
         The command line, and what it says.
-    settings
-        The class of the settings.
+    defaults
+        The settings where nothing is given, a dataclass.
     phantom
         The gradients that have k and lam.
     """
-    names = [field.name for field in fields(settings)]  # type: ignore[arg-type]  # a dataclass
+    instance: Any = defaults
+    names = [field.name for field in fields(instance)]
     given = {name: getattr(options, name) for name in names if name in options}
     try:
-        made = settings(**given)
+        made: S = replace(instance, **given)
     except ValueError as error:
         parser.error(str(error))
     if made.gradient not in phantom and given.keys() & {"k", "lam"}:

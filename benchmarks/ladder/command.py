@@ -1,18 +1,15 @@
 """``python -m benchmarks ladder``."""
 
 import argparse
-import multiprocessing
-import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from .. import report
-from .runs import ResultError, Run, execute
+from ..runs import ResultError, make_all, say
+from .runs import Run, execute
 from .tasks import TASKS
 
 HERE = Path(__file__).parent
@@ -66,45 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=80)
     try:
         if not options.report:
-            _execute(runs, options.workers, options.restart)
+            make_all(runs, partial(execute, say=say), workers=options.workers, restart=options.restart)
     except ResultError as error:
         console.print(f"python -m benchmarks ladder: {error}", style="red", highlight=False)
         return 2
     from .tables import publish
 
     return publish(console, task, results, options.quick)
-
-
-def _execute(runs: Sequence[Run], workers: int, restart: bool) -> None:
-    """Make the runs that have no result."""
-    if restart:
-        for run in runs:
-            run.result.unlink(missing_ok=True)
-            run.unfinished.unlink(missing_ok=True)
-    left = [run for run in runs if not run.finished()]
-    say(f"{len(left)} runs to make, {len(runs) - len(left)} finished")
-    begun = time.perf_counter()
-
-    def tell(done: int) -> None:
-        minutes = (time.perf_counter() - begun) / 60
-        say(
-            f"{done} of {len(left)} runs in {minutes:.0f} min, about {minutes / done * (len(left) - done):.0f} min left"
-        )
-
-    if workers == 1:
-        for done, run in enumerate(left, 1):
-            if not run.finished():  # by another process meanwhile
-                execute(run, say)
-            tell(done)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(execute, run, say) for run in left]
-        for done, future in enumerate(as_completed(futures), 1):
-            future.result()
-            tell(done)
-
-
-def say(line: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

@@ -1,7 +1,6 @@
 """Runs and their files: a result for each finished run, and a checkpoint while it goes on."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,14 +11,11 @@ import numpy as np
 import torch
 
 from .. import report
+from ..runs import ResultError, rounded, write
 from .measures import checkpoint
 from .rungs import rungs
 from .tasks import TASKS, Data, Examples, Settings
 from .training import Training
-
-
-class ResultError(Exception):
-    """Why a result or a checkpoint cannot be used, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def data_of(run: Run) -> Data:
     data = TASKS[run.task].data(settings)
     sets = {"train": data.train, **data.tests}
     named = {f"{name} {part}": x.numpy() for name, s in sets.items() for part, x in s._asdict().items()}
-    _write(file, lambda path: np.savez_compressed(path, key=key, **named))
+    write(file, lambda path: np.savez_compressed(path, key=key, **named))
     return data
 
 
@@ -145,19 +141,8 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
         "diverged": diverged,
         "checkpoints": made,
     }
-    _write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
+    write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
     run.unfinished.unlink(missing_ok=True)
-
-
-def rounded(tree: Any) -> Any:
-    """A record with six digits of each number, and None for numbers that are not finite."""
-    if isinstance(tree, dict):
-        return {name: rounded(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [rounded(value) for value in tree]
-    if isinstance(tree, float):
-        return float(f"{tree:.6g}") if np.isfinite(tree) else None
-    return tree
 
 
 def _line(run: Run, settings: Settings, found: dict[str, Any]) -> str:
@@ -171,7 +156,7 @@ def _line(run: Run, settings: Settings, found: dict[str, Any]) -> str:
 
 def _save(run: Run, training: Training, made: list[dict[str, Any]]) -> None:
     state = {"settings": asdict(run.settings), "made": made, "training": training.state_dict()}
-    _write(run.unfinished, lambda path: torch.save(state, path))
+    write(run.unfinished, lambda path: torch.save(state, path))
 
 
 def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
@@ -181,11 +166,3 @@ def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
     training.load_state_dict(state["training"])
     made: list[dict[str, Any]] = state["made"]
     return made
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    write(temporary)
-    os.replace(temporary, file)

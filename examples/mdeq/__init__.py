@@ -1,1 +1,1 @@
-"""Multiscale deep equilibrium models that classify images."""
+"""A multiscale deep equilibrium model that classifies images, trained as in the paper on phantom gradients."""

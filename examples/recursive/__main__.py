@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    settings = settings_of(parser, options, Settings, PHANTOM)
+    settings = settings_of(parser, options, Settings(), PHANTOM)
     if options.picture is not None and options.picture.suffix not in FORMATS:
         parser.error(f"--picture needs a file ending in one of {', '.join(FORMATS)}, got {str(options.picture)!r}")
     files = {name: getattr(options, name) for name in ("checkpoint", "tensorboard", "picture")}

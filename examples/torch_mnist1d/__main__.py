@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    settings = settings_of(parser, options, Settings, PHANTOM)
+    settings = settings_of(parser, options, Settings(), PHANTOM)
     files = {"checkpoint": options.checkpoint, "tensorboard": options.tensorboard}
 
     def run() -> None:

@@ -25,7 +25,7 @@ def pooled(pixels: Tensor, size: int, name: str = "the data set") -> Tensor:
     pixels
         Of shape (n, channels, height, height).
     size
-        The side of the result: ``height``, or a half or a quarter of it that is not below 8.
+        The side of the result, a half or a quarter of ``height`` that is not below 8. Smaller images stay as they are.
     name
         Names the images in the error.
 
@@ -40,7 +40,7 @@ def pooled(pixels: Tensor, size: int, name: str = "the data set") -> Tensor:
         If the images can't have this size.
     """
     side = pixels.shape[-1]
-    if size == side:
+    if size >= side:
         return pixels
     sizes = [side // factor for factor in (1, 2, 4) if side // factor >= SMALLEST]
     if size not in sizes:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from ...program import TrainingError
 from . import cifar10, fashion_mnist
 from .images import Images
 from .pixels import mean_and_std, pooled
@@ -57,10 +56,10 @@ def load(
     folder
         Where the files are. For Fashion-MNIST, None is where Debian installs them. The digits need none.
     size
-        Side of the images, 32, 16 or 8: pixels are averaged over squares. None leaves them as they are.
+        Side that larger images are reduced to, 32, 16 or 8: pixels are averaged over squares. None leaves them as they
+        are.
     train, test
-        How many of the training and of the test images to take, the same number of each class as far as possible. None
-        takes all.
+        The most training and test images, the same number of each class as far as possible. None takes all.
     seed
         Splits the digits, which have no official test set: 80 % for training, 20 % for testing, with the same share of
         each class in both. Runs that are compared need the same split, so this is not the seed of a run.
@@ -73,12 +72,11 @@ def load(
     Raises
     ------
     TrainingError
-        If a file is missing or damaged, there are not so many images, or they can't have that size.
+        If a file is missing or damaged, or the images can't have that size.
     """
     official = _official(name, folder, seed)
     ours, held_out = (
-        _sized(_part(images, count, f"{kind} images of {name}"), size, name)
-        for kind, images, count in zip(("training", "test"), official, (train, test), strict=True)
+        _sized(_part(images, count), size, name) for images, count in zip(official, (train, test), strict=True)
     )
     if name == "cifar10":
         return Data(ours, held_out, torch.tensor(cifar10.MEAN), torch.tensor(cifar10.STD))
@@ -109,12 +107,10 @@ def _digits(seed: int) -> tuple[Images, Images]:
     )
 
 
-def _part(images: Images, count: int | None, what: str) -> Images:
-    """That many of the images, or all."""
-    if count is None:
+def _part(images: Images, count: int | None) -> Images:
+    """At most so many of the images; None for all."""
+    if count is None or count >= len(images.labels):
         return images
-    if not 0 < count <= len(images.labels):
-        raise TrainingError(f"There are {len(images.labels)} {what}: {count} of them can't be taken.")
     rows = balanced(images.labels, count)
     return Images(images.pixels[rows], images.labels[rows])
 

@@ -1,0 +1,79 @@
+"""Fig. 2: cosine of phantom gradients with the exact one, along a training with the exact one."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .. import report
+from . import command
+from .tables import Result, about
+
+DESCRIPTION = "Figure 2: cosine of phantom gradients with the exact one, along a training with the exact one."
+LEGEND = """\
+cos    cosine with the exact gradient of a batch: median over batches and seeds
+low    the least of them
+len    norm divided by that of the exact gradient, median
+res    relative residual of the solve, median
+The gradients are those of the cell and the encoder. The exact one is GMRES to
+1e-4 or 150 products; implicit is what trains: 24 products. In the steps above
+the line the cell is unrolled from zero, without a solve, as a pretraining."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return command.run("fig2", DESCRIPTION, [("ablation", "implicit")], publish, arguments)
+
+
+def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:
+    """Print the table and save it with a picture."""
+    results = [result for result in found["implicit"] if result["diverged"] is None]
+    if not results:
+        console.print("all runs diverged", highlight=False)
+        return 1
+    names = list(results[0]["compared"][0]["gradients"])
+    head = ["step", *(f"{name} {what}" for name in names[:2] for what in ("cos", "low", "len"))]
+    head += [*(f"{name} cos" for name in names[2:]), "res"]
+    rows = []
+    for i, moment in enumerate(results[0]["compared"]):
+        cells = [f"{moment['step']}"]
+        for name in names:
+            cosine = of_all(results, i, name, "cosine")
+            more = [f"{np.min(cosine):.2f}", f"{np.median(of_all(results, i, name, 'length')):.2f}"]
+            cells += [f"{np.median(cosine):.3f}", *(more if name in names[:2] else [])]
+        residual = np.median([result["compared"][i]["residual"] for result in results])
+        rows.append([*cells, f"{residual:.0e}"])
+    table = report.Table(head, rows, about(results), LEGEND, wrap=True)
+    command.save(console, options, "fig2", [table], {"implicit": results}, picture)
+    return 0
+
+
+def of_all(results: Sequence[Result], i: int, name: str, what: str) -> list[float]:
+    """A measure of a gradient at a moment, of all batches and seeds; NaN where it has none."""
+    values = [x for result in results for x in result["compared"][i]["gradients"][name][what]]
+    return [np.nan if x is None else x for x in values]
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """As in the paper: training steps upwards, cosines to the right, one point for each batch."""
+    import matplotlib.pyplot as plt
+
+    results = record["runs"]["implicit"]
+    names = list(results[0]["compared"][0]["gradients"])
+    figure, axes = plt.subplots(1, len(names), figsize=(12, 4.2), sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        steps = [moment["step"] for moment in results[0]["compared"]]
+        for i, step in enumerate(steps):
+            cosines = of_all(results, i, name, "cosine")
+            axis.plot(cosines, [step] * len(cosines), ".", color="C0", alpha=0.35)
+        medians = [np.nanmedian(of_all(results, i, name, "cosine")) for i in range(len(steps))]
+        axis.plot(medians, steps, color="C1")
+        axis.axhline(results[0]["pretraining_steps"], color="k", lw=0.8, ls=":")
+        axis.axvline(0.0, color="k", lw=0.8)
+        axis.set(title=name, xlabel="cosine with the exact gradient", xlim=(-1.02, 1.02))
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("training step")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,71 @@
+"""Fig. 3: accuracy along training, (a) for several k and λ and (b) for the two forms of the phantom gradient."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .. import report
+from . import command
+from .tables import Result, about, accuracies, best, difference, last, signed, spread
+
+PANELS = {
+    "a: k": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
+    "a: λ": ("upg-5-0.25", "upg-5-0.5", "upg-5-0.75", "upg-5-1"),
+    "b": ("upg-5-0.5", "npg-5-0.5", "upg-9-0.5", "npg-9-0.5", "upg-5-1", "npg-5-1", "npg-1-1"),
+}
+ROWS = tuple(dict.fromkeys(row for rows in PANELS.values() for row in rows))
+DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for both forms of the phantom gradient."
+LEGEND = """\
+last   accuracy after the last epoch, percent: mean and standard deviation
+best   accuracy of each run's best epoch, which is chosen on the test
+- 5    last, minus that of UPG(5, 0.5), of the same seeds, and its standard error
+npg-1-1 is the one-step gradient, OneStep()."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return command.run("fig3", DESCRIPTION, [("ablation", row) for row in ROWS], publish, arguments)
+
+
+def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:
+    """Print the table and save it with the curves."""
+    head = ["gradient", "n", "last", "best", "- 5", "residual"]
+    rows = []
+    for row, results in found.items():
+        minus = "" if row == "upg-5-0.5" else signed(difference(results, found.get("upg-5-0.5", [])))
+        residual = np.median([epoch["test/residual"] for result in results for epoch in result["epochs"][-1:]])
+        rows.append([row, f"{len(results)}", spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"])
+    table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
+    command.save(console, options, "fig3", [table], found, picture)
+    return 0
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """Accuracy against epochs; bands are the runs' standard deviation."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 4), sharey=True)
+    for axis, (title, rows) in zip(axes, PANELS.items(), strict=True):
+        for i, row in enumerate(row for row in rows if row in record["runs"]):
+            curves = [accuracies(result) for result in record["runs"][row] if result["diverged"] is None]
+            if not curves:
+                continue
+            mean, deviation = np.mean(curves, axis=0), np.std(curves, axis=0)
+            epochs = np.arange(1, len(mean) + 1)
+            axis.plot(epochs, mean, color=f"C{i}", ls="--" if row.startswith("npg") else "-", label=label(row))
+            axis.fill_between(epochs, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.12, lw=0)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0].set_ylabel("accuracy in the test, percent")
+    figure.tight_layout()
+    return figure
+
+
+def label(row: str) -> str:
+    """A row as people write it."""
+    form, k, lam = row.split("-")
+    return f"{form.upper()}, k = {k}, λ = {lam}"

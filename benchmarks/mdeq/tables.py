@@ -1,0 +1,69 @@
+"""What the tables of trainings share: reading results, and numbers as text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Result = dict[str, Any]
+
+
+def read(path: Path) -> Result:
+    """The result of a run."""
+    result: Result = json.loads(path.read_text())
+    return result
+
+
+def accuracies(result: Result) -> list[float]:
+    """The accuracy in the test after each epoch, in percent; 10 in a run that diverged, which is that of a guess."""
+    if result["diverged"] is not None:
+        return [10.0]
+    return [100 * epoch["test/accuracy"] for epoch in result["epochs"]]
+
+
+def last(results: Sequence[Result]) -> list[float]:
+    """The accuracy of the last epoch of each run."""
+    return [accuracies(result)[-1] for result in results]
+
+
+def best(results: Sequence[Result]) -> list[float]:
+    """The accuracy of the best epoch of each run, chosen on the test as in the published code."""
+    return [max(accuracies(result)) for result in results]
+
+
+def seconds(results: Sequence[Result]) -> float:
+    """Mean processor time of the training steps of a run."""
+    return float(np.mean([sum(epoch["processor_seconds"] for epoch in result["epochs"]) for result in results]))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over the runs."""
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
+
+
+def difference(results: Sequence[Result], others: Sequence[Result]) -> tuple[float, float] | None:
+    """Mean of the differences of the last accuracy between runs of equal seeds, and its standard error."""
+    theirs = {result["seed"]: accuracies(result)[-1] for result in others}
+    found = [accuracies(result)[-1] - theirs[result["seed"]] for result in results if result["seed"] in theirs]
+    if len(found) < 2:
+        return None
+    return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(len(found)))
+
+
+def signed(found: tuple[float, float] | None) -> str:
+    """A difference and its standard error."""
+    return "-" if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
+
+
+def about(results: Sequence[Result]) -> list[str]:
+    """What was trained, in lines."""
+    one = results[0]
+    s = one["settings"]
+    images = f"{one['images']['train']} images of {one['images']['pixels']} x {one['images']['pixels']} pixels"
+    return [
+        f"{one['data']} ({one['images']['source']}): {images}, {one['images']['test']} to test on",
+        f"{s['model']} model, {one['parameters']:,} parameters; {s['epochs']} epochs of batches of {s['batch']}",
+    ]

@@ -1,0 +1,192 @@
+"""Trainings and their files: a result for each that is finished, and a checkpoint while it goes on."""
+
+import hashlib
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import implicit_core as ic
+from implicit_core.examples.mdeq.data.cifar10 import FOLDER
+from implicit_core.examples.mdeq.data.imagenet import SIZE
+from implicit_core.examples.mdeq.settings import Settings
+from implicit_core.examples.mdeq.source import Source, size_of
+from implicit_core.examples.mdeq.training import Training
+from implicit_core.examples.program import TrainingError
+
+from .. import report
+from ..runs import ResultError, rounded, say, write
+from .cosines import compare
+from .experiments import settings_of
+
+MARKS = 20
+"""Moments of a run with the exact gradient at which the others are compared with it."""
+
+
+TEST_BATCH_MD5 = "40351d587109b95175f43aff81a1287e"
+"""Of the official file of CIFAR-10."""
+
+
+class OutOfTimeError(Exception):
+    """The time is over; a checkpoint has what was done."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training.
+
+    Attributes
+    ----------
+    family, row, scale, data, seed
+        What is trained, see :mod:`.experiments`.
+    results, scratch
+        Folders of its result and of its checkpoint.
+    data_dir
+        The folder of the images.
+    device
+        Where to train.
+    until
+        When to stop, in seconds of :func:`time.time`.
+    """
+
+    family: str
+    row: str
+    scale: str
+    data: str
+    seed: int
+    results: Path
+    scratch: Path
+    data_dir: Path | None = None
+    device: str = "cpu"
+    until: float = float("inf")
+
+    def __str__(self) -> str:
+        return f"{self.data}-{self.family}-{self.row}-{self.seed}"
+
+    @property
+    def settings(self) -> Settings:
+        """What determines it."""
+        return settings_of(self.family, self.row, self.scale, self.data, self.seed)
+
+    @property
+    def result(self) -> Path:
+        """The file of its result."""
+        return self.results / f"{self}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """The file of its checkpoint."""
+        return self.scratch / f"{self.scale}-{self}.pt"
+
+    @property
+    def measured(self) -> bool:
+        """Whether gradients are compared along the run."""
+        return self.row == "implicit"
+
+    def finished(self) -> bool:
+        """See :class:`..runs.Run`."""
+        if not self.result.exists():
+            return False
+        if json.loads(self.result.read_text())["settings"] != asdict(self.settings):
+            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
+        return True
+
+
+def execute(run: Run) -> None:
+    """Make a run, or the rest of it, and write its result.
+
+    Raises
+    ------
+    OutOfTimeError
+        If the time is over before.
+    """
+    torch.set_num_threads(1)
+    settings = run.settings
+    training = Training(settings, Source.of(settings, run.data_dir), run.device)
+    compared: list[dict[str, Any]] = []
+    if run.unfinished.exists():
+        compared = _restore(run, training)
+    marks = {round(training.all_steps * i / MARKS) for i in range(MARKS + 1)} if run.measured else set()
+    diverged = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ic.ConvergenceWarning)  # so many steps are what the model is made of
+        while training.done < training.all_steps or training.at_end_of_epoch:
+            if time.time() > run.until:
+                _save(run, training, compared)
+                raise OutOfTimeError
+            if training.done in marks and (not compared or compared[-1]["step"] < training.done):
+                compared.append({"step": training.done, **compare(training)})
+            if not training.at_end_of_epoch:
+                try:
+                    training.step()
+                except TrainingError:
+                    diverged = training.done
+                    break
+            if training.at_end_of_epoch:
+                training.end_epoch()
+                _save(run, training, compared)
+                say(_line(run, training))
+        if run.measured and diverged is None:
+            compared.append({"step": training.done, **compare(training)})
+    record = {
+        **{name: getattr(run, name) for name in ("family", "row", "scale", "data", "seed", "device")},
+        "settings": asdict(settings),
+        "images": about(training.source, run),
+        **report.environment("torch", "numpy"),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "pretraining_steps": training.pretraining_steps,
+        "steps": training.all_steps,
+        "diverged": diverged,
+        "epochs": training.epochs,
+        "compared": compared,
+    }
+    write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
+    run.unfinished.unlink(missing_ok=True)
+
+
+def about(source: Source, run: Run) -> dict[str, Any]:
+    """How many images there are, their size, and whether the files are the official ones, where that can be told."""
+    pixels = source.test.pixels.shape[-1] if hasattr(source.test, "pixels") else SIZE
+    return {
+        "train": size_of(source.train),
+        "test": size_of(source.test),
+        "pixels": pixels,
+        "source": origin(run.data, run.data_dir),
+    }
+
+
+def origin(name: str, folder: Path | None) -> str:
+    """Whether the files of CIFAR-10 are the official ones. Others may have been compressed with losses."""
+    if name != "cifar10" or folder is None:
+        return "official"
+    for path in (folder / FOLDER / "test_batch", folder / "test_batch"):
+        if path.exists() and hashlib.md5(path.read_bytes()).hexdigest() != TEST_BATCH_MD5:
+            return "not the official files"
+    return "official"
+
+
+def _line(run: Run, training: Training) -> str:
+    found = training.epochs[-1]
+    seconds = sum(epoch["processor_seconds"] for epoch in training.epochs)
+    return (
+        f"{run}: epoch {len(training.epochs)} of {run.settings.epochs}, loss {found['train/loss']:.3f}, "
+        f"tested {found['test/accuracy']:.1%}, residual {found['train/residual']:.0e}, {seconds:.0f} s"
+    )
+
+
+def _save(run: Run, training: Training, compared: list[dict[str, Any]]) -> None:
+    state = {"settings": asdict(run.settings), "compared": compared, "training": training.state()}
+    write(run.unfinished, lambda path: torch.save(state, path))
+
+
+def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
+    state: dict[str, Any] = torch.load(run.unfinished, map_location=training.device, weights_only=True)
+    if state["settings"] != asdict(run.settings):
+        raise ResultError(f"{run.unfinished} was made with other settings: remove it, or pass --restart")
+    training.restore(state["training"])
+    compared: list[dict[str, Any]] = state["compared"]
+    return compared

@@ -1,0 +1,159 @@
+"""A run from beginning to end, which Ctrl-C stops between two steps; alone, or as a process of ``torchrun``."""
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+
+import implicit_core as ic
+
+from .. import program
+from . import report
+from .settings import Settings
+from .source import Source
+from .training import Training
+
+
+def run(
+    settings: Settings,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    tensorboard: Path | None = None,
+    console: Console | None = None,
+) -> Training:
+    """Train and test; call it in the main thread.
+
+    Parameters
+    ----------
+    settings
+        All settings that determine the result.
+    data_dir
+        The folder of the images.
+    device
+        Where to train, as PyTorch names it; ``"auto"`` for a GPU if there is one. Each process of ``torchrun`` takes a
+        GPU of its own.
+    threads
+        Of the CPU; 0 for one, since the number decides the order of sums, and so the last digits.
+    checkpoint
+        Where to save the state: after every epoch, and when interrupted.
+    resume
+        Go on from that checkpoint.
+    tensorboard
+        A folder for TensorBoard's files.
+    console
+        Where to print; standard output if None.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        At Ctrl-C, once the current step is done and in the checkpoint.
+    TrainingError
+        If the run can't go on.
+    """
+    with processes(device) as (place, first):
+        console = console or Console(quiet=not first)
+        checkpoint_of_all = checkpoint
+        checkpoint, tensorboard = (path if first else None for path in (checkpoint, tensorboard))
+        program.refuse_to_replace(checkpoint, resume)
+        with threadpool_limits(threads or 1), warnings.catch_warnings():
+            # So many steps are what the model is made of, whether or not they converge; the residual is reported.
+            warnings.simplefilter("ignore", ic.ConvergenceWarning)
+            torch.set_num_threads(threads or 1)
+            training = Training(settings, Source.of(settings, data_dir), place)
+            if resume and checkpoint_of_all is not None:
+                restore(settings, training, checkpoint_of_all)
+            with program.Stop() as stop, program.tensorboard(tensorboard, training.done) as log:
+                fit(settings, training, checkpoint, log, stop, console)
+        console.print(report.summary(settings, training))
+    return training
+
+
+def fit(
+    settings: Settings,
+    training: Training,
+    checkpoint: Path | None,
+    log: program.Log,
+    stop: program.Stop,
+    console: Console,
+) -> None:
+    """Train to the last step."""
+    if checkpoint is not None:
+        save(settings, training, checkpoint)
+    with report.progress(console) as bars:
+        task = bars.add_task("", total=training.all_steps, completed=training.done, status="")
+        while training.done < training.all_steps or training.at_end_of_epoch:
+            if not training.at_end_of_epoch:
+                training.step()
+                bars.update(task, completed=training.done, status=report.status(training.totals.means()))
+            ended = training.at_end_of_epoch
+            if ended:
+                training.end_epoch()
+                found = training.epochs[-1]
+                console.print(report.line(len(training.epochs), found), highlight=False)
+                log(training.done, found)
+            if checkpoint is not None and (ended or stop.asked):
+                save(settings, training, checkpoint)
+            if stop.asked:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[torch.device, bool]]:
+    """The device of this process, and whether it is the first. With ``torchrun`` the processes meet here."""
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    place = torch.device(device)
+    if "LOCAL_RANK" not in os.environ:
+        yield place, True
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield place, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def save(settings: Settings, training: Training, path: Path) -> None:
+    """Write a checkpoint: a line with the settings, then the state."""
+
+    def content(file: IO[bytes]) -> None:
+        file.write(json.dumps(asdict(settings)).encode() + b"\n")
+        torch.save(training.state(), file)
+
+    program.write(path, content)
+
+
+def restore(settings: Settings, training: Training, path: Path) -> None:
+    """Go on from a checkpoint.
+
+    Raises
+    ------
+    TrainingError
+        If the file has no state, or a state of other settings.
+    """
+
+    def load(file: IO[bytes]) -> None:
+        stored = Settings(**json.loads(file.readline()))
+        program.require_same(path, stored.flags(), settings.flags())
+
+        training.restore(torch.load(io.BytesIO(file.read()), map_location=training.device, weights_only=True))
+
+    program.read(path, load)
