@@ -34,6 +34,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--data-dir", type=Path, metavar="DIR", help="folder of the images; digits need none")
     add("--scale", choices=SCALES, default="small", help="size of models and trainings (default: small)")
     add("--seeds", type=report.positive, default=3, metavar="N", help="seeds of each row (default: 3)")
+    add("--epochs", type=report.positive, metavar="N", help="passes over the images (default: those of the scale)")
     add("--rows", nargs="+", metavar="ROW", help="only these")
     add("--device", default="cpu", help="where to train, as PyTorch names it (default: cpu)")
     add("--workers", type=report.positive, default=1, metavar="N", help="runs at a time, each a process (default: 1)")
@@ -77,7 +78,7 @@ def run(
     console = Console(width=80)
     make = partial(
         Run, scale=options.scale, data=options.data, results=options.results, scratch=options.scratch,
-        data_dir=options.data_dir, device=options.device,
+        data_dir=options.data_dir, device=options.device, epochs=options.epochs,
         until=time.time() + 60 * options.minutes if options.minutes else float("inf"),
     )  # fmt: skip
     runs = {row: [make(family=family, row=row, seed=seed) for seed in range(options.seeds)] for family, row in rows}

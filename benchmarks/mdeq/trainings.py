@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Run:
         Where to train.
     until
         When to stop, in seconds of :func:`time.time`.
+    epochs
+        Passes over the images, if not those of the scale.
     """
 
     family: str
@@ -63,6 +65,7 @@ class Run:
     data_dir: Path | None = None
     device: str = "cpu"
     until: float = float("inf")
+    epochs: int | None = None
 
     def __str__(self) -> str:
         return f"{self.data}-{self.family}-{self.row}-{self.seed}"
@@ -70,7 +73,8 @@ class Run:
     @property
     def settings(self) -> Settings:
         """What determines it."""
-        return settings_of(self.family, self.row, self.scale, self.data, self.seed)
+        settings = settings_of(self.family, self.row, self.scale, self.data, self.seed)
+        return settings if self.epochs is None else replace(settings, epochs=self.epochs)
 
     @property
     def result(self) -> Path:

@@ -14,9 +14,9 @@ MODULES = {"PIL", "matplotlib", "rich", "sklearn", "tensorboard", "threadpoolctl
 """Modules that the example needs beyond the core's dependencies."""
 
 EPILOG = f"""\
-models: small trains on the digits within minutes on one core. tiny, large and
-imagenet have the sizes and the settings of the published runs, where the paper
-has tiny and large for CIFAR-10. Other options replace single settings.
+models: small, with two branches, and small-4, with four, train on one core
+within minutes. tiny and large (CIFAR-10) and imagenet have the sizes and the
+settings of the published runs. Other options replace single settings.
 
 examples:
   {PROGRAM}
@@ -103,11 +103,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _default(name: str) -> str:
-    """What a setting is in the published runs, if they differ."""
-    values = [getattr(preset, name) for preset in PRESETS.values()]
-    if len(set(values)) == 1 or name == "model":
-        return f" (default: {values[0]})"
-    return f" (default: {', '.join(map(str, values))} for {', '.join(PRESETS)})"
+    """The value of a setting that is not given, and those of models with another one."""
+    value = getattr(Settings, name)
+    others = {model: getattr(preset, name) for model, preset in PRESETS.items()} if name != "model" else {}
+    groups: dict[object, list[str]] = {}
+    for model, other in others.items():
+        if other != value:
+            groups.setdefault(other, []).append(model)
+    more = "".join(f"; {', '.join(models)}: {other}" for other, models in groups.items())
+    return f" (default: {value}{more})"
 
 
 if __name__ == "__main__":

@@ -233,6 +233,11 @@ class MDEQ(nn.Module):
 
         ``solver`` and ``gradient`` are those of the layer, unless given.
         """
+        if any(side % self.sizes.least_side for side in images.shape[-2:]):
+            raise ValueError(
+                f"height and width of the images must be multiples of {self.sizes.least_side} for "
+                f"{len(self.sizes.channels)} branches, got {tuple(images.shape)}"
+            )
         if not self.training and gradient is None:
             gradient = ic.OneStep()  # whose value is the solver's point
         logits: Tensor = self.head(self.layer(self.encoder(images), solver=solver, gradient=gradient))

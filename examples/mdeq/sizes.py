@@ -58,7 +58,7 @@ class Sizes:
             raise ValueError(f"groups must divide all channels {self.channels}, got {self.groups}")
 
     @property
-    def smallest_image(self) -> int:
+    def least_side(self) -> int:
         """What height and width of an image have to be multiples of."""
         return 1 << (self.halvings + len(self.channels) - 1)
 

@@ -1,0 +1,144 @@
+"""The tables and figures that come from trainings of multiscale models: their runs, files and numbers."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.mdeq import cosines, experiments, fig2, fig3, table1, trainings
+from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
+from implicit_core.examples.mdeq.source import Source
+from implicit_core.examples.mdeq.training import Training
+
+pytestmark = pytest.mark.slow
+
+TINY = {"pixels": 0, "train": 64, "test": 32, "epochs": 2, "solver_steps": 4, "products": 4}
+
+
+@pytest.fixture(autouse=True)
+def tiny_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of eight steps."""
+    monkeypatch.setattr(experiments, "DATA", {**experiments.DATA, "digits": TINY})
+    monkeypatch.setattr(trainings, "MARKS", 2)
+
+
+def run(folder: Path, row: str = "upg-5-0.5", seed: int = 0, **more: Any) -> trainings.Run:
+    return trainings.Run("ablation", row, "small", "digits", seed, folder, folder, **more)
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = run(tmp_path / "whole", "implicit"), tmp_path / "parts"
+    trainings.execute(whole)
+    clock = itertools.count()  # it is read before every step
+    monkeypatch.setattr(trainings.time, "time", lambda: next(clock))
+    for until in (2, 6):  # in the first epoch, and in the second one
+        with pytest.raises(trainings.OutOfTimeError):
+            trainings.execute(run(parts, "implicit", until=until))
+        assert run(parts, "implicit").unfinished.exists()
+    trainings.execute(run(parts, "implicit"))
+    one, other = (json.loads((folder / whole.result.name).read_text()) for folder in (tmp_path / "whole", parts))
+    for record in (one, other):
+        for epoch in record["epochs"]:
+            del epoch["seconds"], epoch["processor_seconds"]
+    assert one == other
+    assert [moment["step"] for moment in one["compared"]] == [0, 4, 8]
+    assert not list(parts.glob("*.pt"))
+
+
+def test_table_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path)]
+    rows = ["--rows", "upg-5-0.5", "npg-5-0.5"]
+    assert benchmarks.main(["table1", "--seeds", "2", *rows, *files]) == 0
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("digits-")) <= 80
+    assert "UPG(5, .5)" in printed
+    record = json.loads((tmp_path / "tables" / "table1-digits.json").read_text())
+    assert {row: [result["seed"] for result in results] for row, results in record["runs"].items()} == {
+        "upg-5-0.5": [0, 1],
+        "npg-5-0.5": [0, 1],
+    }
+    with (tmp_path / "tables" / "table1-digits.csv").open() as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == 2 * 2 * 2
+    best = max(float(epoch["test/accuracy"]) for epoch in epochs if epoch["row"] == "upg-5-0.5")
+    assert f"({100 * best:.1f})" in (tmp_path / "tables" / "table1-digits.md").read_text()
+    assert (tmp_path / "tables" / "table1-digits.png").stat().st_size > 1000
+    # Nothing is made again, and the other commands use the same runs.
+    begun = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+    assert fig3.main(["--seeds", "2", "--rows", "upg-5-0.5", *files]) == 0
+    assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+
+
+def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path)]
+    assert fig2.main(["--seeds", "1", *files]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    assert fig2.main(["--seeds", "1", "--report", *files]) == 0
+
+
+def test_a_gradient_beside_itself_has_cosine_and_length_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of("ablation", "implicit", "small", "digits", 0)
+    training = Training(settings, Source.of(settings, None))
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    monkeypatch.setattr(cosines, "estimators", lambda _: {"exact": cosines.EXACT})
+    found = cosines.compare(training)["gradients"]["exact"]
+    assert found["cosine"] == pytest.approx([1.0] * len(found["cosine"]), abs=1e-5)
+    assert found["length"] == pytest.approx([1.0] * len(found["length"]), abs=1e-4)
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("scale", experiments.SCALES)
+def test_all_rows_have_settings(scale: str) -> None:
+    for family in MODELS:
+        for row in ROWS:
+            settings = settings_of(family, row, scale, "cifar10", 3)
+            assert settings.model == MODELS[family][scale]
+            assert (settings.gradient == "implicit") == row.startswith("implicit")
+            assert settings.seed == 3
+
+
+def test_published_settings() -> None:
+    tiny = settings_of("ablation", "upg-5-0.5", "paper", "cifar10", 0)
+    assert (tiny.epochs, tiny.batch, tiny.rate, tiny.decay, tiny.solver_steps, tiny.augment) == (
+        50,
+        128,
+        0.1,
+        1e-4,
+        22,
+        0,
+    )
+    exact = settings_of("ablation", "implicit", "paper", "cifar10", 0)
+    assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.25, 24)
+    # 3000 steps of pretraining, out of 50 epochs of 390
+    assert round(exact.pretraining * 50 * 390, -2) == 2900
+    large = settings_of("large", "upg-5-0.5", "paper", "cifar10", 0)
+    assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 18, 1)
+
+
+def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        table1.main(["--rows", "sgd", *files])
+    assert "no row is named sgd" in capsys.readouterr().err
+    assert table1.main(["--data", "cifar10", "--data-dir", str(tmp_path), *files]) == 2
+    assert "cifar-10-python.tar.gz" in "".join(capsys.readouterr().out.split("\n"))
+    assert table1.main(["--report", *files]) == 1
+    trainings.execute(run(tmp_path))
+    result = tmp_path / "digits-ablation-upg-5-0.5-0.json"
+    result.write_text(result.read_text().replace('"batch": 16', '"batch": 17'))
+    assert table1.main(["--rows", "upg-5-0.5", *files]) == 2
+    assert "other settings" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(experiments.DATA, "digits", TINY | {"rate": float("1e38")})
+    trainings.execute(run(tmp_path))
+    record = json.loads(run(tmp_path).result.read_text())
+    assert record["diverged"] is not None
+    assert table1.last([record]) == [10.0]
