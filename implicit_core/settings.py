@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 NUMBER = (Real, Real | None, float, float | None, "Real", "Real | None", "float", "float | None")
 MAPPED = "One layer for each number of an array is jax.vmap(lambda settings: ...) over the record"
-INTEGER = (Count, int, "Count", "int")
+INTEGER = (Count, Count | None, int, "Count", "Count | None", "int")
 """How a dataclass annotates a setting that is one number. Arrays in other fields are for the class that has them."""
 
 

@@ -28,6 +28,7 @@ ESTIMATORS = [
     ic.Implicit(),
     ic.Implicit(ic.BiCGSTAB(), on_failure="warn"),
     ic.Implicit(ic.BiCGSTAB(), on_failure="ignore"),
+    ic.Implicit(products=4, report=lambda _: None),
     ic.BPTT(40),
 ]
 

@@ -760,6 +760,7 @@ def test_estimators_with_a_data_dependent_stop_test_are_certified_by_their_toler
     assert implicit.cosine == pytest.approx(1.0)
     for unknown in (
         ic.Implicit(ic.GMRES(rtol=1e-9), on_failure="warn"),
+        ic.Implicit(products=20),
         ic.Implicit(ic.GMRES(rtol=0.0, atol=0.1)),
         ic.NeumannSeries(),
     ):

@@ -92,8 +92,7 @@ def loop(gradient: str, recursions: int, k: int = 2, lam: float = 1.0) -> Loop:
             return Loop(ic.steps(t), ic.OneStep())
         case "implicit":
             products = max(20, 2 * t)
-            linear_solver = ic.GMRES(rtol=1e-2, max_steps=products, restart=products)
-            return Loop(ic.steps(t), ic.Implicit(linear_solver, on_failure="ignore"))
+            return Loop(ic.steps(t), ic.Implicit(ic.GMRES(rtol=1e-2, restart=products), products=products + 1))
         case "switching":
             return Loop(ic.steps(t), ic.Neumann(3, 1.0, on_growth="ignore"), above=unroll(2, 1.0))
     raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")

@@ -1,14 +1,16 @@
 """The exact gradient by the implicit function theorem (Eq. 4)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from .. import checks
-from ..arrays import Array, H, Operator, PyTree, State, Z
+from ..arrays import Array, Count, H, Operator, PyTree, State, Z
 from ..backend import Backend
 from ..linear_solvers import GMRES, LinearSolver
+from ..linear_solvers.truncated import truncated
 from ..preconditioner import AtPoint, Preconditioner
 from ..problem import Problem
 from ..records import Data, Record
@@ -16,7 +18,12 @@ from ..registry import find_backend
 from ..solvers.jacobian import complement, factorized
 from ..space import Space
 from .base import AtFixedPoint, Derivative
-from .inexact import OnFailure, check_on_failure, settled
+from .inexact import OnFailure, check_on_failure, reported, settled
+
+BUDGET = (
+    "on_failure must be None with products, where no sample fails: its best iterate is used, and report tells the "
+    "residual. Got on_failure={!r}"
+)
 
 T = TypeVar("T")
 
@@ -50,7 +57,8 @@ class Implicit(AtFixedPoint):
         \frac{∂h^*}{∂z} = \frac{∂F}{∂z} \left(I - \frac{∂F}{∂h}\right)^{-1}
 
     F is linearized once, at the solver's point. A pullback costs K h-VJPs, as many as the linear solver needs, and one
-    z-VJP. A linear solve that does not converge is never silent: see ``on_failure``.
+    z-VJP. A linear solve that does not converge is never silent: see ``on_failure``. With ``products`` the solve is
+    truncated on purpose.
 
     Of a :class:`Problem` with a ``jacobian`` the matrix is factorized once, and the linear solver only refines the
     solution: K is about 2.
@@ -60,11 +68,12 @@ class Implicit(AtFixedPoint):
     linear_solver
         A :class:`LinearSolver`.
     on_failure
-        What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, ``"warn"`` and
-        use the last iterate, make their part of the gradient ``"nan"``, or ``"ignore"`` it and use the last iterate. A
-        cotangent that is not finite is not such a failure: it gives NaN. Code that JAX traces cannot raise: there
-        ``"raise"`` is ``"nan"``. There ``"warn"`` is one call back to Python, which JAX's persistent compilation cache
-        does not store, and ``"nan"`` in a program that ``jax.export`` exports; the others call nothing.
+        What to do with samples whose linear solve did not converge: ``"raise"`` a :class:`SolveError`, which is the
+        default, ``"warn"`` and use the last iterate, make their part of the gradient ``"nan"``, or ``"ignore"`` it and
+        use the last iterate. A cotangent that is not finite is not such a failure: it gives NaN. Code that JAX traces
+        cannot raise: there ``"raise"`` is ``"nan"``. There ``"warn"`` is one call back to Python, which JAX's
+        persistent compilation cache does not store, and ``"nan"`` in a program that ``jax.export`` exports; the others
+        call nothing. Not with ``products``.
 
     preconditioner
         A :class:`Preconditioner`, an approximate inverse of I - ∂F/∂h, instead of the ``jacobian`` of the problem.
@@ -76,15 +85,38 @@ class Implicit(AtFixedPoint):
 
         w is the gradient with respect to a term b = 0 that is added to F, h = F(h, z) + b; of a root, to g. A
         pushforward solves another system, and starts from zero. So do the pullbacks of ``torch.func``.
+    products
+        The most h-VJPs of a pullback, or h-JVPs of a pushforward, for a cell whose linear system is too hard to solve.
+        Each sample uses its iterate with the least residual, whatever that residual is: nothing raises or warns. A
+        sample ends sooner where the linear solver's tolerance is reached; ``max_steps`` of the linear solver is not
+        used.
+
+        The residual of what is used is measured, by one of these products: recurrences of the solver lose it in half
+        precision. So ``products=20`` is 19 steps of GMRES. Without a ``linear_solver`` GMRES does not restart, and
+        holds up to ``products`` states; if ``products`` is traced, it restarts after 20 steps. Where no iterate has a
+        residual below ‖v‖, as with ``products=1``, w = v: the gradient of :class:`OneStep`. With a preconditioner w =
+        M⁻ᵀ v. ``x0`` and its residual cost one of the products, too. Whether F couples samples is not examined.
+
+        Second derivatives are those of the solution, by solves that are truncated as well: as accurate as these.
+    report
+        Called with ‖v - (I - ∂F/∂h)ᵀ w‖ / ‖v‖ of each sample, an array of the batch's shape, after each linear solve:
+        once for each pullback, or pushforward. It is zero where v is zero, and NaN where v is not finite. In the order
+        of solves, a second derivative makes several. It changes no number, and costs no product. In code that JAX
+        traces it is a call back to Python, as for ``"warn"``, with more first axes under ``vmap``; wait for it with
+        ``jax.effects_barrier()``. A program that ``jax.export`` exports calls nothing. Pass the same function each
+        time, since JAX compiles a program for each.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument has a wrong type or is out of range, or if ``x0`` is not shaped as h.
+        If an argument has a wrong type or is out of range, if ``on_failure`` and ``products`` are both given, or if
+        ``x0`` is not shaped as h.
 
     References
     ----------
     Z. Geng et al., On training implicit models, NeurIPS 2021: Eq. 2 and 4.
+    S. Bai, V. Koltun and J. Z. Kolter, Multiscale deep equilibrium models, NeurIPS 2020: backward solves of a fixed
+    number of steps.
 
     Examples
     --------
@@ -103,19 +135,41 @@ class Implicit(AtFixedPoint):
     >>> z_bar, w = ic.Implicit(x0=w).vjp(problem, h, z)[1](np.array([1.1]))
     >>> w
     array([2.2])
+
+    A map that does not contract, and a system in four unknowns that three products do not solve:
+
+    >>> slopes = np.array([-8.0, -2.0, 0.5, 3.0])
+    >>> problem = ic.Problem(lambda h, z: slopes * h + z, vjp=lambda h, z, v: (slopes * v, v))
+    >>> residuals = []
+    >>> for products in (3, 5):
+    ...     gradient = ic.Implicit(products=products, report=residuals.append)
+    ...     w = gradient.vjp(problem, np.zeros(4), np.zeros(4))[1](np.ones(4))
+    >>> [float(residual.round(3)) for residual in residuals]
+    [0.777, 0.0]
+    >>> w.round(3)  # 1 / (1 - slopes)
+    array([ 0.111,  0.333,  2.   , -0.5  ])
     """
 
     linear_solver: LinearSolver = field(default=GMRES())
-    on_failure: OnFailure = "raise"
+    on_failure: OnFailure | None = field(default=None, repr=False)
     preconditioner: Preconditioner | AtPoint | None = field(default=None, repr=False)
     x0: PyTree | Data | Start | None = field(default=None, repr=False)
+    products: Count | None = field(default=None, repr=False)
+    report: Callable[[Any], None] | None = field(default=None, repr=False)
 
     derivative: ClassVar[Derivative] = Derivative.OF_SOLUTION
     relaxes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.instance("linear_solver", self.linear_solver, LinearSolver, "GMRES()")
-        check_on_failure(self.on_failure)
+        if self.on_failure is not None:
+            check_on_failure(self.on_failure)
+        if self.products is not None:
+            object.__setattr__(self, "products", checks.count("products", self.products, 1))
+            if self.on_failure is not None:
+                raise ValueError(BUDGET.format(self.on_failure))
+        if self.report is not None:
+            checks.function("report", self.report)
         if self.preconditioner is not None and not isinstance(self.preconditioner, AtPoint):
             checks.instance("preconditioner", self.preconditioner, Preconditioner, "Preconditioner(apply, transposed)")
         if self.x0 is not None and not isinstance(self.x0, (Data, Start)):
@@ -168,33 +222,47 @@ class Implicit(AtFixedPoint):
     def _solved(
         self, space: Space, jacobian: Operator, v: State, precondition: Operator | None, x0: State | None
     ) -> State:
+        def operator(w: State) -> State:
+            return space.sub(w, jacobian(w))
+
         with space.backend.solving():
-            result = self.linear_solver.run(
-                space, lambda w: space.sub(w, jacobian(w)), v, x0=x0, precondition=precondition
-            )
+            if self.products is not None:
+                best = truncated(self._within_products(), space, operator, v, x0=x0, precondition=precondition)
+                return reported(space, best.x, best.relative, self.report)
+            result = self.linear_solver.run(space, operator, v, x0=x0, precondition=precondition)
             # Decisions 24 and 53.
             return settled(
                 space,
-                result.x,
+                reported(space, result.x, result.relative, self.report),
                 result.status,
                 result.residual,
-                self.on_failure,
+                self.on_failure or "raise",
                 "the linear solve of Implicit did not converge",
                 f"Raise max_steps or rtol of {self.linear_solver!r}, try another linear solver, or use Neumann or "
                 "Unroll, which need none",
             )
 
+    def _within_products(self) -> LinearSolver:
+        """The linear solver, whose ``max_steps`` are the products."""
+        solver, products = self.linear_solver, self.products
+        if isinstance(products, int) and solver == GMRES():
+            solver = GMRES(restart=max(products - 1, 1))
+        return replace(solver, max_steps=products)
+
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:
         """η (1 + L_h) / (1 - L_h), if a sample with a relative residual of its linear solve above η raises.
 
-        η is what the solver accepts, and what rounding hides from it. NaN for another ``on_failure``.
+        η is what the solver accepts, and what rounding hides from it. NaN for another ``on_failure``, and with
+        ``products``.
         """
+        if self.products is not None or self.on_failure not in (None, "raise"):
+            return math.nan
         # Decision 85. The error is A⁻¹ r, ‖b‖ ≤ (1 + L_h) ‖u‖, and the computed residual is wrong by rounding errors
         # of ‖A‖ ‖x‖ + ‖b‖, where ‖x‖ ≤ (1 + η condition) ‖u‖.
         condition = (1 + contraction) / (1 - contraction)
         accepted = self.linear_solver.accepted(contraction, eps)
         hidden = rounding * (2 + accepted * condition)
-        return (accepted + hidden) * condition if self.on_failure == "raise" else math.nan
+        return (accepted + hidden) * condition
 
 
 def _constants(backend: Backend, tree: T) -> T:

@@ -1,7 +1,8 @@
 """Samples whose gradient did not reach the requested accuracy, or has an invalid cotangent."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 from ..arrays import Array, Mask, Numbers, State
 from ..solution import SolveError, Status, describe, find_failures
@@ -21,6 +22,21 @@ def check_on_failure(value: object) -> None:
     """``value`` is one of the four."""
     if value not in get_args(OnFailure):
         raise ValueError(f"on_failure must be 'raise', 'warn', 'nan' or 'ignore', got {value!r}")
+
+
+def reported(space: Space, w: State, relative: Numbers, report: Callable[[Any], None] | None) -> State:
+    """``w``, after ``report`` was called with the relative residual of each sample, an array of the batch's shape.
+
+    In a program that is traced it is called when the program runs, and not at all if that cannot call back.
+    """
+    if report is None:
+        return w
+    backend, numbers = space.backend, space.per_sample(relative)
+    if backend.readable(numbers):
+        report(numbers)
+    elif backend.tracing is not None:
+        return State(backend.tracing.told(tuple(w), tuple(w), report, numbers))
+    return w
 
 
 def settled(

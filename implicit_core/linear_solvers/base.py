@@ -1,9 +1,10 @@
 """What a linear solver is: settings, one cycle of its method, and the loop that measures what each cycle achieved."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from .. import checks, settings
 from ..arrays import Count, Index, Mask, Numbers, Operator, Real, State
@@ -49,9 +50,9 @@ class LinearResult(NamedTuple):
     ----------
     x, r
         The solution and its residual b - A x.
-    status, residual, error, steps
-        For each sample, (N, 1): its :class:`Status`, ‖b - A x‖₂, the error of its stop test, and the products with A
-        until it was finished.
+    status, residual, relative, error, steps
+        For each sample, (N, 1): its :class:`Status`, ‖b - A x‖₂, the same divided by ‖b‖₂, the error of its stop test,
+        and the products with A until it was finished. See :func:`relative`.
     products
         Products with A, each for the whole batch.
     """
@@ -60,9 +61,35 @@ class LinearResult(NamedTuple):
     r: State
     status: Numbers
     residual: Numbers
+    relative: Numbers
     error: Numbers
     steps: Numbers
     products: int
+
+
+class Best(NamedTuple):
+    """The iterate of a cycle with the least residual: zero, unless one reduces it by more than a rounding error.
+
+    Attributes
+    ----------
+    x
+        The correction.
+    norm
+        The norm that a residual has to be below.
+    """
+
+    x: State
+    norm: Numbers
+
+    @classmethod
+    def of(cls, solver: "LinearSolver", space: Space, norm: Numbers) -> "Best | None":
+        """The best iterate before the first step, where the residual is ``norm``; None if the last one is wanted."""
+        return cls(space.zeros(), (1 - space.coarsest_eps) * norm) if solver.keeps_best else None
+
+    def updated(self, space: Space, x: State, norm: Numbers, valid: Mask) -> "Best":
+        """The better one of this and ``x``, where that is ``valid``."""
+        better = valid & (norm < self.norm)
+        return Best(space.where(better, x, self.x), space.select(better, norm, self.norm))
 
 
 class _Carry(NamedTuple):
@@ -132,6 +159,9 @@ class LinearSolver(Record, ABC):
     recomputes: ClassVar[bool] = True
     """Whether the residual after a cycle is computed as b - A x. Otherwise it is r - A d, which rounding errors of x do
     not reach."""
+    keeps_best: ClassVar[bool] = False
+    """Whether a cycle makes ``max_steps`` products at most, which may be none, and returns the iterate with the least
+    residual: zero where none reduces it. Otherwise it returns the last one. See :meth:`within`."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -241,6 +271,12 @@ class LinearSolver(Record, ABC):
         rtol = solver.rtol if rtol is None else rtol
         return solver._run(space, operator, b, x0, rtol, precondition)
 
+    def within(self, products: Count) -> Self:
+        """The solver whose cycle makes so many products at most, and returns its best iterate."""
+        limited = copy.copy(self)
+        vars(limited).update(max_steps=products, keeps_best=True)  # without a check: none may be left
+        return limited
+
     def one_cycle(self, space: Space, operator: Operator, b: State, *, rtol: Numbers) -> State:
         """An approximate solution of A x = b by one cycle of the method, whose residual is not computed.
 
@@ -258,11 +294,11 @@ class LinearSolver(Record, ABC):
         if space.backend.capturing(b[0]):
             raise NotImplementedError(RECORDED)
         solver = settings.bound(self, space, constant=True)
-        b, scale, size, target = solver._in_range(space, settings.with_settings(space, solver, b), rtol)
+        b, scale, size, target = solver.in_range(space, settings.with_settings(space, solver, b), rtol)
         x, *_ = solver.cycle(space, operator, b, size, target, size > target)
         return space.where(space.norm(x) < float("inf"), space.scale(scale, x), space.zeros())
 
-    def _in_range(self, space: Space, b: State, rtol: Numbers | Real) -> tuple[State, Numbers, Numbers, Numbers]:
+    def in_range(self, space: Space, b: State, rtol: Numbers | Real) -> tuple[State, Numbers, Numbers, Numbers]:
         """The right-hand side in units in which its square is a number, these units, its norm, and the target."""
         space.shard_as(b)
         # A cotangent of 1e-25 is not zero in float32, nor is one of 1e-7 in float16. With a unit for each sample a
@@ -285,11 +321,11 @@ class LinearSolver(Record, ABC):
     ) -> LinearResult:
         """:meth:`run`, with settings to compute with."""
         xp, backend = space.xp, space.backend
-        b, scale, size, target = self._in_range(space, b, rtol)
+        b, scale, size, target = self.in_range(space, b, rtol)
         nothing, zeros = space.full(0.0), space.zeros()
         x, r, norm, used, active = zeros, b, size, 0, size > target
         if x0 is not None:
-            x, r, norm = _start(space, operator, b, size, space.divide(x0, scale))
+            x, r, norm = start(space, operator, b, size, space.divide(x0, scale))
             used = 1
             active = (norm > target) & (used < self.max_steps)
         checked = self.check and space.samples > 1
@@ -313,7 +349,7 @@ class LinearSolver(Record, ABC):
             norm = space.norm(r)
             growth = c.growth
             if self.recomputes and self.measures(c.products):  # Decision 74.
-                seen = known[0] if known else _growth(space, d, space.sub(c.r, r), x)
+                seen = known[0] if known else measured_growth(space, d, space.sub(c.r, r), x)
                 larger = (seen > growth) & (seen < float("inf"))
                 growth = space.select(c.active & larger, seen, growth)
             # Comparisons with NaN are false, so a cycle that failed is undone.
@@ -361,7 +397,14 @@ class LinearSolver(Record, ABC):
             overflow = ~xp.isfinite(space.largest(space.round(x)))
             status = space.select(converged & overflow, Status.NONFINITE.value, status)
         return LinearResult(
-            x, r, status, scale * carry.norm, carry.error, carry.steps, carry.products + watcher.products
+            x,
+            r,
+            status,
+            scale * carry.norm,
+            relative(space, carry.norm, size),
+            carry.error,
+            carry.steps,
+            carry.products + watcher.products,
         )
 
     def measures(self, products: Index) -> bool:
@@ -435,7 +478,7 @@ class _Watcher:
             raise CoupledSamplesError(COUPLED)
 
 
-def _start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) -> tuple[State, State, Numbers]:
+def start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) -> tuple[State, State, Numbers]:
     """x0, its residual and the norm of it, where it is below ‖b‖; else zero, b and ‖b‖."""
     r = space.sub(b, operator(x0))
     norm = space.norm(r)
@@ -443,7 +486,7 @@ def _start(space: Space, operator: Operator, b: State, size: Numbers, x0: State)
     return space.where(usable, x0, space.zeros()), space.where(usable, r, b), space.select(usable, norm, size)
 
 
-def _growth(space: Space, d: State, product: State, x: State) -> Numbers:
+def measured_growth(space: Space, d: State, product: State, x: State) -> Numbers:
     """‖A d‖ / ‖d‖, where ``product`` is A d, the difference of two residuals, and ``x`` the solution with d in it."""
     # A residual has an error of ε ‖A‖ ‖x‖, which must not be taken for the product of a tiny d.
     length = space.xp.maximum(space.norm(d), space.coarsest_eps**0.5 * space.norm(x))
@@ -467,3 +510,10 @@ def ratio(numerator: Numbers, denominator: Numbers, space: Space) -> Numbers:
     xp, zero = space.xp, denominator == 0
     quotient = numerator / space.select(zero, xp.ones_like(denominator), denominator)
     return space.select(zero, denominator, quotient)
+
+
+def relative(space: Space, norm: Numbers, size: Numbers) -> Numbers:
+    """The residual ‖b - A x‖ relative to ‖b‖: zero where both are zero, NaN where one is not finite."""
+    finite = (norm < math.inf) & (size < math.inf)
+    quotient: Numbers = space.blanked(ratio(norm, space.select(finite, size, space.xp.ones_like(size)), space), ~finite)
+    return quotient

@@ -6,11 +6,12 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, PreconditionedSolver, positive, ratio
+from .base import Best, Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
     x: State
+    best: Best | None
     r: State
     p: State
     rho: Numbers
@@ -84,6 +85,7 @@ class BiCGSTAB(PreconditionedSolver):
             ok = c.active & (along != 0) & xp.isfinite(norm)
             return _Carry(
                 space.where(ok, x, c.x),
+                c.best and c.best.updated(space, x, norm, ok),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 space.select(ok, rho, c.rho),
@@ -92,7 +94,8 @@ class BiCGSTAB(PreconditionedSolver):
                 c.products + 2,
             )
 
-        carry = _Carry(space.zeros(), r, r, space.dot(r, r), space.full(0.0), active, 0)
-        steps = (self.max_steps + 1) // 2
+        best = Best.of(self, space, norm)
+        carry = _Carry(space.zeros(), best, r, r, space.dot(r, r), space.full(0.0), active, 0)
+        steps = self.max_steps // 2 if self.keeps_best else (self.max_steps + 1) // 2
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, steps, self.check_every)
-        return carry.x, carry.products, carry.growth
+        return carry.best.x if carry.best else carry.x, carry.products, carry.growth

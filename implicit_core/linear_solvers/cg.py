@@ -6,11 +6,12 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, PreconditionedSolver, positive, ratio
+from .base import Best, Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
     x: State
+    best: Best | None
     r: State
     p: State
     product: Numbers
@@ -80,14 +81,17 @@ class CG(PreconditionedSolver):
             p = space.where(ok, space.axpy(product / positive(c.product, space), c.p, y), c.p)
             seen = space.norm(q) / positive(space.norm(c.p), space)
             growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
-            active = ok & (xp.sqrt(squared) > target)
+            norm = xp.sqrt(squared)
+            best = c.best and c.best.updated(space, x, norm, ok)
+            active = ok & (norm > target)
             if precondition is not None:
                 active = active & (product > 0)
-            return _Carry(x, r, p, product, growth, active, c.products + 1)
+            return _Carry(x, best, r, p, product, growth, active, c.products + 1)
 
         p, product, _ = preconditioned(r)
         if precondition is not None:
             active = active & (product > 0)
-        carry = _Carry(space.zeros(), r, p, product, space.full(0.0), active, 0)
+        best = Best.of(self, space, norm)
+        carry = _Carry(space.zeros(), best, r, p, product, space.full(0.0), active, 0)
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
-        return carry.x, carry.products, carry.growth
+        return carry.best.x if carry.best else carry.x, carry.products, carry.growth

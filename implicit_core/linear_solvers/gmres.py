@@ -65,9 +65,10 @@ class GMRES(PreconditionedSolver):
         steps = max(min(self.restart, space.dimension), 1)
         most: Index = steps  # no more than the basis has room for
         if is_array(self.max_steps):
-            most = settings.within(space, self.max_steps, 1, steps)
+            most = settings.within(space, self.max_steps, 0, steps)
         else:
-            most = steps = max(min(steps, self.max_steps), 1)
+            most = min(steps, self.max_steps)
+            steps = max(most, 1)
         hessenberg = _Hessenberg(space, steps + 1)
         # On a device an eager loop would wait for a second number in every step.
         streams = space.backend.streams
@@ -93,6 +94,8 @@ class GMRES(PreconditionedSolver):
         carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
         weights = hessenberg.least_squares(carry.qr, norm)
+        if self.keeps_best:
+            weights = weights * space.xp.astype(hessenberg.reduces(carry.qr), space.dtype)[:, :, None]
         y = space.state(space.combine(weights, carry.basis))
         if precondition is None or carry.growth is None:
             return y, carry.steps, hessenberg.growth(carry.qr)
@@ -196,6 +199,13 @@ class _Hessenberg:
         """Weights of the basis vectors, (N, 1, m), for a right-hand side along the first one, of length ``norm``."""
         rhs = norm * qr.rotations[:, :, 0] * qr.used
         return self.space.solve_rows(qr.triangle, rhs[:, None, :])
+
+    def reduces(self, qr: _QR) -> Mask:
+        """Where the least residual is below the first one by more than a rounding error, (N, 1)."""
+        # The rest of a rotated right-hand side: ‖r‖² = (1 - Σ g²) ‖r₀‖².
+        g = qr.rotations[:, :, 0] * qr.used
+        reduces: Mask = self.space.xp.sum(g * g, axis=-1, keepdims=True) > 2 * self.space.coarsest_eps
+        return reduces
 
     def growth(self, qr: _QR) -> Numbers:
         """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import Cycle, PreconditionedSolver, positive, ratio
+from .base import Best, Cycle, PreconditionedSolver, positive, ratio
 
 
 class _Carry(NamedTuple):
@@ -14,8 +14,9 @@ class _Carry(NamedTuple):
 
     Attributes
     ----------
-    x, r
-        The solution, and its residual; None where the norm of it, ``rest``, is known without it.
+    x, best, r
+        The solution; the best one, where it is asked for; and the residual of x, None where the norm of it, ``rest``,
+        is known without it.
     u_before, u, v
         The last two vectors that are M-orthogonal to all before, and M⁻¹ u. Not normalized.
     w_before, w
@@ -29,6 +30,7 @@ class _Carry(NamedTuple):
     """
 
     x: State
+    best: Best | None
     r: State | None
     u_before: State
     u: State
@@ -128,6 +130,7 @@ class MINRES(PreconditionedSolver):
             going_on = ok & (error > target) & (beta > 0)
             return _Carry(
                 x=x,
+                best=c.best and c.best.updated(space, x, error, ok),
                 r=r,
                 u_before=c.u,
                 u=u,
@@ -152,6 +155,7 @@ class MINRES(PreconditionedSolver):
         beta = xp.sqrt(xp.maximum(squared, nothing))
         carry = _Carry(
             x=zeros,
+            best=Best.of(self, space, norm),
             r=None if precondition is None else r,
             u_before=zeros,
             u=r,
@@ -171,4 +175,4 @@ class MINRES(PreconditionedSolver):
             products=0,
         )
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, self.max_steps, self.check_every)
-        return carry.x, carry.products, carry.growth
+        return carry.best.x if carry.best else carry.x, carry.products, carry.growth
