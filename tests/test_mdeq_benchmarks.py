@@ -85,7 +85,7 @@ def test_a_gradient_beside_itself_has_cosine_and_length_one(monkeypatch: pytest.
     settings = settings_of("ablation", "implicit", "small", "digits", 0)
     training = Training(settings, Source.of(settings, None))
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    monkeypatch.setattr(cosines, "estimators", lambda _: {"exact": cosines.EXACT})
+    monkeypatch.setattr(cosines, "estimators", lambda _: {"exact": cosines.exact()})
     found = cosines.compare(training)["gradients"]["exact"]
     assert found["cosine"] == pytest.approx([1.0] * len(found["cosine"]), abs=1e-5)
     assert found["length"] == pytest.approx([1.0] * len(found["length"]), abs=1e-4)

@@ -119,7 +119,7 @@ class Settings:
                 return ic.Neumann(self.k, self.lam, on_growth="ignore")
             case "one-step":
                 return ic.OneStep()
-        return ic.Implicit(ic.GMRES(max_steps=self.products, restart=self.products), on_failure="ignore")
+        return ic.Implicit(products=self.products)
 
     def solver(self) -> ic.Broyden:
         """The solver of the implicit layer."""
