@@ -105,10 +105,20 @@ def fit(
                 found = training.epochs[-1]
                 console.print(report.line(len(training.epochs), found), highlight=False)
                 log(training.done, found)
-            if checkpoint is not None and (ended or stop.asked):
+            stopped = of_any_process(stop.asked, training.device)
+            if checkpoint is not None and (ended or stopped):
                 save(settings, training, checkpoint)
-            if stop.asked:
+            if stopped:
                 raise KeyboardInterrupt
+
+
+def of_any_process(asked: bool, device: torch.device) -> bool:
+    """Whether any process was asked to stop, so that none waits for another one."""
+    if not dist.is_initialized():
+        return asked
+    flag = torch.tensor(float(asked), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 @contextmanager

@@ -188,6 +188,9 @@ class Training:
     def test(self) -> Totals:
         """The sums over the images of the test, in eval mode."""
         totals = Totals()
+        if dist.is_initialized():
+            for buffer in self.model.buffers():  # each process has seen other images
+                dist.broadcast(buffer, 0)
         self.model.eval()
         mine = torch.arange(self.rank, size_of(self.source.test), self.processes)
         for images, labels in self.source.batches(self.source.test, mine.split(TEST_BATCH)):
