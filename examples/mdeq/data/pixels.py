@@ -6,8 +6,8 @@ from torch.nn.functional import avg_pool2d, pad
 
 from ...program import TrainingError
 
-SMALLEST = 8
-"""Least side of the images that :func:`pooled` makes."""
+SIZES = (32, 16, 8)
+"""Sides of the images that :func:`pooled` makes."""
 PART = 4096
 """Images that are converted together: all of them as floats would take four times their memory."""
 
@@ -25,7 +25,7 @@ def pooled(pixels: Tensor, size: int, name: str = "the data set") -> Tensor:
     pixels
         Of shape (n, channels, height, height).
     size
-        The side of the result, a half or a quarter of ``height`` that is not below 8. Smaller images stay as they are.
+        The side of the result, one of ``SIZES`` that divides ``height``. Smaller images stay as they are.
     name
         Names the images in the error.
 
@@ -42,7 +42,7 @@ def pooled(pixels: Tensor, size: int, name: str = "the data set") -> Tensor:
     side = pixels.shape[-1]
     if size >= side:
         return pixels
-    sizes = [side // factor for factor in (1, 2, 4) if side // factor >= SMALLEST]
+    sizes = [each for each in SIZES if side % each == 0]
     if size not in sizes:
         raise TrainingError(f"The images of {name} can have the size {' or '.join(map(str, sizes))}, not {size}.")
     return torch.cat([avg_pool2d(as_floats(part), side // size) for part in pixels.split(PART)])

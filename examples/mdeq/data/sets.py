@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from implicit_core import checks
+
 from . import cifar10, fashion_mnist
 from .images import Images
 from .pixels import mean_and_std, pooled
@@ -74,6 +76,9 @@ def load(
     TrainingError
         If a file is missing or damaged, or the images can't have that size.
     """
+    for kind, count in (("train", train), ("test", test)):
+        if count is not None:
+            checks.integer(kind, count, 1)
     official = _official(name, folder, seed)
     ours, held_out = (
         _sized(_part(images, count), size, name) for images, count in zip(official, (train, test), strict=True)
