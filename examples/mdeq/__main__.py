@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = {name: getattr(options, name) for name in ("checkpoint", "tensorboard", "data_dir")}
 
     def run() -> None:
-        more = {"device": options.device, "threads": options.threads, "resume": options.resume}
+        more = {name: getattr(options, name) for name in ("device", "threads", "workers", "resume")}
         importlib.import_module(f"{__package__}.run").run(settings, **files, **more)
 
-    flags = settings.flags() | {"--device": options.device, "--threads": str(options.threads)}
+    flags = settings.flags() | {flag(name): str(getattr(options, name)) for name in ("device", "threads", "workers")}
     return exit_code(run, MODULES, "examples,demo", lambda: how_to_go_on(PROGRAM, flags, files))
 
 
@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar, help=about)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
+    about = "processes that read the files of ImageNet (default: 4)"
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help=about)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="save the run every epoch, and after Ctrl-C")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, with the same settings")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the run for TensorBoard")

@@ -29,7 +29,8 @@ def run(
     *,
     data_dir: Path | None = None,
     device: str = "auto",
-    threads: int = 0,
+    threads: int = 1,
+    workers: int = 4,
     checkpoint: Path | None = None,
     resume: bool = False,
     tensorboard: Path | None = None,
@@ -47,7 +48,9 @@ def run(
         Where to train, as PyTorch names it; ``"auto"`` for a GPU if there is one. Each process of ``torchrun`` takes a
         GPU of its own.
     threads
-        Of the CPU; 0 for one, since the number decides the order of sums, and so the last digits.
+        Of the CPU. Their number decides the order of sums, and so the last digits.
+    workers
+        Processes that read files, where the images do not fit in memory.
     checkpoint
         Where to save the state: after every epoch, and when interrupted.
     resume
@@ -69,11 +72,11 @@ def run(
         checkpoint_of_all = checkpoint
         checkpoint, tensorboard = (path if first else None for path in (checkpoint, tensorboard))
         program.refuse_to_replace(checkpoint, resume)
-        with threadpool_limits(threads or 1), warnings.catch_warnings():
+        with threadpool_limits(threads), warnings.catch_warnings():
             # So many steps are what the model is made of, whether or not they converge; the residual is reported.
             warnings.simplefilter("ignore", ic.ConvergenceWarning)
-            torch.set_num_threads(threads or 1)
-            training = Training(settings, Source.of(settings, data_dir), place)
+            torch.set_num_threads(threads)
+            training = Training(settings, Source.of(settings, data_dir, workers), place)
             if resume and checkpoint_of_all is not None:
                 restore(settings, training, checkpoint_of_all)
             with program.Stop() as stop, program.tensorboard(tensorboard, training.done) as log:

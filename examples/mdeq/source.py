@@ -14,9 +14,6 @@ from . import data
 from .data.imagenet import LAYOUT, MEAN, STD, ImageFolder, central_view, random_view
 from .settings import Settings
 
-WORKERS = 4
-"""Processes that read files, for each process that trains."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -30,6 +27,8 @@ class Source:
         Of each channel: (channels,).
     classes
         How many.
+    workers
+        Processes that read files, for each process that trains; with 0 it reads them itself.
     """
 
     train: Any
@@ -37,10 +36,11 @@ class Source:
     mean: Tensor
     std: Tensor
     classes: int
+    workers: int = 0
 
     @classmethod
-    def of(cls, settings: Settings, folder: Path | None) -> "Source":
-        """The images that a run is about.
+    def of(cls, settings: Settings, folder: Path | None, workers: int = 0) -> "Source":
+        """The images that a run is about, in ``folder``.
 
         Raises
         ------
@@ -51,7 +51,7 @@ class Source:
             if folder is None:
                 raise TrainingError(f"ImageNet needs --data-dir: {LAYOUT}.")
             train, test = ImageFolder(folder, "train", random_view), ImageFolder(folder, "val", central_view)
-            return cls(train, test, torch.tensor(MEAN), torch.tensor(STD), len(train.classes))
+            return cls(train, test, torch.tensor(MEAN), torch.tensor(STD), len(train.classes), workers)
         size, most, most_tests = (number or None for number in (settings.pixels, settings.train, settings.test))
         found = data.load(settings.data, folder, size=size, train=most, test=most_tests)
         return cls(*found, data.CLASSES)
@@ -80,7 +80,7 @@ class Source:
                 yield part.pixels[batch], part.labels[batch]
         else:
             yield from DataLoader(
-                part, batch_sampler=[batch.tolist() for batch in rows], num_workers=WORKERS, generator=generator
+                part, batch_sampler=[batch.tolist() for batch in rows], num_workers=self.workers, generator=generator
             )
 
     def augmented(self, images: Tensor, generator: Generator) -> Tensor:
