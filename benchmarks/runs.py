@@ -1,15 +1,19 @@
 """Runs of many trainings: a file for each result, workers, and a time after which they stop and can go on."""
 
+import json
 import multiprocessing
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 R = TypeVar("R", bound="Run")
 
@@ -18,18 +22,23 @@ class ResultError(Exception):
     """Why a result or a checkpoint cannot be used, in a sentence."""
 
 
-class Run(Protocol):
-    """A run and its files."""
+class Run(ABC):
+    """A run and its files: a result in the end, and a checkpoint while it goes on."""
 
     @property
+    @abstractmethod
+    def settings(self) -> Any:
+        """What determines it, a dataclass."""
+
+    @property
+    @abstractmethod
     def result(self) -> Path:
         """The file of its result."""
-        ...
 
     @property
+    @abstractmethod
     def unfinished(self) -> Path:
         """The file of its checkpoint."""
-        ...
 
     def finished(self) -> bool:
         """Whether there is a result.
@@ -39,7 +48,42 @@ class Run(Protocol):
         ResultError
             If it was made with other settings.
         """
-        ...
+        if not self.result.exists():
+            return False
+        if json.loads(self.result.read_text())["settings"] != plain(self.settings):
+            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
+        return True
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the result, and remove the checkpoint."""
+        text = json.dumps(rounded(record), indent=1) + "\n"
+        write(self.result, lambda path: path.write_text(text))
+        self.unfinished.unlink(missing_ok=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        write(self.unfinished, lambda path: torch.save({"settings": plain(self.settings), **state}, path))
+
+    def restored(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """What the checkpoint has; None if there is none.
+
+        Raises
+        ------
+        ResultError
+            If it was made with other settings.
+        """
+        if not self.unfinished.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
+        if state["settings"] != plain(self.settings):
+            raise ResultError(f"{self.unfinished} was made with other settings: remove it, or pass --restart")
+        return state
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as JSON has them."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
 
 
 def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int, restart: bool) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import report
-from ..runs import ResultError, rounded, write
+from .. import report, runs
+from ..runs import write
 from .measures import checkpoint
 from .rungs import rungs
 from .tasks import TASKS, Data, Examples, Settings
@@ -19,7 +19,7 @@ from .training import Training
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(runs.Run):
     """One run.
 
     Attributes
@@ -59,20 +59,6 @@ class Run:
     def unfinished(self) -> Path:
         """The file of its checkpoint."""
         return self.scratch / f"{self}.pt"
-
-    def finished(self) -> bool:
-        """Whether there is a result.
-
-        Raises
-        ------
-        ResultError
-            If it was made with other settings.
-        """
-        if not self.result.exists():
-            return False
-        if json.loads(self.result.read_text())["settings"] != asdict(self.settings):
-            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
-        return True
 
 
 def data_of(run: Run) -> Data:
@@ -114,8 +100,9 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
     task, settings, data = TASKS[run.task], run.settings, data_of(run)
     training = Training(task, settings, rungs(settings.recursions)[run.rung], run.seed, data.train)
     made: list[dict[str, Any]] = []
-    if run.unfinished.exists():
-        made = _restore(run, training)
+    if state := run.restored():
+        training.load_state_dict(state["training"])
+        made = state["made"]
     begun, first = time.perf_counter(), training.done
     for mark in settings.marks():
         while training.done < mark and not training.diverged:
@@ -126,7 +113,7 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
         if made and made[-1]["step"] >= mark:
             continue
         made.append(checkpoint(task, settings, run.rung, training, data))
-        _save(run, training, made)
+        run.save({"made": made, "training": training.state_dict()})
         left = (time.perf_counter() - begun) / (mark - first) * (settings.steps - mark)
         say(f"{_line(run, settings, made[-1])}, {left:.0f} s left")
         if mark == until:
@@ -141,8 +128,7 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
         "diverged": diverged,
         "checkpoints": made,
     }
-    write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
-    run.unfinished.unlink(missing_ok=True)
+    run.finish(record)
 
 
 def _line(run: Run, settings: Settings, found: dict[str, Any]) -> str:
@@ -152,17 +138,3 @@ def _line(run: Run, settings: Settings, found: dict[str, Any]) -> str:
         f"{run}: step {found['step']} of {settings.steps}, loss {found['loss']:.3f}, exact on {exact}, "
         f"cosine {cosine:.3f}, {found['seconds']:.0f} s of training"
     )
-
-
-def _save(run: Run, training: Training, made: list[dict[str, Any]]) -> None:
-    state = {"settings": asdict(run.settings), "made": made, "training": training.state_dict()}
-    write(run.unfinished, lambda path: torch.save(state, path))
-
-
-def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
-    state: dict[str, Any] = torch.load(run.unfinished, weights_only=True)
-    if state["settings"] != asdict(run.settings):
-        raise ResultError(f"{run.unfinished} was made with other settings: remove it, or pass --restart")
-    training.load_state_dict(state["training"])
-    made: list[dict[str, Any]] = state["made"]
-    return made

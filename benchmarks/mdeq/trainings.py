@@ -1,7 +1,6 @@
 """Trainings and their files: a result for each that is finished, and a checkpoint while it goes on."""
 
 import hashlib
-import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +17,8 @@ from implicit_core.examples.mdeq.source import Source, size_of
 from implicit_core.examples.mdeq.training import Training
 from implicit_core.examples.program import TrainingError
 
-from .. import report
-from ..runs import ResultError, rounded, say, write
+from .. import report, runs
+from ..runs import say
 from .cosines import compare
 from .experiments import settings_of
 
@@ -36,7 +35,7 @@ class OutOfTimeError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(runs.Run):
     """A training.
 
     Attributes
@@ -91,14 +90,6 @@ class Run:
         """Whether gradients are compared along the run."""
         return self.row == "implicit"
 
-    def finished(self) -> bool:
-        """See :class:`..runs.Run`."""
-        if not self.result.exists():
-            return False
-        if json.loads(self.result.read_text())["settings"] != asdict(self.settings):
-            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
-        return True
-
 
 def execute(run: Run) -> None:
     """Make a run, or the rest of it, and write its result.
@@ -112,15 +103,16 @@ def execute(run: Run) -> None:
     settings = run.settings
     training = Training(settings, Source.of(settings, run.data_dir), run.device)
     compared: list[dict[str, Any]] = []
-    if run.unfinished.exists():
-        compared = _restore(run, training)
+    if state := run.restored(training.device):
+        training.restore(state["training"])
+        compared = state["compared"]
     marks = {round(training.all_steps * i / MARKS) for i in range(MARKS + 1)} if run.measured else set()
     diverged = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ic.ConvergenceWarning)  # so many steps are what the model is made of
         while training.done < training.all_steps or training.at_end_of_epoch:
             if time.time() > run.until:
-                _save(run, training, compared)
+                run.save({"compared": compared, "training": training.state()})
                 raise OutOfTimeError
             if training.done in marks and (not compared or compared[-1]["step"] < training.done):
                 compared.append({"step": training.done, **compare(training)})
@@ -132,7 +124,7 @@ def execute(run: Run) -> None:
                     break
             if training.at_end_of_epoch:
                 training.end_epoch()
-                _save(run, training, compared)
+                run.save({"compared": compared, "training": training.state()})
                 say(_line(run, training))
         if run.measured and diverged is None:
             compared.append({"step": training.done, **compare(training)})
@@ -148,8 +140,7 @@ def execute(run: Run) -> None:
         "epochs": training.epochs,
         "compared": compared,
     }
-    write(run.result, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
-    run.unfinished.unlink(missing_ok=True)
+    run.finish(record)
 
 
 def about(source: Source, run: Run) -> dict[str, Any]:
@@ -180,17 +171,3 @@ def _line(run: Run, training: Training) -> str:
         f"{run}: epoch {len(training.epochs)} of {run.settings.epochs}, loss {found['train/loss']:.3f}, "
         f"tested {found['test/accuracy']:.1%}, residual {found['train/residual']:.0e}, {seconds:.0f} s"
     )
-
-
-def _save(run: Run, training: Training, compared: list[dict[str, Any]]) -> None:
-    state = {"settings": asdict(run.settings), "compared": compared, "training": training.state()}
-    write(run.unfinished, lambda path: torch.save(state, path))
-
-
-def _restore(run: Run, training: Training) -> list[dict[str, Any]]:
-    state: dict[str, Any] = torch.load(run.unfinished, map_location=training.device, weights_only=True)
-    if state["settings"] != asdict(run.settings):
-        raise ResultError(f"{run.unfinished} was made with other settings: remove it, or pass --restart")
-    training.restore(state["training"])
-    compared: list[dict[str, Any]] = state["compared"]
-    return compared
