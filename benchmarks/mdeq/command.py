@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,7 +48,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def run(
-    name: str, description: str, rows: Sequence[tuple[str, str]], publish: Publish, arguments: Sequence[str] | None
+    name: str, description: str, rows: Mapping[str, tuple[str, str]], publish: Publish, arguments: Sequence[str] | None
 ) -> int:
     """Make the runs of a table or a figure, and show them.
 
@@ -57,7 +57,7 @@ def run(
     name, description
         Of the command.
     rows
-        The family and the row of each of its runs.
+        The family and the row of its runs, by the name of a row.
     publish
         Shows them.
     arguments
@@ -70,10 +70,9 @@ def run(
     """
     command = parser(name, description)
     options = command.parse_args(arguments)
-    names = [row for _, row in rows]
     for row in options.rows or ():
-        if row not in names:
-            command.error(f"no row is named {row}; there are: {', '.join(names)}")
+        if row not in rows:
+            command.error(f"no row is named {row}; there are: {', '.join(rows)}")
     options.results = options.results or HERE / "results" / options.scale
     console = Console(width=80)
     make = partial(
@@ -81,8 +80,9 @@ def run(
         data_dir=options.data_dir, device=options.device, epochs=options.epochs,
         until=time.time() + 60 * options.minutes if options.minutes else float("inf"),
     )  # fmt: skip
-    runs = {row: [make(family=family, row=row, seed=seed) for seed in range(options.seeds)] for family, row in rows}
-    chosen = [runs[row][seed] for seed in range(options.seeds) for row in options.rows or names]
+    seeds = range(options.seeds)
+    runs = {name: [make(family=family, row=row, seed=seed) for seed in seeds] for name, (family, row) in rows.items()}
+    chosen = [runs[row][seed] for seed in seeds for row in options.rows or rows]
     try:
         if not options.report:
             make_all(chosen, execute, workers=options.workers, restart=options.restart)

@@ -8,8 +8,9 @@ from implicit_core.examples.mdeq.settings import PRESETS, Settings
 
 Changes = Mapping[str, Any]
 
-MODELS = {"ablation": {"small": "small", "paper": "tiny"}, "large": {"small": "small-4", "paper": "large"}}
-"""The model at each scale: of Tab. 1, Fig. 2 and Fig. 3, and of Tab. 3."""
+LARGE = {"small": "small-4", "paper": "large"}
+MODELS = {"ablation": {"small": "small", "paper": "tiny"}, "large": LARGE, "torchdeq": LARGE}
+"""The model at each scale: of Tab. 1, Fig. 2 and Fig. 3, and of Tab. 3, with our layer and with TorchDEQ's."""
 SCALES = tuple(MODELS["ablation"])
 
 DATA: Mapping[str, Changes] = {
@@ -57,6 +58,6 @@ def settings_of(family: str, row: str, scale: str, data: str, seed: int) -> Sett
     scale, data, seed
         Of the command line.
     """
-    changes = dict(ROWS[row]) | dict(OF_LARGE.get(row, {}) if family == "large" else {})
+    changes = dict(ROWS[row]) | dict(OF_LARGE.get(row, {}) if MODELS[family] is LARGE else {})
     changes |= DATA[data] if scale == "small" else {}
     return replace(PRESETS[MODELS[family][scale]], data=data, seed=seed, **changes)

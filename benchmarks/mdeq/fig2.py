@@ -24,7 +24,7 @@ The gradients are those of the cell and the encoder; implicit is what trains."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    return command.run("fig2", DESCRIPTION, [("ablation", "implicit")], publish, arguments)
+    return command.run("fig2", DESCRIPTION, {"implicit": ("ablation", "implicit")}, publish, arguments)
 
 
 def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:

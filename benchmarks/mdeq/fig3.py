@@ -27,7 +27,7 @@ npg-1-1 is the one-step gradient, OneStep()."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    return command.run("fig3", DESCRIPTION, [("ablation", row) for row in ROWS], publish, arguments)
+    return command.run("fig3", DESCRIPTION, {row: ("ablation", row) for row in ROWS}, publish, arguments)
 
 
 def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:

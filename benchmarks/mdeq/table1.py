@@ -35,7 +35,7 @@ paper    its mean and best of six runs of MDEQ-Tiny on all of CIFAR-10"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    return command.run("table1", DESCRIPTION, [("ablation", row) for row in PAPER], publish, arguments)
+    return command.run("table1", DESCRIPTION, {row: ("ablation", row) for row in PAPER}, publish, arguments)
 
 
 def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:

@@ -88,7 +88,7 @@ class Run(runs.Run):
     @property
     def measured(self) -> bool:
         """Whether gradients are compared along the run."""
-        return self.row == "implicit"
+        return self.family == "ablation" and self.row == "implicit"
 
 
 def execute(run: Run) -> None:
@@ -101,7 +101,7 @@ def execute(run: Run) -> None:
     """
     torch.set_num_threads(1)
     settings = run.settings
-    training = Training(settings, Source.of(settings, run.data_dir), run.device)
+    training = begin(run)
     compared: list[dict[str, Any]] = []
     if state := run.restored(training.device):
         training.restore(state["training"])
@@ -141,6 +141,16 @@ def execute(run: Run) -> None:
         "compared": compared,
     }
     run.finish(record)
+
+
+def begin(run: Run) -> Training:
+    """A training at its start."""
+    source = Source.of(run.settings, run.data_dir)
+    if run.family == "torchdeq":
+        from .torchdeq import Training as TorchDEQTraining
+
+        return TorchDEQTraining(run.settings, source, run.device)
+    return Training(run.settings, source, run.device)
 
 
 def about(source: Source, run: Run) -> dict[str, Any]:

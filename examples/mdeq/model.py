@@ -221,6 +221,11 @@ class MDEQ(nn.Module):
         self.head = Head(sizes)
         self.apply(initialize)
 
+    @property
+    def stats(self) -> Any:
+        """Statistics of the last solve, see :class:`~implicit_core.Solution`."""
+        return self.layer.stats
+
     def start(self, x: Tensor) -> State:
         """Zeros, for the injection x (n, channels[0], height, width)."""
         n, _, height, width = x.shape

@@ -19,6 +19,7 @@ import implicit_core as ic
 from ..program import TrainingError
 from .model import MDEQ
 from .settings import LAYERS, Settings
+from .sizes import Sizes
 from .source import Source, size_of
 
 LEAST_RATE = 1e-6
@@ -42,7 +43,7 @@ class Totals:
 
     def add(self, model: MDEQ, logits: Tensor, labels: Tensor, loss: float) -> None:
         """Count a batch, which is the last that the model has seen."""
-        stats: Any = model.layer.stats
+        stats = model.stats
         self.images += len(labels)
         self.loss += loss * len(labels)
         self.right += int((logits.argmax(dim=1) == labels).sum())
@@ -109,7 +110,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             sizes = settings.sizes(source.channels, source.classes)
-            self.model = MDEQ(sizes, settings.solver(), settings.estimator()).to(self.device)
+            self.model = self.make(sizes).to(self.device)
         self.network: nn.Module = self.model
         if dist.is_initialized():
             self.network = DistributedDataParallel(self.model)
@@ -119,6 +120,10 @@ class Training:
         self.done = 0
         self.epochs: list[dict[str, float]] = []
         self._begin_epoch()
+
+    def make(self, sizes: Sizes) -> MDEQ:
+        """The model."""
+        return MDEQ(sizes, self.settings.solver(), self.settings.estimator())
 
     @property
     def pretraining_steps(self) -> int:
