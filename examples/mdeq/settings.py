@@ -153,7 +153,7 @@ PUBLISHED = replace(Settings(), pixels=0, train=0, test=0, batch=128, rate=0.1)
 CIFAR10 = replace(PUBLISHED, data="cifar10")
 PRESETS = {
     "small": Settings(),
-    "small-4": Settings(model="small-4", solver_steps=18, products=20),
+    "small-4": Settings(model="small-4", solver_steps=18, products=20, epochs=5),
     "tiny": replace(CIFAR10, model="tiny", epochs=50),
     "large": replace(CIFAR10, model="large", solver_steps=18, products=20, epochs=220, augment=1),
     "imagenet": replace(
