@@ -28,7 +28,7 @@ ESTIMATORS = [
     ic.Implicit(),
     ic.Implicit(ic.BiCGSTAB(), on_failure="warn"),
     ic.Implicit(ic.BiCGSTAB(), on_failure="ignore"),
-    ic.Implicit(products=4, report=lambda _: None),
+    ic.Implicit(products=4, report=print),
     ic.BPTT(40),
 ]
 
@@ -135,7 +135,7 @@ def cache_hits() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(
     "gradient",
-    [each for each in ESTIMATORS if getattr(each, "on_failure", "nan") != "warn"],
+    [x for x in ESTIMATORS if getattr(x, "on_failure", "nan") != "warn" and not getattr(x, "report", None)],
     ids=repr,
 )
 def test_the_persistent_cache_stores_gradients(gradient: ic.Estimator, cache_hits: list[str]) -> None:

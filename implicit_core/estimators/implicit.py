@@ -87,24 +87,27 @@ class Implicit(AtFixedPoint):
         pushforward solves another system, and starts from zero. So do the pullbacks of ``torch.func``.
     products
         The most h-VJPs of a pullback, or h-JVPs of a pushforward, for a cell whose linear system is too hard to solve.
-        Each sample uses its iterate with the least residual, whatever that residual is: nothing raises or warns. A
-        sample ends sooner where the linear solver's tolerance is reached; ``max_steps`` of the linear solver is not
-        used.
+        Each sample uses its iterate with the least residual, however large that is: nothing raises or warns. A sample
+        ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used.
 
-        The residual of what is used is measured, by one of these products: recurrences of the solver lose it in half
-        precision. So ``products=20`` is 19 steps of GMRES. Without a ``linear_solver`` GMRES does not restart, and
-        holds up to ``products`` states; if ``products`` is traced, it restarts after 20 steps. Where no iterate has a
-        residual below ‖v‖, as with ``products=1``, w = v: the gradient of :class:`OneStep`. With a preconditioner w =
-        M⁻ᵀ v. ``x0`` and its residual cost one of the products, too. Whether F couples samples is not examined.
+        All products count. One of them measures the residual of what is used, since recurrences lose it in half
+        precision: ``products=20`` is 19 steps of GMRES. Without a ``linear_solver`` GMRES does not restart, and holds
+        up to ``products`` states; if ``products`` is traced, it restarts after 20 steps. ``x0`` costs one of the
+        products, and is not used if there is no other. Whether F couples samples is not examined.
 
-        Second derivatives are those of the solution, by solves that are truncated as well: as accurate as these.
+        Where no iterate has a residual below ‖v‖, as with ``products=1``, w is v, as for :class:`OneStep`; with a
+        preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite.
+
+        A truncated w is not linear in v. So pullbacks and pushforwards are adjoint to each other only as far as the
+        residual is small. So are second derivatives right: they are those of the solution, by truncated solves.
     report
-        Called with ‖v - (I - ∂F/∂h)ᵀ w‖ / ‖v‖ of each sample, an array of the batch's shape, after each linear solve:
-        once for each pullback, or pushforward. It is zero where v is zero, and NaN where v is not finite. In the order
-        of solves, a second derivative makes several. It changes no number, and costs no product. In code that JAX
-        traces it is a call back to Python, as for ``"warn"``, with more first axes under ``vmap``; wait for it with
-        ``jax.effects_barrier()``. A program that ``jax.export`` exports calls nothing. Pass the same function each
-        time, since JAX compiles a program for each.
+        Called after each linear solve with ‖v - (I - ∂F/∂h)ᵀ w‖ / ‖v‖ of each sample, an array of the batch's shape:
+        once for a pullback or a pushforward, more often for a second derivative. It is zero where v is zero, and NaN
+        where it is not finite. A report changes no gradient, and costs no product.
+
+        Transforms such as ``vmap`` add first axes. In code that JAX traces it is a call back to Python, as for
+        ``"warn"``: ``jax.effects_barrier()`` waits for it, and a program that ``jax.export`` exports calls nothing.
+        JAX compiles a program for each function, so pass the same one at each step.
 
     Raises
     ------
@@ -145,7 +148,7 @@ class Implicit(AtFixedPoint):
     ...     gradient = ic.Implicit(products=products, report=residuals.append)
     ...     w = gradient.vjp(problem, np.zeros(4), np.zeros(4))[1](np.ones(4))
     >>> [float(residual.round(3)) for residual in residuals]
-    [0.777, 0.0]
+    [0.816, 0.0]
     >>> w.round(3)  # 1 / (1 - slopes)
     array([ 0.111,  0.333,  2.   , -0.5  ])
     """

@@ -52,9 +52,10 @@ def truncated(
 ) -> Truncated:
     """The iterate with the least residual of A x = b that ``solver.max_steps`` products lead to.
 
-    Each cycle leaves one product for the residual b - A x of what it found, so every residual is measured, and no
-    iterate is chosen for what a recurrence says of it in few digits. Where a cycle that starts at zero reduces no
-    residual, x = b is measured instead, or M⁻¹ b: zero would be a gradient that does not train.
+    Within a cycle a method compares its iterates by its own recurrence. Each cycle leaves one product for the residual
+    b - A x of the best one, so the residual of the result is always measured. Where a cycle that starts at zero does
+    not reduce the residual of a sample, x = b is measured there, or M⁻¹ b: zero would be a gradient that does not
+    train.
 
     Whether A couples samples is not examined, which would need products. Residuals are those of the coupled system.
 
