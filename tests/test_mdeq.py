@@ -32,7 +32,7 @@ from implicit_core.examples.mdeq import run
 from implicit_core.examples.mdeq.__main__ import PROGRAM, main
 from implicit_core.examples.mdeq.data import fashion_mnist
 from implicit_core.examples.mdeq.model import MDEQ, Cell, State
-from implicit_core.examples.mdeq.settings import PRESETS, Settings, WholeBatch
+from implicit_core.examples.mdeq.settings import GRADIENTS, PRESETS, Settings, WholeBatch
 from implicit_core.examples.mdeq.sizes import IMAGENET, LARGE, TINY, Sizes
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import LEAST_RATE, Training
@@ -325,7 +325,10 @@ def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.
     found: list[Settings] = []
     monkeypatch.setattr(run, "run", lambda settings, **_: found.append(settings))
     many = [replace(preset, gradient=gradient) for preset in PRESETS.values() for gradient in ("unroll", "implicit")]
-    many += [Settings(gradient="neumann", k=3, lam=0.25), Settings(gradient="implicit", products=7, augment=1)]
+    many += [Settings(gradient="neumann", k=3, lam=0.25), Settings(gradient="implicit", products=7)]
+    other = {"pixels": 8, "train": 9, "test": 7, "pretraining": 0.1, "dropout": 0.2, "solver_steps": 3, "epochs": 4}
+    other |= {"batch": 2, "optimizer": "adam", "rate": 0.125, "decay": 0.5, "augment": 1, "precision": "bfloat16"}
+    many += [Settings(model="tiny", data="imagenet", gradient=name, seed=6, **other) for name in GRADIENTS]
     for settings in many:
         assert main(words_of(settings)) == 0
     assert found == many
@@ -414,6 +417,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     assert signal.getsignal(signal.SIGINT) is before
     assert calls == 2
     *_, command = capsys.readouterr().err.splitlines()
+    torch.manual_seed(7)  # which has no influence
     assert main(shlex.split(command.strip().removeprefix(PROGRAM))) == 0
     assert calls == 6
     (expected_settings, expected), (found_settings, found) = content(whole), content(parts)
@@ -449,7 +453,6 @@ def test_steps_of_pretraining_apply_the_cell_ten_times_without_a_solve(digits: S
         counts.append(evaluations_of(training))
         if training.at_end_of_epoch:
             training.end_epoch()
-    # The first of them also finds out whether the cell writes to its argument.
     assert counts == [10, 10, 10] + [FEW.solver_steps + FEW.k] * 3
 
 
@@ -481,15 +484,29 @@ def test_it_learns(digits: Source) -> None:
     assert training.epochs[-1]["test/accuracy"] >= 0.5
 
 
+def torchrun(*arguments: str) -> tuple[int, str]:
+    """The exit code and the output of two processes, which import the same package as this one."""
+    package = Path(ic.__file__).parents[1]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(package)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        shown, _ = running.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)  # also the processes that it started
+        raise
+    return running.returncode, shown
+
+
 def test_two_processes_train_together(tmp_path: Path, digits: Source) -> None:
     """Both end with the same numbers: those of SGD by hand with the mean of the gradients of the halves of batches."""
-    settings, torchrun = mdeq_worker.SETTINGS, [sys.executable, "-m", "torch.distributed.run"]
-    done = subprocess.run(
-        [*torchrun, "--standalone", "--nproc-per-node", "2", mdeq_worker.__file__, str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^epoch +(\d) ", done.stdout, re.MULTILINE) == ["1"]
+    settings = mdeq_worker.SETTINGS
+    code, shown = torchrun(mdeq_worker.__file__, str(tmp_path))
+    assert code == 0, shown
+    assert re.findall(r"^epoch +(\d) ", shown, re.MULTILINE) == ["1"]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
