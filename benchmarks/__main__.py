@@ -17,6 +17,8 @@ COMMANDS = {
     "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, compared with its bound"),
     "ladder": ("ladder", "recursive models trained with every gradient, from one step to all"),
     "table1": ("mdeq.table1", "Table 1: the exact gradient and its parts, beside phantom gradients, MDEQ"),
+    "table2": ("mdeq.table2", "Table 2: evaluations, pullbacks and bytes as functions of K and k, MDEQ"),
+    "table3": ("mdeq.table3", "Table 3: accuracy, time and memory of large MDEQ, beside TorchDEQ"),
     "fig2": ("mdeq.fig2", "Figure 2: cosines of phantom gradients along a training of MDEQ"),
     "fig3": ("mdeq.fig3", "Figure 3: MDEQ for several k and λ, and for both forms"),
     "gpu": ("gpu", "everything that needs a GPU: the tests marked gpu, then timings"),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import implicit_core as ic
 
-from .counting import Counted
-from .memory import MB, LiveTensors
+from .counting import Counted, costs
+from .memory import MB
 from .report import COMMAND, ROOT, Table, environment, output, positive, progress, quartiles
 
 LAM = 0.5
@@ -156,11 +156,7 @@ def bare(cell: Block, x: Tensor, steps: int) -> float:
 def count(name: str, layer: Layer, cell: Block, x: Tensor) -> Row:
     """A row without times: the evaluations, pullbacks and bytes of one step."""
     counted = Counted(cell)
-    with LiveTensors() as live:
-        h = layer(counted, x)
-        forward, held = counted.evaluations, live.bytes
-        loss(h).backward()
-    return Row(name, forward, counted.evaluations - forward, counted.vjps, held, live.peak)
+    return Row(name, *costs(counted, lambda: layer(counted, x), loss))
 
 
 def grown(options: argparse.Namespace) -> int | None:

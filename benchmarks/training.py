@@ -13,8 +13,8 @@ from torch import Tensor
 import implicit_core as ic
 
 from . import report
-from .counting import Counted
-from .memory import MB, LiveTensors
+from .counting import Counted, costs
+from .memory import MB
 from .timing import interleaved, ratio
 from .torch_step import Block, Layer, loss, ours, step, torchdeqs
 
@@ -70,17 +70,10 @@ def count(layer: Layer, cell: Block, x: Tensor) -> dict[str, Any]:
     for leaf in (x, *cell.parameters()):
         leaf.grad = None
     counted = Counted(watched)
-    with LiveTensors() as live:
-        value = layer(counted, x)
-        forward, held = counted.evaluations, live.bytes
-        loss(value).backward()
+    found = costs(counted, lambda: layer(counted, x), loss)
     return {
-        "forward": forward,
-        "backward": counted.evaluations - forward,
-        "vjps": counted.vjps,
+        **found._asdict(),
         "residual": min(seen),
-        "held": held,
-        "peak": live.peak,
         "gradient": torch.cat([leaf.grad.flatten() for leaf in cell.parameters()]),
     }
 

@@ -2,14 +2,19 @@
 
 import doctest
 import json
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from libraries import dispatched
+from rich.console import Console
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import jax_layer, memory, recursive_step, torch_step
+from benchmarks.mdeq import steps, table2
+from implicit_core.examples.mdeq.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -162,3 +167,37 @@ def test_an_unknown_command_is_reported(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit, match="2"):
         benchmarks.main(["solvers", "--equation", "nonsense"])
     assert "no equation begins with nonsense" in capsys.readouterr().err
+
+
+def test_the_costs_of_the_papers_table_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command compares them with the paper's orders."""
+    assert benchmarks.main(["table2", "--quick", "--output", str(tmp_path)]) == 0
+    rows = saved(tmp_path, "table2", capsys)["rows"]
+    lines = {
+        name: {what: (line["start"], line["slope"]) for what, line in of["lines"].items()} for name, of in rows.items()
+    }
+    assert lines["Implicit"]["VJP"] == pytest.approx((2, 1))
+    assert lines["UPG"]["F"] == lines["UPG"]["VJP"] == pytest.approx((0, 1))
+    assert lines["UPG, recomputed"]["F"] == pytest.approx((0, 2))
+    assert (lines["NPG"]["F"], lines["NPG"]["VJP"]) == (pytest.approx((1, 0)), pytest.approx((0, 1)))
+    wrong = table2.Line(1.0, 0.5, 0.0)
+    broken = table2.contradictions({name: dict.fromkeys(of, wrong) for name, of in lines.items()}, 0.06)
+    assert len(broken) == 12  # what is held and the peak, in each row
+
+
+def test_the_steps_of_a_multiscale_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both libraries evaluate the cell equally often. TorchDEQ evaluates it once more in its backward pass."""
+    settings = asdict(Settings(batch=2, solver_steps=4, products=3))
+    measured = steps.measure(settings, Namespace(device="cpu"), Console(width=80), repetitions=2)
+    steps.table(measured).show(Console(width=80))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = {row.name: row for row in measured.rows}
+    assert all(name in printed and len(row.times) == 2 for name, row in rows.items())
+    exact, theirs = rows["exact"].costs, rows["TorchDEQ exact"].costs
+    assert (exact.forward, exact.backward) == (5, 0)
+    assert (theirs.forward, theirs.backward, theirs.vjps) == (5, 1, exact.vjps)
+    for name in ("UPG(5, 0.5)", "recomputed", "TorchDEQ UPG"):
+        assert (rows[name].costs.forward, rows[name].costs.vjps) == (9, 5)
+    assert rows["recomputed"].costs.backward == rows["NPG(5, 0.5)"].costs.vjps == 5
+    assert exact.peak < theirs.peak

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.mdeq import cosines, experiments, fig2, fig3, table1, trainings
+from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import Training
@@ -72,6 +72,25 @@ def test_table_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
     assert fig3.main(["--seeds", "2", "--rows", "upg-5-0.5", *files]) == 0
     assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+
+
+def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "REPETITIONS", 2)
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
+    assert benchmarks.main(["table3", *files]) == 0
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("digits-")) <= 80
+    measured = (tmp_path / "digits-steps.json").read_text()
+    rows = {row["name"]: row["costs"] for row in json.loads(measured)["rows"]}
+    ours, theirs = rows["exact"], rows["TorchDEQ exact"]
+    # Equal numbers of evaluations in the forward pass, and of pullbacks. TorchDEQ makes its last graph twice.
+    assert (ours[0], ours[2]) == (theirs[0], theirs[2])
+    # It is measured once, and TorchDEQ's runs are others than ours.
+    assert benchmarks.main(["table3", "--report", *files]) == 0
+    assert (tmp_path / "digits-steps.json").read_text() == measured
+    losses = [json.loads(path.read_text())["epochs"][-1]["train/loss"] for path in tmp_path.glob("digits-*-upg*.json")]
+    assert len(losses) == 2
+    assert losses[0] != losses[1]
 
 
 def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

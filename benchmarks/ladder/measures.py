@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import implicit_core as ic
 from implicit_core.examples.recursive.training import loss_of, residual_of
 
-from ..counting import Counted, Pulled
+from ..counting import counting
 from .rungs import Rung, rungs
 from .tasks import Examples, Model, Settings, Task
 from .training import Training
@@ -123,7 +123,11 @@ def gradient_of(
     model.load_state_dict(training.model.state_dict())
     options = rung.options(training.residual)
     options["gradient"] = told(options["gradient"])
-    with counted(model) as counts, saved_bytes(model) as saved, warnings.catch_warnings(record=True) as warned:
+    with (
+        counting(model.layer.cell.net) as counts,
+        saved_bytes(model) as saved,
+        warnings.catch_warnings(record=True) as warned,
+    ):
         warnings.simplefilter("always")
         # A layer looks in its first call whether its cell couples examples, which is not a part of a step.
         model.layer.check = False
@@ -151,23 +155,6 @@ def compare(found: Gradient, reference: Gradient) -> dict[str, Any]:
     record = {name: value for name, value in found._asdict().items() if name != "vector"}
     cosine, length = found.vector @ reference.vector / (norm * full), norm / full
     return {"cosine": float(cosine), "length": float(length), **record}
-
-
-@contextmanager
-def counted(model: Model) -> Iterator[Counted]:
-    """Counts evaluations and pullbacks of the network of a model's cell."""
-    network = model.layer.cell.net
-    counts = Counted(network)
-
-    def count(_module: nn.Module, _given: tuple[Tensor, ...], value: Tensor) -> Tensor:
-        counts.evaluations += 1
-        return Pulled.apply(value, counts) if value.requires_grad else value
-
-    handle = network.register_forward_hook(count)
-    try:
-        yield counts
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     settings = settings_of(parser, options, PRESETS[getattr(options, "model", Settings.model)], PHANTOM)
+    if "products" in options and settings.gradient != "implicit":
+        parser.error(f"--products belongs to --gradient implicit, not to {settings.gradient}")
     files = {name: getattr(options, name) for name in ("checkpoint", "tensorboard", "data_dir")}
 
     def run() -> None:

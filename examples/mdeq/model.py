@@ -227,9 +227,11 @@ class MDEQ(nn.Module):
         return self.layer.stats
 
     def start(self, x: Tensor) -> State:
-        """Zeros, for the injection x (n, channels[0], height, width)."""
+        """Zeros, for the injection x (n, channels[0], height, width); in float32 where x is in half precision."""
         n, _, height, width = x.shape
-        return tuple(x.new_zeros(n, c, height >> i, width >> i) for i, c in enumerate(self.sizes.channels))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        shapes = [(n, c, height >> i, width >> i) for i, c in enumerate(self.sizes.channels)]
+        return tuple(x.new_zeros(shape, dtype=dtype) for shape in shapes)
 
     def forward(
         self, images: Tensor, *, solver: FixedPointSolver | None = None, gradient: ic.Estimator | None = None

@@ -193,10 +193,10 @@ class Training:
     def test(self) -> Totals:
         """The sums over the images of the test, in eval mode."""
         totals = Totals()
-        if dist.is_initialized():
-            for buffer in self.model.buffers():  # each process has seen other images
-                dist.broadcast(buffer, 0)
         self.model.eval()
+        if dist.is_initialized():  # the means of batch norms are those of each process, and the first one's are saved
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         mine = torch.arange(self.rank, size_of(self.source.test), self.processes)
         for images, labels in self.source.batches(self.source.test, mine.split(TEST_BATCH)):
             images, labels = self.source.normalized(images.to(self.device)), labels.to(self.device)

@@ -1,0 +1,198 @@
+"""Seconds and bytes of a training step of a multiscale model, beside TorchDEQ at equal numbers of evaluations."""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+from implicit_core.examples.mdeq.model import MDEQ, State
+from implicit_core.examples.mdeq.settings import Settings
+
+from .. import report
+from ..counting import Costs, costs, counting
+from ..memory import MB
+from ..timing import interleaved
+
+K, LAM = 5, 0.5
+REPETITIONS = 15
+LIMIT = 900.0
+"""Seconds after which there are fewer repetitions."""
+IMAGES = {"digits": (1, 8, 10), "fashion-mnist": (1, 32, 10), "cifar10": (3, 32, 10), "imagenet": (3, 224, 1000)}
+"""Channels and side of an image, and classes."""
+EXACT, THEIR_EXACT = "exact", "TorchDEQ exact"
+LEGEND = """\
+recomputed  the row before, with each graph made anew in the backward pass
+F, VJP      evaluations of the cell in the forward + in the backward pass, and
+            pullbacks through it
+ms          processor time of forward pass, loss and backward pass: median
+/ exact     the same, divided by that of the first row in the same round: median
+            and quartiles
+/ TorchDEQ  likewise, by that of TorchDEQ's exact gradient
+held, peak  MB kept for the backward pass, and alive at once, at most
+peak /      peak, divided by that of TorchDEQ's exact gradient"""
+
+
+@dataclass
+class Row:
+    """Measurements of one gradient: seconds of each repetition, and counts and bytes of a step."""
+
+    name: str
+    costs: Costs
+    times: list[float]
+
+
+@dataclass
+class Steps:
+    """The rows, and lines that say what was measured."""
+
+    rows: list[Row]
+    about: list[str]
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Steps":
+        """Those of a record as JSON has it."""
+        rows = [Row(row["name"], Costs(*row["costs"]), row["times"]) for row in record["rows"]]
+        return cls(rows, record["about"])
+
+
+def measure(
+    settings: Mapping[str, Any], options: argparse.Namespace, console: Console, repetitions: int | None = None
+) -> Steps:
+    """Measure the steps of a model; images and labels are random, and the layers are in float32.
+
+    Parameters
+    ----------
+    settings
+        Those of a run, as a dictionary. Sizes, numbers of steps and products, and dropout are taken from it.
+    options
+        With a ``device``.
+    console
+        Where the progress is shown.
+    repetitions
+        Timed steps of each row; :data:`REPETITIONS` if None.
+    """
+    given, device = Settings(**settings), torch.device(options.device)
+    repetitions = repetitions or REPETITIONS
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        channels, side, classes = IMAGES[given.data]
+        side = min(given.pixels or side, side)
+        model = MDEQ(given.sizes(channels, classes), ic.steps(1), ic.OneStep()).to(device)
+        images = torch.randn(given.batch, channels, side, side).to(device)
+        labels = torch.randint(classes, (given.batch,)).to(device)
+    model.layer.check = False  # it is made once in a training, but each time that bytes are counted
+    forwards = ours(model, images, given)
+
+    def loss(logits: Tensor) -> Tensor:
+        return cross_entropy(logits, labels)
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        model.zero_grad()
+        loss(forward()).backward()
+
+    def count(forward: Callable[[], Tensor]) -> Costs:
+        step(forward)  # what is made at the first call is not a part of a step
+        model.zero_grad()
+        with counting(model.layer.cell) as counted:
+            return costs(counted, forward, loss)
+
+    found = {name: count(forward) for name, forward in forwards.items()}
+    forwards |= theirs(model, images, found[EXACT])
+    found |= {name: count(forward) for name, forward in forwards.items() if name not in found}
+    with report.progress(console, len(forwards) * repetitions) as announce:
+        runs = {name: partial(step, forward) for name, forward in forwards.items()}
+        times = interleaved(runs, repetitions, announce, LIMIT, clock(device))
+    about = [
+        f"A training step of the {given.model} model: batches of {given.batch} images of {side} x {side} pixels",
+        f"{given.solver_steps} steps of Broyden's method, {given.products} products; 1 thread, "
+        f"{len(times[EXACT])} repetitions",
+    ]
+    return Steps([Row(name, found[name], times[name]) for name in forwards], about)
+
+
+def ours(model: MDEQ, images: Tensor, settings: Settings) -> dict[str, Callable[[], Tensor]]:
+    """The forward passes of this library, which make a fixed number of steps in a solve."""
+    solver = ic.Broyden(rtol=0.0, atol=0.0, max_steps=settings.solver_steps)
+    exact = replace(settings, gradient="implicit").estimator()
+    gradients = {
+        EXACT: exact,
+        f"UPG({K}, {LAM})": ic.Unroll(K, LAM, on_growth="ignore"),
+        "recomputed": ic.Unroll(K, LAM, recompute=True, on_growth="ignore"),
+        f"NPG({K}, {LAM})": ic.Neumann(K, LAM, on_growth="ignore"),
+    }
+    return {name: partial(model, images, solver=solver, gradient=gradient) for name, gradient in gradients.items()}
+
+
+def theirs(model: MDEQ, images: Tensor, exact: Costs) -> dict[str, Callable[[], Tensor]]:
+    """The same model with TorchDEQ's layer, Broyden's method in both passes; nothing if it is not installed.
+
+    Its numbers of steps are such that it makes as many evaluations and pullbacks as ``exact``. In each pass one of them
+    looks at the start of the solve, and one is the graph. Weights and masks are constant within a solve, as in ours.
+    """
+    try:
+        import torchdeq
+    except ModuleNotFoundError:
+        return {}
+    forced = {"f_max_iter": exact.forward - 2, "f_tol": 0.0, "b_max_iter": exact.vjps - 2, "b_tol": 0.0}
+
+    def forward(deq: nn.Module) -> Tensor:
+        x, cell = model.encoder(images), ict.constant_within_solve(model.layer.cell)
+        h: State = tuple(deq(lambda *h: cell(h, x), model.start(x))[0][-1])
+        logits: Tensor = model.head(h)
+        return logits
+
+    gradients: dict[str, dict[str, Any]] = {THEIR_EXACT: {"ift": True}, "TorchDEQ UPG": {"grad": K, "tau": LAM}}
+    solvers = {"f_solver": "broyden", "b_solver": "broyden"}
+    return {
+        name: partial(forward, torchdeq.get_deq(**solvers, **forced, **gradient))
+        for name, gradient in gradients.items()
+    }
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Processor time, which other processes hardly disturb; with a GPU wall time, once it is done."""
+    if device.type != "cuda":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def table(measured: Steps) -> report.Table:
+    """The rows as text."""
+    rows = {row.name: row for row in measured.rows}
+    head = ["gradient", "F", "VJP", "ms", "/ exact", "/ TorchDEQ", "held", "peak", "peak /"]
+    body, other = [], rows.get(THEIR_EXACT)
+    for row in measured.rows:
+        of = row.costs
+        body.append([
+            row.name,
+            f"{of.forward}+{of.backward}",
+            f"{of.vjps}",
+            f"{1e3 * report.quartiles(row.times)[1]:.0f}",
+            beside(row, rows[EXACT]),
+            "-" if other is None else beside(row, other),
+            f"{of.held / MB:.1f}",
+            f"{of.peak / MB:.1f}",
+            "-" if other is None else f"{of.peak / other.costs.peak:.2f}",
+        ])  # fmt: skip
+    return report.Table(head, body, measured.about, LEGEND, wrap=True)
+
+
+def beside(row: Row, other: Row) -> str:
+    """The quotients of two rows' times of the same rounds: median and quartiles."""
+    low, middle, high = report.quartiles([a / b for a, b in zip(row.times, other.times, strict=True)])
+    return f"{middle:.2f}" if row is other else f"{middle:.2f} ({low:.2f}-{high:.2f})"

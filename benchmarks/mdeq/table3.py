@@ -1,0 +1,68 @@
+"""Tab. 3: accuracy, time of a step and peak memory of the exact gradient and of phantom gradients, for large models."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from .. import report
+from ..runs import rounded, write
+from . import command, steps, table1
+from .tables import Result, about, best, difference, last, signed, spread
+
+ROWS = {
+    "implicit": ("exact", "93.8"),
+    "upg-5-0.5": ("UPG(5, .5)", "95.0"),
+    "npg-5-0.5": ("NPG(5, .5)", "-"),
+    "torchdeq-implicit": ("TorchDEQ, IFT", "-"),
+    "torchdeq-upg-5-0.5": ("TorchDEQ, UPG(5, .5)", "-"),
+}
+"""The rows: what they are, and the paper's accuracy on CIFAR-10, which has no row of NPG."""
+FAMILIES = {
+    row: ("torchdeq", row.removeprefix("torchdeq-")) if row.startswith("torchdeq") else ("large", row) for row in ROWS
+}
+DESCRIPTION = "Table 3: accuracy, time of a step and peak memory, of the exact gradient and of phantom gradients."
+LEGEND = """\
+last, best, - exact    as in Tab. 1
+paper                  its accuracy with MDEQ of 10M parameters on CIFAR-10
+ImageNet, the table's other task, was not run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return command.run("table3", DESCRIPTION, FAMILIES, publish, arguments)
+
+
+def publish(console: Console, options: argparse.Namespace, found: dict[str, list[Result]]) -> int:
+    """Print the tables and save them."""
+    exact = found.get("implicit", [])
+    rows = []
+    for row, results in found.items():
+        name, paper = ROWS[row]
+        better = f"{spread(best(results))} ({max(best(results)):.1f})"
+        minus = "" if row == "implicit" else signed(difference(results, exact))
+        rows.append([name, f"{len(results)}", spread(last(results)), better, minus, paper])
+    accuracy = report.Table(
+        ["gradient", "n", "last", "best", "- exact", "paper"], rows, about(next(iter(found.values()))), LEGEND
+    )
+    measured = timed(console, options, next(iter(found.values()))[0]["settings"])
+    command.save(console, options, "table3", [accuracy, steps.table(measured)], found, picture)
+    return 0
+
+
+def timed(console: Console, options: argparse.Namespace, settings: dict[str, Any]) -> steps.Steps:
+    """The times and the memory of steps, measured once: other processes disturb them."""
+    file = options.results / f"{options.data}-steps.json"
+    if options.restart or not file.exists():
+        measured = steps.measure(settings, options, console)
+        record = {**report.environment("torch", "torchdeq"), **asdict(measured)}
+        write(file, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
+    return steps.Steps.of(json.loads(file.read_text()))
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """As that of Tab. 1."""
+    return table1.dots(record["runs"], {row: name for row, (name, _) in ROWS.items()})

@@ -1,0 +1,539 @@
+"""The MDEQ example: its layers, its gradients beside backpropagation, and its trainings, alone and in two processes."""
+
+import copy
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mdeq_worker
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+import implicit_core as ic
+from implicit_core.adapters import torch as ict
+from implicit_core.examples.mdeq import model as mdeq
+from implicit_core.examples.mdeq import run
+from implicit_core.examples.mdeq.__main__ import PROGRAM, main
+from implicit_core.examples.mdeq.data import fashion_mnist
+from implicit_core.examples.mdeq.model import MDEQ, Cell, State
+from implicit_core.examples.mdeq.settings import GRADIENTS, PRESETS, Settings, WholeBatch
+from implicit_core.examples.mdeq.sizes import IMAGENET, LARGE, TINY, Sizes
+from implicit_core.examples.mdeq.source import Source
+from implicit_core.examples.mdeq.training import LEAST_RATE, Training
+from implicit_core.theory import spectral_radius
+
+pytestmark = pytest.mark.slow
+
+SMALL = Sizes(channels=(8, 8), head=(2, 2), final=8, expansion=2, groups=4, image_channels=1)
+FEW = Settings(train=48, test=20, epochs=2, solver_steps=4, k=2, products=3)
+"""Three steps an epoch, on few digits."""
+RADIUS, STEPS = 0.8, 140
+"""The spectral radius of ∂F/∂h, and steps after which its power is below 1e-13."""
+
+
+def words_of(settings: Settings) -> list[str]:
+    """The command line of a run."""
+    return [word for pair in settings.flags().items() for word in pair]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sizes_are_those_of_the_published_code() -> None:
+    assert [mdeq.parameters(sizes) for sizes in (TINY, LARGE, IMAGENET)] == [158_986, 11_098_398, 16_808_936]
+
+
+def test_initial_values() -> None:
+    model = MDEQ(TINY, ic.steps(1), ic.OneStep())
+    convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
+    normed = [part for part in convolutions if is_parametrized(part)]
+    assert {type(part.dropout) for part in model.layer.cell.blocks} == {ict.VariationalDropout}
+    # Two in each block, and the mixing of each fusion.
+    assert len(normed) == 6
+    for part in normed:  # PyTorch's are uniform
+        bound = 1 / math.sqrt(part.weight[0].numel())
+        assert 0.95 * bound < float(part.weight.detach().abs().max()) <= bound * (1 + 1e-6)
+    for name in ("weight", "bias"):
+        values = [getattr(part, name) for part in convolutions if not is_parametrized(part)]
+        drawn = torch.cat([value.detach().flatten() for value in values if value is not None])
+        assert float(drawn.std()) == pytest.approx(0.01, rel=0.03 if name == "weight" else 0.2)
+
+
+# Gradients.
+
+
+class Scaled(nn.Module):
+    """s times a cell, and a constant, since the norms would make up for a state that is small as a whole."""
+
+    def __init__(self, cell: Cell, scale: float) -> None:
+        super().__init__()
+        self.cell, self.scale = cell, scale
+        self.constant = [torch.randn(8, 8 >> i, 8 >> i, dtype=torch.float64) for i in range(2)]
+
+    def forward(self, h: State, x: Tensor) -> State:
+        return tuple(c + self.scale * leaf for c, leaf in zip(self.constant, self.cell(h, x), strict=True))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def draw(f: Scaled) -> Callable[[State, Tensor], State]:
+    """F with the weights and masks of a solve."""
+    with seeded(1):
+        held = ict.constant_within_solve(f)
+        held(zeros(torch.zeros(2, 8, 8, 8).double()), torch.zeros(2, 8, 8, 8).double())
+    return held
+
+
+def zeros(x: Tensor) -> State:
+    return x.new_zeros(x.shape), x.new_zeros(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.25], ids=["", "dropout"])
+def equation(request: pytest.FixtureRequest) -> tuple[Scaled, Tensor]:
+    """A cell, scaled so that the spectral radius at its fixed point is 0.8, and an injection (2, 8, 8, 8); float64."""
+    torch.manual_seed(2)
+    f = Scaled(Cell(replace(SMALL, dropout=request.param)), 0.44).double()
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    held = draw(f)
+    with torch.no_grad():
+        for _ in range(4):
+            h = ic.solve(held, zeros(x), x, solver=ic.Broyden(rtol=1e-8, max_steps=200), batch_ndim=1).value
+            found = float(spectral_radius(held, h, x, batch_ndim=1, steps=60).max())
+            f.scale *= RADIUS / found
+    assert found == pytest.approx(RADIUS, rel=0.03)
+    return f, x.requires_grad_()
+
+
+def loss(h: State) -> Tensor:
+    return torch.stack(
+        [(leaf.square() + leaf * torch.linspace(-1, 1, leaf.numel()).view(leaf.shape)).sum() for leaf in h]
+    ).sum()
+
+
+def leaves(f: Scaled, x: Tensor) -> dict[str, Tensor]:
+    return {"x": x, **dict(f.named_parameters())}
+
+
+def gradient(value: State, f: Scaled, x: Tensor, cotangent: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """The gradient of the loss, or the pullback of a cotangent, for x and all parameters."""
+    of = leaves(f, x)
+    if cotangent is None:
+        cotangent = torch.autograd.grad(loss(value), value, retain_graph=True)
+    parts = torch.autograd.grad(value, list(of.values()), cotangent, retain_graph=True)
+    return dict(zip(of, parts, strict=True))
+
+
+def layered(f: Scaled, x: Tensor, estimator: ic.Estimator) -> State:
+    """The value of a layer; equal seeds draw equal masks."""
+    layer = ict.ImplicitLayer(f, solver=ic.Broyden(rtol=1e-12, max_steps=200), gradient=estimator, h0=zeros)
+    with seeded(1):
+        value: State = layer(x)
+    assert layer.stats is not None
+    assert float(layer.stats.relative.max()) < 1e-11
+    return value
+
+
+def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert len(found) == 1 + 2 * (2 * 2 + 3 * 2) + 2 * (1 + 2 + 2 + 2)  # x, the blocks and the fusions
+    largest = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        assert float(value.norm()) > 1e-6 * largest, name
+        assert float((found[name] - value).norm()) < 1e-7 * float(value.norm()), name
+
+
+def test_the_exact_gradient_is_that_of_backpropagation(equation: tuple[Scaled, Tensor]) -> None:
+    f, x = equation
+    held, h = draw(f), zeros(x)
+    for _ in range(STEPS):
+        h = held(h, x)
+    value = layered(f, x, ic.Implicit(ic.GMRES(rtol=1e-12)))
+    for ours, theirs in zip(value, h, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    agree(gradient(value, f, x), gradient(h, f, x))
+
+
+@pytest.mark.parametrize(("k", "lam"), [(1, 0.5), (5, 0.5), (3, 1.0)])
+def test_unrolled_gradients_are_those_of_damped_steps(equation: tuple[Scaled, Tensor], k: int, lam: float) -> None:
+    f, x = equation
+    held, h = draw(f), layered(f, x, ic.OneStep())
+    h = tuple(leaf.detach() for leaf in h)
+    for _ in range(k):
+        h = tuple(lam * new + (1 - lam) * old for new, old in zip(held(h, x), h, strict=True))
+    value = layered(f, x, ic.Unroll(k, lam))
+    for ours, theirs in zip(value, h, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    agree(gradient(value, f, x), gradient(h, f, x))
+
+
+@pytest.mark.parametrize(("k", "lam"), [(1, 0.5), (5, 0.5), (3, 1.0)])
+def test_neumann_gradients_are_sums_of_products(equation: tuple[Scaled, Tensor], k: int, lam: float) -> None:
+    f, x = equation
+    held, value = draw(f), layered(f, x, ic.Neumann(k, lam))
+    h = tuple(leaf.detach().requires_grad_() for leaf in value)
+    made = held(h, x)
+    term = torch.autograd.grad(loss(h), h)
+    series = [torch.zeros_like(leaf) for leaf in h]
+    for _ in range(k):
+        series = [a + lam * b for a, b in zip(series, term, strict=True)]
+        products = torch.autograd.grad(made, h, term, retain_graph=True)
+        term = tuple(lam * a + (1 - lam) * b for a, b in zip(products, term, strict=True))
+    agree(gradient(value, f, x), gradient(made, f, x, series))
+
+
+# The model.
+
+
+def test_a_mask_is_one_for_each_channel_and_sample_and_constant_within_a_solve() -> None:
+    model = MDEQ(replace(SMALL, dropout=0.4), ic.Broyden(rtol=0.0, atol=0.0, max_steps=5), ic.Unroll(2, 0.5)).train()
+    seen: list[Tensor] = []
+
+    def notice(_module: nn.Module, given: tuple[Tensor], value: Tensor) -> None:
+        assert (given[0] != 0).all()
+        seen.append((value / given[0]).detach())
+
+    model.layer.cell.blocks[0].dropout.register_forward_hook(notice)
+    model.layer.check = False
+    model.layer.h0 = lambda x: tuple(torch.randn_like(leaf) for leaf in model.start(x))
+    solves = []
+    for _ in range(2):
+        seen.clear()
+        model(torch.randn(6, 1, 8, 8))
+        assert len(seen) == 5 + 2
+        mask = seen[0][:, :, :1, :1]
+        for value in seen:
+            torch.testing.assert_close(value, mask.expand_as(value))
+        solves.append((mask == 0).view(6, 8))
+        torch.testing.assert_close(mask[mask != 0], torch.full_like(mask[mask != 0], 1 / 0.6))
+    first, second = solves
+    assert (first != second).any()
+    assert len({tuple(row.tolist()) for row in first}) > 1  # not the same in all samples
+    assert len({tuple(row.tolist()) for row in first.T}) > 1
+    assert 10 < int(first.sum()) < 30
+
+
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_in_eval_mode_the_value_is_the_solvers_point(*, with_graph: bool) -> None:
+    solver = ic.Broyden(rtol=0.0, atol=0.0, max_steps=3)
+    model = MDEQ(replace(SMALL, dropout=0.4), solver, ic.Unroll(5, 0.5)).eval()
+    seen: list[State] = []
+    model.head.register_forward_hook(lambda _module, given, _value: seen.append(given[0]))
+    images = torch.randn(4, 1, 8, 8)
+    with torch.set_grad_enabled(with_graph):
+        logits = model(images)
+    assert logits.requires_grad == with_graph
+    with torch.no_grad():
+        x = model.encoder(images)
+        point = ic.solve(model.layer.cell, model.start(x), x, solver=solver, batch_ndim=1).value
+        unrolled = model.layer(x)
+    for value, expected, other in zip(seen[0], point, unrolled, strict=True):
+        torch.testing.assert_close(value, expected)
+        assert float((value - other).detach().norm()) > 1e-3 * float(other.norm())
+
+
+# Settings and the command line.
+
+
+@pytest.mark.parametrize("scale", [0.999, 1.001])
+def test_a_solve_ends_by_the_norm_of_the_whole_batch(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    h, f = ([rng.normal(size=shape) for shape in ((3, 4, 8, 8), (3, 6, 4, 4))] for _ in range(2))
+    numbers = np.concatenate([(b - a).ravel() for a, b in zip(h, f, strict=True)])
+    stop = WholeBatch(scale * float(np.linalg.norm(numbers)) / math.sqrt(3 * (4 * 64 + 6 * 16)))
+    made = stop(tuple(map(torch.from_numpy, h)), tuple(map(torch.from_numpy, f)))
+    assert made.shape == ()
+    assert bool(made) == (scale > 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "huge"}, "model must be one of small, small-4, tiny, large, imagenet, got 'huge'"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"lam": 0.0}, "lam must lie in"),
+        ({"gradient": "implicit", "products": 0}, "products must be at least 1, got 0"),
+        ({"pixels": -1}, "pixels must be at least 0, got -1"),
+        ({"pretraining": 1.5}, "pretraining must lie in"),
+        ({"dropout": -0.1}, "dropout must lie in"),
+        ({"rate": 0.0}, "rate must lie in"),
+        ({"decay": -1.0}, "decay must lie in"),
+        ({"augment": 2}, "augment must be 0 or 1, got 2"),
+        ({"seed": 2**32}, "seed must be below"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data mnist", "invalid choice: 'mnist'"),
+        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--gradient implicit --k 2", "--k and --lam belong to --gradient unroll and neumann, not to implicit"),
+        ("--products 3", "--products belongs to --gradient implicit, not to unroll"),
+        ("--resume", "--resume needs --checkpoint FILE"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(len(line) < 80 for line in shown.splitlines())
+    for name in Settings().flags() | {"--products": "", "--checkpoint": "", "--data-dir": ""}:
+        assert re.search(rf"^  {name} ", shown, re.MULTILINE), name
+
+
+def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Settings] = []
+    monkeypatch.setattr(run, "run", lambda settings, **_: found.append(settings))
+    many = [replace(preset, gradient=gradient) for preset in PRESETS.values() for gradient in ("unroll", "implicit")]
+    many += [Settings(gradient="neumann", k=3, lam=0.25), Settings(gradient="implicit", products=7)]
+    other = {"pixels": 8, "train": 9, "test": 7, "pretraining": 0.1, "dropout": 0.2, "solver_steps": 3, "epochs": 4}
+    other |= {"batch": 2, "optimizer": "adam", "rate": 0.125, "decay": 0.5, "augment": 1, "precision": "bfloat16"}
+    many += [Settings(model="tiny", data="imagenet", gradient=name, seed=6, **other) for name in GRADIENTS]
+    for settings in many:
+        assert main(words_of(settings)) == 0
+    assert found == many
+    assert main(["--model", "large", "--batch", "32"]) == 0
+    assert found[-1] == replace(PRESETS["large"], batch=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data cifar10", r"CIFAR-10 needs --data-dir, the folder that has cifar-10-batches-py; "),
+        (
+            "--data cifar10 --data-dir .",
+            r"CIFAR-10 is missing: there is no data_batch_1 in cifar-10-batches-py or ",
+        ),
+        ("--data fashion-mnist", r"there is no train-images-idx3-ubyte or .*Debian's package dataset-fashion-mnist"),
+        ("--data imagenet", r"ImageNet needs --data-dir: "),
+        ("--batch 100", r"A batch of 100 is more than the 48 images to train on\."),
+        ("--pixels 5", r"The images of digits can have the size 8, not 5\."),
+        ("--checkpoint text.pt", r"text\.pt exists: add --resume to go on from it, or name another file\."),
+        ("--checkpoint text.pt --resume", r"text\.pt is not a checkpoint of this program, or is damaged\."),
+        ("--checkpoint run.pt --resume --seed 1", r"run\.pt was made with --seed 0: resume with the same settings\."),
+        ("--rate 1e30", r"The loss is \S+ in step \d+; try a smaller --rate\."),
+    ],
+)
+def test_errors_are_printed_as_one_sentence(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "fashion-mnist")
+    Path("text.pt").write_text("not a checkpoint")
+    if "run.pt" in arguments:
+        run.save(FEW, Training(FEW, Source.of(FEW, None)), Path("run.pt"))
+    assert main([*words_of(FEW), *arguments.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("The training stopped: ")
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+# Training.
+
+
+def content(path: Path) -> tuple[Any, Any]:
+    """The settings and the state in a checkpoint, without times."""
+    line, _, rest = path.read_bytes().partition(b"\n")
+    state = torch.load(io.BytesIO(rest), weights_only=True)
+    for name in ("wall", "processor"):
+        state.pop(name)
+        for epoch in state["epochs"]:
+            epoch.pop({"wall": "seconds", "processor": "processor_seconds"}[name])
+    return json.loads(line), state
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        replace(FEW, gradient="implicit", optimizer="adam", rate=1e-3),
+        replace(FEW, dropout=0.25, augment=1, pretraining=0.34, optimizer="nesterov"),
+    ],
+    ids=["", "dropout, augmentation and pretraining"],
+)
+def test_interrupted_and_resumed_is_the_same_to_the_bit(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole.pt", tmp_path / "new" / "parts.pt"
+    flags = words_of(settings)
+    before = signal.getsignal(signal.SIGINT)
+    assert main([*flags, "--checkpoint", str(whole)]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.findall(r"^epoch +(\d) ", shown, re.MULTILINE) == ["1", "2"]
+    assert re.search(r"last +2 +[0-9.]+%", shown)
+
+    original, calls = Training.step, 0
+
+    def interrupted(self: Training) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    assert main([*flags, "--checkpoint", str(parts)]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert calls == 2
+    *_, command = capsys.readouterr().err.splitlines()
+    torch.manual_seed(7)  # which has no influence
+    assert main(shlex.split(command.strip().removeprefix(PROGRAM))) == 0
+    assert calls == 6
+    (expected_settings, expected), (found_settings, found) = content(whole), content(parts)
+    assert found_settings == expected_settings
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert sorted(file.name for file in parts.parent.iterdir()) == ["parts.pt"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return Source.of(FEW, None)
+
+
+def evaluations_of(training: Training) -> int:
+    """Evaluations of the cell in a step."""
+    count = 0
+
+    def notice(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    with training.model.layer.cell.register_forward_pre_hook(notice):
+        training.step()
+    return count
+
+
+def test_steps_of_pretraining_apply_the_cell_ten_times_without_a_solve(digits: Source) -> None:
+    training = Training(replace(FEW, pretraining=0.5), digits)
+    training.model.layer.check = False
+    assert (training.all_steps, training.pretraining_steps) == (6, 3)
+    counts = []
+    for _ in range(training.all_steps):
+        counts.append(evaluations_of(training))
+        if training.at_end_of_epoch:
+            training.end_epoch()
+    assert counts == [10, 10, 10] + [FEW.solver_steps + FEW.k] * 3
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "neumann", "unroll", "one-step"])
+def test_bfloat16_is_the_precision_of_the_layers_alone(gradient: str, digits: Source) -> None:
+    training = Training(replace(FEW, gradient=gradient, precision="bfloat16"), digits)
+    cell, dtypes = training.model.layer.cell, set()
+    cell.register_forward_pre_hook(lambda _module, given: dtypes.update(leaf.dtype for leaf in given[0]))
+    made = set()
+    cell.blocks[0].widen.register_forward_hook(lambda _module, _given, value: made.add(value.dtype))
+    before = copy.deepcopy(training.model.state_dict())
+    training.step()
+    assert dtypes == {torch.float32}
+    assert made == {torch.bfloat16}
+    for name, value in training.model.named_parameters():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, before[name]), name
+    assert np.isfinite(training.totals.loss)
+    exact = Training(replace(FEW, gradient=gradient), digits)
+    exact.step()
+    assert training.totals.loss == pytest.approx(exact.totals.loss, rel=0.02)
+
+
+def test_it_learns(digits: Source) -> None:
+    """Without learning the loss stays at log 10, 2.3."""
+    settings = replace(FEW, epochs=12, solver_steps=6, gradient="neumann", k=5)
+    training = run.run(settings, console=Console(file=io.StringIO(), width=80))
+    assert training.epochs[-1]["train/loss"] < 1.0
+    assert training.epochs[-1]["test/accuracy"] >= 0.5
+
+
+def torchrun(*arguments: str) -> tuple[int, str]:
+    """The exit code and the output of two processes, which import the same package as this one."""
+    package = Path(ic.__file__).parents[1]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(package)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        shown, _ = running.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)  # also the processes that it started
+        raise
+    return running.returncode, shown
+
+
+def test_two_processes_train_together(tmp_path: Path, digits: Source) -> None:
+    """Both end with the same numbers: those of SGD by hand with the mean of the gradients of the halves of batches."""
+    settings = mdeq_worker.SETTINGS
+    code, shown = torchrun(mdeq_worker.__file__, str(tmp_path))
+    assert code == 0, shown
+    assert re.findall(r"^epoch +(\d) ", shown, re.MULTILINE) == ["1"]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+    halves = [Training(settings, Source.of(settings, None)) for _ in range(2)]
+    for rank, half in enumerate(halves):
+        half.rank, half.processes = rank, 2
+        half.batches = half._batches()
+        half.optimizer = torch.optim.SGD(half.model.parameters(), 0.0)  # which leaves them as they are
+        half.scheduler = SimpleNamespace(step=lambda: None)
+    assert halves[0].all_steps == 3
+    velocity = [torch.zeros_like(p) for p in halves[0].model.parameters()]
+    for t in range(3):
+        rate = LEAST_RATE + (settings.rate - LEAST_RATE) * (1 + math.cos(math.pi * t / 3)) / 2
+        for half in halves:
+            half.step()
+        with torch.no_grad():
+            for v, *both in zip(velocity, *(half.model.parameters() for half in halves), strict=True):
+                v.copy_(0.9 * v + sum(p.grad for p in both) / 2 + settings.decay * both[0])
+                for p in both:
+                    p -= rate * v
+    begin = Training(settings, digits).model.state_dict()
+    for name, value in halves[0].model.state_dict().items():
+        if "running" in name or "tracked" in name:  # which each half has its own of
+            continue
+        # Sums in another order: where a ReLU is at zero, they decide.
+        assert float((first["model"][name] - value).norm()) < 0.02 * float((value - begin[name]).norm()), name
+    # Both tested with the running means of the first.
+    halves[0].model.load_state_dict(first["model"])
+    halves[0].rank, halves[0].processes = 0, 1
+    assert first["epochs"][-1]["test/accuracy"] == halves[0].test().means()["accuracy"]
