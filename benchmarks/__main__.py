@@ -16,11 +16,11 @@ COMMANDS = {
     "fig1": ("fig1", "Figure 1: cosine of phantom and exact gradient as a function of k"),
     "theorem3": ("theorem3", "Theorem 3: SGD with phantom gradients, compared with its bound"),
     "ladder": ("ladder", "recursive models trained with every gradient, from one step to all"),
-    "table1": ("mdeq.table1", "Table 1: the exact gradient and its parts, beside phantom gradients, MDEQ"),
-    "table2": ("mdeq.table2", "Table 2: evaluations, pullbacks and bytes as functions of K and k, MDEQ"),
-    "table3": ("mdeq.table3", "Table 3: accuracy, time and memory of large MDEQ, beside TorchDEQ"),
-    "fig2": ("mdeq.fig2", "Figure 2: cosines of phantom gradients along a training of MDEQ"),
-    "fig3": ("mdeq.fig3", "Figure 3: MDEQ for several k and λ, and for both forms"),
+    "table1": ("mdeq.table1", "Table 1: MDEQ with the exact gradient, its parts, and others"),
+    "table2": ("mdeq.table2", "Table 2: evaluations, pullbacks and bytes against K and k"),
+    "table3": ("mdeq.table3", "Table 3: large MDEQ, accuracy, time and memory, beside TorchDEQ"),
+    "fig2": ("mdeq.fig2", "Figure 2: cosine of phantom gradients along a training"),
+    "fig3": ("mdeq.fig3", "Figure 3: accuracy for several k and λ, and for both forms"),
     "gpu": ("gpu", "everything that needs a GPU: the tests marked gpu, then timings"),
 }
 
