@@ -15,7 +15,14 @@ from .gpu_process import Process
 from .report import ROOT
 
 FIRST = (
-    *("test_torch_graphs_gpu", "test_cupy_gpu", "test_jax_gpu", "test_adapters_torch", "test_torch_graphs"),
+    *(
+        "test_torch_graphs_gpu",
+        "test_cupy_gpu",
+        "test_jax_gpu",
+        "test_adapters_torch",
+        "test_torch_graphs",
+        "test_mdeq",
+    ),
     *("test_estimators", "test_solvers", "test_linear_solvers", "test_theorems"),
 )
 """The files with the tests of most value, in order. All others have tests of the core with CuPy's arrays."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpus
 import mdeq_worker
 import numpy as np
 import pytest
@@ -537,3 +538,16 @@ def test_two_processes_train_together(tmp_path: Path, digits: Source) -> None:
     halves[0].model.load_state_dict(first["model"])
     halves[0].rank, halves[0].processes = 0, 1
     assert first["epochs"][-1]["test/accuracy"] == halves[0].test().means()["accuracy"]
+
+
+@gpus.on_gpu_with_torch
+def test_a_gpu_trains_as_the_cpu_does(digits: Source) -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        training = Training(FEW, digits, device)
+        while not training.at_end_of_epoch:
+            training.step()
+        losses.append(training.totals.means()["loss"])
+        training.end_epoch()
+        assert next(training.model.parameters()).device.type == device
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -524,3 +524,38 @@ def test_the_mask_outlives_train_mode(estimator: ic.Estimator) -> None:
         return first.detach()
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+SETTINGS = {
+    "BPTT": {"solver": ic.steps(0), "gradient": ic.BPTT(3)},
+    "BPTT after a solve": {"solver": ic.steps(2), "gradient": ic.BPTT(3)},
+    "Unroll": {"gradient": ic.Unroll(2)},
+    "Neumann": {"gradient": ic.Neumann(2)},
+    "Implicit": {"gradient": ic.Implicit()},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_masks_do_not_depend_on_the_check_of_the_cell(name: str) -> None:
+    """The check evaluates F at the first call, before a solve or after it."""
+    found = []
+    for check in (True, False):
+        torch.manual_seed(0)
+        inner, dropout = nn.Linear(6, 6), ict.VariationalDropout(0.5)
+        cell = nn.Sequential(inner, dropout)
+        layer = ict.ImplicitLayer(OfSum(cell), **SETTINGS[name], check=check)
+        found.append([layer(torch.ones(3, 6)).detach() for _ in range(3)])
+    for checked, unchecked in zip(*found, strict=True):
+        assert torch.equal(checked, unchecked)
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+class OfSum(nn.Module):
+    """A contraction in h, with dropout."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.tanh(self.body(h + x))

@@ -15,11 +15,12 @@ from implicit_core.backends.torch import BACKEND, writes
 from .random_state import replayed
 from .referenced_modules import generators_of, modules_of
 from .tensors import is_expanded
+from .training.constant import masks_of_a_trial
 
 
 @contextmanager
 def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
-    """Restore parameters, buffers and the random state at the end, whatever F does to them.
+    """Restore parameters, buffers and the random state at the end, whatever F does to them. Masks are forgotten.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def undisturbed(f: Callable[..., Any], h: PyTree) -> Iterator[list[str]]:
     devices = {x.device.index for x in BACKEND.flatten(h)[0] if isinstance(x, Tensor) and x.is_cuda}
     changed: list[str] = []
     own = [(generator, generator.get_state()) for generator in generators_of(f)]
-    with torch.random.fork_rng(devices=list(devices)), replayed(own):
+    with torch.random.fork_rng(devices=list(devices)), replayed(own), masks_of_a_trial():
         try:
             with _unsaved():
                 yield changed

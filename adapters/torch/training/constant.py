@@ -1,7 +1,8 @@
 """Normalized weights and dropout masks that stay constant within one solve."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from types import MappingProxyType
@@ -21,6 +22,7 @@ MAX_AXES = 64
 """The most axes a tensor can have in PyTorch."""
 
 _masks: ContextVar[Masks | None] = ContextVar("masks", default=None)
+_trial: ContextVar[Masks | None] = ContextVar("trial", default=None)
 _weights: ContextVar[Weights] = ContextVar("weights", default=MappingProxyType({}))
 
 _lock = Lock()
@@ -91,7 +93,8 @@ def constant_within_solve(cell: Map[H, Z], *modules: nn.Module) -> Map[H, Z]:
     masks: Masks = {} if outer is None else outer
 
     def constant(h: H, z: Z) -> H:
-        tokens = _masks.set(masks), _weights.set({**_weights.get(), **held})
+        trial = _trial.get()
+        tokens = _masks.set(masks if trial is None else trial), _weights.set({**_weights.get(), **held})
         _return_held(held)
         try:
             return cell(h, z)
@@ -101,6 +104,16 @@ def constant_within_solve(cell: Map[H, Z], *modules: nn.Module) -> Map[H, Z]:
             _weights.reset(tokens[1])
 
     return constant
+
+
+@contextmanager
+def masks_of_a_trial() -> Iterator[None]:
+    """Evaluations whose masks are forgotten at the end: a solve that follows draws its own (Decision 140)."""
+    token = _trial.set({})
+    try:
+        yield
+    finally:
+        _trial.reset(token)
 
 
 class VariationalDropout(nn.Module):
