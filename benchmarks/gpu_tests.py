@@ -15,18 +15,11 @@ from .gpu_process import Process
 from .report import ROOT
 
 FIRST = (
-    *(
-        "test_torch_graphs_gpu",
-        "test_cupy_gpu",
-        "test_jax_gpu",
-        "test_adapters_torch",
-        "test_torch_graphs",
-        "test_mdeq",
-    ),
-    *("test_estimators", "test_solvers", "test_linear_solvers", "test_theorems"),
+    *("test_torch_graphs_gpu", "test_cupy_gpu", "test_jax_gpu", "test_adapters_torch", "test_torch_graphs"),
+    *("test_mdeq", "test_estimators", "test_solvers", "test_linear_solvers", "test_theorems"),
 )
 """The files with the tests of most value, in order. All others have tests of the core with CuPy's arrays."""
-OWN = tuple(f"tests/{name}.py" for name in FIRST[:5])
+OWN = tuple(f"tests/{name}.py" for name in FIRST[:6])
 """Files with tests that are only for GPUs: collected before all others, which takes long."""
 MARKED = re.compile(r"library: Library|gpus\.|mark\.gpu")
 """What files with tests for GPUs contain: the mark, or the fixture whose libraries include CuPy."""

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,16 +117,42 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
         )
 
     if workers == 1:
-        for done, run in enumerate(left, 1):
-            if not run.finished():  # by another process meanwhile
-                execute(run)
-            tell(done)
+        before = signal.signal(signal.SIGINT, _note)
+        try:
+            for done, run in enumerate(left, 1):
+                if not run.finished():  # by another process meanwhile
+                    execute(run)
+                tell(done)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_obey)
+    try:
         futures = [pool.submit(execute, run) for run in left]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             tell(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_asked = False
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C asks for a stop. A run looks between two steps, so that none is done by half."""
+    return _asked
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one is obeyed at once
+
+
+def _obey() -> None:
+    """What a worker does first: the terminal interrupts all processes."""
+    signal.signal(signal.SIGINT, _note)
 
 
 def say(line: str) -> None:

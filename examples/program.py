@@ -35,7 +35,9 @@ class TrainingError(Exception):
     """Why training can't go on, in a sentence."""
 
 
-def exit_code(run: Callable[[], object], modules: Collection[str], extras: str, stopped: Callable[[], str]) -> int:
+def exit_code(
+    run: Callable[[], object], modules: Collection[str], extras: str, stopped: Callable[[], str | None]
+) -> int:
     """Run a program.
 
     Parameters
@@ -45,7 +47,7 @@ def exit_code(run: Callable[[], object], modules: Collection[str], extras: str, 
     modules, extras
         Modules that may be missing, and the extras that they are part of.
     stopped
-        What to say after Ctrl-C.
+        What to say after Ctrl-C; None for nothing, where another process says it.
 
     Returns
     -------
@@ -65,7 +67,8 @@ def exit_code(run: Callable[[], object], modules: Collection[str], extras: str, 
         print(f"The example needs {module}, which is not installed; {how}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nStopped. {stopped()}", file=sys.stderr)
+        if (words := stopped()) is not None:
+            print(f"\nStopped. {words}", file=sys.stderr)
         return 130
     return 0
 
@@ -114,6 +117,18 @@ def settings_of(
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint FILE, the file to go on from")
     return made
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an option that is an integer, for argparse."""
+
+    def integer(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return number
+
+    return integer
 
 
 def flag(name: str) -> str:

@@ -22,6 +22,7 @@ import mdeq_worker
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -37,6 +38,7 @@ from implicit_core.examples.mdeq.settings import GRADIENTS, PRESETS, Settings, W
 from implicit_core.examples.mdeq.sizes import IMAGENET, LARGE, TINY, Sizes
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import LEAST_RATE, Training
+from implicit_core.examples.program import TrainingError
 from implicit_core.theory import spectral_radius
 
 pytestmark = pytest.mark.slow
@@ -328,8 +330,9 @@ def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.
     many = [replace(preset, gradient=gradient) for preset in PRESETS.values() for gradient in ("unroll", "implicit")]
     many += [Settings(gradient="neumann", k=3, lam=0.25), Settings(gradient="implicit", products=7)]
     other = {"pixels": 8, "train": 9, "test": 7, "pretraining": 0.1, "dropout": 0.2, "solver_steps": 3, "epochs": 4}
-    other |= {"batch": 2, "optimizer": "adam", "rate": 0.125, "decay": 0.5, "augment": 1, "precision": "bfloat16"}
-    many += [Settings(model="tiny", data="imagenet", gradient=name, seed=6, **other) for name in GRADIENTS]
+    other |= {"batch": 2, "optimizer": "nesterov", "rate": 0.125, "decay": 0.5, "augment": 1, "precision": "bfloat16"}
+    many += [Settings(model="tiny", data="cifar10", gradient=name, seed=6, **other) for name in GRADIENTS]
+    many += [replace(PRESETS["imagenet"], seed=3, optimizer="adam")]
     for settings in many:
         assert main(words_of(settings)) == 0
     assert found == many
@@ -346,7 +349,9 @@ def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.
             r"CIFAR-10 is missing: there is no data_batch_1 in cifar-10-batches-py or ",
         ),
         ("--data fashion-mnist", r"there is no train-images-idx3-ubyte or .*Debian's package dataset-fashion-mnist"),
-        ("--data imagenet", r"ImageNet needs --data-dir: "),
+        ("--data imagenet --pixels 0 --train 0 --test 0", r"ImageNet needs --data-dir: "),
+        ("--model imagenet", r"The imagenet model needs sides .* of 32, and images of digits have sides of 8 pixels\."),
+        ("--device abacus", r"There is no device 'abacus' for PyTorch here: "),
         ("--batch 100", r"A batch of 100 is more than the 48 images to train on\."),
         ("--pixels 5", r"The images of digits can have the size 8, not 5\."),
         ("--checkpoint text.pt", r"text\.pt exists: add --resume to go on from it, or name another file\."),
@@ -551,3 +556,72 @@ def test_a_gpu_trains_as_the_cpu_does(digits: Source) -> None:
         training.end_epoch()
         assert next(training.model.parameters()).device.type == device
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "neumann", "implicit"])
+def test_in_eval_mode_the_gradient_is_the_layers_if_it_has_the_solvers_value(gradient: str) -> None:
+    torch.manual_seed(0)
+    estimator = Settings(gradient=gradient, products=12).estimator()
+    model = MDEQ(SMALL, ic.Broyden(rtol=1e-4, max_steps=30), estimator).eval()
+    images = torch.randn(2, 1, 8, 8)
+
+    def derivative(**options: Any) -> Tensor:
+        x = images.clone().requires_grad_()
+        return torch.autograd.grad(model(x, **options).square().sum(), x)[0]
+
+    used = ic.OneStep() if gradient == "unroll" else estimator
+    assert torch.equal(derivative(), derivative(gradient=used))
+    other = estimator if gradient == "unroll" else ic.OneStep()
+    assert not torch.allclose(derivative(), derivative(gradient=other))
+
+
+def test_a_checkpoint_of_two_processes_is_not_gone_on_from_by_one(tmp_path: Path, digits: Source) -> None:
+    training = Training(FEW, digits)
+    with pytest.raises(TrainingError, match="is one of 2 processes, and 1 would go on"):
+        training.restore(training.state() | {"processes": 2})
+
+
+def write_images(folder: Path) -> None:
+    """Six images to train on, and two to test on, of two classes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+def test_random_views_are_those_of_a_seed_an_epoch_and_an_image(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    source = Source.of(PRESETS["imagenet"], tmp_path)
+    rows = torch.tensor([[4, 1], [0, 3]])
+    torch.manual_seed(1)
+    found = torch.cat([images for images, _ in source.batches(source.train, rows, lambda place: 10 + place)])
+    torch.manual_seed(2)  # what was drawn before does not matter, nor which images come before
+    later = [images for images, _ in source.batches(source.train, rows[1:], lambda place: 10 + place)]
+    assert torch.equal(found[2:], later[0])
+    others = torch.cat([images for images, _ in source.batches(source.train, rows, lambda place: 20 + place)])
+    assert not torch.equal(found, others)
+    labels = torch.cat([labels for _, labels in source.batches(source.train, rows)])
+    assert labels.tolist() == [1, 0, 0, 1]
+    tested = [[images for images, _ in source.batches(source.test, [torch.arange(2)])] for _ in range(2)]
+    assert torch.equal(tested[0][0], tested[1][0])
+
+
+def test_images_in_files_train_a_model(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    small = replace(PRESETS["imagenet"], model="tiny", batch=2, epochs=1, solver_steps=2, k=1)
+    source = Source.of(small, tmp_path)
+    training = Training(small, source)
+    training.step()
+    state = copy.deepcopy(training.state())
+    while not training.at_end_of_epoch:
+        training.step()
+    other = Training(small, source)
+    other.restore(state)
+    while not other.at_end_of_epoch:
+        other.step()
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert training.test().images == 2

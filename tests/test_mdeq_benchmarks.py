@@ -3,6 +3,11 @@
 import csv
 import itertools
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, trainings
+from benchmarks import report
+from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import Training
@@ -161,3 +167,100 @@ def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pyte
     record = json.loads(run(tmp_path).result.read_text())
     assert record["diverged"] is not None
     assert table1.last([record]) == [10.0]
+
+
+def result(seed: int, *accuracies: float, diverged: int | None = None) -> dict[str, Any]:
+    epochs = [{"test/accuracy": accuracy, "processor_seconds": 2.0, "seconds": 7.0} for accuracy in accuracies]
+    return {"seed": seed, "diverged": diverged, "epochs": epochs, "device": "cpu"}
+
+
+def test_numbers_of_tables() -> None:
+    ours, exact = [result(0, 0.5, 0.4), result(1, 0.1, 0.6)], [result(1, 0.2, 0.3), result(0, 0.3, 0.2), result(2, 0.9)]
+    assert tables.last(ours) == pytest.approx([40, 60])
+    assert tables.best(ours) == pytest.approx([50, 60])
+    assert tables.spread([40, 60]) == "50.0 ± 14.1"  # √(10² + 10²)
+    assert tables.spread([40]) == "40.0"
+    # 40 - 20 and 60 - 30, of equal seeds: mean 25, deviation √50, divided by √2
+    assert tables.difference(ours, exact) == pytest.approx((25, 5))
+    assert tables.signed((-1.25, 0.5)) == "-1.2 ± 0.5"
+    assert tables.difference(ours, exact[2:]) is None
+    assert tables.seconds(ours) == 4
+    assert tables.seconds([one | {"device": "cuda"} for one in ours]) == 14
+    assert tables.count([*ours, result(2, diverged=3)]) == "3 (1)"
+    assert tables.accuracies(result(2, 0.9, diverged=3)) == [10]
+    assert tables.median([1.0, 3.0, 8.0]) == 3
+    assert math.isnan(tables.median([1.0, None]))
+
+
+def test_rows_train_what_their_names_say() -> None:
+    for row, changes in ROWS.items():
+        form, *numbers = row.split("-")
+        if form in ("upg", "npg"):
+            gradient = {"upg": "unroll", "npg": "neumann"}[form]
+            assert (changes["gradient"], changes["k"], changes["lam"]) == (gradient, int(numbers[0]), float(numbers[1]))
+            assert changes["dropout"] == (0.25 if row.endswith("dropout") else 0.0)
+        else:
+            assert (changes.get("pretraining", 0) > 0) == ("no-pretraining" not in row)
+            assert (changes["dropout"] > 0) == ("no-dropout" not in row)
+            assert (changes.get("optimizer") == "adam") == ("sgd" not in row)
+
+
+def test_what_figure_2_says_of_several_runs() -> None:
+    def moment(*cosines: float | None) -> dict[str, Any]:
+        return {"compared": [{"gradients": {"upg": {"cosine": list(cosines)}}}]}
+
+    found = fig2.of_all([moment(0.1, 0.2), moment(None, 0.4)], 0, "upg", "cosine")
+    assert found[:2] + found[3:] == [0.1, 0.2, 0.4]
+    assert math.isnan(found[2])
+
+
+def test_results_with_other_settings_are_told_in_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
+    assert table1.main(["--epochs", "1", *files]) == 0
+    capsys.readouterr()
+    assert table1.main(["--report", *files]) == 2
+    assert "made with other settings" in capsys.readouterr().out
+
+
+def test_runs_end_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
+    assert table1.main(["--minutes", "1e-9", *files]) == 1
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pt"))  # nothing was begun
+    with pytest.raises(SystemExit, match="2"):
+        table1.main(["--minutes", "0", *files])
+
+
+def test_ctrl_c_saves_the_run_and_ends_all_workers(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WORKERS.format(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=report.ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any("epoch 1" in line for line in lines)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, rest
+    assert "the same command goes on" in rest
+    assert list(tmp_path.glob("*.pt"))
+
+
+WORKERS = """
+import sys
+from benchmarks.mdeq import table1
+if __name__ == "__main__":
+    files = ["--results", "{0}", "--scratch", "{0}"]
+    sys.exit(table1.main([*files, "--workers", "2", "--epochs", "30", "--rows", "upg-5-0.5", "npg-5-0.5"]))
+"""
+
+
+def test_files_of_cifar10_that_are_not_the_official_ones_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    assert trainings.origin("digits", None) == ""
+    assert trainings.origin("cifar10", tmp_path) == "unknown files"  # an archive
+    folder.mkdir()
+    for name in trainings.MD5:
+        (folder / name).write_bytes(b"other")
+    for place in (tmp_path, folder):
+        assert trainings.origin("cifar10", place) == "not the official files"

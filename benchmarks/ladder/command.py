@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultError as error:
         console.print(f"python -m benchmarks ladder: {error}", style="red", highlight=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on.", highlight=False)
+        return 130
     from .tables import publish
 
     return publish(console, task, results, options.quick)

@@ -107,6 +107,8 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
     for mark in settings.marks():
         while training.done < mark and not training.diverged:
             training.step()
+            if runs.interrupted():
+                raise KeyboardInterrupt
         if training.diverged:
             say(f"{run}: diverged in step {training.done}")
             break

@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 
+from implicit_core.examples.mdeq.run import place_of
 from implicit_core.examples.program import TrainingError
 
 from .. import report
 from ..runs import ResultError, make_all
 from .experiments import DATA, SCALES
+from .tables import read
 from .trainings import OutOfTimeError, Run, execute
 
 HERE = Path(__file__).parent
@@ -38,13 +40,21 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--rows", nargs="+", metavar="ROW", help="only these")
     add("--device", default="cpu", help="where to train, as PyTorch names it (default: cpu)")
     add("--workers", type=report.positive, default=1, metavar="N", help="runs at a time, each a process (default: 1)")
-    add("--minutes", type=float, metavar="M", help="stop after so long; the same command goes on")
+    add("--minutes", type=positive_number, metavar="M", help="stop after so long; the same command goes on")
     add("--resume", action="store_true", help="go on; so does every command, unless --restart is given")
     add("--restart", action="store_true", help="remove the results and checkpoints of these runs, and begin anew")
     add("--report", action="store_true", help="only show what is finished")
     add("--results", type=Path, metavar="DIR", help="folder of the results (default: benchmarks/mdeq/results/SCALE)")
     add("--scratch", type=Path, default=SCRATCH, metavar="DIR", help="folder of checkpoints (default: outputs/mdeq)")
     return options
+
+
+def positive_number(text: str) -> float:
+    """A positive number, for argparse."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
 
 
 def run(
@@ -66,7 +76,7 @@ def run(
     Returns
     -------
     int
-        The exit code: 0, 1 if there is nothing to show, 2 if the runs can't be made.
+        The exit code: 0, 1 if there is nothing to show, 2 if the runs can't be made, 130 after Ctrl-C.
     """
     command = parser(name, description)
     options = command.parse_args(arguments)
@@ -84,21 +94,29 @@ def run(
     runs = {name: [make(family=family, row=row, seed=seed) for seed in seeds] for name, (family, row) in rows.items()}
     chosen = [runs[row][seed] for seed in seeds for row in options.rows or rows]
     try:
+        place_of(options.device)
         if not options.report:
-            make_all(chosen, execute, workers=options.workers, restart=options.restart)
-    except OutOfTimeError:
-        console.print(f"{options.minutes:g} minutes are over; the same command goes on.", highlight=False)
+            _make(chosen, options, console)
+        found = {row: [read(run.result) for run in made if run.finished()] for row, made in runs.items()}
     except (ResultError, TrainingError) as error:
         console.print(f"python -m benchmarks {name}: {error}", style="red", highlight=False)
         return 2
-    from .tables import read
-
-    found = {row: [read(run.result) for run in made if run.finished()] for row, made in runs.items()}
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on.", highlight=False)
+        return 130
     found = {row: results for row, results in found.items() if results}
     if not found:
         console.print(f"no run of {name} is finished in {options.results}", highlight=False)
         return 1
     return publish(console, options, found)
+
+
+def _make(runs: Sequence[Run], options: argparse.Namespace, console: Console) -> None:
+    """Make the runs, as far as the time goes."""
+    try:
+        make_all(runs, execute, workers=options.workers, restart=options.restart)
+    except OutOfTimeError:
+        console.print(f"{options.minutes:g} minutes are over; the same command goes on.", highlight=False)
 
 
 def save(

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import implicit_core as ic
 from implicit_core.examples.mdeq.model import MDEQ
 from implicit_core.examples.mdeq.source import size_of
-from implicit_core.examples.mdeq.training import Training, number
+from implicit_core.examples.mdeq.training import COMPARED, Training, number
 
 BATCHES = 4
 """Batches of the test set."""
@@ -46,7 +46,7 @@ def compare(training: Training) -> dict[str, Any]:
     residuals, adjoint_residuals = [], []
     for index, (images, labels) in enumerate(training.source.batches(training.source.test, rows)):
         images = training.source.normalized(images.to(training.device))
-        given = images, labels.to(training.device), number(training.settings.seed, 2, training.done, index)
+        given = images, labels.to(training.device), number(training.settings.seed, COMPARED, training.done, index)
         reference, residual = gradient(training.model, exact(adjoint_residuals.append), *given)
         residuals.append(residual)
         for name, estimator in estimators(training).items():

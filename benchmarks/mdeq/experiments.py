@@ -21,7 +21,7 @@ DATA: Mapping[str, Changes] = {
 """Settings of the small scale, by data."""
 
 EXACT = {"gradient": "implicit", "optimizer": "adam", "rate": 1e-3, "dropout": 0.25, "pretraining": 0.15}
-"""The exact gradient as the code trains with it that MDEQ was published with."""
+"""The exact gradient, with the optimizer, the dropout and the pretraining of the code that MDEQ was published with."""
 EXACT_SGD = {"gradient": "implicit", "dropout": 0.25}
 
 

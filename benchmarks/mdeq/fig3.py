@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import report
 from . import command
-from .tables import Result, about, accuracies, best, difference, last, signed, spread
+from .tables import Result, about, accuracies, best, count, difference, last, median, signed, spread
 
 PANELS = {
     "a: k": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
@@ -36,8 +36,8 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     rows = []
     for row, results in found.items():
         minus = "" if row == "upg-5-0.5" else signed(difference(results, found.get("upg-5-0.5", [])))
-        residual = np.median([epoch["test/residual"] for result in results for epoch in result["epochs"][-1:]])
-        rows.append([row, f"{len(results)}", spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"])
+        residual = median([epoch["test/residual"] for result in results for epoch in result["epochs"][-1:]])
+        rows.append([row, count(results), spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"])
     table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
     command.save(console, options, "fig3", [table], found, picture)
     return 0
@@ -53,7 +53,7 @@ def picture(record: dict[str, Any]) -> Any:
             curves = [accuracies(result) for result in record["runs"][row] if result["diverged"] is None]
             if not curves:
                 continue
-            mean, deviation = np.mean(curves, axis=0), np.std(curves, axis=0)
+            mean, deviation = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=len(curves) > 1)
             epochs = np.arange(1, len(mean) + 1)
             axis.plot(epochs, mean, color=f"C{i}", ls="--" if row.startswith("npg") else "-", label=label(row))
             axis.fill_between(epochs, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.12, lw=0)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import report
 from . import command
-from .tables import Result, about, best, difference, last, seconds, signed, spread
+from .tables import Result, about, best, count, difference, last, seconds, signed, spread
 
 PAPER = {
     "implicit": ("MDEQ + Implicit", "85.0 (85.3)"),
@@ -24,12 +24,13 @@ PAPER = {
 """The rows: how the paper names them, and its mean and best accuracy over six runs on CIFAR-10."""
 DESCRIPTION = "Table 1: accuracy with the exact gradient and its parts, and with phantom gradients."
 LEGEND = """\
+n        runs and, in brackets, those that diverged, which count as 10 %
 last     accuracy after the last epoch, percent: mean and standard deviation
-best     accuracy of each run's best epoch, which is chosen on the test as in the
-         published code: mean, standard deviation and, in brackets, the best run
+best     accuracy of each run's best epoch, which is chosen on the test as in
+         the published code: mean, standard deviation and, in brackets, the best
 - exact  last, minus that of the first row, of the same seeds, and its standard
          error
-s        processor time of the training steps of a run
+s        time of the training steps of a run: of the processor, or of the GPU
 paper    its mean and best of six runs of MDEQ-Tiny on all of CIFAR-10"""
 
 
@@ -47,7 +48,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
         name, paper = PAPER[row]
         better = f"{spread(best(results))} ({max(best(results)):.1f})"
         minus = "" if row == "implicit" else signed(difference(results, exact))
-        rows.append([name, f"{len(results)}", spread(last(results)), better, minus, f"{seconds(results):.0f}", paper])
+        rows.append([name, count(results), spread(last(results)), better, minus, f"{seconds(results):.0f}", paper])
     table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
     command.save(console, options, "table1", [table], found, picture)
     return 0

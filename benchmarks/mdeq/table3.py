@@ -11,7 +11,7 @@ from rich.console import Console
 from .. import report
 from ..runs import rounded, write
 from . import command, steps, table1
-from .tables import Result, about, best, difference, last, signed, spread
+from .tables import Result, about, best, count, difference, last, signed, spread
 
 ROWS = {
     "implicit": ("exact", "93.8"),
@@ -44,7 +44,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
         name, paper = ROWS[row]
         better = f"{spread(best(results))} ({max(best(results)):.1f})"
         minus = "" if row == "implicit" else signed(difference(results, exact))
-        rows.append([name, f"{len(results)}", spread(last(results)), better, minus, paper])
+        rows.append([name, count(results), spread(last(results)), better, minus, paper])
     accuracy = report.Table(
         ["gradient", "n", "last", "best", "- exact", "paper"], rows, about(next(iter(found.values()))), LEGEND
     )

@@ -17,7 +17,7 @@ def read(path: Path) -> Result:
 
 
 def accuracies(result: Result) -> list[float]:
-    """The accuracy in the test after each epoch, in percent; 10 in a run that diverged, which is that of a guess."""
+    """The accuracy in the test after each epoch, in percent; in a run that diverged that of a guess, 10."""
     if result["diverged"] is not None:
         return [10.0]
     return [100 * epoch["test/accuracy"] for epoch in result["epochs"]]
@@ -34,8 +34,20 @@ def best(results: Sequence[Result]) -> list[float]:
 
 
 def seconds(results: Sequence[Result]) -> float:
-    """Mean processor time of the training steps of a run."""
-    return float(np.mean([sum(epoch["processor_seconds"] for epoch in result["epochs"]) for result in results]))
+    """Mean time of the training steps of a run, of the processor; on other devices on the clock."""
+    clock = "processor_seconds" if results[0]["device"] == "cpu" else "seconds"
+    return float(np.mean([sum(epoch[clock] for epoch in result["epochs"]) for result in results]))
+
+
+def count(results: Sequence[Result]) -> str:
+    """How many runs there are and, in brackets, how many of them diverged."""
+    diverged = sum(result["diverged"] is not None for result in results)
+    return f"{len(results)}" + f" ({diverged})" * bool(diverged)
+
+
+def median(values: Sequence[float | None]) -> float:
+    """The median; NaN among them where a number was not finite, and None in a record."""
+    return float(np.median([np.nan if value is None else value for value in values]))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -62,8 +74,9 @@ def about(results: Sequence[Result]) -> list[str]:
     """What was trained, in lines."""
     one = results[0]
     s = one["settings"]
+    source = f" ({one['images']['source']})" if one["data"] == "cifar10" else ""
     images = f"{one['images']['train']} images of {one['images']['pixels']} x {one['images']['pixels']} pixels"
     return [
-        f"{one['data']} ({one['images']['source']}): {images}, {one['images']['test']} to test on",
+        f"{one['data']}{source}: {images}, {one['images']['test']} to test on",
         f"{s['model']} model, {one['parameters']:,} parameters; {s['epochs']} epochs of batches of {s['batch']}",
     ]

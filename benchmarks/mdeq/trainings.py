@@ -11,14 +11,13 @@ import torch
 
 import implicit_core as ic
 from implicit_core.examples.mdeq.data.cifar10 import FOLDER
-from implicit_core.examples.mdeq.data.imagenet import SIZE
 from implicit_core.examples.mdeq.settings import Settings
 from implicit_core.examples.mdeq.source import Source, size_of
 from implicit_core.examples.mdeq.training import Training
 from implicit_core.examples.program import TrainingError
 
 from .. import report, runs
-from ..runs import say
+from ..runs import interrupted, say
 from .cosines import compare
 from .experiments import settings_of
 
@@ -26,8 +25,15 @@ MARKS = 20
 """Moments of a run with the exact gradient at which the others are compared with it."""
 
 
-TEST_BATCH_MD5 = "40351d587109b95175f43aff81a1287e"
-"""Of the official file of CIFAR-10."""
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""Of the official files of CIFAR-10."""
 
 
 class OutOfTimeError(Exception):
@@ -96,9 +102,13 @@ def execute(run: Run) -> None:
 
     Raises
     ------
-    OutOfTimeError
-        If the time is over before.
+    OutOfTimeError, KeyboardInterrupt
+        If the time is over before, or after Ctrl-C; the checkpoint has what was done.
     """
+    if interrupted():
+        raise KeyboardInterrupt
+    if time.time() > run.until:
+        raise OutOfTimeError
     torch.set_num_threads(1)
     settings = run.settings
     training = begin(run)
@@ -111,9 +121,9 @@ def execute(run: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ic.ConvergenceWarning)  # so many steps are what the model is made of
         while training.done < training.all_steps or training.at_end_of_epoch:
-            if time.time() > run.until:
+            if interrupted() or time.time() > run.until:
                 run.save({"compared": compared, "training": training.state()})
-                raise OutOfTimeError
+                raise KeyboardInterrupt if interrupted() else OutOfTimeError
             if training.done in marks and (not compared or compared[-1]["step"] < training.done):
                 compared.append({"step": training.done, **compare(training)})
             if not training.at_end_of_epoch:
@@ -155,23 +165,24 @@ def begin(run: Run) -> Training:
 
 def about(source: Source, run: Run) -> dict[str, Any]:
     """How many images there are, their size, and whether the files are the official ones, where that can be told."""
-    pixels = source.test.pixels.shape[-1] if hasattr(source.test, "pixels") else SIZE
     return {
         "train": size_of(source.train),
         "test": size_of(source.test),
-        "pixels": pixels,
+        "pixels": source.side,
         "source": origin(run.data, run.data_dir),
     }
 
 
 def origin(name: str, folder: Path | None) -> str:
-    """Whether the files of CIFAR-10 are the official ones. Others may have been compressed with losses."""
+    """What is known of the files: those of CIFAR-10 may be a copy that was compressed with losses."""
     if name != "cifar10" or folder is None:
-        return "official"
-    for path in (folder / FOLDER / "test_batch", folder / "test_batch"):
-        if path.exists() and hashlib.md5(path.read_bytes()).hexdigest() != TEST_BATCH_MD5:
-            return "not the official files"
-    return "official"
+        return ""
+    place = folder / FOLDER if (folder / FOLDER).exists() else folder
+    found = {file: place / file for file in MD5}
+    if not all(path.exists() for path in found.values()):
+        return "unknown files"  # an archive
+    official = all(hashlib.md5(path.read_bytes()).hexdigest() == MD5[file] for file, path in found.items())
+    return "the official files" if official else "not the official files"
 
 
 def _line(run: Run, training: Training) -> str:

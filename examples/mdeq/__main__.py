@@ -2,11 +2,12 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..program import exit_code, flag, how_to_go_on, settings_of
+from ..program import at_least, exit_code, flag, how_to_go_on, settings_of
 from .settings import CHOICES, PHANTOM, PRESETS, Settings
 
 PROGRAM = "python -m implicit_core.examples.mdeq"
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(parser, options, PRESETS[getattr(options, "model", Settings.model)], PHANTOM)
     if "products" in options and settings.gradient != "implicit":
         parser.error(f"--products belongs to --gradient implicit, not to {settings.gradient}")
+    if "decay" in options and settings.optimizer == "adam":
+        parser.error("--decay belongs to --optimizer sgd and nesterov, not to adam")
     files = {name: getattr(options, name) for name in ("checkpoint", "tensorboard", "data_dir")}
 
     def run() -> None:
@@ -72,7 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"{__package__}.run").run(settings, **files, **more)
 
     flags = settings.flags() | {flag(name): str(getattr(options, name)) for name in ("device", "threads", "workers")}
-    return exit_code(run, MODULES, "examples,demo", lambda: how_to_go_on(PROGRAM, flags, files))
+
+    def stopped() -> str | None:
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+        return how_to_go_on(PROGRAM.replace("python", launcher, 1), flags, files)
+
+    return exit_code(run, MODULES, "examples", stopped)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=metavar, help=about)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
+    parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="of the CPU (default: 1)")
     about = "processes that read the files of ImageNet (default: 4)"
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help=about)
+    parser.add_argument("--workers", type=at_least(0), default=4, metavar="N", help=about)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="save the run every epoch, and after Ctrl-C")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, with the same settings")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the run for TensorBoard")

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.estimators import AtFixedPoint
 from implicit_core.solvers import FixedPointSolver
 
 from .sizes import Sizes
@@ -190,8 +191,8 @@ class MDEQ(nn.Module):
     sizes
         Of its layers.
     solver, gradient
-        Of the implicit layer. In eval mode the value is the solver's point: an estimator that makes steps of its own
-        makes them in training only.
+        Of the implicit layer. In eval mode the value is the solver's point: an estimator that makes steps of its own,
+        such as ``Unroll``, is replaced by ``OneStep`` there, unless it is given in the call.
 
     Attributes
     ----------
@@ -245,7 +246,7 @@ class MDEQ(nn.Module):
                 f"height and width of the images must be multiples of {self.sizes.least_side} for "
                 f"{len(self.sizes.channels)} branches, got {tuple(images.shape)}"
             )
-        if not self.training and gradient is None:
+        if not self.training and gradient is None and not isinstance(self.layer.gradient, AtFixedPoint):
             gradient = ic.OneStep()  # whose value is the solver's point
         logits: Tensor = self.head(self.layer(self.encoder(images), solver=solver, gradient=gradient))
         return logits

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 import implicit_core as ic
 
 from .. import program
+from ..program import TrainingError
 from . import report
 from .settings import Settings
 from .source import Source
@@ -109,10 +110,29 @@ def fit(
                 console.print(report.line(len(training.epochs), found), highlight=False)
                 log(training.done, found)
             stopped = of_any_process(stop.asked, training.device)
+            if stopped:
+                training.gather()
             if checkpoint is not None and (ended or stopped):
                 save(settings, training, checkpoint)
             if stopped:
                 raise KeyboardInterrupt
+
+
+def place_of(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises
+    ------
+    TrainingError
+        If there is none.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"There is no device {device!r} for PyTorch here: {reason}") from error
+    return place
 
 
 def of_any_process(asked: bool, device: torch.device) -> bool:
@@ -130,7 +150,7 @@ def processes(device: str) -> Iterator[tuple[torch.device, bool]]:
     cuda = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if cuda else "cpu"
-    place = torch.device(device)
+    place = place_of(device)
     if "LOCAL_RANK" not in os.environ:
         yield place, True
         return

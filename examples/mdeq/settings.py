@@ -60,7 +60,8 @@ class Settings:
     solver_steps
         Steps of Broyden's method.
     epochs, batch
-        Passes over the images, and images a step, of all processes together.
+        Passes over the images, and images a step, of all processes together. What is left of a pass after its full
+        batches is left out.
     optimizer, rate, decay
         One of :data:`OPTIMIZERS`, its highest learning rate, and the weight decay of SGD.
     augment
@@ -96,8 +97,9 @@ class Settings:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("k", "products", "solver_steps", "epochs", "batch"):
+        for name in ("k", "products", "solver_steps", "epochs"):
             checks.integer(name, getattr(self, name), 1)
+        checks.integer("batch", self.batch, 2)  # for the batch norms of the encoder and the head
         for name in ("pixels", "train", "test", "seed", "augment"):
             checks.integer(name, getattr(self, name), 0)
         for name in ("pretraining", "dropout"):
@@ -108,6 +110,8 @@ class Settings:
             raise ValueError(f"augment must be 0 or 1, got {self.augment}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        if self.data == "imagenet" and (self.pixels or self.train or self.test):
+            raise ValueError("pixels, train and test must be 0 for imagenet, whose files are read as they are needed")
         self.estimator()
 
     def estimator(self) -> ic.Estimator:
@@ -136,8 +140,9 @@ class Settings:
 
     def flags(self) -> dict[str, str]:
         """The settings that matter, as the command line spells them."""
-        ignored = {"unroll": ("products",), "neumann": ("products",), "implicit": ("k", "lam")}
-        left_out = ignored.get(self.gradient, ("k", "lam", "products"))
+        of_gradient = {"unroll": ("k", "lam"), "neumann": ("k", "lam"), "implicit": ("products",)}
+        left_out = {"k", "lam", "products"}.difference(of_gradient.get(self.gradient, ()))
+        left_out |= {"decay"} if self.optimizer == "adam" else set()
         return {flag(name): str(value) for name, value in asdict(self).items() if name not in left_out}
 
 

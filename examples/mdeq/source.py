@@ -1,17 +1,17 @@
 """Batches of images, in memory or in files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..program import TrainingError
 from . import data
-from .data.imagenet import LAYOUT, MEAN, STD, ImageFolder, central_view, random_view
+from .data.imagenet import LAYOUT, MEAN, SIZE, STD, ImageFolder, central_view, random_view
 from .settings import Settings
 
 
@@ -57,12 +57,17 @@ class Source:
         return cls(*found, data.CLASSES)
 
     @property
+    def side(self) -> int:
+        """Height and width of the images."""
+        return SIZE if isinstance(self.test, ImageFolder) else int(self.test.pixels.shape[-1])
+
+    @property
     def channels(self) -> int:
         """Of an image."""
         return len(self.mean)
 
     def batches(
-        self, part: Any, rows: Sequence[Tensor], generator: Generator | None = None
+        self, part: Any, rows: Iterable[Tensor], seed_of: Callable[[int], int] = int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels.
 
@@ -72,16 +77,15 @@ class Source:
             :attr:`train` or :attr:`test`.
         rows
             The places of each batch's images in it.
-        generator
-            Gives files their random views.
+        seed_of
+            The seed of the random view of an image in a file, by its place.
         """
         if isinstance(part, data.Images):
             for batch in rows:
                 yield part.pixels[batch], part.labels[batch]
         else:
-            yield from DataLoader(
-                part, batch_sampler=[batch.tolist() for batch in rows], num_workers=self.workers, generator=generator
-            )
+            keys = ([(place, seed_of(place)) for place in batch.tolist()] for batch in rows)
+            yield from DataLoader(Views(part), batch_sampler=keys, num_workers=self.workers)
 
     def augmented(self, images: Tensor, generator: Generator) -> Tensor:
         """Images, cropped and mirrored at random; those from files are already."""
@@ -90,6 +94,19 @@ class Source:
     def normalized(self, images: Tensor) -> Tensor:
         """float32 images."""
         return data.normalized(images, self.mean, self.std)
+
+
+class Views(Dataset[tuple[Tensor, int]]):
+    """Images whose random views are those of a seed, whatever process reads them."""
+
+    def __init__(self, images: ImageFolder) -> None:
+        self.images = images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        place, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.images[place]
 
 
 def size_of(part: Any) -> int:

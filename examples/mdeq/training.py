@@ -27,7 +27,7 @@ LEAST_RATE = 1e-6
 TEST_BATCH = 250
 PRETRAINING = {"solver": ic.steps(0), "gradient": ic.BPTT(LAYERS, on_growth="ignore")}
 """The cell, applied to zero so many times, as the layers of a network."""
-ORDER, STEP, VIEWS = range(3)
+ORDER, STEP, VIEWS, COMPARED = range(4)
 """What random numbers are for."""
 
 
@@ -105,11 +105,16 @@ class Training:
             raise TrainingError(
                 f"A batch of {settings.batch} is more than the {size_of(source.train)} images to train on."
             )
+        sizes = settings.sizes(source.channels, source.classes)
+        if source.side % sizes.least_side:
+            raise TrainingError(
+                f"The {settings.model} model needs sides that are multiples of {sizes.least_side}, and images of "
+                f"{settings.data} have sides of {source.side} pixels."
+            )
         if settings.batch % self.processes:
             raise TrainingError(f"{self.processes} processes can't share a batch of {settings.batch} evenly.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            sizes = settings.sizes(source.channels, source.classes)
             self.model = self.make(sizes).to(self.device)
         self.network: nn.Module = self.model
         if dist.is_initialized():
@@ -139,8 +144,9 @@ class Training:
         epoch, first = divmod(self.done, self.steps)
         order = torch.randperm(size_of(self.source.train), generator=self._random(ORDER, epoch))
         order = order[: self.steps * self.settings.batch].view(self.steps, self.processes, -1)
-        views = self._random(VIEWS, self.done, self.rank)
-        return self.source.batches(self.source.train, list(order[first:, self.rank]), views)
+        return self.source.batches(
+            self.source.train, order[first:, self.rank], lambda image: number(self.settings.seed, VIEWS, epoch, image)
+        )
 
     def _random(self, *key: int) -> torch.Generator:
         """Random numbers of their own, for a purpose and a number."""
@@ -205,21 +211,38 @@ class Training:
             totals.add(self.model, logits, labels, cross_entropy(logits.float(), labels).item())
         return totals.of_all_processes(self.device)
 
+    def gather(self) -> None:
+        """Give the sums of all processes to the first one, whose state is saved."""
+        totals = self.totals.of_all_processes(self.device)
+        self.totals = totals if self.rank == 0 else Totals()
+
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: tensors and plain Python."""
         return {
+            "processes": self.processes,
             **{part: getattr(self, part).state_dict() for part in PARTS},
             **{name: getattr(self, name) for name in NUMBERS},
             "totals": asdict(self.totals),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state, of a run with the same settings."""
+        """Go on from a state, of a run with the same settings.
+
+        Raises
+        ------
+        TrainingError
+            If it is one of another number of processes.
+        """
+        if state["processes"] != self.processes:
+            raise TrainingError(
+                f"The checkpoint is one of {state['processes']} processes, and {self.processes} would go on. Each "
+                "has norms and random numbers of its own: start as many."
+            )
         for part in PARTS:
             getattr(self, part).load_state_dict(state[part])
         for name in NUMBERS:
             setattr(self, name, state[name])
-        self.totals = Totals(**state["totals"])
+        self.totals = Totals(**state["totals"]) if self.rank == 0 else Totals()
         self.batches = self._batches()
 
 
