@@ -20,8 +20,8 @@ from ..memory import MB, LiveTensors
 
 LAM = 0.5
 RESTART = 5
-NUMBERS = (10, 15, 20, 25)
-"""Values of K and k: multiples of the restart. Below, other things decide the peak; above, GMRES has converged."""
+NUMBERS = (12, 18, 24)
+"""Values of K and k: two or more cycles of a restarted GMRES, each of which measures its residual by one product."""
 NONE = 0.01
 """The largest slope that counts as none; twice this is the largest deviation from a line that does."""
 GROWTH = "", "state", "graph"
@@ -89,7 +89,7 @@ class Line:
 
 def gmres(products: int, restart: int) -> ic.Estimator:
     """The exact gradient with a number of products."""
-    return ic.Implicit(ic.GMRES(rtol=0.0, max_steps=products, restart=restart), on_failure="ignore")
+    return ic.Implicit(ic.GMRES(rtol=0.0, restart=restart), products=products)
 
 
 ROWS = (
