@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import implicit_core as ic
-from implicit_core.adapters import torch as ict
-from implicit_core.examples.mdeq.model import MDEQ, State
+from implicit_core.examples.mdeq.model import MDEQ
 from implicit_core.examples.mdeq.settings import Settings
 
 from .. import report
@@ -141,15 +140,14 @@ def theirs(model: MDEQ, images: Tensor, exact: Costs) -> dict[str, Callable[[], 
     """
     try:
         import torchdeq
+
+        from .torchdeq import through
     except ModuleNotFoundError:
         return {}
     forced = {"f_max_iter": exact.forward - 2, "f_tol": 0.0, "b_max_iter": exact.vjps - 2, "b_tol": 0.0}
 
     def forward(deq: nn.Module) -> Tensor:
-        x, cell = model.encoder(images), ict.constant_within_solve(model.layer.cell)
-        h: State = tuple(deq(lambda *h: cell(h, x), model.start(x))[0][-1])
-        logits: Tensor = model.head(h)
-        return logits
+        return through(deq, model, images)[0]
 
     gradients: dict[str, dict[str, Any]] = {THEIR_EXACT: {"ift": True}, "TorchDEQ UPG": {"grad": K, "tau": LAM}}
     solvers = {"f_solver": "broyden", "b_solver": "broyden"}

@@ -5,13 +5,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import torchdeq
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_core.adapters import torch as ict
 from implicit_core.examples.mdeq import training
 from implicit_core.examples.mdeq.model import MDEQ
 from implicit_core.examples.mdeq.settings import RESIDUAL, Settings
 from implicit_core.examples.mdeq.sizes import Sizes
+
+
+def through(deq: nn.Module, model: MDEQ, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a model whose cell a layer of TorchDEQ solves, and what that says of the solve.
+
+    Weights and masks are constant within a solve, as in our layer.
+    """
+    x = model.encoder(images)
+    cell = ict.constant_within_solve(model.layer.cell)
+    points, info = deq(lambda *h: cell(h, x), model.start(x))
+    logits: Tensor = model.head(tuple(points[-1]))
+    return logits, info
 
 
 class Model(MDEQ):
@@ -35,15 +47,14 @@ class Model(MDEQ):
         self.found = None
         if options.get("solver") is not None:
             return super().forward(images, **options)
-        x = self.encoder(images)
-        f, start = ict.constant_within_solve(self.layer.cell), self.start(x)
-        size = sum(h[0].numel() for h in start)
-        deq = torchdeq.get_deq(
-            f_solver="broyden", f_max_iter=self.steps, f_tol=RESIDUAL * math.sqrt(size), **self.gradient
-        ).train(self.training)
-        points, info = deq(lambda *h: f(h, x), start)
+        numbers = sum(
+            c * images[0, 0].numel() // 4 ** (i + self.sizes.halvings) for i, c in enumerate(self.sizes.channels)
+        )
+        tolerance = RESIDUAL * math.sqrt(numbers)
+        deq = torchdeq.get_deq(f_solver="broyden", f_max_iter=self.steps, f_tol=tolerance, **self.gradient)
+        logits, info = through(deq.train(self.training), self, images)
+        # The step of the best point, not the last one.
         self.found = SimpleNamespace(relative=info["rel_lowest"], steps=info["nstep"])
-        logits: Tensor = self.head(tuple(points[-1]))
         return logits
 
 
