@@ -186,7 +186,6 @@ def restore(settings: Settings, training: Training, path: Path) -> None:
     def load(file: IO[bytes]) -> None:
         stored = Settings(**json.loads(file.readline()))
         program.require_same(path, stored.flags(), settings.flags())
-
         training.restore(torch.load(io.BytesIO(file.read()), map_location=training.device, weights_only=True))
 
     program.read(path, load)
