@@ -96,8 +96,8 @@ class Implicit(AtFixedPoint):
         products, and is not used if there is no other. Whether F couples samples is not examined.
 
         Where no iterate has a residual below ‖v‖, as with ``products=1``, w is v, as for :class:`OneStep`; with a
-        preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite. CG and MINRES on a system that is not
-        symmetric may return a w with a larger residual, which ``report`` tells.
+        preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite. CG and MINRES on a system that is
+        not symmetric may return a w with a larger residual, which ``report`` tells.
 
         A truncated w is not linear in v. So pullbacks and pushforwards are adjoint to each other only as far as the
         residual is small. So are second derivatives right: they are those of the solution, by truncated solves.
