@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import pickle
 import shlex
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Protocol, Self, TypeAlias, TypeVar
@@ -29,6 +30,16 @@ class Trained(Protocol):
     def gradient(self) -> str:
         """The name of the gradient."""
         ...
+
+
+class Savable(Protocol):
+    """A training whose state is a part of a file."""
+
+    def save(self, file: IO[bytes]) -> None:
+        """Write the state."""
+
+    def load(self, file: IO[bytes]) -> None:
+        """Go on from the state."""
 
 
 class TrainingError(Exception):
@@ -215,6 +226,33 @@ def read(path: Path, load: Callable[[IO[bytes]], T]) -> T:
         return load(io.BytesIO(content))
     except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{path} is not a checkpoint of this program, or is damaged.") from error
+
+
+def save(settings: Any, training: Savable, path: Path) -> None:
+    """Write a checkpoint: a line with the settings, a dataclass, then what the training writes."""
+
+    def content(file: IO[bytes]) -> None:
+        file.write(json.dumps(asdict(settings)).encode() + b"\n")
+        training.save(file)
+
+    write(path, content)
+
+
+def restore(settings: Any, training: Savable, path: Path) -> None:
+    """Go on from a checkpoint.
+
+    Raises
+    ------
+    TrainingError
+        If the file has no state, or a state of other settings.
+    """
+
+    def load(file: IO[bytes]) -> None:
+        stored = type(settings)(**json.loads(file.readline()))
+        require_same(path, stored.flags(), settings.flags())
+        training.load(io.BytesIO(file.read()))
+
+    read(path, load)
 
 
 def require_same(path: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -> None:

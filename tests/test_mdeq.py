@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
+from implicit_core.examples import program
 from implicit_core.examples.mdeq import model as mdeq
 from implicit_core.examples.mdeq import run
 from implicit_core.examples.mdeq.__main__ import PROGRAM, main
@@ -367,7 +368,7 @@ def test_errors_are_printed_as_one_sentence(
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "fashion-mnist")
     Path("text.pt").write_text("not a checkpoint")
     if "run.pt" in arguments:
-        run.save(FEW, Training(FEW, Source.of(FEW, None)), Path("run.pt"))
+        program.save(FEW, Training(FEW, Source.of(FEW, None)), Path("run.pt"))
     assert main([*words_of(FEW), *arguments.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith("The training stopped: ")

@@ -24,7 +24,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing import event_accumulator
 from threadpoolctl import threadpool_limits
 
-from implicit_core.examples import recursive
+from implicit_core.examples import program, recursive
 from implicit_core.examples.recursive import (
     evaluation,
     model,
@@ -340,7 +340,7 @@ def test_errors_are_printed_as_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings(**SMALL)
-    run.save(settings, run.begin(settings, puzzles[0]), Path("run.pt"))
+    program.save(settings, run.begin(settings, puzzles[0]), Path("run.pt"))
     before = Path("run.pt").read_bytes()
     Path("text.pt").write_text("not a checkpoint")
     Path("half.pt").write_bytes(before[: len(before) // 2])

@@ -1,14 +1,10 @@
 """A run from beginning to end, which Ctrl-C stops between two steps; alone, or as a process of ``torchrun``."""
 
-import io
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -79,7 +75,7 @@ def run(
             torch.set_num_threads(threads)
             training = Training(settings, Source.of(settings, data_dir, workers), place)
             if resume and checkpoint_of_all is not None:
-                restore(settings, training, checkpoint_of_all)
+                program.restore(settings, training, checkpoint_of_all)
             with program.Stop() as stop, program.tensorboard(tensorboard, training.done) as log:
                 fit(settings, training, checkpoint, log, stop, console)
         console.print(report.summary(settings, training))
@@ -96,7 +92,7 @@ def fit(
 ) -> None:
     """Train to the last step."""
     if checkpoint is not None:
-        save(settings, training, checkpoint)
+        program.save(settings, training, checkpoint)
     with report.progress(console) as bars:
         task = bars.add_task("", total=training.all_steps, completed=training.done, status="")
         while training.done < training.all_steps or training.at_end_of_epoch:
@@ -113,7 +109,7 @@ def fit(
             if stopped:
                 training.gather()
             if checkpoint is not None and (ended or stopped):
-                save(settings, training, checkpoint)
+                program.save(settings, training, checkpoint)
             if stopped:
                 raise KeyboardInterrupt
 
@@ -162,30 +158,3 @@ def processes(device: str) -> Iterator[tuple[torch.device, bool]]:
         yield place, dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
-
-
-def save(settings: Settings, training: Training, path: Path) -> None:
-    """Write a checkpoint: a line with the settings, then the state."""
-
-    def content(file: IO[bytes]) -> None:
-        file.write(json.dumps(asdict(settings)).encode() + b"\n")
-        torch.save(training.state(), file)
-
-    program.write(path, content)
-
-
-def restore(settings: Settings, training: Training, path: Path) -> None:
-    """Go on from a checkpoint.
-
-    Raises
-    ------
-    TrainingError
-        If the file has no state, or a state of other settings.
-    """
-
-    def load(file: IO[bytes]) -> None:
-        stored = Settings(**json.loads(file.readline()))
-        program.require_same(path, stored.flags(), settings.flags())
-        training.restore(torch.load(io.BytesIO(file.read()), map_location=training.device, weights_only=True))
-
-    program.read(path, load)

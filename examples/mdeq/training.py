@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from time import perf_counter, process_time
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -244,6 +244,14 @@ class Training:
             setattr(self, name, state[name])
         self.totals = Totals(**state["totals"]) if self.rank == 0 else Totals()
         self.batches = self._batches()
+
+    def save(self, file: IO[bytes]) -> None:
+        """Write the state into a file."""
+        torch.save(self.state(), file)
+
+    def load(self, file: IO[bytes]) -> None:
+        """Go on from the state in a file."""
+        self.restore(torch.load(file, map_location=self.device, weights_only=True))
 
 
 PARTS = "model", "optimizer", "scheduler"

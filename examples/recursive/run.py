@@ -1,8 +1,5 @@
 """A run from beginning to end, which Ctrl-C stops between two steps."""
 
-import io
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -106,10 +103,10 @@ def run(
             train, test = sudoku.train_and_test(PUZZLES, settings.train, settings.test, settings.clues)
         training = begin(settings, train)
         if checkpoint is not None and resume:
-            restore(settings, training, checkpoint)
+            program.restore(settings, training, checkpoint)
         with program.Stop() as stop, program.tensorboard(tensorboard, training.done) as log:
             if checkpoint is not None:
-                save(settings, training, checkpoint)
+                program.save(settings, training, checkpoint)
             fit(settings, training, test, checkpoint, log, stop, console)
         with console.status("Testing"):
             found = examine(settings, training, test)
@@ -148,7 +145,7 @@ def fit(
                 log(training.done, report.scalars(means, tested))
                 training.totals = Totals()
             if checkpoint is not None and (training.done in marks or stop.asked):
-                save(settings, training, checkpoint)
+                program.save(settings, training, checkpoint)
             if stop.asked:
                 raise KeyboardInterrupt
 
@@ -164,30 +161,3 @@ def examine(settings: Settings, training: Training, test: Puzzles) -> Result:
         if depth in depths
     }
     return Result(training, found, evaluation.until_halted(model, test, trained))
-
-
-def save(settings: Settings, training: Training, path: Path) -> None:
-    """Write a checkpoint: a line with the settings, then what the framework writes."""
-
-    def content(file: IO[bytes]) -> None:
-        file.write(json.dumps(asdict(settings)).encode() + b"\n")
-        training.save(file)
-
-    program.write(path, content)
-
-
-def restore(settings: Settings, training: Training, path: Path) -> None:
-    """Go on from a checkpoint.
-
-    Raises
-    ------
-    TrainingError
-        If the file has no state, or a state of other settings.
-    """
-
-    def load(file: IO[bytes]) -> None:
-        stored = Settings(**json.loads(file.readline()))
-        program.require_same(path, stored.flags(), settings.flags())
-        training.load(io.BytesIO(file.read()))
-
-    program.read(path, load)
