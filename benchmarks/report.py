@@ -17,6 +17,8 @@ import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from implicit_core.examples.program import at_least
+
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "benchmarks")
 """Command that runs a part of a benchmark in its own process, from :data:`ROOT`."""
@@ -188,12 +190,8 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+positive = at_least(1)
+"""The type of an option that is a positive integer, for argparse."""
 
 
 def output(text: str) -> Path:

@@ -110,7 +110,8 @@ def test_where_no_iterate_helps_the_gradient_is_that_of_one_step(solver: ic.Line
     """A is a cyclic shift of some basis: the least residual over all Krylov spaces but the last is that of zero."""
     basis = np.linalg.qr(SLOPES)[0]
     shift = basis @ np.roll(np.eye(N), 1, axis=0) @ basis.T
-    v, told = basis.T[:2], []  # type: ignore[var-annotated]
+    told: list[Any] = []
+    v = basis.T[:2]
     w, used = pulled(implicit(solver, products=7, report=told.append), v, np.eye(N) - shift)
     assert used == 7  # a second cycle starts at v
     if solver is None:
@@ -297,7 +298,8 @@ def test_torch_reports_in_every_precision_and_transform(dtype: torch.dtype) -> N
 
 def test_second_derivatives_are_as_accurate_as_the_solves() -> None:
     b = torch.zeros(3, N, dtype=torch.float64, requires_grad=True)
-    v, told = torch.asarray(V / np.linalg.norm(V, axis=1, keepdims=True)), []  # type: ignore[var-annotated]
+    told: list[Any] = []
+    v = torch.asarray(V / np.linalg.norm(V, axis=1, keepdims=True))
 
     def both(gradient: ic.Implicit) -> tuple[Any, Any]:
         [first] = torch.autograd.grad((layer(torch, b, gradient) ** 3).sum(), b, create_graph=True)
