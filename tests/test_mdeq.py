@@ -626,3 +626,14 @@ def test_images_in_files_train_a_model(tmp_path: Path) -> None:
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert training.test().images == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"), [(["--help"], 0, "usage: "), ([], 2, "The example needs torch")]
+)
+def test_help_and_errors_without_pytorch(arguments: list[str], code: int, words: str) -> None:
+    program = "import sys; sys.modules['torch'] = None; from implicit_core.examples.mdeq.__main__ import main"
+    command = [sys.executable, "-c", f"{program}; sys.exit(main({arguments}))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert (done.stderr if code else done.stdout).startswith(words)

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 import implicit_core as ic
 from implicit_core import checks
 from implicit_core.arrays import PyTree
@@ -178,10 +176,8 @@ class WholeBatch:
 
     residual: float
 
-    def __call__(self, h: PyTree, f: PyTree) -> torch.Tensor:
-        """One boolean."""
-        squares, size = 0.0, 0
-        for before, after in zip(h, f, strict=True):
-            squares = squares + (after - before).square().sum()
-            size += before.numel()
-        return torch.as_tensor(squares).sqrt() <= self.residual * math.sqrt(size)
+    def __call__(self, h: PyTree, f: PyTree) -> Any:
+        """One boolean, a tensor."""
+        pairs = list(zip(h, f, strict=True))
+        squares = sum((after - before).square().sum() for before, after in pairs)
+        return squares.sqrt() <= self.residual * math.sqrt(sum(before.numel() for before, _ in pairs))
