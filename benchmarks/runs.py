@@ -10,12 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from implicit_core.examples.program import Stop
 
 R = TypeVar("R", bound="Run")
 
@@ -117,42 +119,44 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
         )
 
     if workers == 1:
-        before = signal.signal(signal.SIGINT, _note)
-        try:
+        with _stop:
             for done, run in enumerate(left, 1):
                 if not run.finished():  # by another process meanwhile
                     execute(run)
                 tell(done)
-        finally:
-            signal.signal(signal.SIGINT, before)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_obey)
+    context = multiprocessing.get_context("spawn")
+    ask = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_obey, initargs=(ask,))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         futures = [pool.submit(execute, run) for run in left]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             tell(done)
     finally:
+        ask.set()
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
-_asked = False
+_stop = Stop()
+_ask: Event | None = None
 
 
 def interrupted() -> bool:
-    """Whether Ctrl-C asks for a stop. A run looks between two steps, so that none is done by half."""
-    return _asked
+    """Whether Ctrl-C, SIGTERM or the parent of a worker asks for a stop.
+
+    A run looks between two steps, so that none is done by half.
+    """
+    return _stop.asked or (_ask is not None and _ask.is_set())
 
 
-def _note(_number: int, _frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one is obeyed at once
-
-
-def _obey() -> None:
-    """What a worker does first: the terminal interrupts all processes."""
-    signal.signal(signal.SIGINT, _note)
+def _obey(ask: Event) -> None:
+    """What a worker does first. The terminal interrupts all processes; other signals reach the parent alone."""
+    global _ask
+    _ask = ask
+    _stop.__enter__()
 
 
 def say(line: str) -> None:

@@ -46,6 +46,10 @@ class TrainingError(Exception):
     """Why training can't go on, in a sentence."""
 
 
+class DivergedError(TrainingError):
+    """The loss is not finite."""
+
+
 def exit_code(
     run: Callable[[], object], modules: Collection[str], extras: str, stopped: Callable[[], str | None]
 ) -> int:
@@ -168,20 +172,27 @@ def how_to_go_on(program: str, flags: Mapping[str, str], files: Mapping[str, Pat
 
 
 class Stop:
-    """Ctrl-C asks for a stop after the current step, so that none is done by half; a second one is obeyed at once."""
+    """Ctrl-C asks for a stop after the current step, so that none is done by half; a second one is obeyed at once.
+
+    So does SIGTERM, by which clusters and ``torchrun`` end a program.
+    """
 
     asked = False
+    signals = signal.SIGINT, signal.SIGTERM
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in self.signals}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self.signals:
+            signal.signal(number, signal.default_int_handler)
 
 
 def refuse_to_replace(path: Path | None, resume: bool) -> None:

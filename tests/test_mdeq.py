@@ -398,12 +398,13 @@ def content(path: Path) -> tuple[Any, Any]:
     ],
     ids=["", "dropout, augmentation and pretraining"],
 )
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Settings, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, parts = tmp_path / "whole.pt", tmp_path / "new" / "parts.pt"
     flags = words_of(settings)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     assert main([*flags, "--checkpoint", str(whole)]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
@@ -416,12 +417,12 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
         nonlocal calls
         calls += 1
         if calls == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         original(self)
 
     monkeypatch.setattr(Training, "step", interrupted)
     assert main([*flags, "--checkpoint", str(parts)]) == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert calls == 2
     *_, command = capsys.readouterr().err.splitlines()
     torch.manual_seed(7)  # which has no influence

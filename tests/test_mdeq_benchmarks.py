@@ -231,7 +231,8 @@ def test_runs_end_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFi
         table1.main(["--minutes", "0", *files])
 
 
-def test_ctrl_c_saves_the_run_and_ends_all_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reach", ["the terminal", "the parent", "the parent, to terminate"])
+def test_ctrl_c_saves_the_run_and_ends_all_workers(reach: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WORKERS.format(tmp_path)]
     process = subprocess.Popen(
         command, cwd=report.ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -239,7 +240,10 @@ def test_ctrl_c_saves_the_run_and_ends_all_workers(tmp_path: Path) -> None:
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert any("epoch 1" in line for line in lines)
-    os.killpg(process.pid, signal.SIGINT)
+    if reach == "the terminal":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM if reach.endswith("terminate") else signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130, rest
     assert "the same command goes on" in rest

@@ -14,7 +14,7 @@ from implicit_core.examples.mdeq.data.cifar10 import FOLDER
 from implicit_core.examples.mdeq.settings import Settings
 from implicit_core.examples.mdeq.source import Source, size_of
 from implicit_core.examples.mdeq.training import Training
-from implicit_core.examples.program import TrainingError
+from implicit_core.examples.program import DivergedError
 
 from .. import report, runs
 from ..runs import interrupted, say
@@ -129,7 +129,7 @@ def execute(run: Run) -> None:
             if not training.at_end_of_epoch:
                 try:
                     training.step()
-                except TrainingError:
+                except DivergedError:
                     diverged = training.done
                     break
             if training.at_end_of_epoch:

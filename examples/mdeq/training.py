@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import implicit_core as ic
 
-from ..program import TrainingError
+from ..program import DivergedError, TrainingError
 from .model import MDEQ
 from .settings import LAYERS, Settings
 from .sizes import Sizes
@@ -176,7 +176,7 @@ class Training:
             loss.backward()
         self.done += 1
         if not np.isfinite(value):
-            raise TrainingError(f"The loss is {value} in step {self.done}; try a smaller --rate.")
+            raise DivergedError(f"The loss is {value} in step {self.done}; try a smaller --rate.")
         self.optimizer.step()
         self.scheduler.step()
         self.totals.add(self.model, logits, labels, value)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
 
-from ..program import TrainingError
+from ..program import DivergedError, TrainingError
 from .data import Samples
 from .model import Classifier
 from .settings import Settings
@@ -109,7 +109,7 @@ class Training:
         logits = self.model.train()(signals)
         loss = cross_entropy(logits, labels)
         if not loss.isfinite():
-            raise TrainingError(f"The loss is {loss.item()} in epoch {len(self.epochs) + 1}; try a smaller --lr.")
+            raise DivergedError(f"The loss is {loss.item()} in epoch {len(self.epochs) + 1}; try a smaller --lr.")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
