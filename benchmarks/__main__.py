@@ -21,6 +21,7 @@ COMMANDS = {
     "table3": ("mdeq.table3", "Table 3: large MDEQ, accuracy, time and memory, beside TorchDEQ"),
     "fig2": ("mdeq.fig2", "Figure 2: cosine of phantom gradients along a training"),
     "fig3": ("mdeq.fig3", "Figure 3: accuracy for several k and λ, and for both forms"),
+    "multiscale": ("mdeq.steps", "a training step of MDEQ of any size, compared with TorchDEQ"),
     "gpu": ("gpu", "everything that needs a GPU: the tests marked gpu, then timings"),
 }
 

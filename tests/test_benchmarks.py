@@ -2,19 +2,15 @@
 
 import doctest
 import json
-from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from libraries import dispatched
-from rich.console import Console
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import jax_layer, memory, recursive_step, torch_step
 from benchmarks.mdeq import steps, table2
-from implicit_core.examples.mdeq.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -185,19 +181,23 @@ def test_the_costs_of_the_papers_table_2(tmp_path: Path, capsys: pytest.CaptureF
     assert len(broken) == 12  # what is held and the peak, in each row
 
 
-def test_the_steps_of_a_multiscale_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_steps_of_a_multiscale_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both libraries evaluate the cell equally often. TorchDEQ evaluates it once more in its backward pass."""
-    settings = asdict(Settings(batch=2, solver_steps=4, products=3))
-    measured = steps.measure(settings, Namespace(device="cpu"), Console(width=80), repetitions=2)
-    steps.table(measured).show(Console(width=80))
+    file = tmp_path / "steps.json"
+    given = ["--data", "digits", "--batch", "2", "--repetitions", "2", "--output", str(file)]
+    assert benchmarks.main(["multiscale", *given]) == 0
+    measured = steps.Steps.of(json.loads(file.read_text()))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     rows = {row.name: row for row in measured.rows}
     assert all(name in printed and len(row.times) == 2 for name, row in rows.items())
     exact, theirs = rows["exact"].costs, rows["TorchDEQ exact"].costs
-    assert (exact.forward, exact.backward) == (5, 0)
-    assert (theirs.forward, theirs.backward, theirs.vjps) == (5, 1, exact.vjps)
+    assert (exact.forward, exact.backward, exact.vjps) == (23, 0, 25)
+    assert (theirs.forward, theirs.backward, theirs.vjps) == (23, 1, 25)
     for name in ("UPG(5, 0.5)", "recomputed", "TorchDEQ UPG"):
-        assert (rows[name].costs.forward, rows[name].costs.vjps) == (9, 5)
+        assert (rows[name].costs.forward, rows[name].costs.vjps) == (27, 5)
     assert rows["recomputed"].costs.backward == rows["NPG(5, 0.5)"].costs.vjps == 5
     assert exact.peak < theirs.peak
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.main(["multiscale", "--device", "nowhere"])
+    assert "no device 'nowhere'" in capsys.readouterr().err

@@ -1,9 +1,10 @@
 """Seconds and bytes of a training step of a multiscale model, beside TorchDEQ at equal numbers of evaluations."""
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import implicit_core as ic
 from implicit_core.examples.mdeq.model import MDEQ
-from implicit_core.examples.mdeq.settings import Settings
+from implicit_core.examples.mdeq.run import place_of
+from implicit_core.examples.mdeq.settings import PRESETS, Settings
+from implicit_core.examples.program import TrainingError, at_least
 
 from .. import report
 from ..counting import Costs, costs, counting
@@ -194,3 +197,43 @@ def beside(row: Row, other: Row) -> str:
     """The quotients of two rows' times of the same rounds: median and quartiles."""
     low, middle, high = report.quartiles([a / b for a, b in zip(row.times, other.times, strict=True)])
     return f"{middle:.2f}" if row is other else f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks multiscale", description=__doc__, epilog="What is not given is that of the model."
+    )
+    add = options.add_argument
+    add("--model", choices=tuple(PRESETS), default="small", help="size of the model (default: small)")
+    add("--data", choices=tuple(IMAGES), default="cifar10", help="channels, size and classes (default: cifar10)")
+    add("--pixels", type=at_least(0), metavar="N", help="height and width, if smaller; 0: those of the data")
+    add("--batch", type=at_least(2), metavar="N", help="images")
+    add("--dropout", type=float, default=0.0, metavar="P", help="probability of a channel (default: 0)")
+    add("--repetitions", type=report.positive, default=REPETITIONS, metavar="N", help="of a step (default: 15)")
+    add("--device", default="cpu", help="as PyTorch names it (default: cpu)")
+    add("--output", type=report.output, action="append", default=[], help="save as .json or .md; may be repeated")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code: 0, or 2 if there is no such device.
+
+    Parameters
+    ----------
+    arguments
+        The command line's if None.
+    """
+    command = parser()
+    options = command.parse_args(sys.argv[1:] if arguments is None else arguments)
+    given = {name: getattr(options, name) for name in ("data", "pixels", "batch", "dropout")}
+    console = Console(width=80)
+    try:
+        place_of(options.device)
+        settings = replace(PRESETS[options.model], **{name: x for name, x in given.items() if x is not None})
+    except (TrainingError, ValueError) as error:
+        command.error(str(error))
+    measured = measure(asdict(settings), options, console, options.repetitions)
+    record = report.environment("torch", "torchdeq") | asdict(measured)
+    table(measured).present(console, record, options.output)
+    return 0
