@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,20 +69,26 @@ class Run(ABC):
         """Write a checkpoint."""
         write(self.unfinished, lambda path: torch.save({"settings": plain(self.settings), **state}, path))
 
-    def restored(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """What the checkpoint has; None if there is none.
+    def restore(self, load: Callable[[dict[str, Any]], object], device: torch.device | str = "cpu") -> None:
+        """Load what the checkpoint has, if there is one.
 
         Raises
         ------
         ResultError
-            If it was made with other settings.
+            If it was made with other settings, or ``load`` finds something else in it.
         """
         if not self.unfinished.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
-        if state["settings"] != plain(self.settings):
-            raise ResultError(f"{self.unfinished} was made with other settings: remove it, or pass --restart")
-        return state
+            return
+        remedy = "remove it, or pass --restart"
+        try:
+            state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
+            stored = state["settings"]
+            if stored == plain(self.settings):
+                load(state)
+        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            raise ResultError(f"{self.unfinished} is from another version, or damaged: {remedy}") from error
+        if stored != plain(self.settings):
+            raise ResultError(f"{self.unfinished} was made with other settings: {remedy}")
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import report
 from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
+from benchmarks.runs import ResultError
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import Training
 
@@ -159,6 +161,21 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     result.write_text(result.read_text().replace('"batch": 16', '"batch": 17'))
     assert table1.main(["--rows", "upg-5-0.5", *files]) == 2
     assert "other settings" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    other = {"training": {"done": 3}, "compared": []}
+    made.save(other)
+    with pytest.raises(ResultError, match="is from another version, or damaged: remove it, or pass --restart"):
+        trainings.execute(made)
+    made.unfinished.write_bytes(b"no checkpoint")
+    with pytest.raises(ResultError, match="another version, or damaged"):
+        trainings.execute(made)
+    replace(made, seed=1).save(other)
+    made.unfinished.write_bytes(replace(made, seed=1).unfinished.read_bytes())
+    with pytest.raises(ResultError, match="made with other settings"):
+        trainings.execute(made)
 
 
 def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
