@@ -91,9 +91,17 @@ def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     ours, theirs = rows["exact"], rows["TorchDEQ exact"]
     # Equal numbers of evaluations in the forward pass, and of pullbacks. TorchDEQ makes its last graph twice.
     assert (ours[0], ours[2]) == (theirs[0], theirs[2])
-    # It is measured once, and TorchDEQ's runs are others than ours.
-    assert benchmarks.main(["table3", "--report", *files]) == 0
+    # It is measured once for each device, and never for a report. TorchDEQ's runs are others than ours.
+    assert benchmarks.main(["table3", *files]) == 0
     assert (tmp_path / "digits-steps.json").read_text() == measured
+    monkeypatch.setattr(steps, "measure", lambda *_: pytest.fail("measured again"))
+    (tmp_path / "digits-steps.json").write_text(measured.replace('"device": "cpu"', '"device": "cuda"'))
+    capsys.readouterr()
+    assert benchmarks.main(["table3", "--report", *files]) == 0
+    assert "TorchDEQ, IFT" in (shown := capsys.readouterr().out)
+    assert "recomputed" not in shown
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        benchmarks.main(["table3", *files])
     losses = [json.loads(path.read_text())["epochs"][-1]["train/loss"] for path in tmp_path.glob("digits-*-upg*.json")]
     assert len(losses) == 2
     assert losses[0] != losses[1]
