@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import report
-from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, tables, trainings
+from benchmarks import report, runs
+from benchmarks.mdeq import command, cosines, experiments, fig2, fig3, steps, table1, table3, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
+from benchmarks.runs import ResultError
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import Training
 
@@ -110,7 +112,11 @@ def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--results", str(tmp_path), "--scratch", str(tmp_path)]
     assert fig2.main(["--seeds", "1", *files]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("digits-")) <= 80
+    assert "…" not in printed  # a cell that is cut off
+    compared = json.loads((tmp_path / "digits-ablation-implicit-0.json").read_text())["compared"]
+    assert f" {max(compared[0]['largest_adjoint_residual']):.0e} " in printed
     assert fig2.main(["--seeds", "1", "--report", *files]) == 0
 
 
@@ -119,11 +125,16 @@ def test_a_gradient_beside_itself_has_cosine_and_length_one(monkeypatch: pytest.
     training = Training(settings, Source.of(settings, None))
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     monkeypatch.setattr(cosines, "estimators", lambda _: {"exact": cosines.exact()})
-    found = cosines.compare(training)["gradients"]["exact"]
+    compared = cosines.compare(training)
+    found = compared["gradients"]["exact"]
     assert found["cosine"] == pytest.approx([1.0] * len(found["cosine"]), abs=1e-5)
     assert found["length"] == pytest.approx([1.0] * len(found["length"]), abs=1e-4)
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+    # The median tells nothing of the sample that decides a batch's gradient.
+    largest = compared["largest_adjoint_residual"]
+    assert all(a >= b for a, b in zip(largest, compared["adjoint_residual"], strict=True))
+    assert max(largest) > max(compared["adjoint_residual"])
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
@@ -150,6 +161,10 @@ def test_published_settings() -> None:
     assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.25, 24)
     # 3000 steps of pretraining, out of 50 epochs of 390
     assert round(exact.pretraining * 50 * 390, -2) == 2900
+    # 20,000 steps, out of 220 epochs
+    exact = settings_of("large", "implicit", "paper", "cifar10", 0)
+    assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.3, 20)
+    assert round(exact.pretraining * 220 * 390, -3) == 20_000
     large = settings_of("large", "upg-5-0.5", "paper", "cifar10", 0)
     assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 18, 1)
 
@@ -177,6 +192,12 @@ def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pyte
     assert table1.last([record]) == [10.0]
 
 
+def test_cells_of_a_wide_table_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [f"-9.{i} ± 0.{i}" for i in range(10)]
+    report.Table([str(i) for i in range(10)], [cells], [], "").show(Console(width=80))
+    assert capsys.readouterr().out.splitlines()[1].split("  ")[0].strip() == " ".join(cells)
+
+
 def result(seed: int, *accuracies: float, diverged: int | None = None) -> dict[str, Any]:
     epochs = [{"test/accuracy": accuracy, "processor_seconds": 2.0, "seconds": 7.0} for accuracy in accuracies]
     return {"seed": seed, "diverged": diverged, "epochs": epochs, "device": "cpu"}
@@ -194,6 +215,7 @@ def test_numbers_of_tables() -> None:
     assert tables.difference(ours, exact[2:]) is None
     assert tables.seconds(ours) == 4
     assert tables.seconds([one | {"device": "cuda"} for one in ours]) == 14
+    assert tables.seconds([ours[0], ours[1] | {"device": "cuda"}]) == 9
     assert tables.count([*ours, result(2, diverged=3)]) == "3 (1)"
     assert tables.accuracies(result(2, 0.9, diverged=3)) == [10]
     assert tables.median([1.0, 3.0, 8.0]) == 3
@@ -230,11 +252,70 @@ def test_results_with_other_settings_are_told_in_a_report(tmp_path: Path, capsys
     assert "made with other settings" in capsys.readouterr().out
 
 
+def test_runs_of_other_numbers_of_epochs_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    files = ["--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
+    for more in (["--epochs", "1"], []):
+        assert table1.main([*files, *more]) == 0
+    found = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("digits-*.json"))
+    assert found == ["results/small", "results/small-1-epochs"]
+    assert run(tmp_path, epochs=1).unfinished != run(tmp_path).unfinished
+
+
+def test_nothing_is_removed_or_trained_that_ends_in_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
+    kept = tmp_path / "cifar10-ablation-upg-5-0.5-0.json"
+    kept.touch()
+    assert table1.main(["--restart", "--data", "cifar10", "--data-dir", str(tmp_path), *files]) == 2
+    assert kept.exists()
+    monkeypatch.setattr(trainings, "begin", lambda _: pytest.fail("a training was begun"))
+    for name in ("--results", "--scratch"):
+        assert table1.main([*files, name, str(kept)]) == 2
+        assert "can't be written" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.mdeq.torchdeq", raising=False)
+    assert table3.main([*files[:-1], "torchdeq-upg-5-0.5"]) == 2
+    assert "upg-5-0.5 of TorchDEQ needs torchdeq" in capsys.readouterr().out
+
+
+def test_results_of_other_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = {"train": 64, "test": 32, "pixels": 8, "source": "the official files"}
+    results = [{"row": "upg", "seed": seed, "data": "cifar10", "images": dict(images)} for seed in range(2)]
+    tables.require_same_images(results)
+    results[1]["images"]["source"] = "not the official files"
+    with pytest.raises(ResultError, match="upg of seed 1 was trained on other images"):
+        tables.require_same_images(results)
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "2", "--rows", "upg-5-0.5"]
+    assert table1.main(files) == 0
+    path = tmp_path / "digits-ablation-upg-5-0.5-1.json"
+    path.write_text(path.read_text().replace('"pixels": 8', '"pixels": 4'))
+    assert table1.main(["--report", *files]) == 2
+
+
+def test_a_run_that_another_command_has_finished_is_left_out(tmp_path: Path) -> None:
+    made: list[trainings.Run] = []
+
+    def execute(one: trainings.Run) -> None:
+        made.append(one)
+        for seed in range(2):  # as if another command had made both
+            run(tmp_path, seed=seed).finish({"settings": runs.plain(run(tmp_path, seed=seed).settings)})
+
+    runs.make_all([run(tmp_path, seed=seed) for seed in range(2)], execute, workers=1, restart=False)
+    assert [one.seed for one in made] == [0]
+
+
 def test_runs_end_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
     assert table1.main(["--minutes", "1e-9", *files]) == 1
     assert "the same command goes on" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.pt"))  # nothing was begun
+    assert table1.main(["--minutes", "1e-9", "--restart", *files]) == 1
+    assert "the same command without --restart goes on" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="2"):
         table1.main(["--minutes", "0", *files])
 
