@@ -476,6 +476,15 @@ def test_images_are_normalized_in_training_and_in_tests(digits: Source) -> None:
     assert torch.equal(torch.stack(seen), digits.normalized(digits.test.pixels))
 
 
+def test_images_are_augmented_before_they_are_normalized(digits: Source) -> None:
+    """The border is black: pixels stay multiples of 1/16."""
+    training, seen = Training(replace(FEW, augment=1), digits), []
+    training.model.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    training.step()
+    levels = 16 * (seen[0] * digits.std + digits.mean)
+    assert float((levels - levels.round()).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "neumann", "unroll", "one-step"])
 def test_bfloat16_is_the_precision_of_the_layers_alone(gradient: str, digits: Source) -> None:
     training = Training(replace(FEW, gradient=gradient, precision="bfloat16"), digits)

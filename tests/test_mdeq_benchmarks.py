@@ -8,20 +8,25 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
+import implicit_core as ic
 from benchmarks import __main__ as benchmarks
 from benchmarks import report, runs
+from benchmarks.counting import counting
 from benchmarks.mdeq import command, cosines, experiments, fig2, fig3, steps, table1, table3, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
 from benchmarks.runs import ResultError
 from implicit_core.examples.mdeq.source import Source
-from implicit_core.examples.mdeq.training import Training
+from implicit_core.examples.mdeq.training import COMPARED, Training, number
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +121,12 @@ def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(len(line) for line in printed.splitlines() if not line.startswith("digits-")) <= 80
     assert "…" not in printed  # a cell that is cut off
     compared = json.loads((tmp_path / "digits-ablation-implicit-0.json").read_text())["compared"]
-    assert f" {max(compared[0]['largest_adjoint_residual']):.0e} " in printed
+    for moment in compared:
+        [cells] = [line.split() for line in printed.splitlines() if line.startswith(f"{moment['step']} ")]
+        cosines, lengths = moment["gradients"]["npg-5-0.5"].values()
+        assert cells[4:7] == [f"{median(cosines):.3f}", f"{min(cosines):.2f}", f"{median(lengths):.2f}"]
+        residuals = median(moment["residual"]), median(moment["adjoint_residual"])
+        assert cells[-3:] == [f"{x:.0e}" for x in (*residuals, max(moment["largest_adjoint_residual"]))]
     assert fig2.main(["--seeds", "1", "--report", *files]) == 0
 
 
@@ -135,6 +145,44 @@ def test_a_gradient_beside_itself_has_cosine_and_length_one(monkeypatch: pytest.
     largest = compared["largest_adjoint_residual"]
     assert all(a >= b for a, b in zip(largest, compared["adjoint_residual"], strict=True))
     assert max(largest) > max(compared["adjoint_residual"])
+    assert min(compared["adjoint_residual"]) < 1e-3
+
+
+def test_gradients_are_compared_with_the_masks_and_the_norms_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(
+        settings := settings_of("ablation", "implicit", "small", "digits", 0), Source.of(settings, None)
+    )
+    made, original = [], cosines.gradient
+    monkeypatch.setattr(cosines, "estimators", lambda _: {"one-step": ic.OneStep()})
+    monkeypatch.setattr(cosines, "gradient", lambda *given: made.append(original(*given)) or made[-1])
+    cosines.compare(training)
+    images, labels = training.source.test.pixels[:16], training.source.test.labels[:16]
+    model = training.model.train()
+    torch.manual_seed(number(0, COMPARED, 0, 0))
+    cross_entropy(model(training.source.normalized(images), gradient=ic.OneStep()), labels).backward()
+    expected = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if not name.startswith("head.")])
+    assert settings.dropout > 0
+    torch.testing.assert_close(made[1][0].float(), expected)
+    assert made[1][1] == float(model.stats.relative.median())
+
+
+@pytest.mark.parametrize(
+    ("row", "evaluations", "pullbacks"),
+    # The start, the steps and the graph, which the exact gradient makes twice.
+    [
+        ("implicit", 1 + TINY["solver_steps"] + 2, 1 + TINY["products"] + 1),
+        ("upg-5-0.5", 1 + TINY["solver_steps"] + 5, 5),
+    ],
+)
+def test_rows_of_torchdeq_have_the_costs_of_their_gradient(
+    row: str, evaluations: int, pullbacks: int, tmp_path: Path
+) -> None:
+    training = trainings.begin(replace(run(tmp_path, row), family="torchdeq"))
+    for _ in range(training.pretraining_steps):
+        training.step()
+    with counting(training.model.layer.cell) as counted:
+        training.step()
+    assert (counted.evaluations, counted.vjps) == (evaluations, pullbacks)
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
