@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
@@ -69,20 +70,26 @@ class Run(ABC):
         """Write a checkpoint."""
         write(self.unfinished, lambda path: torch.save({"settings": plain(self.settings), **state}, path))
 
-    def restored(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """What the checkpoint has; None if there is none.
+    def restore(self, load: Callable[[dict[str, Any]], object], device: torch.device | str = "cpu") -> None:
+        """Load what the checkpoint has, if there is one.
 
         Raises
         ------
         ResultError
-            If it was made with other settings.
+            If it was made with other settings, or ``load`` finds something else in it.
         """
         if not self.unfinished.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
-        if state["settings"] != plain(self.settings):
-            raise ResultError(f"{self.unfinished} was made with other settings: remove it, or pass --restart")
-        return state
+            return
+        remedy = "remove it, or pass --restart"
+        try:
+            state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
+            stored = state["settings"]
+            if stored == plain(self.settings):
+                load(state)
+        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            raise ResultError(f"{self.unfinished} is from another version, or damaged: {remedy}") from error
+        if stored != plain(self.settings):
+            raise ResultError(f"{self.unfinished} was made with other settings: {remedy}")
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -110,13 +117,13 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
     ResultError
         If there are results of other settings, or the folders can't be written.
     """
-    for folder in dict.fromkeys(path.parent for run in runs for path in (run.result, run.unfinished)):
+    left = [run for run in runs if restart or not run.finished()]
+    for folder in dict.fromkeys(path.parent for run in left for path in (run.result, run.unfinished)):
         require_writable(folder)
     if restart:
         for run in runs:
             run.result.unlink(missing_ok=True)
             run.unfinished.unlink(missing_ok=True)
-    left = [run for run in runs if not run.finished()]
     say(f"{len(left)} runs to make, {len(runs) - len(left)} finished")
     begun = time.perf_counter()
 

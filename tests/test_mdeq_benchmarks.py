@@ -232,6 +232,21 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "other settings" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    other = {"training": {"done": 3}, "compared": []}
+    made.save(other)
+    with pytest.raises(ResultError, match="is from another version, or damaged: remove it, or pass --restart"):
+        trainings.execute(made)
+    made.unfinished.write_bytes(b"no checkpoint")
+    with pytest.raises(ResultError, match="another version, or damaged"):
+        trainings.execute(made)
+    replace(made, seed=1).save(other)
+    made.unfinished.write_bytes(replace(made, seed=1).unfinished.read_bytes())
+    with pytest.raises(ResultError, match="made with other settings"):
+        trainings.execute(made)
+
+
 def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(experiments.DATA, "digits", TINY | {"rate": float("1e38")})
     trainings.execute(run(tmp_path))

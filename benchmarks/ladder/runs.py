@@ -100,9 +100,12 @@ def execute(run: Run, say: Callable[[str], None], *, until: int | None = None) -
     task, settings, data = TASKS[run.task], run.settings, data_of(run)
     training = Training(task, settings, rungs(settings.recursions)[run.rung], run.seed, data.train)
     made: list[dict[str, Any]] = []
-    if state := run.restored():
+
+    def load(state: dict[str, Any]) -> None:
         training.load_state_dict(state["training"])
-        made = state["made"]
+        made.extend(state["made"])
+
+    run.restore(load)
     begun, first = time.perf_counter(), training.done
     for mark in settings.marks():
         while training.done < mark and not training.diverged:

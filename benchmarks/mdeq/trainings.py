@@ -114,9 +114,12 @@ def execute(run: Run) -> None:
     settings = run.settings
     training = begin(run)
     compared: list[dict[str, Any]] = []
-    if state := run.restored(training.device):
+
+    def load(state: dict[str, Any]) -> None:
         training.restore(state["training"])
-        compared = state["compared"]
+        compared.extend(state["compared"])
+
+    run.restore(load, training.device)
     marks = {round(training.all_steps * i / MARKS) for i in range(MARKS + 1)} if run.measured else set()
     diverged = None
     with warnings.catch_warnings():
