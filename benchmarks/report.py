@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from implicit_core.examples.program import at_least
 
 ROOT = Path(__file__).parents[1]
+WIDEST = 200
+"""Columns of the widest table that is printed."""
 COMMAND = (sys.executable, "-m", "benchmarks")
 """Command that runs a part of a benchmark in its own process, from :data:`ROOT`."""
 
@@ -47,7 +49,7 @@ class Table:
     wrap: bool = False
 
     def show(self, console: Console) -> None:
-        """Print it."""
+        """Print it; a table that is wider than the console is not cut off, since a half of a number is a wrong one."""
         table = rich.table.Table(box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(self.head):
             table.add_column(
@@ -57,7 +59,9 @@ class Table:
             table.add_row(*row)
         for line in self.title:
             console.print(line, highlight=False)
+        width, console.width = console.width, max(console.width, WIDEST)
         console.print(table)
+        console.width = width
         if self.legend:
             console.print(self.legend, style="dim", highlight=False)
 

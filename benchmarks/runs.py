@@ -13,6 +13,7 @@ from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -110,12 +111,19 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
         Runs at a time, each in a process.
     restart
         Remove results and checkpoints of these runs first.
+
+    Raises
+    ------
+    ResultError
+        If there are results of other settings, or the folders can't be written.
     """
+    left = [run for run in runs if restart or not run.finished()]
+    for folder in dict.fromkeys(path.parent for run in left for path in (run.result, run.unfinished)):
+        require_writable(folder)
     if restart:
         for run in runs:
             run.result.unlink(missing_ok=True)
             run.unfinished.unlink(missing_ok=True)
-    left = [run for run in runs if not run.finished()]
     say(f"{len(left)} runs to make, {len(runs) - len(left)} finished")
     begun = time.perf_counter()
 
@@ -128,8 +136,7 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
     if workers == 1:
         with _stop:
             for done, run in enumerate(left, 1):
-                if not run.finished():  # by another process meanwhile
-                    execute(run)
+                _execute_unless_finished(execute, run)
                 tell(done)
         return
     context = multiprocessing.get_context("spawn")
@@ -137,7 +144,7 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
     pool = ProcessPoolExecutor(workers, context, initializer=_obey, initargs=(ask,))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        futures = [pool.submit(execute, run) for run in left]
+        futures = [pool.submit(_execute_unless_finished, execute, run) for run in left]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             tell(done)
@@ -145,6 +152,12 @@ def make_all(runs: Sequence[R], execute: Callable[[R], object], *, workers: int,
         ask.set()
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, before)
+
+
+def _execute_unless_finished(execute: Callable[[R], object], run: R) -> None:
+    """Another command may have finished it meanwhile."""
+    if not run.finished():
+        execute(run)
 
 
 _stop = Stop()
@@ -164,6 +177,16 @@ def _obey(ask: Event) -> None:
     global _ask
     _ask = ask
     _stop.__enter__()
+
+
+def require_writable(folder: Path) -> None:
+    """Raise :class:`ResultError` if files can't be written there, which is better known before a training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResultError(f"{folder} can't be written: {error.strerror}") from error
 
 
 def say(line: str) -> None:

@@ -464,6 +464,27 @@ def test_steps_of_pretraining_apply_the_cell_ten_times_without_a_solve(digits: S
     assert counts == [10, 10, 10] + [FEW.solver_steps + FEW.k] * 3
 
 
+def test_images_are_normalized_in_training_and_in_tests(digits: Source) -> None:
+    training, seen = Training(FEW, digits), []
+    training.model.register_forward_pre_hook(lambda _module, given: seen.extend(given[0]))
+    training.step()
+    known = digits.normalized(digits.train.pixels)
+    assert len(seen) == FEW.batch
+    assert all((known == image).all(dim=(1, 2, 3)).any() for image in seen)
+    seen.clear()
+    training.test()
+    assert torch.equal(torch.stack(seen), digits.normalized(digits.test.pixels))
+
+
+def test_images_are_augmented_before_they_are_normalized(digits: Source) -> None:
+    """The border is black: pixels stay multiples of 1/16."""
+    training, seen = Training(replace(FEW, augment=1), digits), []
+    training.model.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    training.step()
+    levels = 16 * (seen[0] * digits.std + digits.mean)
+    assert float((levels - levels.round()).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "neumann", "unroll", "one-step"])
 def test_bfloat16_is_the_precision_of_the_layers_alone(gradient: str, digits: Source) -> None:
     training = Training(replace(FEW, gradient=gradient, precision="bfloat16"), digits)

@@ -10,18 +10,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy
 
+import implicit_core as ic
 from benchmarks import __main__ as benchmarks
-from benchmarks import report
-from benchmarks.mdeq import cosines, experiments, fig2, fig3, steps, table1, tables, trainings
+from benchmarks import report, runs
+from benchmarks.counting import counting
+from benchmarks.mdeq import command, cosines, experiments, fig2, fig3, steps, table1, table3, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
 from benchmarks.runs import ResultError
 from implicit_core.examples.mdeq.source import Source
-from implicit_core.examples.mdeq.training import Training
+from implicit_core.examples.mdeq.training import COMPARED, Training, number
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +98,17 @@ def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     ours, theirs = rows["exact"], rows["TorchDEQ exact"]
     # Equal numbers of evaluations in the forward pass, and of pullbacks. TorchDEQ makes its last graph twice.
     assert (ours[0], ours[2]) == (theirs[0], theirs[2])
-    # It is measured once, and TorchDEQ's runs are others than ours.
-    assert benchmarks.main(["table3", "--report", *files]) == 0
+    # It is measured once for each device, and never for a report. TorchDEQ's runs are others than ours.
+    assert benchmarks.main(["table3", *files]) == 0
     assert (tmp_path / "digits-steps.json").read_text() == measured
+    monkeypatch.setattr(steps, "measure", lambda *_: pytest.fail("measured again"))
+    (tmp_path / "digits-steps.json").write_text(measured.replace('"device": "cpu"', '"device": "cuda"'))
+    capsys.readouterr()
+    assert benchmarks.main(["table3", "--report", *files]) == 0
+    assert "TorchDEQ, IFT" in (shown := capsys.readouterr().out)
+    assert "recomputed" not in shown
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        benchmarks.main(["table3", *files])
     losses = [json.loads(path.read_text())["epochs"][-1]["train/loss"] for path in tmp_path.glob("digits-*-upg*.json")]
     assert len(losses) == 2
     assert losses[0] != losses[1]
@@ -104,7 +117,16 @@ def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--results", str(tmp_path), "--scratch", str(tmp_path)]
     assert fig2.main(["--seeds", "1", *files]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("digits-")) <= 80
+    assert "…" not in printed  # a cell that is cut off
+    compared = json.loads((tmp_path / "digits-ablation-implicit-0.json").read_text())["compared"]
+    for moment in compared:
+        [cells] = [line.split() for line in printed.splitlines() if line.startswith(f"{moment['step']} ")]
+        cosines, lengths = moment["gradients"]["npg-5-0.5"].values()
+        assert cells[4:7] == [f"{median(cosines):.3f}", f"{min(cosines):.2f}", f"{median(lengths):.2f}"]
+        residuals = median(moment["residual"]), median(moment["adjoint_residual"])
+        assert cells[-3:] == [f"{x:.0e}" for x in (*residuals, max(moment["largest_adjoint_residual"]))]
     assert fig2.main(["--seeds", "1", "--report", *files]) == 0
 
 
@@ -113,11 +135,54 @@ def test_a_gradient_beside_itself_has_cosine_and_length_one(monkeypatch: pytest.
     training = Training(settings, Source.of(settings, None))
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     monkeypatch.setattr(cosines, "estimators", lambda _: {"exact": cosines.exact()})
-    found = cosines.compare(training)["gradients"]["exact"]
+    compared = cosines.compare(training)
+    found = compared["gradients"]["exact"]
     assert found["cosine"] == pytest.approx([1.0] * len(found["cosine"]), abs=1e-5)
     assert found["length"] == pytest.approx([1.0] * len(found["length"]), abs=1e-4)
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+    # The median tells nothing of the sample that decides a batch's gradient.
+    largest = compared["largest_adjoint_residual"]
+    assert all(a >= b for a, b in zip(largest, compared["adjoint_residual"], strict=True))
+    assert max(largest) > max(compared["adjoint_residual"])
+    assert min(compared["adjoint_residual"]) < 1e-3
+
+
+def test_gradients_are_compared_with_the_masks_and_the_norms_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(
+        settings := settings_of("ablation", "implicit", "small", "digits", 0), Source.of(settings, None)
+    )
+    made, original = [], cosines.gradient
+    monkeypatch.setattr(cosines, "estimators", lambda _: {"one-step": ic.OneStep()})
+    monkeypatch.setattr(cosines, "gradient", lambda *given: made.append(original(*given)) or made[-1])
+    cosines.compare(training)
+    images, labels = training.source.test.pixels[:16], training.source.test.labels[:16]
+    model = training.model.train()
+    torch.manual_seed(number(0, COMPARED, 0, 0))
+    cross_entropy(model(training.source.normalized(images), gradient=ic.OneStep()), labels).backward()
+    expected = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if not name.startswith("head.")])
+    assert settings.dropout > 0
+    torch.testing.assert_close(made[1][0].float(), expected)
+    assert made[1][1] == float(model.stats.relative.median())
+
+
+@pytest.mark.parametrize(
+    ("row", "evaluations", "pullbacks"),
+    # The start, the steps and the graph, which the exact gradient makes twice.
+    [
+        ("implicit", 1 + TINY["solver_steps"] + 2, 1 + TINY["products"] + 1),
+        ("upg-5-0.5", 1 + TINY["solver_steps"] + 5, 5),
+    ],
+)
+def test_rows_of_torchdeq_have_the_costs_of_their_gradient(
+    row: str, evaluations: int, pullbacks: int, tmp_path: Path
+) -> None:
+    training = trainings.begin(replace(run(tmp_path, row), family="torchdeq"))
+    for _ in range(training.pretraining_steps):
+        training.step()
+    with counting(training.model.layer.cell) as counted:
+        training.step()
+    assert (counted.evaluations, counted.vjps) == (evaluations, pullbacks)
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
@@ -144,6 +209,10 @@ def test_published_settings() -> None:
     assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.25, 24)
     # 3000 steps of pretraining, out of 50 epochs of 390
     assert round(exact.pretraining * 50 * 390, -2) == 2900
+    # 20,000 steps, out of 220 epochs
+    exact = settings_of("large", "implicit", "paper", "cifar10", 0)
+    assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.3, 20)
+    assert round(exact.pretraining * 220 * 390, -3) == 20_000
     large = settings_of("large", "upg-5-0.5", "paper", "cifar10", 0)
     assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 18, 1)
 
@@ -186,6 +255,12 @@ def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pyte
     assert table1.last([record]) == [10.0]
 
 
+def test_cells_of_a_wide_table_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [f"-9.{i} ± 0.{i}" for i in range(10)]
+    report.Table([str(i) for i in range(10)], [cells], [], "").show(Console(width=80))
+    assert capsys.readouterr().out.splitlines()[1].split("  ")[0].strip() == " ".join(cells)
+
+
 def result(seed: int, *accuracies: float, diverged: int | None = None) -> dict[str, Any]:
     epochs = [{"test/accuracy": accuracy, "processor_seconds": 2.0, "seconds": 7.0} for accuracy in accuracies]
     return {"seed": seed, "diverged": diverged, "epochs": epochs, "device": "cpu"}
@@ -203,6 +278,7 @@ def test_numbers_of_tables() -> None:
     assert tables.difference(ours, exact[2:]) is None
     assert tables.seconds(ours) == 4
     assert tables.seconds([one | {"device": "cuda"} for one in ours]) == 14
+    assert tables.seconds([ours[0], ours[1] | {"device": "cuda"}]) == 9
     assert tables.count([*ours, result(2, diverged=3)]) == "3 (1)"
     assert tables.accuracies(result(2, 0.9, diverged=3)) == [10]
     assert tables.median([1.0, 3.0, 8.0]) == 3
@@ -239,11 +315,70 @@ def test_results_with_other_settings_are_told_in_a_report(tmp_path: Path, capsys
     assert "made with other settings" in capsys.readouterr().out
 
 
+def test_runs_of_other_numbers_of_epochs_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    files = ["--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
+    for more in (["--epochs", "1"], []):
+        assert table1.main([*files, *more]) == 0
+    found = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("digits-*.json"))
+    assert found == ["results/small", "results/small-1-epochs"]
+    assert run(tmp_path, epochs=1).unfinished != run(tmp_path).unfinished
+
+
+def test_nothing_is_removed_or_trained_that_ends_in_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
+    kept = tmp_path / "cifar10-ablation-upg-5-0.5-0.json"
+    kept.touch()
+    assert table1.main(["--restart", "--data", "cifar10", "--data-dir", str(tmp_path), *files]) == 2
+    assert kept.exists()
+    monkeypatch.setattr(trainings, "begin", lambda _: pytest.fail("a training was begun"))
+    for name in ("--results", "--scratch"):
+        assert table1.main([*files, name, str(kept)]) == 2
+        assert "can't be written" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.mdeq.torchdeq", raising=False)
+    assert table3.main([*files[:-1], "torchdeq-upg-5-0.5"]) == 2
+    assert "upg-5-0.5 of TorchDEQ needs torchdeq" in capsys.readouterr().out
+
+
+def test_results_of_other_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = {"train": 64, "test": 32, "pixels": 8, "source": "the official files"}
+    results = [{"row": "upg", "seed": seed, "data": "cifar10", "images": dict(images)} for seed in range(2)]
+    tables.require_same_images(results)
+    results[1]["images"]["source"] = "not the official files"
+    with pytest.raises(ResultError, match="upg of seed 1 was trained on other images"):
+        tables.require_same_images(results)
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "2", "--rows", "upg-5-0.5"]
+    assert table1.main(files) == 0
+    path = tmp_path / "digits-ablation-upg-5-0.5-1.json"
+    path.write_text(path.read_text().replace('"pixels": 8', '"pixels": 4'))
+    assert table1.main(["--report", *files]) == 2
+
+
+def test_a_run_that_another_command_has_finished_is_left_out(tmp_path: Path) -> None:
+    made: list[trainings.Run] = []
+
+    def execute(one: trainings.Run) -> None:
+        made.append(one)
+        for seed in range(2):  # as if another command had made both
+            run(tmp_path, seed=seed).finish({"settings": runs.plain(run(tmp_path, seed=seed).settings)})
+
+    runs.make_all([run(tmp_path, seed=seed) for seed in range(2)], execute, workers=1, restart=False)
+    assert [one.seed for one in made] == [0]
+
+
 def test_runs_end_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
     assert table1.main(["--minutes", "1e-9", *files]) == 1
     assert "the same command goes on" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.pt"))  # nothing was begun
+    assert table1.main(["--minutes", "1e-9", "--restart", *files]) == 1
+    assert "the same command without --restart goes on" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="2"):
         table1.main(["--minutes", "0", *files])
 

@@ -15,8 +15,8 @@ from implicit_core.examples.program import TrainingError
 from .. import report
 from ..runs import ResultError, make_all
 from .experiments import DATA, SCALES
-from .tables import read
-from .trainings import OutOfTimeError, Run, execute
+from .tables import read, require_same_images
+from .trainings import OutOfTimeError, Run, begin, execute
 
 HERE = Path(__file__).parent
 SCRATCH = report.ROOT / "outputs" / "mdeq"
@@ -44,7 +44,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on; so does every command, unless --restart is given")
     add("--restart", action="store_true", help="remove the results and checkpoints of these runs, and begin anew")
     add("--report", action="store_true", help="only show what is finished")
-    add("--results", type=Path, metavar="DIR", help="folder of the results (default: benchmarks/mdeq/results/SCALE)")
+    add("--results", type=Path, metavar="DIR", help="folder of the results (default: one in benchmarks/mdeq/results)")
     add("--scratch", type=Path, default=SCRATCH, metavar="DIR", help="folder of checkpoints (default: outputs/mdeq)")
     return options
 
@@ -83,7 +83,8 @@ def run(
     for row in options.rows or ():
         if row not in rows:
             command.error(f"no row is named {row}; there are: {', '.join(rows)}")
-    options.results = options.results or HERE / "results" / options.scale
+    folder = options.scale if options.epochs is None else f"{options.scale}-{options.epochs}-epochs"
+    options.results = options.results or HERE / "results" / folder
     console = Console(width=80)
     make = partial(
         Run, scale=options.scale, data=options.data, results=options.results, scratch=options.scratch,
@@ -98,25 +99,37 @@ def run(
         if not options.report:
             _make(chosen, options, console)
         found = {row: [read(run.result) for run in made if run.finished()] for row, made in runs.items()}
+        require_same_images([result for results in found.values() for result in results])
     except (ResultError, TrainingError) as error:
         console.print(f"python -m benchmarks {name}: {error}", style="red", highlight=False)
         return 2
     except KeyboardInterrupt:
-        console.print("Stopped; the same command goes on.", highlight=False)
+        console.print(f"Stopped; {_goes_on(options)}.", highlight=False)
         return 130
     found = {row: results for row, results in found.items() if results}
     if not found:
         console.print(f"no run of {name} is finished in {options.results}", highlight=False)
         return 1
-    return publish(console, options, found)
+    try:
+        return publish(console, options, found)
+    except OSError as error:
+        console.print(f"{error.filename} can't be written: {error.strerror}", style="red", highlight=False)
+        return 2
+
+
+def _goes_on(options: argparse.Namespace) -> str:
+    """How to go on after a stop."""
+    return f"the same command {'without --restart ' * options.restart}goes on"
 
 
 def _make(runs: Sequence[Run], options: argparse.Namespace, console: Console) -> None:
     """Make the runs, as far as the time goes."""
+    if options.restart:
+        begin(runs[0])  # which says what is missing before anything is removed
     try:
         make_all(runs, execute, workers=options.workers, restart=options.restart)
     except OutOfTimeError:
-        console.print(f"{options.minutes:g} minutes are over; the same command goes on.", highlight=False)
+        console.print(f"{options.minutes:g} minutes are over; {_goes_on(options)}.", highlight=False)
 
 
 def save(

@@ -4,13 +4,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .. import report
-from ..runs import rounded, write
+from ..runs import plain, rounded, write
 from . import command, steps, table1
+from .experiments import settings_of
 from .tables import Result, about, best, count, difference, last, signed, spread
 
 ROWS = {
@@ -48,19 +50,31 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     accuracy = report.Table(
         ["gradient", "n", "last", "best", "- exact", "paper"], rows, about(next(iter(found.values()))), LEGEND
     )
-    measured = timed(console, options, next(iter(found.values()))[0]["settings"])
-    command.save(console, options, "table3", [accuracy, steps.table(measured)], found, picture)
+    measured = timed(console, options)
+    times = [] if measured is None else [steps.table(measured)]
+    command.save(console, options, "table3", [accuracy, *times], found, picture)
     return 0
 
 
-def timed(console: Console, options: argparse.Namespace, settings: dict[str, Any]) -> steps.Steps:
-    """The times and the memory of steps, measured once: other processes disturb them."""
+def timed(console: Console, options: argparse.Namespace) -> steps.Steps | None:
+    """The times and the memory of steps of the model of the first row; None where a report finds none.
+
+    They are measured once for each device, since other processes disturb them.
+    """
     file = options.results / f"{options.data}-steps.json"
-    if options.restart or not file.exists():
+    settings = plain(settings_of(*FAMILIES["implicit"], options.scale, options.data, seed=0))
+    of = {"settings": settings, "device": options.device}
+    if not options.report and (options.restart or not _measured(file, of)):
         measured = steps.measure(settings, options, console)
-        record = {**report.environment("torch", "torchdeq"), **asdict(measured)}
+        record = {**of, **report.environment("torch", "torchdeq"), **asdict(measured)}
         write(file, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
-    return steps.Steps.of(json.loads(file.read_text()))
+    return steps.Steps.of(json.loads(file.read_text())) if _measured(file, of) else None
+
+
+def _measured(file: Path, of: dict[str, Any]) -> bool:
+    """Whether a file has the times of these settings, on this device."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return all(found.get(name) == value for name, value in of.items())
 
 
 def picture(record: dict[str, Any]) -> Any:

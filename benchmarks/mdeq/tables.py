@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..runs import ResultError
+
 Result = dict[str, Any]
 
 
@@ -14,6 +16,18 @@ def read(path: Path) -> Result:
     """The result of a run."""
     result: Result = json.loads(path.read_text())
     return result
+
+
+def require_same_images(results: Sequence[Result]) -> None:
+    """Raise :class:`ResultError` if results that are compared had other images, as far as they tell."""
+    for result in results:
+        first, other = results[0]["images"], result["images"]
+        names = ("train", "test", "pixels", *(("source",) if result["data"] == "cifar10" else ()))
+        if any(first[name] != other[name] for name in names):
+            raise ResultError(
+                f"{result['row']} of seed {result['seed']} was trained on other images ({other}) than "
+                f"{results[0]['row']} of seed {results[0]['seed']} ({first}): choose another --results"
+            )
 
 
 def accuracies(result: Result) -> list[float]:
@@ -35,8 +49,12 @@ def best(results: Sequence[Result]) -> list[float]:
 
 def seconds(results: Sequence[Result]) -> float:
     """Mean time of the training steps of a run, of the processor; on other devices on the clock."""
-    clock = "processor_seconds" if results[0]["device"] == "cpu" else "seconds"
-    return float(np.mean([sum(epoch[clock] for epoch in result["epochs"]) for result in results]))
+    clocks = ["processor_seconds" if result["device"] == "cpu" else "seconds" for result in results]
+    return float(
+        np.mean(
+            [sum(epoch[clock] for epoch in result["epochs"]) for result, clock in zip(results, clocks, strict=True)]
+        )
+    )
 
 
 def count(results: Sequence[Result]) -> str:

@@ -14,7 +14,7 @@ from implicit_core.examples.mdeq.data.cifar10 import FOLDER
 from implicit_core.examples.mdeq.settings import Settings
 from implicit_core.examples.mdeq.source import Source, size_of
 from implicit_core.examples.mdeq.training import Training
-from implicit_core.examples.program import DivergedError
+from implicit_core.examples.program import DivergedError, TrainingError
 
 from .. import report, runs
 from ..runs import interrupted, say
@@ -89,7 +89,8 @@ class Run(runs.Run):
     @property
     def unfinished(self) -> Path:
         """The file of its checkpoint."""
-        return self.scratch / f"{self.scale}-{self}.pt"
+        epochs = "" if self.epochs is None else f"{self.epochs}-epochs-"
+        return self.scratch / f"{self.scale}-{epochs}{self}.pt"
 
     @property
     def measured(self) -> bool:
@@ -123,18 +124,17 @@ def execute(run: Run) -> None:
     diverged = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ic.ConvergenceWarning)  # so many steps are what the model is made of
-        while training.done < training.all_steps or training.at_end_of_epoch:
+        while training.done < training.all_steps:
             if interrupted() or time.time() > run.until:
                 run.save({"compared": compared, "training": training.state()})
                 raise KeyboardInterrupt if interrupted() else OutOfTimeError
             if training.done in marks and (not compared or compared[-1]["step"] < training.done):
                 compared.append({"step": training.done, **compare(training)})
-            if not training.at_end_of_epoch:
-                try:
-                    training.step()
-                except DivergedError:
-                    diverged = training.done
-                    break
+            try:
+                training.step()
+            except DivergedError:
+                diverged = training.done
+                break
             if training.at_end_of_epoch:
                 training.end_epoch()
                 run.save({"compared": compared, "training": training.state()})
@@ -160,8 +160,10 @@ def begin(run: Run) -> Training:
     """A training at its start."""
     source = Source.of(run.settings, run.data_dir)
     if run.family == "torchdeq":
-        from .torchdeq import Training as TorchDEQTraining
-
+        try:
+            from .torchdeq import Training as TorchDEQTraining
+        except ModuleNotFoundError as error:
+            raise TrainingError(f"{run.row} of TorchDEQ needs {error.name}; --rows chooses others.") from error
         return TorchDEQTraining(run.settings, source, run.device)
     return Training(run.settings, source, run.device)
 

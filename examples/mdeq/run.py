@@ -95,10 +95,9 @@ def fit(
         program.save(settings, training, checkpoint)
     with report.progress(console) as bars:
         task = bars.add_task("", total=training.all_steps, completed=training.done, status="")
-        while training.done < training.all_steps or training.at_end_of_epoch:
-            if not training.at_end_of_epoch:
-                training.step()
-                bars.update(task, completed=training.done, status=report.status(training.totals.means()))
+        while training.done < training.all_steps:
+            training.step()
+            bars.update(task, completed=training.done, status=report.status(training.totals.means()))
             ended = training.at_end_of_epoch
             if ended:
                 training.end_epoch()
