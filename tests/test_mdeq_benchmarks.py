@@ -202,7 +202,7 @@ def test_published_settings() -> None:
         128,
         0.1,
         1e-4,
-        22,
+        23,
         0,
     )
     exact = settings_of("ablation", "implicit", "paper", "cifar10", 0)
@@ -214,7 +214,7 @@ def test_published_settings() -> None:
     assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.3, 20)
     assert round(exact.pretraining * 220 * 390, -3) == 20_000
     large = settings_of("large", "upg-5-0.5", "paper", "cifar10", 0)
-    assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 18, 1)
+    assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 19, 1)
 
 
 def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class Settings:
     dropout
         Probability that a channel is left out in a solve.
     solver_steps
-        Steps of Broyden's method.
+        Steps of Broyden's method: evaluations of the cell, the first of which is at the start.
     epochs, batch
         Passes over the images, and images a step, of all processes together. What is left of a pass after its full
         batches is left out.
@@ -157,14 +157,17 @@ CIFAR10 = replace(PUBLISHED, data="cifar10")
 PRESETS = {
     "small": Settings(),
     "small-4": Settings(model="small-4", solver_steps=18, products=20, epochs=5),
-    "tiny": replace(CIFAR10, model="tiny", epochs=50),
-    "large": replace(CIFAR10, model="large", solver_steps=18, products=20, epochs=220, augment=1),
+    "tiny": replace(CIFAR10, model="tiny", solver_steps=22 + 1, epochs=50),
+    "large": replace(CIFAR10, model="large", solver_steps=18 + 1, products=20, epochs=220, augment=1),
     "imagenet": replace(
-        PUBLISHED, model="imagenet", data="imagenet", lam=0.6, solver_steps=26, epochs=100, optimizer="nesterov",
+        PUBLISHED, model="imagenet", data="imagenet", lam=0.6, solver_steps=26 + 1, epochs=100, optimizer="nesterov",
         rate=0.05, decay=5e-5, augment=1,
     ),
 }  # fmt: skip
-"""The settings of a model: the published ones, but for the small ones."""
+"""The settings of a model: the published ones, but for the small ones.
+
+The published numbers of steps do not count the evaluation at the start.
+"""
 
 
 @dataclass(frozen=True)
