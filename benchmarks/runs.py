@@ -83,12 +83,12 @@ class Run(ABC):
         remedy = "remove it, or pass --restart"
         try:
             state: dict[str, Any] = torch.load(self.unfinished, map_location=device, weights_only=True)
-            stored = state["settings"]
-            if stored == plain(self.settings):
+            same = state["settings"] == plain(self.settings)
+            if same:
                 load(state)
         except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
             raise ResultError(f"{self.unfinished} is from another version, or damaged: {remedy}") from error
-        if stored != plain(self.settings):
+        if not same:
             raise ResultError(f"{self.unfinished} was made with other settings: {remedy}")
 
 

@@ -9,21 +9,22 @@ from rich.console import Console
 
 from .. import report
 from . import command
-from .tables import Result, about, median
+from .cosines import PRODUCTS
+from .tables import Result, about, median, numbers
 
 DESCRIPTION = "Figure 2: cosine of phantom gradients with the exact one, along a training with the exact one."
-LEGEND = """\
+LEGEND = f"""\
 cos    cosine with the exact gradient of a batch: median over batches and seeds
 low    the least of them
-len    norm divided by that of the exact gradient, median
+len    norm of the gradient over the norm of the exact one: median
 res    relative residual of the solve, median
 adj    relative residual of the exact gradient's linear solve, median: GMRES to
-       1e-4, or 500 products
+       1e-4, or {PRODUCTS} products
 worst  the largest of them over samples, batches and seeds: where it is not
        small, some cosines are not those with the exact gradient
-UPG and NPG have k = 5 and λ = 0.5. The gradients are those of the cell
-and the encoder. implicit is the one with 24 products, which trains after the
-pretraining."""
+UPG and NPG have k = 5 and λ = 0.5. Gradients are taken with respect to the
+parameters of the cell and the encoder. implicit makes 24 products, and trains
+the model after the pretraining."""
 SHORT = {"upg-5-0.5": "UPG", "npg-5-0.5": "NPG"}
 
 
@@ -53,7 +54,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
             for name in ("residual", "adjoint_residual")
         ]
         worst = [x for result in results for x in result["compared"][i]["largest_adjoint_residual"]]
-        solves.append(np.max([np.nan if x is None else x for x in worst]))
+        solves.append(float(np.max(numbers(worst))))
         rows.append([*cells, *(f"{residual:.0e}" for residual in solves)])
     table = report.Table(head, rows, about(results), LEGEND, wrap=True)
     command.save(console, options, "fig2", [table], {"implicit": results}, picture)
@@ -62,8 +63,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
 
 def of_all(results: Sequence[Result], i: int, name: str, what: str) -> list[float]:
     """A measure of a gradient at a moment, of all batches and seeds; NaN where it has none."""
-    values = [x for result in results for x in result["compared"][i]["gradients"][name][what]]
-    return [np.nan if x is None else x for x in values]
+    return numbers([x for result in results for x in result["compared"][i]["gradients"][name][what]])
 
 
 def picture(record: dict[str, Any]) -> Any:

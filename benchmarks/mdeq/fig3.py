@@ -21,7 +21,8 @@ DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for b
 LEGEND = """\
 last   accuracy after the last epoch, percent: mean and standard deviation
 best   accuracy of each run's best epoch, which is chosen on the test
-- 5    last, minus that of UPG(5, 0.5), of equal seeds, and its standard error
+- 5    difference of last from UPG(5, 0.5), between runs of equal seeds: mean
+       and standard error
 npg-1-1 is the one-step gradient, OneStep()."""
 
 

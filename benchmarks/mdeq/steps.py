@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,34 +66,31 @@ class Steps:
         return cls(rows, record["about"])
 
 
-def measure(
-    settings: Mapping[str, Any], options: argparse.Namespace, console: Console, repetitions: int | None = None
-) -> Steps:
+def measure(settings: Settings, device: str, console: Console, repetitions: int) -> Steps:
     """Measure the steps of a model; images and labels are random, and the layers are in float32.
 
     Parameters
     ----------
     settings
-        Those of a run, as a dictionary. Sizes, numbers of steps and products, and dropout are taken from it.
-    options
-        With a ``device``.
+        Those of a run. Sizes, numbers of steps and products, and dropout are taken from them.
+    device
+        Where to train, as PyTorch names it.
     console
         Where the progress is shown.
     repetitions
-        Timed steps of each row; :data:`REPETITIONS` if None.
+        Timed steps of each row.
     """
-    given, device = Settings(**settings), torch.device(options.device)
-    repetitions = repetitions or REPETITIONS
+    place = torch.device(device)
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        channels, side, classes = IMAGES[given.data]
-        side = min(given.pixels or side, side)
-        model = MDEQ(given.sizes(channels, classes), ic.steps(1), ic.OneStep()).to(device)
-        images = torch.randn(given.batch, channels, side, side).to(device)
-        labels = torch.randint(classes, (given.batch,)).to(device)
+        channels, side, classes = IMAGES[settings.data]
+        side = min(settings.pixels or side, side)
+        model = MDEQ(settings.sizes(channels, classes), ic.steps(1), ic.OneStep()).to(place)
+        images = torch.randn(settings.batch, channels, side, side).to(place)
+        labels = torch.randint(classes, (settings.batch,)).to(place)
     model.layer.check = False  # it is made once in a training, but each time that bytes are counted
-    forwards = ours(model, images, given)
+    forwards = ours(model, images, settings)
 
     def loss(logits: Tensor) -> Tensor:
         return cross_entropy(logits, labels)
@@ -113,10 +110,10 @@ def measure(
     found |= {name: count(forward) for name, forward in forwards.items() if name not in found}
     with report.progress(console, len(forwards) * repetitions) as announce:
         runs = {name: partial(step, forward) for name, forward in forwards.items()}
-        times = interleaved(runs, repetitions, announce, LIMIT, clock(device))
+        times = interleaved(runs, repetitions, announce, LIMIT, clock(place))
     about = [
-        f"A training step of the {given.model} model: batches of {given.batch} images of {side} x {side} pixels",
-        f"{given.solver_steps} steps of Broyden's method, {given.products} products; 1 thread, "
+        f"A training step of the {settings.model} model: batches of {settings.batch} images of {side} x {side} pixels",
+        f"{settings.solver_steps} steps of Broyden's method, {settings.products} products; 1 thread, "
         f"{len(times[EXACT])} repetitions",
     ]
     return Steps([Row(name, found[name], times[name]) for name in forwards], about)
@@ -210,7 +207,8 @@ def parser() -> argparse.ArgumentParser:
     add("--pixels", type=at_least(0), metavar="N", help="height and width, if smaller; 0: those of the data")
     add("--batch", type=at_least(2), metavar="N", help="images")
     add("--dropout", type=float, default=0.0, metavar="P", help="probability of a channel (default: 0)")
-    add("--repetitions", type=report.positive, default=REPETITIONS, metavar="N", help="of a step (default: 15)")
+    about = f"of a step (default: {REPETITIONS})"
+    add("--repetitions", type=report.positive, default=REPETITIONS, metavar="N", help=about)
     add("--device", default="cpu", help="as PyTorch names it (default: cpu)")
     add("--output", type=report.output, action="append", default=[], help="save as .json or .md; may be repeated")
     return options
@@ -233,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(PRESETS[options.model], **{name: x for name, x in given.items() if x is not None})
     except (TrainingError, ValueError) as error:
         command.error(str(error))
-    measured = measure(asdict(settings), options, console, options.repetitions)
+    measured = measure(settings, options.device, console, options.repetitions)
     record = report.environment("torch", "torchdeq") | asdict(measured)
     table(measured).present(console, record, options.output)
     return 0

@@ -34,8 +34,8 @@ n        runs and, in brackets, those that diverged, which count as 10 %
 last     accuracy after the last epoch, percent: mean and standard deviation
 best     accuracy of each run's best epoch, which is chosen on the test as in
          the published code: mean, standard deviation and, in brackets, the best
-- exact  last, minus that of the first row, of the same seeds, and its standard
-         error
+- exact  difference of last from the first row, between runs of equal seeds:
+         mean and standard error
 s        time of the training steps of a run: of the processor, or of the GPU
 paper    its mean and best of six runs of MDEQ-Tiny on all of CIFAR-10
 UPG and NPG have λ = 0.5 and train by SGD without dropout, if nothing else is

@@ -62,19 +62,20 @@ def timed(console: Console, options: argparse.Namespace) -> steps.Steps | None:
     They are measured once for each device, since other processes disturb them.
     """
     file = options.results / f"{options.data}-steps.json"
-    settings = plain(settings_of(*FAMILIES["implicit"], options.scale, options.data, seed=0))
-    of = {"settings": settings, "device": options.device}
-    if not options.report and (options.restart or not _measured(file, of)):
-        measured = steps.measure(settings, options, console)
-        record = {**of, **report.environment("torch", "torchdeq"), **asdict(measured)}
+    settings = settings_of(*FAMILIES["implicit"], options.scale, options.data, seed=0)
+    of = {"settings": plain(settings), "device": options.device}
+    found = _measured(file, of)
+    if not options.report and (options.restart or found is None):
+        found = steps.measure(settings, options.device, console, steps.REPETITIONS)
+        record = {**of, **report.environment("torch", "torchdeq"), **asdict(found)}
         write(file, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
-    return steps.Steps.of(json.loads(file.read_text())) if _measured(file, of) else None
+    return found
 
 
-def _measured(file: Path, of: dict[str, Any]) -> bool:
-    """Whether a file has the times of these settings, on this device."""
+def _measured(file: Path, of: dict[str, Any]) -> steps.Steps | None:
+    """What a file has, if it was measured with these settings, on this device."""
     found = json.loads(file.read_text()) if file.exists() else {}
-    return all(found.get(name) == value for name, value in of.items())
+    return steps.Steps.of(found) if all(found.get(name) == value for name, value in of.items()) else None
 
 
 def picture(record: dict[str, Any]) -> Any:

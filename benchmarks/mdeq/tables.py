@@ -49,12 +49,12 @@ def best(results: Sequence[Result]) -> list[float]:
 
 def seconds(results: Sequence[Result]) -> float:
     """Mean time of the training steps of a run, of the processor; on other devices on the clock."""
-    clocks = ["processor_seconds" if result["device"] == "cpu" else "seconds" for result in results]
-    return float(
-        np.mean(
-            [sum(epoch[clock] for epoch in result["epochs"]) for result, clock in zip(results, clocks, strict=True)]
-        )
-    )
+
+    def of(result: Result) -> float:
+        clock = "processor_seconds" if result["device"] == "cpu" else "seconds"
+        return sum(epoch[clock] for epoch in result["epochs"])
+
+    return float(np.mean([of(result) for result in results]))
 
 
 def count(results: Sequence[Result]) -> str:
@@ -64,8 +64,13 @@ def count(results: Sequence[Result]) -> str:
 
 
 def median(values: Sequence[float | None]) -> float:
-    """The median; NaN among them where a number was not finite, and None in a record."""
-    return float(np.median([np.nan if value is None else value for value in values]))
+    """The median, NaN if a number was not finite."""
+    return float(np.median(numbers(values)))
+
+
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """Numbers of a record, which has None where they were not finite; here they are NaN."""
+    return [np.nan if value is None else value for value in values]
 
 
 def spread(values: Sequence[float]) -> str:
