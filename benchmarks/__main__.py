@@ -49,7 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"python -m benchmarks: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    try:
+        module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("benchmarks", "implicit_core"):
+            raise
+        print(f'python -m benchmarks {name} needs {error.name}: pip install -e ".[test]"', file=sys.stderr)
+        return 2
     code: int = module.main(rest)
     return code
 

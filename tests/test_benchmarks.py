@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,13 @@ def test_the_steps_of_a_multiscale_model(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         benchmarks.main(["multiscale", "--device", "nowhere"])
     assert "no device 'nowhere'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.main(["multiscale", "--pixels", "3"])
+    assert "--pixels must be a multiple of 2 for the small model, got 3" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.recursive_step", raising=False)
+    assert benchmarks.main(["recursive"]) == 2
+    assert capsys.readouterr().err == 'python -m benchmarks recursive needs torch: pip install -e ".[test]"\n'

@@ -231,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(PRESETS[options.model], **{name: x for name, x in given.items() if x is not None})
     except (TrainingError, ValueError) as error:
         command.error(str(error))
+    least = settings.sizes(1, 1).least_side
+    if (options.pixels or 0) % least:
+        command.error(f"--pixels must be a multiple of {least} for the {settings.model} model, got {options.pixels}")
     measured = measure(settings, options.device, console, options.repetitions)
     record = report.environment("torch", "torchdeq") | asdict(measured)
     table(measured).present(console, record, options.output)
