@@ -415,11 +415,11 @@ def _derivatives(
 
 def _contraction(problem: Problem[H, Z], at: BoundLinearization[H, Z], found: _Findings) -> None:
     from .theory import contraction, spectral_radius  # which import the estimators
+    from .theory.certificate import largest
 
-    xp = at.backend.xp
-    radius = found.numbers["spectral_radius"] = float(xp.max(spectral_radius(problem, at.h, at.z)))
+    radius = found.numbers["spectral_radius"] = largest(spectral_radius(problem, at.h, at.z))
     if at.has("jvp_h"):
-        found.numbers["contraction"] = float(xp.max(contraction(problem, at.h, at.z)))
+        found.numbers["contraction"] = largest(contraction(problem, at.h, at.z))
     if not radius < 1:
         text = f"the spectral radius of ∂F/∂h is {radius:.3g}, so phantom gradients with many terms diverge"
         advice = "take Implicit, whose solve needs no contraction, or a smaller lam, or regularize the Jacobian"

@@ -43,8 +43,9 @@ def magnitudes(tree: PyTree) -> PyTree:
         raise TypeError("magnitudes reads numbers, which are not known while a program is traced: call it outside")
 
     def magnitude(x: PyTree) -> float:
-        largest = float(xp.max(xp.abs(x))) if math.prod(x.shape) else 0.0
-        if not 0 < largest < math.inf:
+        if not math.prod(x.shape) or not bool(xp.all(xp.isfinite(x))):
+            return 1.0
+        if not (largest := float(xp.max(xp.abs(x)))):
             return 1.0
         y = x / largest  # squares of large and small numbers leave the range
         return largest * math.sqrt(float(xp.mean(y * y)))

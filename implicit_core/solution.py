@@ -279,7 +279,7 @@ def check_statuses(what: str, status: Array, residual: Array) -> None:
             ~xp.any(failed),
             f"{what} did not converge: {{failed}} of {samples} samples, largest residual {{residual}}",
             failed=xp.sum(xp.astype(failed, xp.int32)),
-            residual=xp.max(xp.where(failed, residual, xp.zeros_like(residual))),
+            residual=_largest(xp, xp.where(failed, residual, xp.zeros_like(residual))),
         )
         return
     failures = find_failures(status, residual)
@@ -287,6 +287,12 @@ def check_statuses(what: str, status: Array, residual: Array) -> None:
         raise SolveError(
             f"{what} did not converge: {describe(failures, math.prod(status.shape))}. {advice(failures)}", failures
         )
+
+
+def _largest(xp: Any, numbers: Array) -> Array:
+    """The largest number; NaN if there is one, which XLA's maximum on a CPU may pass over."""
+    largest: Array = xp.where(xp.any(xp.isnan(numbers)), xp.nan, xp.max(numbers))
+    return largest
 
 
 def advice(failures: tuple[Failure, ...]) -> str:

@@ -115,6 +115,30 @@ def test_an_infinite_sample_keeps_its_last_finite_point(library: Library) -> Non
         assert list(library.numpy(solution.status)) == [ic.MAX_STEPS, ic.NONFINITE]
 
 
+@pytest.mark.parametrize("size", [3, 5000], ids=["small", "large"])
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
+def test_one_nan_in_a_sample_of_any_size(size: int, traced: bool, library: Library) -> None:
+    """XLA's maximum on a CPU passes over NaN in 4096 numbers or more."""
+    if traced and library.name != "jax":
+        pytest.skip("only JAX has jit")
+    h0, x = np.zeros((2, size)), np.ones((2, size))
+    x[1, size // 2] = np.nan
+
+    def run(h0: Any, x: Any) -> Any:
+        found = ic.solve(halved, h0, x, solver=ic.steps(3), batch_ndim=1)
+        beside = ic.solve(  # the part that has a NaN is not measured
+            lambda h, z: (0.5 * h[0] + z[0], 0.5 * h[1] + z[1]), (h0[:, :1], h0), (x[:, :1], x),
+            solver=ic.steps(3), scale=(1.0, math.inf), batch_ndim=1,
+        )  # fmt: skip
+        return found.value, found.status, beside.status
+
+    value, *status = (jax.jit(run) if traced else run)(library.array(h0), library.array(x))
+    np.testing.assert_allclose(library.numpy(value)[0], after(3))
+    assert not library.numpy(value)[1].any()
+    for found in status:
+        assert list(library.numpy(found)) == [ic.MAX_STEPS, ic.NONFINITE]
+
+
 def test_a_negative_number_of_steps_that_is_traced_is_nan() -> None:
     def run(n: Any) -> Any:
         solution = ic.fixed_point(halved, jnp.zeros((3, 1)), jnp.ones((3, 1)), solver=ic.steps(n), **LAST)

@@ -209,8 +209,7 @@ class _Hessenberg:
 
     def growth(self, qr: _QR) -> Numbers:
         """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix."""
-        xp = self.space.xp
         # Rotations do not change the length of a column.
-        lengths = qr.used * xp.linalg.vector_norm(qr.triangle, axis=-1)
-        growth: Numbers = xp.max(lengths, axis=-1, keepdims=True)
+        lengths = qr.used * self.space.xp.linalg.vector_norm(qr.triangle, axis=-1)
+        growth: Numbers = self.space.largest_of(lengths)
         return growth

@@ -337,8 +337,9 @@ def _inverse_and_singular(space: Space, transposed: Matrices) -> tuple[Matrices,
     if not space.dimension:  # of which there is no largest entry
         return transposed, ~space.all_samples()
     inverse = dense.safely(space, xp.linalg.inv, transposed)
-    defect = xp.max(xp.abs(transposed @ inverse - space.eye(space.dimension)[None, :, :]), axis=(1, 2))
-    return inverse, ~(defect[:, None] <= EXACT)  # true of NaN
+    defects = transposed @ inverse - space.eye(space.dimension)[None, :, :]
+    defect = space.largest_of(xp.reshape(defects, (space.samples, space.dimension**2)))
+    return inverse, ~(defect <= EXACT)  # true of NaN
 
 
 def factors_of_sparse(space: Space, matrix: Matrix) -> SparseFactors:

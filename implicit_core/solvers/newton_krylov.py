@@ -119,7 +119,7 @@ class NewtonKrylov(Solver):
     def observe(self, system: System, memory: Memory, point: Point, operator: Operator | None) -> Memory:
         assert operator is not None  # uses_jacobian
         space, xp = system.space, system.space.xp
-        largest = xp.max(memory.recent, axis=1, keepdims=True)
+        largest = space.largest_of(memory.recent)
         enough = memory.forced | (point.norm <= (1 - SUFFICIENT * memory.fraction) * largest)
         kept = point.active & enough & (point.norm < float("inf"))
 

@@ -256,7 +256,7 @@ def _lines(name: str, text: str) -> list[tuple[str, str]]:
 
 
 def largest(numbers: Array) -> float:
-    """The largest number of a batch; NaN if it holds one."""
+    """The largest number of a batch; NaN if it holds one, which XLA's maximum on a CPU may pass over."""
     xp = find_backend(numbers, "numbers").xp
     return math.nan if bool(xp.any(numbers != numbers)) else float(xp.max(numbers))
 

@@ -198,7 +198,7 @@ def largest_eigenvalue(product: Operator, space: Space, *, steps: int, seed: int
         basis = space.set_row(basis, j, v)
         column, rest = orthogonalize(space, product(v), basis)
         height = length(space, rest)
-        largest = xp.maximum(largest, xp.max(xp.abs(column), axis=1, keepdims=True))
+        largest = xp.maximum(largest, space.largest_of(column))
         largest = xp.maximum(largest, height)
         finite = finite & xp.isfinite(largest)
         active = active & finite & (height > TINY * eps * largest)
