@@ -122,12 +122,14 @@ def publish(
         table.show(console)
         console.print()
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    console.print(f"{record['machine']['cpu']}; {versions}", highlight=False)
+    machine = ", ".join(record["machine"][part] for part in ("gpu", "cpu") if part in record["machine"])
+    console.print(f"{machine}; {versions}", highlight=False)
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    machine = f"{record['machine']['cpu']}; {versions}.\n"
-    (folder / f"{name}.md").write_text("\n".join([*(table.markdown() for table in tables), machine]))
+    (folder / f"{name}.md").write_text(
+        "\n".join([*(table.markdown() for table in tables), f"{machine}; {versions}.\n"])
+    )
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     import matplotlib as mpl
 
@@ -170,8 +172,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Versions of Python and of packages, and the machine."""
+def environment(*packages: str, device: str = "cpu") -> dict[str, Any]:
+    """Versions of Python and of packages, and the machine, with the GPU if the device is one of PyTorch's."""
     versions = {"python": platform.python_version()}
     for package in ("implicit-core", *packages):
         try:
@@ -180,8 +182,17 @@ def environment(*packages: str) -> dict[str, Any]:
             versions[package] = "-"
     return {
         "versions": versions,
-        "machine": {"cpu": cpu(), "system": f"{platform.system()} {platform.machine()}"},
+        "machine": {"cpu": cpu(), **gpu(device), "system": f"{platform.system()} {platform.machine()}"},
     }
+
+
+def gpu(device: str) -> dict[str, str]:
+    """The name of a GPU, by PyTorch's name for it; nothing for another device."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(device)}
 
 
 def cpu() -> str:

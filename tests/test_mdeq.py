@@ -353,12 +353,13 @@ def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.
         ("--data imagenet --pixels 0 --train 0 --test 0", r"ImageNet needs --data-dir: "),
         ("--model imagenet", r"The imagenet model needs sides .* of 32, and images of digits have sides of 8 pixels\."),
         ("--device abacus", r"There is no device 'abacus' for PyTorch here: "),
+        ("--device meta", r"There is no device 'meta' for PyTorch here: "),
         ("--batch 100", r"A batch of 100 is more than the 48 images to train on\."),
         ("--pixels 5", r"The images of digits can have the size 8, not 5\."),
         ("--checkpoint text.pt", r"text\.pt exists: add --resume to go on from it, or name another file\."),
         ("--checkpoint text.pt --resume", r"text\.pt is not a checkpoint of this program, or is damaged\."),
         ("--checkpoint run.pt --resume --seed 1", r"run\.pt was made with --seed 0: resume with the same settings\."),
-        ("--rate 1e30", r"The loss is \S+ in step \d+; try a smaller --rate\."),
+        ("--rate 1e30", r"The loss is \S+ at step \d+; try a smaller --rate\."),
     ],
 )
 def test_errors_are_printed_as_one_sentence(

@@ -255,6 +255,30 @@ def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path, monkeypatch: pyte
     assert table1.last([record]) == [10.0]
 
 
+@pytest.mark.parametrize("row", ["upg-5-0.5", "npg-5-0.5", "implicit-no-pretraining"])
+@pytest.mark.parametrize("ruined", [5, 8], ids=["on the way", "in the last step"])
+def test_a_run_whose_parameters_become_nan_has_diverged(
+    row: str, ruined: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ruined(Training):
+        def step(self) -> None:
+            super().step()
+            if self.done == ruined:
+                next(self.model.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(trainings, "Training", Ruined)
+    trainings.execute(run(tmp_path, row))
+    record = json.loads(run(tmp_path, row).result.read_text())
+    assert record["diverged"] == min(ruined + 1, record["steps"])
+    assert len(record["epochs"]) == 1
+
+
+def test_the_name_of_a_gpu_is_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    assert report.environment(device="cuda:1")["machine"]["gpu"] == "card of cuda:1"
+    assert "gpu" not in report.environment()["machine"]
+
+
 def test_cells_of_a_wide_table_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [f"-9.{i} ± 0.{i}" for i in range(10)]
     report.Table([str(i) for i in range(10)], [cells], [], "").show(Console(width=80))

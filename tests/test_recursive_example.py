@@ -192,6 +192,23 @@ def test_a_new_puzzle_starts_anew_and_an_old_one_goes_on(
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("gradient", ["trm", "neumann", "one-step", "implicit"])
+def test_a_training_whose_parameters_are_nan_has_diverged(
+    gradient: str, framework: str, puzzles: tuple[Puzzles, Puzzles]
+) -> None:
+    made = run.begin(Settings(framework=framework, gradient=gradient, **SMALL), puzzles[0])
+    made.step()
+    assert not made.diverged
+    if isinstance(made, training.Training):
+        made.model.digits.weight.data.fill_(float("nan"))
+    else:
+        model = eqx.tree_at(path_of("digits.weight"), made.carry.model, replace_fn=lambda x: x * float("nan"))
+        made.carry = made.carry._replace(model=model)
+    made.step()
+    assert made.diverged
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_puzzle_halts_at_the_first_recursion_whose_answer_the_model_believes(
     framework: str, puzzles: tuple[Puzzles, Puzzles]
 ) -> None:
@@ -320,7 +337,7 @@ def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         ("--batch 50", r"A batch of 50 is more than the 40 examples to train on\."),
-        ("--rate 1e38", r"The loss is not finite in step \d+; try a smaller --rate\."),
+        ("--rate 1e38", r"The loss or the residual is not finite in step \d+; try a smaller --rate\."),
         ("--checkpoint run.pt", r"run\.pt exists: add --resume to go on from it, or name another file\."),
         ("--checkpoint absent.pt --resume", r"absent\.pt can't be read: No such file or directory\."),
         ("--checkpoint text.pt --resume", r"text\.pt is not a checkpoint of this program, or is damaged\."),

@@ -26,6 +26,7 @@ UPG and NPG have k = 5 and λ = 0.5. Gradients are taken with respect to the
 parameters of the cell and the encoder. implicit makes 24 products, and trains
 the model after the pretraining."""
 SHORT = {"upg-5-0.5": "UPG", "npg-5-0.5": "NPG"}
+TITLES = {"upg-5-0.5": "UPG(5, .5)", "npg-5-0.5": "NPG(5, .5)", "one-step": "one-step", "implicit": "24 products"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,10 +81,11 @@ def picture(record: dict[str, Any]) -> Any:
             axis.plot(cosines, [step] * len(cosines), ".", color="C0", alpha=0.35)
         medians = [np.nanmedian(of_all(results, i, name, "cosine")) for i in range(len(steps))]
         axis.plot(medians, steps, color="C1")
-        axis.axhline(results[0]["pretraining_steps"], color="k", lw=0.8, ls=":")
+        axis.axhline(results[0]["pretraining_steps"], color="k", lw=0.8, ls=":", label="end of pretraining")
         axis.axvline(0.0, color="k", lw=0.8)
-        axis.set(title=name, xlabel="cosine with the exact gradient", xlim=(-1.02, 1.02))
+        axis.set(title=TITLES[name], xlabel="cosine with the exact gradient", xlim=(-1.02, 1.02))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("training step")
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
     figure.tight_layout()
     return figure

@@ -12,9 +12,9 @@ from . import command
 from .tables import Result, about, accuracies, best, count, difference, last, median, signed, spread
 
 PANELS = {
-    "a: k": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
-    "a: λ": ("upg-5-0.25", "upg-5-0.5", "upg-5-0.75", "upg-5-1"),
-    "b": ("upg-5-0.5", "npg-5-0.5", "upg-9-0.5", "npg-9-0.5", "upg-5-1", "npg-5-1", "npg-1-1"),
+    "(a) k, λ = .5": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
+    "(a) λ, k = 5": ("upg-5-0.25", "upg-5-0.5", "upg-5-0.75", "upg-5-1"),
+    "(b) the two forms": ("upg-5-0.5", "npg-5-0.5", "upg-9-0.5", "npg-9-0.5", "upg-5-1", "npg-5-1", "npg-1-1"),
 }
 ROWS = tuple(dict.fromkeys(row for rows in PANELS.values() for row in rows))
 DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for both forms of the phantom gradient."
@@ -23,7 +23,7 @@ last   accuracy after the last epoch, percent: mean and standard deviation
 best   accuracy of each run's best epoch, which is chosen on the test
 - 5    difference of last from UPG(5, 0.5), between runs of equal seeds: mean
        and standard error
-npg-1-1 is the one-step gradient, OneStep()."""
+UPG(k, λ), NPG(k, λ); NPG(1, 1) is the one-step gradient, OneStep()."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,9 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     for row, results in found.items():
         minus = "" if row == "upg-5-0.5" else signed(difference(results, found.get("upg-5-0.5", [])))
         residual = median([epoch["test/residual"] for result in results for epoch in result["epochs"][-1:]])
-        rows.append([row, count(results), spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"])
+        rows.append(
+            [label(row), count(results), spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"]
+        )
     table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
     command.save(console, options, "fig3", [table], found, picture)
     return 0
@@ -69,4 +71,4 @@ def picture(record: dict[str, Any]) -> Any:
 def label(row: str) -> str:
     """A row as people write it."""
     form, k, lam = row.split("-")
-    return f"{form.upper()}, k = {k}, λ = {lam}"
+    return f"{form.upper()}({k}, {lam.removeprefix('0')})"

@@ -235,6 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (options.pixels or 0) % least:
         command.error(f"--pixels must be a multiple of {least} for the {settings.model} model, got {options.pixels}")
     measured = measure(settings, options.device, console, options.repetitions)
-    record = report.environment("torch", "torchdeq") | asdict(measured)
+    record = report.environment("torch", "torchdeq", device=options.device) | asdict(measured)
     table(measured).present(console, record, options.output)
     return 0

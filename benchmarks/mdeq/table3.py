@@ -67,7 +67,7 @@ def timed(console: Console, options: argparse.Namespace) -> steps.Steps | None:
     found = _measured(file, of)
     if not options.report and (options.restart or found is None):
         found = steps.measure(settings, options.device, console, steps.REPETITIONS)
-        record = {**of, **report.environment("torch", "torchdeq"), **asdict(found)}
+        record = {**of, **report.environment("torch", "torchdeq", device=options.device), **asdict(found)}
         write(file, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
     return found
 

@@ -132,11 +132,12 @@ def execute(run: Run) -> None:
                 compared.append({"step": training.done, **compare(training)})
             try:
                 training.step()
+                if epoch_ends := training.at_end_of_epoch:
+                    training.end_epoch()
             except DivergedError:
                 diverged = training.done
                 break
-            if training.at_end_of_epoch:
-                training.end_epoch()
+            if epoch_ends:
                 run.save({"compared": compared, "training": training.state()})
                 say(_line(run, training))
         if run.measured and diverged is None:
@@ -145,7 +146,7 @@ def execute(run: Run) -> None:
         **{name: getattr(run, name) for name in ("family", "row", "scale", "data", "seed", "device")},
         "settings": asdict(settings),
         "images": about(training.source, run),
-        **report.environment("torch", "numpy"),
+        **report.environment("torch", "numpy", device=run.device),
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "pretraining_steps": training.pretraining_steps,
         "steps": training.all_steps,

@@ -123,7 +123,7 @@ def place_of(device: str) -> torch.device:
     """
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=place).cpu()  # which fails for "meta", a device without numbers
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"There is no device {device!r} for PyTorch here: {reason}") from error

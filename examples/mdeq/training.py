@@ -59,6 +59,19 @@ class Totals:
         images, loss, right, residual, steps = sums.tolist()
         return Totals(int(images), loss, int(right), residual, int(steps))
 
+    def require_finite(self, step: int) -> None:
+        """Raise :class:`DivergedError` if the loss is not finite, or a residual is NaN.
+
+        It is NaN if the cell is, wherever it is evaluated. The solver then returns its start, so that the loss may well
+        be finite.
+        """
+        for name, value, diverged in (
+            ("loss", self.loss, not np.isfinite(self.loss)),
+            ("residual", self.residual, np.isnan(self.residual)),
+        ):
+            if diverged:
+                raise DivergedError(f"The {name} is {value} at step {step}; try a smaller --rate.")
+
     def means(self) -> dict[str, float]:
         """Loss, accuracy, relative residual and solver's steps of an image."""
         sums = {"loss": self.loss, "accuracy": self.right, "residual": self.residual, "solver_steps": self.steps}
@@ -171,15 +184,13 @@ class Training:
             with self._precision():
                 logits = self.network(images, **options)
             loss = cross_entropy(logits.float(), labels)
-            value = loss.item()
             self.optimizer.zero_grad()
             loss.backward()
         self.done += 1
-        if not np.isfinite(value):
-            raise DivergedError(f"The loss is {value} in step {self.done}; try a smaller --rate.")
+        self.totals.add(self.model, logits, labels, loss.item())
+        self.totals.require_finite(self.done)
         self.optimizer.step()
         self.scheduler.step()
-        self.totals.add(self.model, logits, labels, value)
         self.wall += perf_counter() - wall
         self.processor += process_time() - processor
 
@@ -189,8 +200,16 @@ class Training:
         return self.done == (len(self.epochs) + 1) * self.steps
 
     def end_epoch(self) -> None:
-        """Test, and note what the epoch gave."""
-        parts = {"train": self.totals.of_all_processes(self.device), "test": self.test()}
+        """Test, and note what the epoch gave.
+
+        Raises
+        ------
+        DivergedError
+            If the loss in the test is not finite, or a residual is NaN.
+        """
+        tested = self.test()
+        tested.require_finite(self.done)
+        parts = {"train": self.totals.of_all_processes(self.device), "test": tested}
         found = {f"{part}/{name}": value for part, sums in parts.items() for name, value in sums.means().items()}
         self.epochs.append({**found, "seconds": self.wall, "processor_seconds": self.processor})
         self._begin_epoch()

@@ -134,7 +134,9 @@ def fit(
         while training.done < settings.steps:
             training.step()
             if training.diverged:
-                raise TrainingError(f"The loss is not finite in step {training.done}; try a smaller --rate.")
+                raise TrainingError(
+                    f"The loss or the residual is not finite in step {training.done}; try a smaller --rate."
+                )
             means = training.totals.means()
             bars.update(task, completed=training.done, status=report.status(means))
             if training.done in marks:

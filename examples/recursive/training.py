@@ -1,6 +1,7 @@
 """Deep supervision in PyTorch, with all of its state in one place."""
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -67,7 +68,8 @@ class Training:
     done
         Steps made.
     diverged
-        Whether the last loss was not finite. Such a step changes no parameter.
+        Whether the last loss was not finite, or a residual was NaN. It is NaN if the recursion is; the state then stays
+        as it was, so that the loss may well be finite. Such a step changes no parameter.
     residual
         Median relative residual of the last step.
     totals
@@ -119,7 +121,8 @@ class Training:
         state = ic.reset(self.state, self.model.start(inputs), where=fresh)
         prediction = self.model(inputs, state, **self.loop.options(self.residual))
         loss = loss_of(prediction, targets)
-        self.diverged = not bool(loss.isfinite())
+        self.residual = residual_of(self.model)
+        self.diverged = not bool(loss.isfinite()) or math.isnan(self.residual)
         if not self.diverged:
             self.optimizer.zero_grad()
             loss.backward()
@@ -127,7 +130,6 @@ class Training:
             self.scheduler.step()
             self.average.update_parameters(self.model)
         self.state = prediction.state
-        self.residual = residual_of(self.model)
         right = prediction.logits.argmax(dim=-1) == targets
         shares = float(right.float().mean()), float(right.all(dim=1).float().mean())
         self.totals.add(float(loss.detach()), *shares, self.residual)

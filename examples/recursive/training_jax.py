@@ -74,7 +74,7 @@ class Training:
         batch = tuple(map(jnp.asarray, (self.clues[rows], self.targets[rows], fresh)))
         self.carry, numbers = advance(self.settings, self.optimizer, self.carry, batch, options)
         loss, cells, exact, self.residual = map(float, numbers)
-        self.diverged = not np.isfinite(loss)
+        self.diverged = not np.isfinite(loss) or np.isnan(self.residual)
         self.totals.add(loss, cells, exact, self.residual)
         self.done += 1
         self.wall += time.perf_counter() - begun
