@@ -26,7 +26,12 @@ UPG and NPG have k = 5 and λ = 0.5. Gradients are taken with respect to the
 parameters of the cell and the encoder. implicit makes 24 products, and trains
 the model after the pretraining."""
 SHORT = {"upg-5-0.5": "UPG", "npg-5-0.5": "NPG"}
-TITLES = {"upg-5-0.5": "UPG(5, .5)", "npg-5-0.5": "NPG(5, .5)", "one-step": "one-step", "implicit": "24 products"}
+TITLES = {
+    "upg-5-0.5": "UPG(5, .5)",
+    "npg-5-0.5": "NPG(5, .5)",
+    "one-step": "one-step",
+    "implicit": "implicit, 24 products",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +73,7 @@ def of_all(results: Sequence[Result], i: int, name: str, what: str) -> list[floa
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """As in the paper: training steps upwards, cosines to the right, one point for each batch."""
+    """As in the paper: training steps upwards, cosines to the right, a point for each batch, a color for each seed."""
     import matplotlib.pyplot as plt
 
     results = record["runs"]["implicit"]
@@ -76,16 +81,22 @@ def picture(record: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, len(names), figsize=(12, 4.2), sharey=True)
     for axis, name in zip(axes, names, strict=True):
         steps = [moment["step"] for moment in results[0]["compared"]]
-        for i, step in enumerate(steps):
-            cosines = of_all(results, i, name, "cosine")
-            axis.plot(cosines, [step] * len(cosines), ".", color="C0", alpha=0.35)
+        for result in results:
+            cosines = [of_all([result], i, name, "cosine") for i in range(len(steps))]
+            places = [[step] * len(batches) for step, batches in zip(steps, cosines, strict=True)]
+            label = f"seed {result['seed']}"
+            axis.plot(np.ravel(cosines), np.ravel(places), ".", color=f"C{result['seed']}", alpha=0.5, label=label)
         medians = [np.nanmedian(of_all(results, i, name, "cosine")) for i in range(len(steps))]
-        axis.plot(medians, steps, color="C1")
-        axis.axhline(results[0]["pretraining_steps"], color="k", lw=0.8, ls=":", label="end of pretraining")
+        axis.plot(medians, steps, color="0.25", label="median")
+        axis.axhline(results[0]["pretraining_steps"], color="k", lw=0.8, ls=":")
         axis.axvline(0.0, color="k", lw=0.8)
-        axis.set(title=TITLES[name], xlabel="cosine with the exact gradient", xlim=(-1.02, 1.02))
+        axis.set(
+            title=TITLES[name], xlabel="cosine with the exact gradient", xlim=(-1.02, 1.02), xticks=(-0.5, 0, 0.5, 1)
+        )
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("training step")
-    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0].legend(fontsize=8, loc="upper left")
+    axes[0].annotate("end of pretraining", (-1.0, results[0]["pretraining_steps"]), fontsize=8, va="bottom")
+    figure.suptitle(results[0]["data"])
     figure.tight_layout()
     return figure

@@ -68,17 +68,20 @@ def picture(record: dict[str, Any]) -> Any:
 
 
 def dots(found: Mapping[str, Sequence[Result]], names: Mapping[str, str]) -> Any:
-    """The accuracy of each run after its last epoch, and the mean of each row."""
+    """The accuracy of each run after its last epoch, in the color of its seed, and the mean of each row."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(found)))
+    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(found)))
+    seeds: dict[int, Any] = {}
     for place, results in enumerate(found.values()):
-        values = last(results)
-        axis.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
-        axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="C1", lw=2)
+        axis.plot([np.mean(last(results))] * 2, [place - 0.3, place + 0.3], color="0.4", lw=2)
+        for result in results:
+            seed = result["seed"]
+            (seeds[seed],) = axis.plot(last([result]), place, "o", color=f"C{seed}", alpha=0.8, label=f"seed {seed}")
     axis.set_yticks(range(len(found)), [names[row] for row in found])
     axis.invert_yaxis()
-    axis.set(xlabel="accuracy after the last epoch, percent; points are runs, lines means")
+    axis.set(title=next(iter(found.values()))[0]["data"], xlabel="accuracy after the last epoch, percent; lines: means")
+    axis.legend(handles=[seeds[seed] for seed in sorted(seeds)], fontsize=8)
     axis.grid(axis="x", alpha=0.25)
     figure.tight_layout()
     return figure
