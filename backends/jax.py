@@ -127,9 +127,10 @@ class JAXSpace(Space):
 
     def largest(self, x: State) -> Numbers:
         largest: Any = super().largest(x)
-        axes = _COUPLED_AXES.get()
-        total: Any = jax.lax.pmax(largest, axes) if axes else largest
-        return total  # type: ignore[no-any-return]  # numbers
+        if axes := _COUPLED_AXES.get():  # XLA's maximum over devices passes over NaN, too
+            found = jax.lax.psum(jnp.isnan(largest).astype(int), axes)
+            largest = jnp.where(found > 0, math.nan, jax.lax.pmax(largest, axes))
+        return largest  # type: ignore[no-any-return]  # numbers
 
     def dot(self, x: State, y: State) -> Numbers:
         dot: Numbers = _total(super().dot(x, y))

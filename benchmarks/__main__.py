@@ -56,7 +56,13 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f'python -m benchmarks {name} needs {error.name}: pip install -e ".[test]"', file=sys.stderr)
         return 2
-    code: int = module.main(rest)
+    try:
+        code: int = module.main(rest)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"python -m benchmarks {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return code
 
 

@@ -52,12 +52,17 @@ class Run(ABC):
         Raises
         ------
         ResultError
-            If it was made with other settings.
+            If it was made with other settings, or is no result.
         """
         if not self.result.exists():
             return False
-        if json.loads(self.result.read_text())["settings"] != plain(self.settings):
-            raise ResultError(f"{self.result} was made with other settings: remove it, or choose another --results")
+        remedy = "remove it, or choose another --results"
+        try:
+            same = json.loads(self.result.read_text())["settings"] == plain(self.settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultError(f"{self.result} is from another version, or damaged: {remedy}") from error
+        if not same:
+            raise ResultError(f"{self.result} was made with other settings: {remedy}")
         return True
 
     def finish(self, record: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class TrainingError(Exception):
 
 
 class DivergedError(TrainingError):
-    """The loss is not finite."""
+    """The loss or a residual is not finite."""
 
 
 def exit_code(

@@ -202,9 +202,11 @@ def test_the_steps_of_a_multiscale_model(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         benchmarks.main(["multiscale", "--device", "nowhere"])
     assert "no device 'nowhere'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        benchmarks.main(["multiscale", "--pixels", "3"])
-    assert "--pixels must be a multiple of 2 for the small model, got 3" in capsys.readouterr().err
+    for model, given, least, side in (("small", ["--pixels", "3"], 2, 3), ("imagenet", ["--data", "digits"], 32, 8)):
+        with pytest.raises(SystemExit, match="2"):
+            benchmarks.main(["multiscale", "--model", model, *given])
+        told = f"the {model} model needs sides that are multiples of {least}, got {side} pixels"
+        assert told in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

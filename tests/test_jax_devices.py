@@ -13,6 +13,7 @@ from jax_layers import assert_close, cell, data, iterate, loop, loss
 
 import implicit_core as ic
 from implicit_core.adapters import jax as icj
+from implicit_core.adapters.jax.effects import communication_axes, has_named_axes
 
 TIGHT = {"rtol": 1e-13, "max_steps": 300}
 EXACT = ic.Implicit(ic.Richardson(rtol=1e-12))
@@ -205,6 +206,80 @@ def test_an_f_that_devices_compute_together(solver: Any, gradient: Any, check_vm
     assert len(set(steps.tolist())) == 1
     ours = jax.jit(jax.grad(lambda w, x: jnp.sum(mapped(w, x)[0] ** 3), (0, 1)))(w, x)
     assert_close(on_host(ours), on_one_device()[1], 1e-9)
+
+
+def stencil(h: Any, x: Any, left: Any, right: Any) -> Any:
+    """A step of neighbors on a line, from what lies left and right of it: (n, 1)."""
+    beside = jnp.concatenate([left, h[:, :-1]], axis=1) + jnp.concatenate([h[:, 1:], right], axis=1)
+    return 0.3 * beside + 0.1 * jnp.sin(h) + x
+
+
+def of_neighbors(h: Any, x: Any) -> Any:
+    """The same on a ring of which each device has a part."""
+    there, back = ([(i, (i + step) % 4) for i in range(4)] for step in (1, -1))
+    return stencil(h, x, jax.lax.ppermute(h[:, -1:], "d", there), jax.lax.ppermute(h[:, :1], "d", back))
+
+
+@pytest.mark.parametrize("by", ["shard_map", "vmap"])
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [(ic.Anderson(**TIGHT), ic.Implicit(ic.GMRES(rtol=1e-12))), (ic.steps(3), ic.Unroll(200, 1.0))],
+    ids=repr,
+)
+def test_an_f_that_devices_exchange_parts_of(solver: Any, gradient: Any, by: str) -> None:
+    """JAX records no effect of ``ppermute``, but parts that communicate are one system all the same."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)) * np.linspace(0.1, 10.0, 16))
+
+    def run(x: Any) -> Any:
+        options = {"solver": solver, "gradient": gradient, "batch_ndim": 1}
+        solution = icj.fixed_point(of_neighbors, jnp.zeros_like(x), x, **options)
+        return solution.value, solution.stats.steps[None]
+
+    def mapped(x: Any) -> Any:
+        if by == "shard_map":
+            both = P(None, "d"), P("d")
+            return jax.shard_map(run, mesh=mesh_of(AxisType.Auto), in_specs=P(None, "d"), out_specs=both)(x)
+        value, steps = jax.vmap(run, axis_name="d", in_axes=1, out_axes=(1, 0))(x.reshape(2, 4, 4))
+        return value.reshape(2, 16), steps[:, 0]
+
+    def whole(x: Any) -> Any:
+        return iterate(lambda h: stencil(h, x, h[:, -1:], h[:, :1]), jnp.zeros_like(x))
+
+    value, steps = jax.jit(mapped)(x)
+    assert_close(np.asarray(value), np.asarray(whole(x)), 1e-9)
+    assert all(len(set(of_sample)) == 1 for of_sample in steps.T.tolist())
+    ours, expected = (
+        jax.jit(jax.grad(lambda x, run=run: jnp.sum(run(x) ** 3)))(x) for run in (lambda x: mapped(x)[0], whole)
+    )
+    assert_close(np.asarray(ours), np.asarray(expected), 1e-9)
+
+
+def test_an_f_that_maps_its_own_parts() -> None:
+    """Axes that F binds itself are its own matter."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)))
+    parts = P(None, "d")
+    f = jax.shard_map(of_neighbors, mesh=mesh_of(AxisType.Auto), in_specs=parts, out_specs=parts)
+    program = jax.make_jaxpr(f)(x, x).jaxpr
+    assert not has_named_axes(program)
+    assert not communication_axes(program)
+    solution = icj.fixed_point(f, jnp.zeros_like(x), x, solver=ic.Anderson(**TIGHT), batch_ndim=1)
+    whole = iterate(lambda h: stencil(h, x, h[:, -1:], h[:, :1]), jnp.zeros_like(x))
+    assert_close(np.asarray(solution.value), np.asarray(whole), 1e-9)
+
+
+def test_a_nan_on_one_device_is_one_in_the_whole_sample() -> None:
+    """XLA's maximum over devices on a CPU passes over NaN."""
+    _, x = data(batch=4)
+
+    def together(x: Any) -> Any:
+        step = lambda h, x: 0.5 * h + 0.1 * jax.lax.pmean(h[:, :1], "d") + x  # noqa: E731
+        solution = icj.fixed_point(step, jnp.zeros_like(x), x, solver=ic.steps(3), gradient=ic.OneStep(), batch_ndim=1)
+        return solution.value, solution.status
+
+    mapped = jax.shard_map(together, mesh=mesh_of(AxisType.Auto), in_specs=P("d"), out_specs=P("d"))
+    value, status = jax.jit(mapped)(x.at[1, 2].set(jnp.nan))
+    assert status.tolist() == [ic.NONFINITE] * 4
+    assert not np.asarray(value).any()  # the last finite point is the start
 
 
 @pytest.mark.parametrize("gradient", [ic.Neumann(200, 1.0), ic.Unroll(200, 1.0), ic.BPTT(200)], ids=repr)

@@ -33,7 +33,7 @@ from implicit_core.examples import program
 from implicit_core.examples.mdeq import model as mdeq
 from implicit_core.examples.mdeq import run
 from implicit_core.examples.mdeq.__main__ import PROGRAM, main
-from implicit_core.examples.mdeq.data import fashion_mnist
+from implicit_core.examples.mdeq.data import Images, fashion_mnist
 from implicit_core.examples.mdeq.model import MDEQ, Cell, State
 from implicit_core.examples.mdeq.settings import GRADIENTS, PRESETS, Settings, WholeBatch
 from implicit_core.examples.mdeq.sizes import IMAGENET, LARGE, TINY, Sizes
@@ -567,6 +567,12 @@ def test_two_processes_train_together(tmp_path: Path, digits: Source) -> None:
     halves[0].model.load_state_dict(first["model"])
     halves[0].rank, halves[0].processes = 0, 1
     assert first["epochs"][-1]["test/accuracy"] == halves[0].test().means()["accuracy"]
+
+
+def test_a_process_may_have_no_image_to_test_on(digits: Source) -> None:
+    training = Training(FEW, replace(digits, test=Images(*(part[:1] for part in digits.test))))
+    training.rank, training.processes = 1, 2
+    training.test().require_finite(0)
 
 
 @gpus.on_gpu_with_torch

@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +87,13 @@ def test_table_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
     assert fig3.main(["--seeds", "2", "--rows", "upg-5-0.5", *files]) == 0
     assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+    shutil.rmtree(tmp_path / "tables")
+    (tmp_path / "tables").touch()
+    capsys.readouterr()
+    assert benchmarks.main(["table1", "--report", *files]) == 2
+    assert re.fullmatch(r"python -m benchmarks table1: .*tables.*: [\w ]+\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        table1.main(["--report", "--restart", *files])
 
 
 def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +121,13 @@ def test_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     losses = [json.loads(path.read_text())["epochs"][-1]["train/loss"] for path in tmp_path.glob("digits-*-upg*.json")]
     assert len(losses) == 2
     assert losses[0] != losses[1]
+
+
+def test_steps_are_not_measured_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
+    trainings.execute(replace(run(tmp_path), family="large"))
+    monkeypatch.setattr(steps, "measure", lambda *_: pytest.fail("measured"))
+    assert table3.main([*files, "--minutes", "1e-9"]) == 0
 
 
 def test_figure_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,11 +241,18 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert table1.main(["--data", "cifar10", "--data-dir", str(tmp_path), *files]) == 2
     assert "cifar-10-python.tar.gz" in "".join(capsys.readouterr().out.split("\n"))
     assert table1.main(["--report", *files]) == 1
+    capsys.readouterr()
+    assert table1.main(["--rows", "upg-5-0.5", "upg-5-0.5", "--seeds", "1", "--minutes", "1e-9", *files]) == 1
+    assert "1 runs to make" in capsys.readouterr().out
     trainings.execute(run(tmp_path))
     result = tmp_path / "digits-ablation-upg-5-0.5-0.json"
     result.write_text(result.read_text().replace('"batch": 16', '"batch": 17'))
     assert table1.main(["--rows", "upg-5-0.5", *files]) == 2
     assert "other settings" in capsys.readouterr().out
+    for content in ("", "{}", "[]"):
+        result.write_text(content)
+        assert table1.main(["--report", *files]) == 2
+        assert "is from another version, or damaged" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path: Path) -> None:

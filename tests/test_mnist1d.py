@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import implicit_core as ic
 from implicit_core.examples import torch_mnist1d
-from implicit_core.examples.program import TrainingError
+from implicit_core.examples.program import DivergedError, TrainingError
 from implicit_core.examples.torch_mnist1d import checkpoint, data, model, run
 from implicit_core.examples.torch_mnist1d.__main__ import PROGRAM, main
 from implicit_core.examples.torch_mnist1d.data import Data, Samples
@@ -264,6 +264,16 @@ def test_training_counts_solver_steps_and_solves_that_fail(few: Data, monkeypatc
     assert "In the test, 100 of 100 solves did not converge (100.00%)." in text
 
 
+@pytest.mark.parametrize("gradient", ["neumann", "one-step"])
+def test_a_training_whose_parameters_are_nan_has_diverged(gradient: str, few: Data) -> None:
+    """The solver then returns its start, and the loss is finite."""
+    training = Training(replace(SMALL, gradient=gradient), few.train)
+    training.step()
+    next(training.model.layer.parameters()).data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="not finite in epoch 1"):
+        training.step()
+
+
 def test_the_best_epoch_on_the_samples_held_out_is_tested(few: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Training.end_epoch
 
@@ -360,7 +370,7 @@ def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         ("--batch-size 500", r"A batch of 500 is more than the 360 samples to train on\."),
-        ("--lr 1e38 --epochs 1", r"The loss is (nan|inf) in epoch 1; try a smaller --lr\."),
+        ("--lr 1e38 --epochs 1", r"The loss or a residual is not finite in epoch 1; try a smaller --lr\."),
         ("--checkpoint run.pt", r"run\.pt exists: add --resume to go on from it, or name another file\."),
         ("--checkpoint absent.pt --resume", r"absent\.pt can't be read: No such file or directory\."),
         ("--checkpoint text.pt --resume", r"text\.pt is not a checkpoint of this program, or is damaged\."),

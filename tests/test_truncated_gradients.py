@@ -96,6 +96,17 @@ def test_the_residual_is_the_least_one_over_the_krylov_space(products: int) -> N
     assert used == min(products, N + 1)  # the tolerance ends it sooner
 
 
+def test_gmres_restarts_within_a_budget_only_where_it_is_told_to() -> None:
+    """Whatever its other settings are, which a layer may change."""
+    told: list[Any] = []
+    for solver in (None, ic.GMRES(), ic.GMRES(check=False), ic.GMRES(rtol=1e-5), ic.GMRES(restart=20)):
+        pulled(implicit(solver, products=24, report=told.append))
+    *whole, restarted = told
+    for residual in whole:
+        np.testing.assert_allclose(residual, relative(least_squares(23)), rtol=1e-8)
+    assert np.all(restarted > 1.5 * whole[0])
+
+
 def test_bicgstab_keeps_the_iterate_with_the_least_residual() -> None:
     """Its own residual rises again. The iterates are those of other budgets, so one of them is the best."""
     steps = [pulled(ic.Implicit(ic.BiCGSTAB(), products=2 * k + 1))[0] for k in range(1, 12)]

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,20 +49,46 @@ def _is_named_axis(effect: object) -> bool:
 
 def has_named_axes(jaxpr: Jaxpr) -> bool:
     """Whether a program refers to named axes that are bound outside of it."""
-    return any(map(_is_named_axis, jaxpr.effects))
+    return any(map(_is_named_axis, jaxpr.effects)) or bool(_unrecorded_axes(jaxpr))
 
 
 def communication_axes(jaxpr: Jaxpr) -> set[str]:
     """The named axes that a program communicates over, without those that it binds itself."""
+    return _recorded_axes(jaxpr) | _unrecorded_axes(jaxpr)
+
+
+def _recorded_axes(jaxpr: Jaxpr) -> set[str]:
+    """Those of operations whose effects name them."""
     found: set[str] = set()
     for eqn in jaxpr.eqns:
         names = {str(_name_of(effect)) for effect in eqn.effects if _is_named_axis(effect)}
         inner = list(jaxprs_in_params(eqn.params))
         if names and inner:
-            found |= names & set().union(*map(communication_axes, inner))
+            found |= names & set().union(*map(_recorded_axes, inner))
         elif eqn.primitive.name != "axis_index":  # it reads a position and communicates nothing
             found |= names
     return found
+
+
+def _unrecorded_axes(jaxpr: Jaxpr) -> set[str]:
+    """Those of operations without an effect, as ``ppermute`` is (JAX 0.10): a parameter names them."""
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        if inner := list(jaxprs_in_params(eqn.params)):
+            found |= set().union(*map(_unrecorded_axes, inner)) - _bound_axes(eqn.params)
+        elif not eqn.effects:
+            found |= _names(eqn.params.get("axis_name", ()))
+    return found
+
+
+def _bound_axes(params: Mapping[str, Any]) -> set[str]:
+    """The named axes that an operation binds for the programs within it, as ``shard_map`` and ``pmap`` do."""
+    manual = params.get("newly_manual_axes", params.get("manual_axes", ()))
+    return _names(manual) | _names(params.get("axis_name", ()))
+
+
+def _names(axes: Any) -> set[str]:
+    return {axes} if isinstance(axes, str) else {axis for axis in axes if isinstance(axis, str)}
 
 
 def without_references(program: ClosedJaxpr, arguments: Sequence[Any]) -> ClosedJaxpr:

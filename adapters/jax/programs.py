@@ -89,7 +89,7 @@ class Program(Generic[R]):
 def program(jaxpr: Jaxpr, constants: int, result: PyTree) -> Program[Any]:
     """The program of a jaxpr: one made before, if it is equal."""
     try:
-        if jaxpr.effects:
+        if jaxpr.effects or has_named_axes(jaxpr):
             raise _NoKeyError
         key = _Key((constants, jax.tree.structure(result), tuple(jax.tree.leaves(result)), _key(jaxpr, ())))
     except _NoKeyError:

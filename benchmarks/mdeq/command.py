@@ -84,6 +84,8 @@ def run(
         if row not in rows:
             command.error(f"no row is named {row}; there are: {', '.join(rows)}")
     folder = options.scale if options.epochs is None else f"{options.scale}-{options.epochs}-epochs"
+    if options.report and options.restart:
+        command.error("--restart removes results, and --report shows them: choose one")
     options.results = options.results or HERE / "results" / folder
     console = Console(width=80)
     make = partial(
@@ -93,7 +95,7 @@ def run(
     )  # fmt: skip
     seeds = range(options.seeds)
     runs = {name: [make(family=family, row=row, seed=seed) for seed in seeds] for name, (family, row) in rows.items()}
-    chosen = [runs[row][seed] for seed in seeds for row in options.rows or rows]
+    chosen = [runs[row][seed] for seed in seeds for row in dict.fromkeys(options.rows or rows)]
     try:
         place_of(options.device)
         if not options.report:
@@ -110,11 +112,7 @@ def run(
     if not found:
         console.print(f"no run of {name} is finished in {options.results}", highlight=False)
         return 1
-    try:
-        return publish(console, options, found)
-    except OSError as error:
-        console.print(f"{error.filename} can't be written: {error.strerror}", style="red", highlight=False)
-        return 2
+    return publish(console, options, found)
 
 
 def _goes_on(options: argparse.Namespace) -> str:
@@ -130,6 +128,7 @@ def _make(runs: Sequence[Run], options: argparse.Namespace, console: Console) ->
         make_all(runs, execute, workers=options.workers, restart=options.restart)
     except OutOfTimeError:
         console.print(f"{options.minutes:g} minutes are over; {_goes_on(options)}.", highlight=False)
+        options.report = True  # there is no time to measure anything, either
 
 
 def save(

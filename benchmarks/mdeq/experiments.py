@@ -8,8 +8,8 @@ from implicit_core.examples.mdeq.settings import PRESETS, Settings
 
 Changes = Mapping[str, Any]
 
-LARGE = {"small": "small-4", "paper": "large"}
-MODELS = {"ablation": {"small": "small", "paper": "tiny"}, "large": LARGE, "torchdeq": LARGE}
+_LARGE = {"small": "small-4", "paper": "large"}
+MODELS = {"ablation": {"small": "small", "paper": "tiny"}, "large": _LARGE, "torchdeq": _LARGE}
 """The model at each scale: of Tab. 1, Fig. 2 and Fig. 3, and of Tab. 3, with our layer and with TorchDEQ's."""
 SCALES = tuple(MODELS["ablation"])
 
@@ -60,6 +60,6 @@ def settings_of(family: str, row: str, scale: str, data: str, seed: int) -> Sett
     scale, data, seed
         Of the command line.
     """
-    changes = dict(ROWS[row]) | dict(OF_LARGE.get(row, {}) if MODELS[family] is LARGE else {})
+    changes = dict(ROWS[row]) | dict({} if family == "ablation" else OF_LARGE.get(row, {}))
     changes |= DATA[data] if scale == "small" else {}
     return replace(PRESETS[MODELS[family][scale]], data=data, seed=seed, **changes)

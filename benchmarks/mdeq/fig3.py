@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import report
 from . import command
-from .tables import Result, about, accuracies, best, count, difference, last, median, signed, spread
+from .tables import Result, about, accuracies, compared, median
 
 PANELS = {
     "(a) k, λ = .5": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
@@ -20,7 +20,8 @@ ROWS = tuple(dict.fromkeys(row for rows in PANELS.values() for row in rows))
 DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for both forms of the phantom gradient."
 LEGEND = """\
 last   accuracy after the last epoch, percent: mean and standard deviation
-best   accuracy of each run's best epoch, which is chosen on the test
+best   accuracy of each run's best epoch, which is chosen on the test, and in
+       brackets the best of all
 - 5    difference of last from UPG(5, 0.5), between runs of equal seeds: mean
        and standard error
 UPG(k, λ), NPG(k, λ); NPG(1, 1) is the one-step gradient, OneStep()."""
@@ -35,12 +36,10 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     """Print the table and save it with the curves."""
     head = ["gradient", "n", "last", "best", "- 5", "residual"]
     rows = []
+    first = found.get("upg-5-0.5", [])
     for row, results in found.items():
-        minus = "" if row == "upg-5-0.5" else signed(difference(results, found.get("upg-5-0.5", [])))
         residual = median([epoch["test/residual"] for result in results for epoch in result["epochs"][-1:]])
-        rows.append(
-            [label(row), count(results), spread(last(results)), spread(best(results)), minus, f"{residual:.0e}"]
-        )
+        rows.append([label(row), *compared(results, first), f"{residual:.0e}"])
     table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
     command.save(console, options, "fig3", [table], found, picture)
     return 0

@@ -35,7 +35,8 @@ LEGEND = """\
 recomputed  the row before, with each graph made anew in the backward pass
 F, VJP      evaluations of the cell in the forward + in the backward pass, and
             pullbacks through it
-ms          processor time of forward pass, loss and backward pass: median
+ms          time of forward pass, loss and backward pass: median; of the
+            processor, or with a GPU on the clock
 / exact     the same, divided by that of the first row in the same round: median
             and quartiles
 / TorchDEQ  likewise, by that of TorchDEQ's exact gradient
@@ -84,8 +85,8 @@ def measure(settings: Settings, device: str, console: Console, repetitions: int)
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        channels, side, classes = IMAGES[settings.data]
-        side = min(settings.pixels or side, side)
+        channels, _, classes = IMAGES[settings.data]
+        side = side_of(settings)
         model = MDEQ(settings.sizes(channels, classes), ic.steps(1), ic.OneStep()).to(place)
         images = torch.randn(settings.batch, channels, side, side).to(place)
         labels = torch.randint(classes, (settings.batch,)).to(place)
@@ -117,6 +118,12 @@ def measure(settings: Settings, device: str, console: Console, repetitions: int)
         f"{len(times[EXACT])} repetitions",
     ]
     return Steps([Row(name, found[name], times[name]) for name in forwards], about)
+
+
+def side_of(settings: Settings) -> int:
+    """Height and width of the images."""
+    side = IMAGES[settings.data][1]
+    return min(settings.pixels or side, side)
 
 
 def ours(model: MDEQ, images: Tensor, settings: Settings) -> dict[str, Callable[[], Tensor]]:
@@ -224,16 +231,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command = parser()
     options = command.parse_args(sys.argv[1:] if arguments is None else arguments)
+    if options.data == "imagenet" and options.pixels is None:
+        options.pixels = 0  # the small models reduce other images
     given = {name: getattr(options, name) for name in ("data", "pixels", "batch", "dropout")}
     console = Console(width=80)
     try:
         place_of(options.device)
-        settings = replace(PRESETS[options.model], **{name: x for name, x in given.items() if x is not None})
+        preset = replace(PRESETS[options.model], train=0, test=0)  # images are random
+        settings = replace(preset, **{name: x for name, x in given.items() if x is not None})
     except (TrainingError, ValueError) as error:
         command.error(str(error))
-    least = settings.sizes(1, 1).least_side
-    if (options.pixels or 0) % least:
-        command.error(f"--pixels must be a multiple of {least} for the {settings.model} model, got {options.pixels}")
+    least, side = settings.sizes(1, 1).least_side, side_of(settings)
+    if side % least:
+        command.error(f"the {settings.model} model needs sides that are multiples of {least}, got {side} pixels")
     measured = measure(settings, options.device, console, options.repetitions)
     record = report.environment("torch", "torchdeq", device=options.device) | asdict(measured)
     table(measured).present(console, record, options.output)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import report
 from . import command
-from .tables import Result, about, best, count, difference, last, seconds, signed, spread
+from .tables import Result, about, compared, last, seconds
 
 PAPER = {
     "implicit": ("MDEQ + Implicit", "85.0 (85.3)"),
@@ -54,9 +54,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     rows = []
     for row, results in found.items():
         name, paper = PAPER[row]
-        better = f"{spread(best(results))} ({max(best(results)):.1f})"
-        minus = "" if row == "implicit" else signed(difference(results, exact))
-        rows.append([name, count(results), spread(last(results)), better, minus, f"{seconds(results):.0f}", paper])
+        rows.append([name, *compared(results, exact), f"{seconds(results):.0f}", paper])
     table = report.Table(head, rows, about(next(iter(found.values()))), LEGEND)
     command.save(console, options, "table1", [table], found, picture)
     return 0

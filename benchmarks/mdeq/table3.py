@@ -13,7 +13,7 @@ from .. import report
 from ..runs import plain, rounded, write
 from . import command, steps, table1
 from .experiments import settings_of
-from .tables import Result, about, best, count, difference, last, signed, spread
+from .tables import Result, about, compared
 
 ROWS = {
     "implicit": ("exact", "93.8"),
@@ -44,9 +44,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
     rows = []
     for row, results in found.items():
         name, paper = ROWS[row]
-        better = f"{spread(best(results))} ({max(best(results)):.1f})"
-        minus = "" if row == "implicit" else signed(difference(results, exact))
-        rows.append([name, count(results), spread(last(results)), better, minus, paper])
+        rows.append([name, *compared(results, exact), paper])
     accuracy = report.Table(
         ["gradient", "n", "last", "best", "- exact", "paper"], rows, about(next(iter(found.values()))), LEGEND
     )

@@ -88,6 +88,12 @@ def difference(results: Sequence[Result], others: Sequence[Result]) -> tuple[flo
     return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(len(found)))
 
 
+def compared(results: Sequence[Result], others: Sequence[Result]) -> list[str]:
+    """Cells of a row: runs, accuracy of the last epoch, of the best one, and the difference from another row."""
+    minus = "" if results is others else signed(difference(results, others))
+    return [count(results), spread(last(results)), f"{spread(best(results))} ({max(best(results)):.1f})", minus]
+
+
 def signed(found: tuple[float, float] | None) -> str:
     """A difference and its standard error."""
     return "-" if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"

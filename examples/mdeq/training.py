@@ -112,6 +112,8 @@ class Training:
 
     def __init__(self, settings: Settings, source: Source, device: torch.device | str = "cpu") -> None:
         self.settings, self.source, self.device = settings, source, torch.device(device)
+        if self.device.type == "cuda" and settings.precision == "float32":
+            torch.backends.cudnn.allow_tf32 = False  # which PyTorch's convolutions would round to
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.steps = size_of(source.train) // settings.batch
         if not self.steps:
@@ -223,7 +225,8 @@ class Training:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         mine = torch.arange(self.rank, size_of(self.source.test), self.processes)
-        for images, labels in self.source.batches(self.source.test, mine.split(TEST_BATCH)):
+        batches = mine.split(TEST_BATCH) if len(mine) else ()  # an empty tensor splits into an empty batch
+        for images, labels in self.source.batches(self.source.test, batches):
             images, labels = self.source.normalized(images.to(self.device)), labels.to(self.device)
             with self._precision():
                 logits = self.model(images)

@@ -108,8 +108,11 @@ class Training:
         signals, labels = (x[batch] for x in self.samples)
         logits = self.model.train()(signals)
         loss = cross_entropy(logits, labels)
-        if not loss.isfinite():
-            raise DivergedError(f"The loss is {loss.item()} in epoch {len(self.epochs) + 1}; try a smaller --lr.")
+        stats: Any = self.model.layer.stats
+        # A cell that is NaN leaves the state at its start, so that the loss may well be finite.
+        if not loss.isfinite() or stats.relative.isnan().any():
+            epoch = len(self.epochs) + 1
+            raise DivergedError(f"The loss or a residual is not finite in epoch {epoch}; try a smaller --lr.")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -91,9 +91,9 @@ class Implicit(AtFixedPoint):
         ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used.
 
         All products count. One of them measures the residual of what is used, since recurrences lose it in half
-        precision: ``products=20`` is 19 steps of GMRES. Without a ``linear_solver`` GMRES does not restart, and holds
-        up to ``products`` states; if ``products`` is traced, it restarts after 20 steps. ``x0`` costs one of the
-        products, and is not used if there is no other. Whether F couples samples is not examined.
+        precision: ``products=20`` is 19 steps of GMRES, which holds up to ``products`` states, unless its ``restart``
+        is given; if ``products`` is traced, it restarts after 20 steps. ``x0`` costs one of the products, and is not
+        used if there is no other. Whether F couples samples is not examined.
 
         Where no iterate has a residual below ‖v‖, as with ``products=1``, w is v, as for :class:`OneStep`; with a
         preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite. CG and MINRES on a system that is
@@ -249,8 +249,8 @@ class Implicit(AtFixedPoint):
     def _within_products(self) -> LinearSolver:
         """The linear solver, whose ``max_steps`` are the products."""
         solver, products = self.linear_solver, self.products
-        if isinstance(products, int) and solver == GMRES():
-            solver = GMRES(restart=max(products - 1, 1))
+        if isinstance(products, int) and isinstance(solver, GMRES) and solver.restart is None:
+            solver = replace(solver, restart=max(products - 1, 1))
         return replace(solver, max_steps=products)
 
     def inverse_error(self, contraction: float, eps: float = 0.0, rounding: float = 0.0) -> float:

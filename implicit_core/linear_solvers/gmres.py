@@ -11,6 +11,9 @@ from ..space import Space
 from .arnoldi import ArnoldiStep, arnoldi_step, unit
 from .base import Cycle, PreconditionedSolver, positive, ratio
 
+RESTART = 20
+"""Dimension of the Krylov space, where none is given."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GMRES(PreconditionedSolver):
@@ -21,7 +24,8 @@ class GMRES(PreconditionedSolver):
     Parameters
     ----------
     restart
-        Dimension of the Krylov space, at most that of a sample's state; restart + 1 states are held.
+        Dimension of the Krylov space, at most that of a sample's state; restart + 1 states are held. None for 20, and
+        for no restart within the ``products`` of :class:`Implicit`.
     rtol, atol, max_steps, check_every, check
         As for :class:`LinearSolver`.
 
@@ -44,11 +48,12 @@ class GMRES(PreconditionedSolver):
     array([0.25, 0.5 ])
     """
 
-    restart: int = 20
+    restart: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
+        if self.restart is not None:
+            object.__setattr__(self, "restart", checks.integer("restart", self.restart, 1))
 
     def preconditioned_cycle(
         self,
@@ -62,7 +67,7 @@ class GMRES(PreconditionedSolver):
     ) -> Cycle:
         """See :class:`LinearSolver`. M⁻¹ stands to the right of A, so that the least residual is one of A."""
         # Decision 75.
-        steps = max(min(self.restart, space.dimension), 1)
+        steps = max(min(self.restart or RESTART, space.dimension), 1)
         most: Index = steps  # no more than the basis has room for
         if is_array(self.max_steps):
             most = settings.within(space, self.max_steps, 0, steps)
