@@ -17,6 +17,8 @@ PANELS = {
     "(b) the two forms": ("upg-5-0.5", "npg-5-0.5", "upg-9-0.5", "npg-9-0.5", "upg-5-1", "npg-5-1", "npg-1-1"),
 }
 ROWS = tuple(dict.fromkeys(row for rows in PANELS.values() for row in rows))
+KINDS = tuple(dict.fromkeys(row.partition("-")[2] for row in ROWS))
+"""k and λ, each of which has a color."""
 DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for both forms of the phantom gradient."
 LEGEND = """\
 last   accuracy after the last epoch, percent: mean and standard deviation
@@ -51,18 +53,20 @@ def picture(record: dict[str, Any]) -> Any:
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 4), sharey=True)
     for axis, (title, rows) in zip(axes, PANELS.items(), strict=True):
-        for i, row in enumerate(row for row in rows if row in record["runs"]):
-            curves = [accuracies(result) for result in record["runs"][row] if result["diverged"] is None]
+        for row in rows:
+            curves = [accuracies(result) for result in record["runs"].get(row, ()) if result["diverged"] is None]
             if not curves:
                 continue
             mean, deviation = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=len(curves) > 1)
             epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, color=f"C{i}", ls="--" if row.startswith("npg") else "-", label=label(row))
-            axis.fill_between(epochs, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.12, lw=0)
+            form, color = row.partition("-")[0], f"C{KINDS.index(row.partition('-')[2])}"
+            axis.plot(epochs, mean, color=color, ls="--" if form == "npg" else "-", label=label(row))
+            axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.12, lw=0)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False, loc="lower right")
     axes[0].set_ylabel("accuracy in the test, percent")
+    figure.suptitle(next(iter(record["runs"].values()))[0]["data"])
     figure.tight_layout()
     return figure
 
