@@ -88,7 +88,9 @@ def _bound_axes(params: Mapping[str, Any]) -> set[str]:
 
 
 def _names(axes: Any) -> set[str]:
-    return {axes} if isinstance(axes, str) else {axis for axis in axes if isinstance(axis, str)}
+    """The names in a parameter, one or several; numbers are positions."""
+    several = axes if isinstance(axes, tuple | list | set | frozenset) else (axes,)
+    return {axis for axis in several if isinstance(axis, str)}
 
 
 def without_references(program: ClosedJaxpr, arguments: Sequence[Any]) -> ClosedJaxpr:
