@@ -1,15 +1,20 @@
 """The numbers and pictures of docs/paper.md are those of the committed results."""
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 
+import numpy as np
 import pytest
 
-from benchmarks.mdeq import table1
-from benchmarks.mdeq.tables import Result, best, difference, last, read, signed, spread
+from benchmarks.mdeq import fig2, steps, table1, table3
+from benchmarks.mdeq.experiments import ROWS, settings_of
+from benchmarks.mdeq.tables import Result, best, difference, last, read, seconds, signed, spread
+from implicit_core.examples.mdeq.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "mdeq" / "results" / "small"
@@ -51,6 +56,13 @@ def accuracy(results: Sequence[Result]) -> list[str]:
     return [spread(last(results)), f"{spread(best(results))} ({max(best(results)):.1f})"]
 
 
+def components(row: str) -> list[str]:
+    """Optimizer, dropout and pretraining of a row."""
+    settings = settings_of("ablation", row, "small", "cifar10", 0)
+    of = {"adam": "Adam", "sgd": "SGD"}[settings.optimizer]
+    return [of, "yes" if settings.dropout else "", "yes" if settings.pretraining else ""]
+
+
 def mean(paper: str) -> float | None:
     """The mean accuracy that the paper has for a row, None for a row that it lacks."""
     return None if paper == "-" else float(paper.split()[0])
@@ -59,12 +71,71 @@ def mean(paper: str) -> float | None:
 def test_table_1() -> None:
     rows, _, differences = page("Table 1")
     found = {row: [runs(data, "ablation", row) for data in DATA] for row in table1.PAPER}
-    expected = [[table1.PAPER[row][1], *accuracy(one), *accuracy(other)] for row, (one, other) in found.items()]
-    assert [row[1:] for row in rows] == expected
+    assert rows == [
+        [*(name, *components(row), paper), *accuracy(one), *accuracy(other), f"{seconds(one):.0f}"]
+        for (row, (name, paper)), (one, other) in zip(table1.PAPER.items(), found.values(), strict=True)
+    ]
     for row, (name, other) in zip(differences, PAIRS, strict=True):
         ours = [signed(difference(a, b)) for a, b in zip(found[name], found[other], strict=True)]
         a, b = mean(table1.PAPER[name][1]), mean(table1.PAPER[other][1])
         assert row[1:] == ["-" if a is None or b is None else f"{a - b:+.1f}", *ours], row
+
+
+def test_table_3() -> None:
+    (rows, *_) = page("Table 3")
+    for cells, (row, (name, paper)) in zip(rows, table3.ROWS.items(), strict=True):
+        expected = [name, paper]
+        for data in DATA:
+            results, exact = runs(data, *table3.FAMILIES[row]), runs(data, *table3.FAMILIES["implicit"])
+            expected += [*accuracy(results), "" if row == "implicit" else signed(difference(results, exact))]
+        assert cells == expected
+
+
+def test_times_of_a_step() -> None:
+    (rows,) = page("Time of a step")
+    files = sorted((RESULTS / "steps").glob("*.json"))
+    measured = {path.stem: steps.Steps.of(json.loads(path.read_text())) for path in files}
+    assert sorted(row[0] for row in rows) == sorted(measured)
+    for name, *cells in rows:
+        of = {row.name: row for row in measured[name].rows}
+        other = of[steps.THEIR_EXACT]
+        times = [
+            median(a / b for a, b in zip(of[row].times, other.times, strict=True))
+            for row in (steps.EXACT, "UPG(5, 0.5)", "recomputed", "NPG(5, 0.5)", "TorchDEQ UPG")
+        ]
+        peaks = [of[row].costs.peak / other.costs.peak for row in (steps.EXACT, "UPG(5, 0.5)", "recomputed")]
+        counts = of[steps.EXACT].costs
+        assert cells == [f"{counts.forward}", f"{counts.vjps}", *(f"{x:.2f}" for x in (*times, *peaks))], name
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_figure_2(data: str) -> None:
+    table = page("Figure 2")[DATA.index(data)]
+    results = runs(data, "ablation", "implicit")
+    moments = [moment["step"] for moment in results[0]["compared"]]
+
+    def middle(i: int, name: str, what: str = "cosine") -> float:
+        return float(np.median(fig2.of_all(results, i, name, what)))
+
+    names = ("upg-5-0.5", "npg-5-0.5", "one-step", "implicit")
+    for step, *cells in table:
+        i = moments.index(int(step))
+        residual = median(x for result in results for x in result["compared"][i]["residual"])
+        numbers = [*(middle(i, name) for name in names), middle(i, "upg-5-0.5", "length")]
+        assert cells == [*(f"{x:.2f}" for x in numbers), f"{residual:.0e}"], step
+
+
+def test_settings() -> None:
+    """The column of the small model, of what is told beside the paper's."""
+    (rows,) = page("What is the same, and what is not")
+    cells = {row[0]: row[2] for row in rows}
+    s = Settings(data="cifar10")
+    assert cells["batch, epochs"] == f"{s.batch}, {s.epochs}"
+    assert cells["SGD: rate, momentum, decay"] == f"{s.rate:g}, 0.9, {s.decay:.0e}".replace("e-04", "e-4")
+    assert cells["evaluations of F in a forward solve"] == f"{s.solver_steps}"
+    assert cells["products of implicit"] == f"{s.products}"
+    assert cells["dropout of the implicit gradient"] == f"{ROWS['implicit']['dropout']}"
+    assert cells["parameters"] == f"{runs('cifar10', 'ablation', 'implicit')[0]['parameters']:,}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "paper").glob("*.png")), ids=lambda path: path.stem)

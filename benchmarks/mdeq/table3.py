@@ -16,7 +16,7 @@ from .experiments import settings_of
 from .tables import Result, about, compared
 
 ROWS = {
-    "implicit": ("exact", "93.8"),
+    "implicit": ("Implicit", "93.8"),
     "upg-5-0.5": ("UPG(5, .5)", "95.0"),
     "npg-5-0.5": ("NPG(5, .5)", "-"),
     "torchdeq-implicit": ("TorchDEQ, IFT", "-"),
