@@ -40,9 +40,13 @@ PAIRS = (
 
 def page(section: str) -> list[list[list[str]]]:
     """The tables of a section: rows of cells, without the head."""
-    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in t.splitlines()[2:]] for t in tables]
+    return tables(PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0])
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a text in Markdown, likewise."""
+    found = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in t.splitlines()[2:]] for t in found]
 
 
 @cache
@@ -79,6 +83,15 @@ def test_table_1() -> None:
         ours = [signed(difference(a, b)) for a, b in zip(found[name], found[other], strict=True)]
         a, b = mean(table1.PAPER[name][1]), mean(table1.PAPER[other][1])
         assert row[1:] == ["-" if a is None or b is None else f"{a - b:+.1f}", *ours], row
+
+
+def test_table_2() -> None:
+    (rows,) = page("Table 2")
+    (lines, *_) = tables((RESULTS / "tables" / "table2.md").read_text())
+    assert [row[1:5] for row in rows] == [
+        [cell.replace("1.0 + 1.0 K", "1 + K") for cell in line[1:5]]  # a line that was fitted
+        for line in lines
+    ]
 
 
 def test_table_3() -> None:
@@ -123,6 +136,38 @@ def test_figure_2(data: str) -> None:
         residual = median(x for result in results for x in result["compared"][i]["residual"])
         numbers = [*(middle(i, name) for name in names), middle(i, "upg-5-0.5", "length")]
         assert cells == [*(f"{x:.2f}" for x in numbers), f"{residual:.0e}"], step
+
+
+def test_ranges_of_figure_2() -> None:
+    """Those of medians, and the least of single batches, late in the training, as the text of the page has them."""
+    text = " ".join(PAGE.split("\n## Figure 2\n")[1].split("\n## ")[0].split())
+    cifar10, fashion = (runs(data, "ablation", "implicit") for data in DATA)
+
+    def of(results: list[Result], since: int, name: str, what: str = "cosine") -> tuple[str, str, str]:
+        moments = [i for i, moment in enumerate(results[0]["compared"]) if moment["step"] >= since]
+        batches = [fig2.of_all(results, i, name, what) for i in moments]
+        medians = [float(np.median(x)) for x in batches]
+        low, high, least = (f"{x:.2f}".replace("0.", ".") for x in (min(medians), max(medians), np.min(batches)))
+        return low, high, least
+
+    low, high, least = of(fashion, 150, "upg-5-0.5")
+    assert f"the medians of UPG are {low} to {high}" in text
+    assert f"Single batches go down to {least}." in text
+    low, high, _ = of(fashion, 150, "one-step")
+    assert f"those of the one-step gradient {low} to {high}" in text
+    low, high, least = of(cifar10, 400, "upg-5-0.5")
+    assert f"After step 400 the medians of UPG are {low} to {high}" in text
+    assert f"negative, down to {least}" in text
+    low, high, least = of(cifar10, 400, "implicit")
+    assert f"their medians are {low} to {high}, and single batches go down to {least}." in text
+    assert f"the least is {of(fashion, 150, 'implicit')[2]}." in text
+    (low, high, _), (other, top, _) = (
+        of(results, since, "upg-5-0.5", "length") for results, since in ((fashion, 150), (cifar10, 400))
+    )
+    assert f"{low} to {high} on Fashion-MNIST from step 150 on, and {other} to {top} on CIFAR-10" in text
+    late = [i for i, moment in enumerate(cifar10[0]["compared"]) if moment["step"] >= 400]
+    cosines = np.ravel([fig2.of_all(cifar10, i, "upg-5-0.5", "cosine") for i in late])
+    assert f"{np.sum(cosines < 0)} of its {cosines.size} batches" in text
 
 
 def test_settings() -> None:
