@@ -272,7 +272,9 @@ def test_a_nan_on_one_device_is_one_in_the_whole_sample() -> None:
     _, x = data(batch=4)
 
     def together(x: Any) -> Any:
-        step = lambda h, x: 0.5 * h + 0.1 * jax.lax.pmean(h[:, :1], "d") + x  # noqa: E731
+        def step(h: Any, x: Any) -> Any:
+            return 0.5 * h + 0.1 * jax.lax.pmean(h[:, :1], "d") + x
+
         solution = icj.fixed_point(step, jnp.zeros_like(x), x, solver=ic.steps(3), gradient=ic.OneStep(), batch_ndim=1)
         return solution.value, solution.status
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from benchmarks.mdeq import fig2, steps, table1, table3
 from benchmarks.mdeq.experiments import ROWS, settings_of
-from benchmarks.mdeq.tables import Result, best, difference, last, read, seconds, signed, spread
+from benchmarks.mdeq.tables import Result, compared, difference, read, seconds, signed
 from implicit_core.examples.mdeq.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +54,6 @@ def runs(data: str, family: str, row: str) -> list[Result]:
     return [read(RESULTS / f"{data}-{family}-{row}-{seed}.json") for seed in range(SEEDS)]
 
 
-def accuracy(results: Sequence[Result]) -> list[str]:
-    """Of the last and of the best epoch, as the page has them."""
-    return [spread(last(results)), f"{spread(best(results))} ({max(best(results)):.1f})"]
-
-
 def components(row: str) -> list[str]:
     """Optimizer, dropout and pretraining of a row."""
     settings = settings_of("ablation", row, "small", "cifar10", 0)
@@ -72,11 +66,16 @@ def mean(paper: str) -> float | None:
     return None if paper == "-" else float(paper.split()[0])
 
 
+def accuracy(results: list[Result]) -> list[str]:
+    """Of the last and of the best epoch."""
+    return compared(results, results)[1:3]
+
+
 def test_table_1() -> None:
     rows, _, differences = page("Table 1")
     found = {row: [runs(data, "ablation", row) for data in DATA] for row in table1.PAPER}
     assert rows == [
-        [*(name, *components(row), paper), *accuracy(one), *accuracy(other), f"{seconds(one):.0f}"]
+        [name, *components(row), paper, *accuracy(one), *accuracy(other), f"{seconds(one):.0f}"]
         for (row, (name, paper)), (one, other) in zip(table1.PAPER.items(), found.values(), strict=True)
     ]
     for row, (name, other) in zip(differences, PAIRS, strict=True):
@@ -100,7 +99,7 @@ def test_table_3() -> None:
         expected = [name, paper]
         for data in DATA:
             results, exact = runs(data, *table3.FAMILIES[row]), runs(data, *table3.FAMILIES["implicit"])
-            expected += [*accuracy(results), "" if row == "implicit" else signed(difference(results, exact))]
+            expected += compared(results, exact)[1:]
         assert cells == expected
 
 

@@ -70,17 +70,19 @@ class Program(Generic[R]):
         result: R = jax.tree.unflatten(self._structure, values)
         return result
 
-    @property
+    # Each is found by a walk through the program, and asked for in every solve.
+
+    @functools.cached_property
     def has_named_axes(self) -> bool:
         """Whether it refers to named axes, in collectives or to read a position."""
         return has_named_axes(self.jaxpr)
 
-    @property
+    @functools.cached_property
     def has_custom_vjp(self) -> bool:
         """Whether an operation in it has a ``custom_vjp``, so that JAX can't differentiate it in forward mode."""
         return _contains_custom_vjp(self.jaxpr)
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """The named axes that it communicates over."""
         return tuple(sorted(communication_axes(self.jaxpr)))

@@ -32,16 +32,18 @@ IMAGES = {"digits": (1, 8, 10), "fashion-mnist": (1, 32, 10), "cifar10": (3, 32,
 """Channels and side of an image, and classes."""
 EXACT, THEIR_EXACT = "exact", "TorchDEQ exact"
 LEGEND = """\
-recomputed  the row before, with each graph made anew in the backward pass
+recomputed  UPG, with each graph made again in the backward pass
 F, VJP      evaluations of the cell in the forward + in the backward pass, and
             pullbacks through it
-ms          time of forward pass, loss and backward pass: median; of the
-            processor, or with a GPU on the clock
-/ exact     the same, divided by that of the first row in the same round: median
+ms          time of forward pass, loss and backward pass, median: processor
+            time, or on a GPU wall time
+/ exact     ms divided by the ms of our exact gradient in the same round: median
             and quartiles
-/ TorchDEQ  likewise, by that of TorchDEQ's exact gradient
-held, peak  MB kept for the backward pass, and alive at once, at most
-peak /      peak, divided by that of TorchDEQ's exact gradient"""
+/ TorchDEQ  ms divided by the ms of TorchDEQ's exact gradient in the same round:
+            median and quartiles
+held        MB kept for the backward pass
+peak        largest number of MB alive at once
+peak /      peak divided by the peak of TorchDEQ's exact gradient"""
 
 
 @dataclass

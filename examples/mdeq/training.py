@@ -65,12 +65,10 @@ class Totals:
         It is NaN if the cell is, wherever it is evaluated. The solver then returns its start, so that the loss may well
         be finite.
         """
-        for name, value, diverged in (
-            ("loss", self.loss, not np.isfinite(self.loss)),
-            ("residual", self.residual, np.isnan(self.residual)),
-        ):
-            if diverged:
-                raise DivergedError(f"The {name} is {value} at step {step}; try a smaller --rate.")
+        if not np.isfinite(self.loss):
+            raise DivergedError(f"The loss is {self.loss} at step {step}; try a smaller --rate.")
+        if np.isnan(self.residual):
+            raise DivergedError(f"A residual is NaN at step {step}; try a smaller --rate.")
 
     def means(self) -> dict[str, float]:
         """Loss, accuracy, relative residual and solver's steps of an image."""
