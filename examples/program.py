@@ -209,9 +209,9 @@ def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
         If it can't be written.
     """
     buffer = io.BytesIO()  # PyTorch hides why a file can't be written: that the disk is full, for instance
-    content(buffer)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
+        content(buffer)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
