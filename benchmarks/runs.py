@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -12,14 +11,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryFile
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 
-from implicit_core.examples.program import Stop
+from implicit_core.examples import program
+from implicit_core.examples.program import Stop, TrainingError
 
 R = TypeVar("R", bound="Run")
 
@@ -67,13 +66,12 @@ class Run(ABC):
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write the result, and remove the checkpoint."""
-        text = json.dumps(rounded(record), indent=1) + "\n"
-        write(self.result, lambda path: path.write_text(text))
+        write_json(self.result, record)
         self.unfinished.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        write(self.unfinished, lambda path: torch.save({"settings": plain(self.settings), **state}, path))
+        write(self.unfinished, lambda file: torch.save({"settings": plain(self.settings), **state}, file))
 
     def restore(self, load: Callable[[dict[str, Any]], object], device: torch.device | str = "cpu") -> None:
         """Load what the checkpoint has, if there is one.
@@ -91,7 +89,7 @@ class Run(ABC):
             same = state["settings"] == plain(self.settings)
             if same:
                 load(state)
-        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+        except Exception as error:  # of any type, which depends on the bytes
             raise ResultError(f"{self.unfinished} is from another version, or damaged: {remedy}") from error
         if not same:
             raise ResultError(f"{self.unfinished} was made with other settings: {remedy}")
@@ -211,9 +209,20 @@ def rounded(tree: Any) -> Any:
     return tree
 
 
-def write(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    write(temporary)
-    os.replace(temporary, file)
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    """Write a record, with six digits of each number; see :func:`write`."""
+    write(file, lambda to: to.write((json.dumps(rounded(record), indent=1) + "\n").encode()))
+
+
+def write(file: Path, content: Callable[[IO[bytes]], object]) -> None:
+    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole.
+
+    Raises
+    ------
+    ResultError
+        If it can't be written.
+    """
+    try:
+        program.write(file, content)
+    except TrainingError as error:
+        raise ResultError(str(error)) from error

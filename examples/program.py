@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import os
-import pickle
 import shlex
 import signal
 import sys
@@ -209,14 +208,19 @@ def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
     TrainingError
         If it can't be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    buffer = io.BytesIO()  # PyTorch hides why a file can't be written: that the disk is full, for instance
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
+        content(buffer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"{path} can't be written: {error.strerror}.") from error
 
@@ -235,7 +239,9 @@ def read(path: Path, load: Callable[[IO[bytes]], T]) -> T:
         raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
     try:
         return load(io.BytesIO(content))
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except TrainingError:
+        raise
+    except Exception as error:  # of any type, which depends on the bytes
         raise TrainingError(f"{path} is not a checkpoint of this program, or is damaged.") from error
 
 

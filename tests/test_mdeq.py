@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from implicit_core.examples.mdeq import model as mdeq
 from implicit_core.examples.mdeq import run
 from implicit_core.examples.mdeq.__main__ import PROGRAM, main
 from implicit_core.examples.mdeq.data import Images, fashion_mnist
+from implicit_core.examples.mdeq.data.imagenet import central_view
 from implicit_core.examples.mdeq.model import MDEQ, Cell, State
 from implicit_core.examples.mdeq.settings import GRADIENTS, PRESETS, Settings, WholeBatch
 from implicit_core.examples.mdeq.sizes import IMAGENET, LARGE, TINY, Sizes
@@ -349,6 +351,7 @@ def test_flags_are_read_as_the_settings_they_were_made_from(monkeypatch: pytest.
             "--data cifar10 --data-dir .",
             r"CIFAR-10 is missing: there is no data_batch_1 in cifar-10-batches-py or ",
         ),
+        ("--data-dir .", r"The digits come with scikit-learn: --data-dir belongs to other --data\."),
         ("--data fashion-mnist", r"there is no train-images-idx3-ubyte or .*Debian's package dataset-fashion-mnist"),
         ("--data imagenet --pixels 0 --train 0 --test 0", r"ImageNet needs --data-dir: "),
         ("--model imagenet", r"The imagenet model needs sides .* of 32, and images of digits have sides of 8 pixels\."),
@@ -488,7 +491,8 @@ def test_images_are_augmented_before_they_are_normalized(digits: Source) -> None
 
 @pytest.mark.parametrize("gradient", ["implicit", "neumann", "unroll", "one-step"])
 def test_bfloat16_is_the_precision_of_the_layers_alone(gradient: str, digits: Source) -> None:
-    training = Training(replace(FEW, gradient=gradient, precision="bfloat16"), digits)
+    # Without weight decay, which would move a parameter that has no gradient.
+    training = Training(replace(FEW, gradient=gradient, precision="bfloat16", decay=0.0), digits)
     cell, dtypes = training.model.layer.cell, set()
     cell.register_forward_pre_hook(lambda _module, given: dtypes.update(leaf.dtype for leaf in given[0]))
     made = set()
@@ -532,13 +536,20 @@ def torchrun(*arguments: str) -> tuple[int, str]:
 
 
 def test_two_processes_train_together(tmp_path: Path, digits: Source) -> None:
-    """Both end with the same numbers: those of SGD by hand with the mean of the gradients of the halves of batches."""
+    """Both end with the same numbers, those of SGD by hand with the mean of the gradients of the halves of batches.
+
+    So they do if a signal to one of them stops both on the way.
+    """
     settings = mdeq_worker.SETTINGS
     code, shown = torchrun(mdeq_worker.__file__, str(tmp_path))
     assert code == 0, shown
-    assert re.findall(r"^epoch +(\d) ", shown, re.MULTILINE) == ["1"]
+    assert re.findall(r"^epoch +(\d) ", shown, re.MULTILINE) == ["1", "1"]  # only one process prints
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(second, first, rtol=0, atol=0)
+    # Stopped by a signal to the second, and resumed: the sums over the epoch are those of both.
+    for rank in range(2):
+        resumed = torch.load(tmp_path / f"resumed-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(resumed, first, rtol=0, atol=0)
 
     halves = [Training(settings, Source.of(settings, None)) for _ in range(2)]
     for rank, half in enumerate(halves):
@@ -611,6 +622,40 @@ def test_a_checkpoint_of_two_processes_is_not_gone_on_from_by_one(tmp_path: Path
         training.restore(training.state() | {"processes": 2})
 
 
+@pytest.mark.parametrize("batch", [15, 2])
+def test_processes_that_cannot_share_a_batch_are_told(
+    batch: int, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(TrainingError, match=f"2 processes can't share a batch of {batch}: each needs as many"):
+        Training(replace(FEW, batch=batch), digits)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_old_one_stays(tmp_path: Path, digits: Source) -> None:
+    training, path = Training(FEW, digits), tmp_path / "run.pt"
+    path.write_text("the old one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as a full disk does, it ends a file
+    try:
+        with pytest.raises(TrainingError, match=r"run\.pt can't be written: File too large\.$"):
+            program.save(FEW, training, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["the old one"]
+
+
+def test_a_checkpoint_with_something_else_in_it_is_told(tmp_path: Path, digits: Source) -> None:
+    training = Training(FEW, digits)
+    state = training.state()
+    state["optimizer"] = 3  # which PyTorch meets with an AttributeError
+    training.state = lambda: state  # type: ignore[method-assign]
+    program.save(FEW, training, tmp_path / "run.pt")
+    with pytest.raises(TrainingError, match=r"run\.pt is not a checkpoint of this program, or is damaged\.$"):
+        program.restore(FEW, training, tmp_path / "run.pt")
+
+
 def write_images(folder: Path) -> None:
     """Six images to train on, and two to test on, of two classes."""
     random = np.random.default_rng(0)
@@ -637,6 +682,26 @@ def test_random_views_are_those_of_a_seed_an_epoch_and_an_image(tmp_path: Path) 
     assert labels.tolist() == [1, 0, 0, 1]
     tested = [[images for images, _ in source.batches(source.test, [torch.arange(2)])] for _ in range(2)]
     assert torch.equal(tested[0][0], tested[1][0])
+
+
+def test_without_augmentation_images_in_files_are_seen_as_in_a_test(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    source = Source.of(replace(PRESETS["imagenet"], augment=0), tmp_path)
+    [(found, _)] = source.batches(source.train, [torch.tensor([4])], lambda _: 3)
+    assert torch.equal(found[0], central_view(Image.open(tmp_path / "train" / "dog" / "1.png")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_sentence(workers: int, tmp_path: Path) -> None:
+    """Also where a worker reads it."""
+    write_images(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    path.write_bytes(b"no image")
+    source = Source.of(PRESETS["imagenet"], tmp_path, workers)
+    batches = source.batches(source.train, torch.tensor([[0, 1], [2, 4]]))
+    next(batches)
+    with pytest.raises(TrainingError, match=rf"^{path} can't be read as an image \([^\n]*\)\.$"):
+        next(batches)
 
 
 def test_images_in_files_train_a_model(tmp_path: Path) -> None:

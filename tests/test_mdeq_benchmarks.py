@@ -27,6 +27,7 @@ from benchmarks.counting import counting
 from benchmarks.mdeq import command, cosines, experiments, fig2, fig3, steps, table1, table3, tables, trainings
 from benchmarks.mdeq.experiments import MODELS, ROWS, settings_of
 from benchmarks.runs import ResultError
+from implicit_core.examples.mdeq.settings import PRESETS
 from implicit_core.examples.mdeq.source import Source
 from implicit_core.examples.mdeq.training import COMPARED, Training, number
 
@@ -229,6 +230,8 @@ def test_published_settings() -> None:
     exact = settings_of("large", "implicit", "paper", "cifar10", 0)
     assert (exact.optimizer, exact.rate, exact.dropout, exact.products) == ("adam", 1e-3, 0.3, 20)
     assert round(exact.pretraining * 220 * 390, -3) == 20_000
+    imagenet = PRESETS["imagenet"]
+    assert (imagenet.epochs, imagenet.solver_steps, imagenet.products) == (100, 27, 27)
     large = settings_of("large", "upg-5-0.5", "paper", "cifar10", 0)
     assert (large.epochs, large.batch, large.solver_steps, large.augment) == (220, 128, 19, 1)
 
@@ -263,6 +266,9 @@ def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         trainings.execute(made)
     made.unfinished.write_bytes(b"no checkpoint")
     with pytest.raises(ResultError, match="another version, or damaged"):
+        trainings.execute(made)
+    made.save({"training": trainings.begin(made).state() | {"optimizer": 3}, "compared": []})
+    with pytest.raises(ResultError, match="another version, or damaged"):  # PyTorch raises an AttributeError
         trainings.execute(made)
     replace(made, seed=1).save(other)
     made.unfinished.write_bytes(replace(made, seed=1).unfinished.read_bytes())
@@ -326,6 +332,9 @@ def test_numbers_of_tables() -> None:
     assert tables.seconds(ours) == 4
     assert tables.seconds([one | {"device": "cuda"} for one in ours]) == 14
     assert tables.seconds([ours[0], ours[1] | {"device": "cuda"}]) == 9
+    assert tables.seconds([*ours, result(2, 0.9, diverged=3)]) == 4
+    assert math.isnan(tables.seconds([result(2, 0.9, diverged=3)]))
+    assert math.isnan(tables.median([]))
     assert tables.count([*ours, result(2, diverged=3)]) == "3 (1)"
     assert tables.accuracies(result(2, 0.9, diverged=3)) == [10]
     assert tables.median([1.0, 3.0, 8.0]) == 3
@@ -380,6 +389,7 @@ def test_nothing_is_removed_or_trained_that_ends_in_an_error(
     files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1", "--rows", "upg-5-0.5"]
     kept = tmp_path / "cifar10-ablation-upg-5-0.5-0.json"
     kept.touch()
+    (result := tmp_path / "digits-large-upg-5-0.5-0.json").touch()
     assert table1.main(["--restart", "--data", "cifar10", "--data-dir", str(tmp_path), *files]) == 2
     assert kept.exists()
     monkeypatch.setattr(trainings, "begin", lambda _: pytest.fail("a training was begun"))
@@ -389,8 +399,27 @@ def test_nothing_is_removed_or_trained_that_ends_in_an_error(
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torchdeq", None)
     monkeypatch.delitem(sys.modules, "benchmarks.mdeq.torchdeq", raising=False)
-    assert table3.main([*files[:-1], "torchdeq-upg-5-0.5"]) == 2
-    assert "upg-5-0.5 of TorchDEQ needs torchdeq" in capsys.readouterr().out
+    for more in ([], ["--restart"]):
+        assert table3.main([*files[:-1], *["upg-5-0.5"] * bool(more), "torchdeq-upg-5-0.5", *more]) == 2
+        assert "upg-5-0.5 of TorchDEQ needs torchdeq" in capsys.readouterr().out
+    assert result.read_text() == ""
+
+
+def test_a_report_needs_no_device_and_may_be_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of a GPU are shown where there is none."""
+    files = ["--results", str(tmp_path), "--scratch", str(tmp_path), "--seeds", "1"]
+    trainings.execute(run(tmp_path))
+    assert table1.main(["--report", "--device", "abacus", *files]) == 0
+    assert table1.main(["--device", "abacus", *files]) == 2
+    assert "There is no device 'abacus'" in capsys.readouterr().out
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "save", interrupted)
+    assert table1.main(["--report", *files]) == 130
 
 
 def test_results_of_other_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -501,6 +501,14 @@ def test_gray_images_get_three_channels(folders: Path) -> None:
     )
 
 
+def test_images_of_more_than_8_bits_are_refused(folders: Path) -> None:
+    """Pillow would make them white."""
+    path = folders / "val" / "n01" / "image_0.JPEG"
+    Image.fromarray(np.full((30, 40), 1000, dtype=np.uint16)).save(path, "PNG")
+    with pytest.raises(TrainingError, match=rf"^{path} can't be read .*its mode is I.*, expected 8 bits per channel"):
+        ImageFolder(folders, "val", central_view)[0]
+
+
 @pytest.mark.parametrize(("width", "height"), [(512, 768), (1024, 512), (256, 256)])
 def test_the_central_view_is_cut_from_a_shorter_side_of_256(width: int, height: int) -> None:
     """Sizes that scale to whole pixels."""

@@ -80,7 +80,7 @@ def data_of(run: Run) -> Data:
     data = TASKS[run.task].data(settings)
     sets = {"train": data.train, **data.tests}
     named = {f"{name} {part}": x.numpy() for name, s in sets.items() for part, x in s._asdict().items()}
-    write(file, lambda path: np.savez_compressed(path, key=key, **named))
+    write(file, lambda to: np.savez_compressed(to, key=key, **named))
     return data
 
 

@@ -37,7 +37,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--scale", choices=SCALES, default="small", help="size of models and trainings (default: small)")
     add("--seeds", type=report.positive, default=3, metavar="N", help="seeds of each row (default: 3)")
     add("--epochs", type=report.positive, metavar="N", help="passes over the images (default: those of the scale)")
-    add("--rows", nargs="+", metavar="ROW", help="only these")
+    add("--rows", nargs="+", metavar="ROW", help="train only these; all finished rows are shown")
     add("--device", default="cpu", help="where to train, as PyTorch names it (default: cpu)")
     add("--workers", type=report.positive, default=1, metavar="N", help="runs at a time, each a process (default: 1)")
     add("--minutes", type=positive_number, metavar="M", help="stop after so long; the same command goes on")
@@ -97,22 +97,22 @@ def run(
     runs = {name: [make(family=family, row=row, seed=seed) for seed in seeds] for name, (family, row) in rows.items()}
     chosen = [runs[row][seed] for seed in seeds for row in dict.fromkeys(options.rows or rows)]
     try:
-        place_of(options.device)
         if not options.report:
+            place_of(options.device)
             _make(chosen, options, console)
         found = {row: [read(run.result) for run in made if run.finished()] for row, made in runs.items()}
         require_same_images([result for results in found.values() for result in results])
+        found = {row: results for row, results in found.items() if results}
+        if not found:
+            console.print(f"no run of {name} is finished in {options.results}", highlight=False)
+            return 1
+        return publish(console, options, found)
     except (ResultError, TrainingError) as error:
         console.print(f"python -m benchmarks {name}: {error}", style="red", highlight=False)
         return 2
     except KeyboardInterrupt:
         console.print(f"Stopped; {_goes_on(options)}.", highlight=False)
         return 130
-    found = {row: results for row, results in found.items() if results}
-    if not found:
-        console.print(f"no run of {name} is finished in {options.results}", highlight=False)
-        return 1
-    return publish(console, options, found)
 
 
 def _goes_on(options: argparse.Namespace) -> str:
@@ -123,7 +123,8 @@ def _goes_on(options: argparse.Namespace) -> str:
 def _make(runs: Sequence[Run], options: argparse.Namespace, console: Console) -> None:
     """Make the runs, as far as the time goes."""
     if options.restart:
-        begin(runs[0])  # which says what is missing before anything is removed
+        for run in {run.family: run for run in runs}.values():
+            begin(run)  # which says what is missing before anything is removed
     try:
         make_all(runs, execute, workers=options.workers, restart=options.restart)
     except OutOfTimeError:

@@ -21,11 +21,13 @@ KINDS = tuple(dict.fromkeys(row.partition("-")[2] for row in ROWS))
 """k and λ, each of which has a color."""
 DESCRIPTION = "Figure 3: accuracy along training for several k and λ, and for both forms of the phantom gradient."
 LEGEND = """\
-last   accuracy after the last epoch, percent: mean and standard deviation
-best   accuracy of each run's best epoch, which is chosen on the test, and in
-       brackets the best of all
-- 5    difference of last from UPG(5, 0.5), between runs of equal seeds: mean
-       and standard error
+last      accuracy after the last epoch, percent: mean and standard deviation
+best      accuracy of each run's best epoch, which is chosen on the test, and in
+          brackets the best of all
+- 5       difference of last from UPG(5, 0.5), between runs of equal seeds: mean
+          and standard error
+residual  mean relative residual in the last test, median over runs
+Curves are means over runs, without those that diverged.
 UPG(k, λ), NPG(k, λ); NPG(1, 1) is the one-step gradient, OneStep()."""
 
 

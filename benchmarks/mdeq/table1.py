@@ -36,7 +36,8 @@ best     accuracy of each run's best epoch, which is chosen on the test as in
          the published code: mean, standard deviation and, in brackets, the best
 - exact  difference of last from the first row, between runs of equal seeds:
          mean and standard error
-s        time of the training steps of a run: of the processor, or of the GPU
+s        time of the training steps of a run that did not diverge: of the
+         processor, or on a GPU on the clock
 paper    its mean and best of six runs of MDEQ-Tiny on all of CIFAR-10
 UPG and NPG have λ = 0.5 and train by SGD without dropout, if nothing else is
 said. UPG(5) by Adam has the dropout of the exact gradient, and no pretraining."""
@@ -69,7 +70,7 @@ def dots(found: Mapping[str, Sequence[Result]], names: Mapping[str, str]) -> Any
     """The accuracy of each run after its last epoch, in the color of its seed, and the mean of each row."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(found)))
+    figure, axis = plt.subplots(figsize=(8, 1.1 + 0.36 * len(found)))
     seeds: dict[int, Any] = {}
     for place, results in enumerate(found.values()):
         axis.plot([np.mean(last(results))] * 2, [place - 0.3, place + 0.3], color="0.4", lw=2)
@@ -79,7 +80,7 @@ def dots(found: Mapping[str, Sequence[Result]], names: Mapping[str, str]) -> Any
     axis.set_yticks(range(len(found)), [names[row] for row in found])
     axis.invert_yaxis()
     axis.set(title=next(iter(found.values()))[0]["data"], xlabel="accuracy after the last epoch, percent; lines: means")
-    axis.legend(handles=[seeds[seed] for seed in sorted(seeds)], fontsize=8)
+    axis.legend(handles=[seeds[seed] for seed in sorted(seeds)], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axis.grid(axis="x", alpha=0.25)
     figure.tight_layout()
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import report
-from ..runs import plain, rounded, write
+from ..runs import plain, write_json
 from . import command, steps, table1
 from .experiments import settings_of
 from .tables import Result, about, compared
@@ -66,7 +66,7 @@ def timed(console: Console, options: argparse.Namespace) -> steps.Steps | None:
     if not options.report and (options.restart or found is None):
         found = steps.measure(settings, options.device, console, steps.REPETITIONS)
         record = {**of, **report.environment("torch", "torchdeq", device=options.device), **asdict(found)}
-        write(file, lambda path: path.write_text(json.dumps(rounded(record), indent=1) + "\n"))
+        write_json(file, record)
     return found
 
 

@@ -48,13 +48,17 @@ def best(results: Sequence[Result]) -> list[float]:
 
 
 def seconds(results: Sequence[Result]) -> float:
-    """Mean time of the training steps of a run, of the processor; on other devices on the clock."""
+    """Mean time of the training steps of a run, of the processor; on other devices on the clock.
+
+    Runs that diverged did not make all of their steps, and are left out; NaN if all did.
+    """
 
     def of(result: Result) -> float:
         clock = "processor_seconds" if result["device"] == "cpu" else "seconds"
         return sum(epoch[clock] for epoch in result["epochs"])
 
-    return float(np.mean([of(result) for result in results]))
+    times = [of(result) for result in results if result["diverged"] is None]
+    return float(np.mean(times)) if times else float("nan")
 
 
 def count(results: Sequence[Result]) -> str:
@@ -64,8 +68,8 @@ def count(results: Sequence[Result]) -> str:
 
 
 def median(values: Sequence[float | None]) -> float:
-    """The median, NaN if a number was not finite."""
-    return float(np.median(numbers(values)))
+    """The median, NaN if a number was not finite or there is none."""
+    return float(np.median(numbers(values))) if values else float("nan")
 
 
 def numbers(values: Sequence[float | None]) -> list[float]:

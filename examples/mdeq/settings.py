@@ -160,8 +160,8 @@ PRESETS = {
     "tiny": replace(CIFAR10, model="tiny", solver_steps=22 + 1, epochs=50),
     "large": replace(CIFAR10, model="large", solver_steps=18 + 1, products=20, epochs=220, augment=1),
     "imagenet": replace(
-        PUBLISHED, model="imagenet", data="imagenet", lam=0.6, solver_steps=26 + 1, epochs=100, optimizer="nesterov",
-        rate=0.05, decay=5e-5, augment=1,
+        PUBLISHED, model="imagenet", data="imagenet", lam=0.6, solver_steps=26 + 1, products=27, epochs=100,
+        optimizer="nesterov", rate=0.05, decay=5e-5, augment=1,
     ),
 }  # fmt: skip
 """The settings of a model: the published ones, but for the small ones.

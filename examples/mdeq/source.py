@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..program import TrainingError
 from . import data
@@ -47,10 +47,13 @@ class Source:
         TrainingError
             If they are missing, damaged, or can't have the size in the settings.
         """
+        if settings.data == "digits" and folder is not None:
+            raise TrainingError("The digits come with scikit-learn: --data-dir belongs to other --data.")
         if settings.data == "imagenet":
             if folder is None:
                 raise TrainingError(f"ImageNet needs --data-dir: {LAYOUT}.")
-            train, test = ImageFolder(folder, "train", random_view), ImageFolder(folder, "val", central_view)
+            view = random_view if settings.augment else central_view
+            train, test = ImageFolder(folder, "train", view), ImageFolder(folder, "val", central_view)
             return cls(train, test, torch.tensor(MEAN), torch.tensor(STD), len(train.classes), workers)
         size, most, most_tests = (number or None for number in (settings.pixels, settings.train, settings.test))
         found = data.load(settings.data, folder, size=size, train=most, test=most_tests)
@@ -85,7 +88,10 @@ class Source:
                 yield part.pixels[batch], part.labels[batch]
         else:
             keys = ([(place, seed_of(place)) for place in batch.tolist()] for batch in rows)
-            yield from DataLoader(Views(part), batch_sampler=keys, num_workers=self.workers)
+            for made in DataLoader(Views(part), batch_sampler=keys, num_workers=self.workers, collate_fn=collate):
+                if isinstance(made, TrainingError):
+                    raise made
+                yield made
 
     def augmented(self, images: Tensor, generator: Generator) -> Tensor:
         """Images, cropped and mirrored at random; those from files are already."""
@@ -96,17 +102,29 @@ class Source:
         return data.normalized(images, self.mean, self.std)
 
 
-class Views(Dataset[tuple[Tensor, int]]):
-    """Images whose random views are those of a seed, whatever process reads them."""
+class Views(Dataset[tuple[Tensor, int] | TrainingError]):
+    """Images whose random views are those of a seed, whatever process reads them.
+
+    In place of an image that can't be read it has the error: one that is raised in a worker would reach the program as
+    the text of a traceback.
+    """
 
     def __init__(self, images: ImageFolder) -> None:
         self.images = images
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | TrainingError:
         place, seed = key
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.images[place]
+            try:
+                return self.images[place]
+            except TrainingError as error:
+                return error
+
+
+def collate(made: list[tuple[Tensor, int] | TrainingError]) -> Any:
+    """A batch, or the first error in it."""
+    return next((item for item in made if isinstance(item, TrainingError)), None) or default_collate(made)
 
 
 def size_of(part: Any) -> int:

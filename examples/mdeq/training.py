@@ -105,7 +105,8 @@ class Training:
     Raises
     ------
     TrainingError
-        If there are fewer images than one batch takes.
+        If there are fewer images than one batch takes, their sides do not fit the model, or processes can't share a
+        batch.
     """
 
     def __init__(self, settings: Settings, source: Source, device: torch.device | str = "cpu") -> None:
@@ -124,8 +125,12 @@ class Training:
                 f"The {settings.model} model needs sides that are multiples of {sizes.least_side}, and images of "
                 f"{settings.data} have sides of {source.side} pixels."
             )
-        if settings.batch % self.processes:
-            raise TrainingError(f"{self.processes} processes can't share a batch of {settings.batch} evenly.")
+        share, rest = divmod(settings.batch, self.processes)
+        if rest or share < 2:  # for the batch norms
+            raise TrainingError(
+                f"{self.processes} processes can't share a batch of {settings.batch}: each needs as many images, and "
+                "at least 2."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = self.make(sizes).to(self.device)

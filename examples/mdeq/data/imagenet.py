@@ -100,10 +100,12 @@ def read_image(path: Path) -> Image.Image:
     Raises
     ------
     TrainingError
-        If it can't be read.
+        If it can't be read, or has more than 8 bits per channel, which Pillow would cut off at 255.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its mode is {image.mode}, expected 8 bits per channel")
             return image.convert("RGB")
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these
         raise TrainingError(f"{path} can't be read as an image ({error}).") from error
