@@ -59,7 +59,7 @@ def timed(console: Console, options: argparse.Namespace) -> steps.Steps | None:
 
     They are measured once for each device, since other processes disturb them.
     """
-    file = options.results / f"{options.data}-steps.json"
+    file = options.results / f"{options.data}-steps-{options.device.replace(':', '-')}.json"
     settings = settings_of(*FAMILIES["implicit"], options.scale, options.data, seed=0)
     of = {"settings": plain(settings), "device": options.device}
     found = _measured(file, of)
