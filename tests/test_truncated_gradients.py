@@ -116,6 +116,46 @@ def test_bicgstab_keeps_the_iterate_with_the_least_residual() -> None:
     np.testing.assert_array_less(np.diff([relative(w) for w in steps], axis=0), 1e-12)
 
 
+@pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if not isinstance(s, ic.Richardson)], ids=lambda x: type(x).__name__
+)
+def test_a_singular_system_is_solved_in_the_sense_of_least_squares(
+    solver: ic.LinearSolver | None,
+) -> None:
+    """The recurrences solve the singular system at last, as it is rounded, by a w of 1e16 or more."""
+    basis, _ = np.linalg.qr(SLOPES)
+    a = (basis * np.append(np.linspace(0.2, 2.0, 15), np.zeros(9))) @ basis.T
+    least = np.linalg.norm(V @ basis[:, 15:], axis=1) / np.linalg.norm(V, axis=1)
+    for products in (16, 17, 26, 40, 80):
+        told: list[Any] = []
+        w, _ = pulled(implicit(solver, products=products, report=told.append), V, np.eye(N) - a)
+        np.testing.assert_allclose(told[0], np.linalg.norm(V - w @ a, axis=1) / np.linalg.norm(V, axis=1), rtol=1e-6)
+        assert np.all(told[0] < (2 if isinstance(solver, ic.CG) else 1.1) * least)  # CG's residuals rise and fall
+        assert np.all(np.linalg.norm(w, axis=1) < 100 * np.linalg.norm(V, axis=1))
+
+
+@pytest.mark.parametrize("solver", [None, ic.BiCGSTAB(), ic.MINRES()], ids=lambda x: type(x).__name__)
+def test_rounding_errors_of_a_product_do_not_outgrow_the_residual(solver: ic.LinearSolver | None) -> None:
+    """In half precision more products lose what fewer have found, unless w stays short enough."""
+    basis, _ = np.linalg.qr(SLOPES)
+    slopes = torch.asarray(np.eye(N) - (basis * np.geomspace(2.0, 1e-4, N)) @ basis.T).bfloat16()
+    b = torch.zeros(3, N, dtype=torch.bfloat16, requires_grad=True)
+    told: list[Any] = []
+    for products in (8, 24, 60, 100):
+        h = ic.fixed_point(
+            lambda h, b: h @ slopes.T + b,
+            torch.zeros_like(b),
+            b,
+            solver=at_solution,
+            gradient=implicit(solver, products=products, report=told.append),
+            batch_ndim=1,
+        ).value
+        torch.autograd.grad(h, b, torch.asarray(V).bfloat16())
+    for more in told[1:]:
+        assert torch.all(more < 1.1 * told[0])
+    assert torch.all(told[0] < 0.95)
+
+
 @pytest.mark.parametrize("solver", [None, ic.BiCGSTAB(), ic.GMRES(restart=3)], ids=lambda x: type(x).__name__)
 def test_where_no_iterate_helps_the_gradient_is_that_of_one_step(solver: ic.LinearSolver | None) -> None:
     """A is a cyclic shift of some basis: the least residual over all Krylov spaces but the last is that of zero."""

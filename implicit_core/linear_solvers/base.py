@@ -74,22 +74,23 @@ class Best(NamedTuple):
     ----------
     x
         The correction.
-    norm
-        The norm that a residual has to be below.
+    bound
+        The number that :func:`bound_of_residual` has to be below.
     """
 
     x: State
-    norm: Numbers
+    bound: Numbers
 
     @classmethod
     def of(cls, solver: "LinearSolver", space: Space, norm: Numbers) -> "Best | None":
         """The best iterate before the first step, where the residual is ``norm``; None if the last one is wanted."""
         return cls(space.zeros(), (1 - space.coarsest_eps) * norm) if solver.keeps_best else None
 
-    def updated(self, space: Space, x: State, norm: Numbers, valid: Mask) -> "Best":
-        """The better one of this and ``x``, where that is ``valid``."""
-        better = valid & (norm < self.norm)
-        return Best(space.where(better, x, self.x), space.select(better, norm, self.norm))
+    def updated(self, space: Space, x: State, norm: Numbers, growth: Numbers, valid: Mask) -> "Best":
+        """The better one of this and ``x``, where that is ``valid``. ``norm`` is its residual by the recurrence."""
+        bound = bound_of_residual(space, norm, growth, space.norm(x))
+        better = valid & (bound < self.bound)
+        return Best(space.where(better, x, self.x), space.select(better, bound, self.bound))
 
 
 class _Carry(NamedTuple):
@@ -484,6 +485,18 @@ def start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) 
     norm = space.norm(r)
     usable = norm < size  # false for NaN
     return space.where(usable, x0, space.zeros()), space.where(usable, r, b), space.select(usable, norm, size)
+
+
+def bound_of_residual(space: Space, norm: Numbers, growth: Numbers, length: Numbers) -> Numbers:
+    """How large ‖b - A x‖₂ may be, for an x of length ``length`` whose residual is ``norm`` by a recurrence.
+
+    The two differ by rounding errors of the products, in proportion to ‖x‖₂ and to ‖A‖₂, here the larger one of
+    ``growth`` and one, since A = I - J. Where A is close to singular, the recurrence falls while x grows without limit.
+    """
+    size = space.xp.maximum(growth, space.xp.ones_like(growth)) * length
+    # Products are rounded to the user's precision once, at random, and their sums to that of states many times.
+    bound: Numbers = space.xp.hypot(norm, space.coarsest_eps / 2 * size) + FLOOR * space.eps * size
+    return bound
 
 
 def measured_growth(space: Space, d: State, product: State, x: State) -> Numbers:

@@ -130,7 +130,7 @@ class MINRES(PreconditionedSolver):
             going_on = ok & (error > target) & (beta > 0)
             return _Carry(
                 x=x,
-                best=c.best and c.best.updated(space, x, error, ok),
+                best=c.best and c.best.updated(space, x, error, growth, ok),
                 r=r,
                 u_before=c.u,
                 u=u,

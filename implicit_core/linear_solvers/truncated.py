@@ -7,7 +7,7 @@ from .. import settings
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import RECORDED, LinearSolver, measured_growth, relative, start
+from .base import RECORDED, LinearSolver, bound_of_residual, measured_growth, relative, start
 
 
 class Truncated(NamedTuple):
@@ -115,7 +115,9 @@ def truncated(
             growth = space.select(c.active & (seen > growth) & (seen < math.inf), seen, growth)
         falls = norm < c.norm if solver.monotone else norm < math.inf
         accept = c.active & (falls | (nothing & (norm < math.inf)))
-        better = c.active & (norm < c.least)
+        # A large x has a large rounding error in its residual, which may be the smaller one by accident.
+        bound = bound_of_residual(space, norm, growth, space.norm(x))
+        better = c.active & (bound < bound_of_residual(space, c.least, growth, space.norm(c.best)))
         going_on = norm > solver.goal(space, x, growth, size, target)
         return _Carry(
             x=space.where(accept, x, c.x),
