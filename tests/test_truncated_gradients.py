@@ -135,22 +135,27 @@ def test_a_singular_system_is_solved_in_the_sense_of_least_squares(
 
 
 @pytest.mark.parametrize("solver", [None, ic.BiCGSTAB(), ic.MINRES()], ids=lambda x: type(x).__name__)
-def test_rounding_errors_of_a_product_do_not_outgrow_the_residual(solver: ic.LinearSolver | None) -> None:
-    """In half precision more products lose what fewer have found, unless w stays short enough."""
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float32])
+def test_rounding_errors_of_a_product_do_not_outgrow_the_residual(
+    state: torch.dtype, solver: ic.LinearSolver | None
+) -> None:
+    """In half precision, and under autocast, a w that is too long loses what a shorter one has found."""
     basis, _ = np.linalg.qr(SLOPES)
-    slopes = torch.asarray(np.eye(N) - (basis * np.geomspace(2.0, 1e-4, N)) @ basis.T).bfloat16()
-    b = torch.zeros(3, N, dtype=torch.bfloat16, requires_grad=True)
+    slopes = torch.asarray(np.eye(N) - (basis * np.geomspace(2.0, 1e-4, N)) @ basis.T).to(state)
+    b = torch.zeros(3, N, dtype=state, requires_grad=True)
     told: list[Any] = []
     for products in (8, 24, 60, 100):
-        h = ic.fixed_point(
-            lambda h, b: h @ slopes.T + b,
-            torch.zeros_like(b),
-            b,
-            solver=at_solution,
-            gradient=implicit(solver, products=products, report=told.append),
-            batch_ndim=1,
-        ).value
-        torch.autograd.grad(h, b, torch.asarray(V).bfloat16())
+        gradient = implicit(solver, products=products, report=told.append)
+        with torch.autocast("cpu", torch.bfloat16, enabled=state == torch.float32):
+            h = ic.fixed_point(
+                lambda h, b: (h @ slopes.T).to(state) + b,
+                torch.zeros_like(b),
+                b,
+                solver=at_solution,
+                gradient=gradient,
+                batch_ndim=1,
+            ).value
+        torch.autograd.grad(h, b, torch.asarray(V).to(state))
     for more in told[1:]:
         assert torch.all(more < 1.1 * told[0])
     assert torch.all(told[0] < 0.95)
@@ -187,6 +192,18 @@ def test_cotangents_that_are_zero_or_not_finite(library: Library) -> None:
         assert found[1] == 0
         assert np.all(np.isnan(found[2:]))
         np.testing.assert_allclose(found[0], relative(w[:1], v[:1])[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"products": 9}, {"on_failure": "ignore"}], ids=str)
+def test_a_w_beyond_the_range_of_its_numbers_is_nan_and_has_no_residual(settings: Any) -> None:
+    told: list[Any] = []
+    b = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    gradient = ic.Implicit(report=told.append, **settings)
+    f, start = (lambda h, b: 0.9375 * h + b), torch.zeros_like(b)
+    h = ic.fixed_point(f, start, b, solver=at_solution, gradient=gradient, batch_ndim=1).value
+    [w] = torch.autograd.grad(h, b, torch.asarray([[60000.0], [1.0], [0.0]]).half().expand(3, 4))
+    np.testing.assert_array_equal(w[:, 0], [math.nan, 16.0, 0.0])
+    np.testing.assert_allclose(told[0], [math.nan, 0.0, 0.0], atol=1e-3)
 
 
 def test_a_report_of_any_solve_costs_nothing() -> None:

@@ -88,16 +88,20 @@ class Implicit(AtFixedPoint):
     products
         The most h-VJPs of a pullback, or h-JVPs of a pushforward, for a cell whose linear system is too hard to solve.
         Each sample uses its iterate with the least residual, however large that is: nothing raises or warns. A sample
-        ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used.
+        ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used. Close to a
+        singular system w would grow without limit. So rounding errors of the products count as a part of the residual:
+        ‖A‖ ‖w‖ times half of ``rtol`` / 8, or of ε if that is larger, with A = I - ∂F/∂h.
 
         All products count. One of them measures the residual of what is used, since recurrences lose it in half
         precision: ``products=20`` is 19 steps of GMRES, which holds up to ``products`` states, unless its ``restart``
         is given; if ``products`` is traced, it restarts after 20 steps. ``x0`` costs one of the products, and is not
         used if there is no other. Whether F couples samples is not examined.
 
-        Where no iterate has a residual below ‖v‖, as with ``products=1``, w is v, as for :class:`OneStep`; with a
-        preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite. CG and MINRES on a system that is
-        not symmetric may return a w with a larger residual, which ``report`` tells.
+        With ``products=1``, and where GMRES finds no iterate with a residual below ‖v‖, w is v, as for
+        :class:`OneStep`; with a preconditioner it is M⁻ᵀ v. A GMRES that restarts, and other solvers, go on from there.
+        The iterates of Richardson are the sums of its series, the first of them ω v. w is NaN where v, a product or w
+        itself is not finite. CG and MINRES on a system that is not symmetric may return a w with a larger residual,
+        which ``report`` tells.
 
         A truncated w is not linear in v. So pullbacks and pushforwards are adjoint to each other only as far as the
         residual is small. So are second derivatives right: they are those of the solution, by truncated solves.

@@ -10,7 +10,7 @@ from ..backend import Known
 from ..records import is_array
 from ..space import Space
 from .arnoldi import ArnoldiStep, arnoldi_step, unit
-from .base import Cycle, PreconditionedSolver, bound_of_residual, positive, ratio
+from .base import Cycle, PreconditionedSolver, positive, ratio
 
 RESTART = 20
 """Dimension of the Krylov space, where none is given."""
@@ -99,10 +99,11 @@ class GMRES(PreconditionedSolver):
         basis = space.set_row(space.history(steps + 1), 0, v)
         carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
-        weights = (hessenberg.best if self.keeps_best else hessenberg.least_squares)(carry.qr, norm)
+        qr = carry.qr
+        weights = hessenberg.best(qr, norm, self) if self.keeps_best else hessenberg.least_squares(qr, norm)
         y = space.state(space.combine(weights, carry.basis))
         if precondition is None or carry.growth is None:
-            return y, carry.steps, hessenberg.growth(carry.qr)
+            return y, carry.steps, hessenberg.growth(qr)
         return precondition(y), carry.steps, carry.growth
 
 
@@ -204,7 +205,7 @@ class _Hessenberg:
         rhs = norm * qr.rotations[:, :, 0] * qr.used
         return self.space.solve_rows(qr.triangle, rhs[:, None, :])
 
-    def best(self, qr: _QR, norm: Numbers) -> Matrices:
+    def best(self, qr: _QR, norm: Numbers, solver: GMRES) -> Matrices:
         """The weights of the step with the least residual, rounding errors included; zero if none reduces it."""
         space, xp = self.space, self.space.xp
         # Step k solves for the first k + 1 numbers of the first residual, rotated, where there are so many columns.
@@ -213,7 +214,7 @@ class _Hessenberg:
         solved, left = (xp.sum(g * g * of, axis=-1) for of in (part, 1 - part))
         steps = space.solve_rows(qr.triangle, norm[:, :, None] * g * part)
         lengths = xp.linalg.vector_norm(steps, axis=-1)
-        bound = bound_of_residual(space, norm * xp.sqrt(left), self.growth(qr), lengths)
+        bound = solver.bound_of_residual(space, norm * xp.sqrt(left), self.growth(qr), lengths)
         reduces = (solved > 2 * space.coarsest_eps) & (bound < norm)  # by more than a rounding error, and not NaN
         bound = xp.where(reduces, bound, xp.full_like(bound, math.inf))
         chosen = reduces & (self.indices == xp.argmin(bound, axis=-1, keepdims=True))
