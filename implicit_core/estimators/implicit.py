@@ -77,11 +77,12 @@ class Implicit(AtFixedPoint):
 
     preconditioner
         A :class:`Preconditioner`, an approximate inverse of I - ∂F/∂h, instead of the ``jacobian`` of the problem.
-        Transforms of ``torch.func`` leave both out, and the gradient is the same.
+        Transforms of ``torch.func`` leave both out, and the gradient is the same, unless ``products`` truncate it.
     x0
         Where the solve of a pullback starts, shaped as h: a guess of w, such as that of the training step before. It is
-        a constant, saves products if it is close, and changes no gradient beyond the tolerance of the linear solver.
-        Samples in which its residual is not below ‖v‖ start from zero. It costs one product more.
+        a constant, saves products if it is close, and changes no gradient beyond the tolerance of the linear solver,
+        unless ``products`` truncate it. Samples in which its residual is not below ‖v‖ start from zero. It costs one
+        product more.
 
         w is the gradient with respect to a term b = 0 that is added to F, h = F(h, z) + b; of a root, to g. A
         pushforward solves another system, and starts from zero. So do the pullbacks of ``torch.func``.
