@@ -120,7 +120,7 @@ class CuPySpace(Space):
 
     def solve_rows(self, matrix: Any, row: Any) -> Any:
         samples, m, _ = matrix.shape
-        if m > LARGEST_SYSTEM:
+        if m > LARGEST_SYSTEM or row.shape[1] > 1:
             return super().solve_rows(matrix, row)
         return _solve_kernel(m)(matrix, row, cupy.empty(row.shape, row.dtype), size=samples)
 

@@ -181,7 +181,7 @@ class JAXSpace(Space):
         else:
             for j in range(matrix.shape[-1]):
                 table = eliminate(j, table)
-        return table[:, -1:, :]
+        return table[:, matrix.shape[-1] :, :]
 
 
 def debugs_nans() -> bool:

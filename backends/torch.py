@@ -543,7 +543,7 @@ def _eliminated(matrix: Tensor, row: Tensor) -> Tensor:
         # Not a product of matrices, which may round to TF32.
         table = torch.addcmul(table, pivot, table.narrow(1, j, 1), value=-1)
         table.narrow(2, j, 1).copy_(pivot)
-    return table.narrow(1, matrix.shape[-1], 1)
+    return table.narrow(1, matrix.shape[-1], row.shape[1])
 
 
 BACKEND = TorchBackend("torch", xp, (Tensor,), space=TorchSpace)

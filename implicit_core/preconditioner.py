@@ -23,8 +23,9 @@ class AtPoint(Record, ABC):
 class Preconditioner(Record):
     """M⁻¹, an approximate inverse of I - ∂F/∂h, for :class:`Implicit`; of ∂g/∂x, up to a factor, for a root.
 
-    It saves products with ∂F/∂h, and changes no gradient beyond the tolerance of the linear solver. Both functions are
-    linear in v, act on each sample independently, and neither is differentiated.
+    It saves products with ∂F/∂h, and changes no gradient beyond the tolerance of the linear solver, unless ``products``
+    truncate it. Both functions are linear in v, act on each sample independently, and neither is differentiated. They
+    may return the same array at every call.
 
     Parameters
     ----------
@@ -92,4 +93,5 @@ class PreparedPreconditioner(AtPoint):
         v = space.unpack(x)
         result = checks.numbers_as_arrays(space.backend, function(v, self.data.tree), v)
         name = f"the result of {name} of Preconditioner"
-        return space.pack(checks.like(space.backend, name, result, v, "h"))
+        result = checks.like(space.backend, name, result, v, "h")
+        return space.copy(space.pack(result))  # a function may return the same array at every call

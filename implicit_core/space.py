@@ -536,7 +536,7 @@ class Space:
         return a @ b
 
     def solve_rows(self, matrix: Matrices, row: Matrices) -> Matrices:
-        """The x with ``x matrix = row``; (N, m, m) and (N, 1, m).
+        """The x with ``x matrix = row``; (N, m, m), and (N, r, m) for r rows.
 
         ``matrix`` is symmetric and positive definite, or triangular and regular: no pivots are needed.
         """

@@ -206,6 +206,27 @@ def test_a_preconditioner_of_the_gradient_saves_products(solver: ic.LinearSolver
     assert np.sum(tangent * v[::-1]) == pytest.approx(np.sum(exact_gradient(Z, v[::-1]) * v), rel=1e-7)
 
 
+@pytest.mark.parametrize("products", [None, 5])
+@pytest.mark.parametrize(
+    "solver", [ic.GMRES(), ic.BiCGSTAB(), ic.CG(), ic.MINRES()], ids=lambda x: repr(x).partition("(")[0]
+)
+def test_functions_that_return_the_same_array_at_every_call(solver: ic.LinearSolver, products: int | None) -> None:
+    def times(scale: np.ndarray, *, kept: bool) -> Any:
+        memory = np.zeros(N)
+        return lambda v, *_: np.multiply(scale, v, out=memory if kept else None)
+
+    slopes, found = np.linspace(-3.0, 0.5, N), []
+    for kept in (True, False):
+        jacobian, inverse = times(slopes, kept=kept), times(0.8 / (1 - slopes), kept=kept)
+        problem = ic.Problem(lambda h, z: slopes * h + z, vjp=lambda h, z, v, j=jacobian: (j(v), v))
+        gradient = ic.Implicit(solver, preconditioner=ic.Preconditioner(inverse), products=products)
+        w = gradient.vjp(problem, B[0], B[0])[1](B[0])
+        a, inverse = times(1 - slopes, kept=kept), times(0.8 / (1 - slopes), kept=kept)
+        found.append((w, ic.solve_linear(a, B[0], solver=solver, preconditioner=inverse).value))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0][1], B[0] / (1 - slopes), rtol=1e-4)
+
+
 def test_a_preconditioner_of_the_gradient_in_torch() -> None:
     coupling, stiff = torch.asarray(COUPLING), torch.asarray(STIFF)
     f, h = stiff_map(torch, coupling, stiff), torch.asarray(fixed_point(Z))

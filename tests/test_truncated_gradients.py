@@ -116,6 +116,51 @@ def test_bicgstab_keeps_the_iterate_with_the_least_residual() -> None:
     np.testing.assert_array_less(np.diff([relative(w) for w in steps], axis=0), 1e-12)
 
 
+@pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if not isinstance(s, ic.Richardson)], ids=lambda x: type(x).__name__
+)
+def test_a_singular_system_is_solved_in_the_sense_of_least_squares(
+    solver: ic.LinearSolver | None,
+) -> None:
+    """The recurrences solve the singular system at last, as it is rounded, by a w of 1e16 or more."""
+    basis, _ = np.linalg.qr(SLOPES)
+    a = (basis * np.append(np.linspace(0.2, 2.0, 15), np.zeros(9))) @ basis.T
+    least = np.linalg.norm(V @ basis[:, 15:], axis=1) / np.linalg.norm(V, axis=1)
+    for products in (16, 17, 26, 40, 80):
+        told: list[Any] = []
+        w, _ = pulled(implicit(solver, products=products, report=told.append), V, np.eye(N) - a)
+        np.testing.assert_allclose(told[0], np.linalg.norm(V - w @ a, axis=1) / np.linalg.norm(V, axis=1), rtol=1e-6)
+        assert np.all(told[0] < (2 if isinstance(solver, ic.CG) else 1.1) * least)  # CG's residuals rise and fall
+        assert np.all(np.linalg.norm(w, axis=1) < 100 * np.linalg.norm(V, axis=1))
+
+
+@pytest.mark.parametrize("solver", [None, ic.BiCGSTAB(), ic.MINRES()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float32])
+def test_rounding_errors_of_a_product_do_not_outgrow_the_residual(
+    state: torch.dtype, solver: ic.LinearSolver | None
+) -> None:
+    """In half precision, and under autocast, a w that is too long loses what a shorter one has found."""
+    basis, _ = np.linalg.qr(SLOPES)
+    slopes = torch.asarray(np.eye(N) - (basis * np.geomspace(2.0, 1e-4, N)) @ basis.T).to(state)
+    b = torch.zeros(3, N, dtype=state, requires_grad=True)
+    told: list[Any] = []
+    for products in (8, 24, 60, 100):
+        gradient = implicit(solver, products=products, report=told.append)
+        with torch.autocast("cpu", torch.bfloat16, enabled=state == torch.float32):
+            h = ic.fixed_point(
+                lambda h, b: (h @ slopes.T).to(state) + b,
+                torch.zeros_like(b),
+                b,
+                solver=at_solution,
+                gradient=gradient,
+                batch_ndim=1,
+            ).value
+        torch.autograd.grad(h, b, torch.asarray(V).to(state))
+    for more in told[1:]:
+        assert torch.all(more < 1.1 * told[0])
+    assert torch.all(told[0] < 0.95)
+
+
 @pytest.mark.parametrize("solver", [None, ic.BiCGSTAB(), ic.GMRES(restart=3)], ids=lambda x: type(x).__name__)
 def test_where_no_iterate_helps_the_gradient_is_that_of_one_step(solver: ic.LinearSolver | None) -> None:
     """A is a cyclic shift of some basis: the least residual over all Krylov spaces but the last is that of zero."""
@@ -147,6 +192,18 @@ def test_cotangents_that_are_zero_or_not_finite(library: Library) -> None:
         assert found[1] == 0
         assert np.all(np.isnan(found[2:]))
         np.testing.assert_allclose(found[0], relative(w[:1], v[:1])[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"products": 9}, {"on_failure": "ignore"}], ids=str)
+def test_a_w_beyond_the_range_of_its_numbers_is_nan_and_has_no_residual(settings: Any) -> None:
+    told: list[Any] = []
+    b = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    gradient = ic.Implicit(report=told.append, **settings)
+    f, start = (lambda h, b: 0.9375 * h + b), torch.zeros_like(b)
+    h = ic.fixed_point(f, start, b, solver=at_solution, gradient=gradient, batch_ndim=1).value
+    [w] = torch.autograd.grad(h, b, torch.asarray([[60000.0], [1.0], [0.0]]).half().expand(3, 4))
+    np.testing.assert_array_equal(w[:, 0], [math.nan, 16.0, 0.0])
+    np.testing.assert_allclose(told[0], [math.nan, 0.0, 0.0], atol=1e-3)
 
 
 def test_a_report_of_any_solve_costs_nothing() -> None:

@@ -77,27 +77,32 @@ class Implicit(AtFixedPoint):
 
     preconditioner
         A :class:`Preconditioner`, an approximate inverse of I - ∂F/∂h, instead of the ``jacobian`` of the problem.
-        Transforms of ``torch.func`` leave both out, and the gradient is the same.
+        Transforms of ``torch.func`` leave both out, and the gradient is the same, unless ``products`` truncate it.
     x0
         Where the solve of a pullback starts, shaped as h: a guess of w, such as that of the training step before. It is
-        a constant, saves products if it is close, and changes no gradient beyond the tolerance of the linear solver.
-        Samples in which its residual is not below ‖v‖ start from zero. It costs one product more.
+        a constant, saves products if it is close, and changes no gradient beyond the tolerance of the linear solver,
+        unless ``products`` truncate it. Samples in which its residual is not below ‖v‖ start from zero. It costs one
+        product more.
 
         w is the gradient with respect to a term b = 0 that is added to F, h = F(h, z) + b; of a root, to g. A
         pushforward solves another system, and starts from zero. So do the pullbacks of ``torch.func``.
     products
         The most h-VJPs of a pullback, or h-JVPs of a pushforward, for a cell whose linear system is too hard to solve.
         Each sample uses its iterate with the least residual, however large that is: nothing raises or warns. A sample
-        ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used.
+        ends sooner where the tolerance of the linear solver is reached, whose ``max_steps`` is not used. Close to a
+        singular system w would grow without limit. So rounding errors of the products count as a part of the residual:
+        ‖A‖ ‖w‖ times half of ``rtol`` / 8, or of ε if that is larger, with A = I - ∂F/∂h.
 
         All products count. One of them measures the residual of what is used, since recurrences lose it in half
         precision: ``products=20`` is 19 steps of GMRES, which holds up to ``products`` states, unless its ``restart``
         is given; if ``products`` is traced, it restarts after 20 steps. ``x0`` costs one of the products, and is not
         used if there is no other. Whether F couples samples is not examined.
 
-        Where no iterate has a residual below ‖v‖, as with ``products=1``, w is v, as for :class:`OneStep`; with a
-        preconditioner it is M⁻ᵀ v. It is NaN where v, or a product, is not finite. CG and MINRES on a system that is
-        not symmetric may return a w with a larger residual, which ``report`` tells.
+        With ``products=1``, and where GMRES finds no iterate with a residual below ‖v‖, w is v, as for
+        :class:`OneStep`; with a preconditioner it is M⁻ᵀ v. A GMRES that restarts, and other solvers, go on from there.
+        The iterates of Richardson are the sums of its series, the first of them ω v. w is NaN where v, a product or w
+        itself is not finite. CG and MINRES on a system that is not symmetric may return a w with a larger residual,
+        which ``report`` tells.
 
         A truncated w is not linear in v. So pullbacks and pushforwards are adjoint to each other only as far as the
         residual is small. So are second derivatives right: they are those of the solution, by truncated solves.

@@ -74,22 +74,22 @@ class Best(NamedTuple):
     ----------
     x
         The correction.
-    norm
-        The norm that a residual has to be below.
+    bound
+        What :meth:`LinearSolver.bound_of_residual` has to be below.
     """
 
     x: State
-    norm: Numbers
+    bound: Numbers
 
     @classmethod
     def of(cls, solver: "LinearSolver", space: Space, norm: Numbers) -> "Best | None":
         """The best iterate before the first step, where the residual is ``norm``; None if the last one is wanted."""
         return cls(space.zeros(), (1 - space.coarsest_eps) * norm) if solver.keeps_best else None
 
-    def updated(self, space: Space, x: State, norm: Numbers, valid: Mask) -> "Best":
-        """The better one of this and ``x``, where that is ``valid``."""
-        better = valid & (norm < self.norm)
-        return Best(space.where(better, x, self.x), space.select(better, norm, self.norm))
+    def or_better(self, space: Space, x: State, bound: Numbers, valid: Mask) -> "Best":
+        """``x`` where that is ``valid`` and its bound lower, else this one."""
+        better = valid & (bound < self.bound)
+        return Best(space.where(better, x, self.x), space.select(better, bound, self.bound))
 
 
 class _Carry(NamedTuple):
@@ -161,7 +161,8 @@ class LinearSolver(Record, ABC):
     not reach."""
     keeps_best: ClassVar[bool] = False
     """Whether a cycle makes ``max_steps`` products at most, which may be none, and returns the iterate with the least
-    residual: zero where none reduces it. Otherwise it returns the last one. See :meth:`within`."""
+    residual, by :meth:`bound_of_residual`: zero where none reduces it. Otherwise it returns the last one. See
+    :meth:`within`."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -229,6 +230,20 @@ class LinearSolver(Record, ABC):
         # As in `goal`, with ‖A‖ ≤ 1 + ‖J‖, and ‖x - u‖ ≤ ‖r‖ / (1 - ‖J‖) where ‖r‖ is at most the cap.
         rounding = FLOOR * eps * (2 + largest_relative(eps) * (1 + contraction) / (1 - contraction))
         return max(self.rtol, min(rounding, largest_relative(eps)))
+
+    def bound_of_residual(self, space: Space, norm: Numbers, growth: Numbers, length: Numbers) -> Numbers:
+        """How large ‖b - A x‖₂ may be, for an x of length ``length`` whose residual is ``norm`` by a recurrence.
+
+        The two differ by rounding errors of the products, in proportion to ‖x‖₂ and to ‖A‖₂, here the larger one of
+        ``growth`` and one, since A = I - J. Where A is close to singular, x grows without limit as the recurrence
+        falls.
+        """
+        # A product is rounded to the user's precision once, at random, and to that of states many times. F may be less
+        # precise than h, as under autocast: 8 ε is the smallest tolerance that can be reached.
+        eps = settings.at_least(space, self.rtol / 8, space.coarsest_eps)
+        size = space.xp.maximum(growth, space.xp.ones_like(growth)) * length
+        bound: Numbers = space.xp.hypot(norm, eps / 2 * size) + FLOOR * space.eps * size
+        return bound
 
     def run(
         self,
@@ -394,14 +409,13 @@ class LinearSolver(Record, ABC):
         status = space.select(~xp.isfinite(size), Status.NONFINITE.value, status)
         x, r = space.scale(scale, carry.x), space.scale(scale, carry.r)
         if self.undoes:  # an answer that leaves the range of the user's dtype is none
-            overflow = ~xp.isfinite(space.largest(space.round(x)))
-            status = space.select(converged & overflow, Status.NONFINITE.value, status)
+            status = space.select(converged & out_of_range(space, x), Status.NONFINITE.value, status)
         return LinearResult(
             x,
             r,
             status,
             scale * carry.norm,
-            relative(space, carry.norm, size),
+            space.blanked(relative(space, carry.norm, size), status == Status.NONFINITE.value),
             carry.error,
             carry.steps,
             carry.products + watcher.products,
@@ -484,6 +498,12 @@ def start(space: Space, operator: Operator, b: State, size: Numbers, x0: State) 
     norm = space.norm(r)
     usable = norm < size  # false for NaN
     return space.where(usable, x0, space.zeros()), space.where(usable, r, b), space.select(usable, norm, size)
+
+
+def out_of_range(space: Space, x: State) -> Mask:
+    """Where a state leaves the range of the user's dtypes."""
+    outside: Mask = ~space.xp.isfinite(space.largest(space.round(x)))
+    return outside
 
 
 def measured_growth(space: Space, d: State, product: State, x: State) -> Numbers:

@@ -83,13 +83,14 @@ class BiCGSTAB(PreconditionedSolver):
             norm = space.norm(r)
             seen = space.norm(t) / positive(space.norm(s_hat), space)
             ok = c.active & (along != 0) & xp.isfinite(norm)
+            growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
             return _Carry(
                 space.where(ok, x, c.x),
-                c.best and c.best.updated(space, x, norm, ok),
+                c.best and c.best.or_better(space, x, self.bound_of_residual(space, norm, growth, space.norm(x)), ok),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 space.select(ok, rho, c.rho),
-                space.select(ok, xp.maximum(c.growth, seen), c.growth),
+                growth,
                 ok & (norm > target),
                 c.products + 2,
             )

@@ -1,5 +1,6 @@
 """Restarted GMRES."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,12 +99,11 @@ class GMRES(PreconditionedSolver):
         basis = space.set_row(space.history(steps + 1), 0, v)
         carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
-        weights = hessenberg.least_squares(carry.qr, norm)
-        if self.keeps_best:
-            weights = weights * space.xp.astype(hessenberg.reduces(carry.qr), space.dtype)[:, :, None]
+        qr = carry.qr
+        weights = hessenberg.best(qr, norm, self) if self.keeps_best else hessenberg.least_squares(qr, norm)
         y = space.state(space.combine(weights, carry.basis))
         if precondition is None or carry.growth is None:
-            return y, carry.steps, hessenberg.growth(carry.qr)
+            return y, carry.steps, hessenberg.growth(qr)
         return precondition(y), carry.steps, carry.growth
 
 
@@ -205,12 +205,21 @@ class _Hessenberg:
         rhs = norm * qr.rotations[:, :, 0] * qr.used
         return self.space.solve_rows(qr.triangle, rhs[:, None, :])
 
-    def reduces(self, qr: _QR) -> Mask:
-        """Where the least residual is below the first one by more than a rounding error, (N, 1)."""
-        # The rest of a rotated right-hand side: ‖r‖² = (1 - Σ g²) ‖r₀‖².
-        g = qr.rotations[:, :, 0] * qr.used
-        reduces: Mask = self.space.xp.sum(g * g, axis=-1, keepdims=True) > 2 * self.space.coarsest_eps
-        return reduces
+    def best(self, qr: _QR, norm: Numbers, solver: GMRES) -> Matrices:
+        """The weights of the step with the least residual, rounding errors included; zero if none reduces it."""
+        space, xp = self.space, self.space.xp
+        # Step k solves for the first k + 1 numbers of the first residual, rotated, where there are so many columns.
+        part = qr.used[:, None, :] * xp.astype(self.indices <= self.indices.T, space.dtype)[None, :, :]
+        g = xp.matrix_transpose(qr.rotations[:, :, :1])
+        solved, left = (xp.sum(g * g * of, axis=-1) for of in (part, 1 - part))
+        steps = space.solve_rows(qr.triangle, norm[:, :, None] * g * part)
+        lengths = xp.linalg.vector_norm(steps, axis=-1)
+        bound = solver.bound_of_residual(space, norm * xp.sqrt(left), self.growth(qr), lengths)
+        reduces = (solved > 2 * space.coarsest_eps) & (bound < norm)  # by more than a rounding error, and not NaN
+        bound = xp.where(reduces, bound, xp.full_like(bound, math.inf))
+        chosen = reduces & (self.indices == xp.argmin(bound, axis=-1, keepdims=True))
+        weights: Matrices = xp.sum(xp.where(chosen[:, :, None], steps, xp.zeros_like(steps)), axis=1, keepdims=True)
+        return weights
 
     def growth(self, qr: _QR) -> Numbers:
         """The largest ‖A v‖ of the basis vectors v: the longest column of the Hessenberg matrix."""

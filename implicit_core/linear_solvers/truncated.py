@@ -7,7 +7,7 @@ from .. import settings
 from ..arrays import Mask, Numbers, Operator, State
 from ..backend import Known
 from ..space import Space
-from .base import RECORDED, LinearSolver, measured_growth, relative, start
+from .base import RECORDED, LinearSolver, measured_growth, out_of_range, relative, start
 
 
 class Truncated(NamedTuple):
@@ -16,7 +16,7 @@ class Truncated(NamedTuple):
     Attributes
     ----------
     x
-        The iterate, NaN in samples in which b, or every product that was measured, is not finite.
+        The iterate, NaN in samples in which it, b, or every product that was measured, is not finite.
     relative
         ‖b - A x‖₂ / ‖b‖₂ for each sample, (N, 1): zero where b is zero, and NaN where x is.
     products
@@ -115,7 +115,9 @@ def truncated(
             growth = space.select(c.active & (seen > growth) & (seen < math.inf), seen, growth)
         falls = norm < c.norm if solver.monotone else norm < math.inf
         accept = c.active & (falls | (nothing & (norm < math.inf)))
-        better = c.active & (norm < c.least)
+        # A large x has a large rounding error in its residual, which may be the smaller one by accident.
+        bound = solver.bound_of_residual(space, norm, growth, space.norm(x))
+        better = c.active & (bound < solver.bound_of_residual(space, c.least, growth, space.norm(c.best)))
         going_on = norm > solver.goal(space, x, growth, size, target)
         return _Carry(
             x=space.where(accept, x, c.x),
@@ -135,6 +137,7 @@ def truncated(
         carry = backend.while_loop(lambda c: (c.active,), begin, carry, settings.within(space, most - 1, 0, 1))
     check_every = 1 if solver.loops else solver.check_every
     carry = backend.while_loop(lambda c: (c.active,), body, carry, most - carry.products, check_every)
-    x, measured = space.scale(scale, carry.best), carry.least < math.inf  # false for NaN
-    x = State(tuple(space.filled(a, ~measured, math.nan) for a in x))
-    return Truncated(x, relative(space, carry.least, size), carry.products)
+    x = space.scale(scale, carry.best)
+    invalid = ~(carry.least < math.inf) | out_of_range(space, x)  # where no product was finite, least is infinite
+    x = State(tuple(space.filled(a, invalid, math.nan) for a in x))
+    return Truncated(x, space.blanked(relative(space, carry.least, size), invalid), carry.products)
