@@ -9,10 +9,11 @@ from statistics import median
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from benchmarks.mdeq import fig2, steps, table1, table3
+from benchmarks.mdeq import fig2, fig3, steps, table1, table3
 from benchmarks.mdeq.experiments import ROWS, settings_of
-from benchmarks.mdeq.tables import Result, compared, difference, read, seconds, signed
+from benchmarks.mdeq.tables import Result, compared, difference, last, read, seconds, signed
 from implicit_core.examples.mdeq.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +38,19 @@ PAIRS = (
 """The differences under Tab. 1, in the order of the page."""
 
 
+def section_of(title: str) -> str:
+    """A section of the page."""
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def text_of(title: str) -> str:
+    """Likewise, on one line."""
+    return " ".join(section_of(title).split())
+
+
 def page(section: str) -> list[list[list[str]]]:
     """The tables of a section: rows of cells, without the head."""
-    return tables(PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0])
+    return tables(section_of(section))
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -139,7 +150,7 @@ def test_figure_2(data: str) -> None:
 
 def test_ranges_of_figure_2() -> None:
     """Those of medians, and the least of single batches, late in the training, as the text of the page has them."""
-    text = " ".join(PAGE.split("\n## Figure 2\n")[1].split("\n## ")[0].split())
+    text = text_of("Figure 2")
     cifar10, fashion = (runs(data, "ablation", "implicit") for data in DATA)
 
     def of(results: list[Result], since: int, name: str, what: str = "cosine") -> tuple[str, str, str]:
@@ -167,6 +178,53 @@ def test_ranges_of_figure_2() -> None:
     late = [i for i, moment in enumerate(cifar10[0]["compared"]) if moment["step"] >= 400]
     cosines = np.ravel([fig2.of_all(cifar10, i, "upg-5-0.5", "cosine") for i in late])
     assert f"{np.sum(cosines < 0)} of its {cosines.size} batches" in text
+
+
+def test_figure_3() -> None:
+    rows, differences = page("Figure 3")
+    for cells, row in zip(rows, fig3.ROWS, strict=True):
+        expected = [fig3.label(row)]
+        for data in DATA:
+            results, base = runs(data, "ablation", row), runs(data, "ablation", "upg-5-0.5")
+            expected += compared(results, base)[1:]
+        assert cells == expected
+    row_of = {fig3.label(row): row for row in fig3.ROWS}
+    for name, *cells in differences:
+        one, other = (row_of[label] for label in name.split(" - "))
+        assert cells == [signed(difference(runs(d, "ablation", one), runs(d, "ablation", other))) for d in DATA], name
+
+
+def test_ranges_of_figure_3() -> None:
+    """What the text of the page says of the forms, and of k and λ."""
+    text = text_of("Figure 3")
+    cifar10, fashion = ({row: np.array(last(runs(d, "ablation", row))) for row in fig3.ROWS} for d in DATA)
+    means = [[np.mean(x) for row, x in found.items() if row.startswith("upg")] for found in (cifar10, fashion)]
+    (low, high), (least, most) = ((f"{min(x):.1f}", f"{max(x):.1f}") for x in means)
+    assert f"are {low} to {high} on CIFAR-10, and {least} to {most} on Fashion-MNIST" in text
+
+    def both(found: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """NPG minus UPG, the mean over (k, λ) for each seed, and the variance over seeds of each form."""
+        neumann, unrolled = (
+            np.array([found[f"{form}-{kind}"] for kind in ("5-0.5", "9-0.5", "5-1")]) for form in ("npg", "upg")
+        )
+        return np.mean(neumann - unrolled, axis=0), *(np.var(x, axis=1, ddof=1).mean() for x in (neumann, unrolled))
+
+    minus, of_neumann, of_unrolled = both(cifar10)
+    sizes = f"{np.sqrt(of_neumann):.1f} points, and that of UPG with the same k and λ {np.sqrt(of_unrolled):.1f}"
+    p = f"{stats.f.sf(of_neumann / of_unrolled, 6, 6):.2f}".removeprefix("0")
+    assert f"is {sizes} (F test: p = {p})" in text
+    mean, error = -np.mean(minus), np.std(minus, ddof=1) / np.sqrt(SEEDS)
+    assert f"is {mean:.1f} points lower; over three seeds, with a standard error of {error:.1f}, that is not" in text
+    assert 4.3 * error > mean
+    minus, *variances = both(fashion)
+    (deviation,) = {f"{np.sqrt(variance):.1f}" for variance in variances}
+    assert f"both forms have a deviation of {deviation}, and their means differ by {np.mean(minus):.1f}" in text
+
+    mean, error = difference(*(runs("cifar10", "ablation", row) for row in ("npg-9-0.5", "npg-1-1")))
+    low, high = (f"{-mean + side * stats.t.ppf(0.975, SEEDS - 1) * error:.1f}" for side in (-1, 1))
+    assert f"{-mean:.1f} points behind the one-step gradient ({low} to {high})" in text
+    (run,) = (run for run in runs("cifar10", "ablation", "npg-9-0.5") if f"{last([run])[0]:.1f} %" in text)
+    assert {f"{epoch['train/residual']:.0e}" for epoch in run["epochs"][4:]} == {"3e-06"}
 
 
 def test_settings() -> None:
