@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +15,7 @@ from scipy import stats
 
 from benchmarks.mdeq import fig2, fig3, steps, table1, table3
 from benchmarks.mdeq.experiments import ROWS, settings_of
-from benchmarks.mdeq.tables import Result, compared, difference, last, read, seconds, signed
+from benchmarks.mdeq.tables import Result, best, compared, difference, last, read, seconds, signed
 from implicit_core.examples.mdeq.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -194,37 +196,86 @@ def test_figure_3() -> None:
         assert cells == [signed(difference(runs(d, "ablation", one), runs(d, "ablation", other))) for d in DATA], name
 
 
+def interval(one: str, other: str, data: str) -> tuple[float, float]:
+    """The 95 % interval of a difference of the last epoch."""
+    mean, error = difference(runs(data, "ablation", one), runs(data, "ablation", other))
+    half = stats.t.ppf(0.975, SEEDS - 1) * error
+    return mean - half, mean + half
+
+
 def test_ranges_of_figure_3() -> None:
-    """What the text of the page says of the forms, and of k and λ."""
+    """What the text of the page says of k and λ."""
     text = text_of("Figure 3")
-    cifar10, fashion = ({row: np.array(last(runs(d, "ablation", row))) for row in fig3.ROWS} for d in DATA)
-    means = [[np.mean(x) for row, x in found.items() if row.startswith("upg")] for found in (cifar10, fashion)]
+    unrolled = [row for row in fig3.ROWS if row.startswith("upg")]
+    means = [[np.mean(last(runs(data, "ablation", row))) for row in unrolled] for data in DATA]
     (low, high), (least, most) = ((f"{min(x):.1f}", f"{max(x):.1f}") for x in means)
     assert f"are {low} to {high} on CIFAR-10, and {least} to {most} on Fashion-MNIST" in text
+    others = [row for row in unrolled if row != "upg-5-0.5"]
+    halves = [[np.ptp(interval(row, "upg-5-0.5", data)) / 2 for row in others] for data in DATA]
+    (low, high), (least, most) = ((min(x), max(x)) for x in halves)
+    assert f"of {low:.0f} to {high:.0f} points could not be seen on CIFAR-10, and of {least:.1f} to {most:.0f}" in text
 
-    def both(found: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def behind(one: str, other: str, data: str, words: str) -> str:
+        low, high = interval(other, one, data)
+        return f"{(low + high) / 2:.1f}{words} ({low:.1f} to {high:.1f})"
+
+    assert f"UPG(1) is {behind('upg-1-0.5', 'upg-9-0.5', 'fashion-mnist', ' points behind UPG(9)')}" in text
+    assert f"and UPG(2) {behind('upg-2-0.5', 'upg-9-0.5', 'fashion-mnist', '')}" in text
+    for row in ("upg-1-0.5", "upg-2-0.5", "upg-9-0.5"):
+        low, high = interval(row, "upg-5-0.5", "fashion-mnist")
+        assert low < 0 < high
+    assert behind("npg-9-0.5", "npg-1-1", "cifar10", " points behind the one-step gradient") in text
+    assert f"and {behind('npg-9-0.5', 'upg-5-1', 'cifar10', ' behind UPG(5, 1)')}" in text
+    pairs = list(combinations(fig3.ROWS, 2))
+    resolved = [[pair for pair in pairs if np.prod(interval(*pair, data)) > 0] for data in DATA]
+    assert (len(pairs), len(resolved[0]), len(resolved[1])) == (55, 2, 8)
+    lower = {one if sum(interval(one, other, DATA[1])) < 0 else other for one, other in resolved[1]}
+    assert lower == {"upg-1-0.5", "upg-2-0.5", "upg-5-0.75"}
+    times = [f"{seconds(runs('cifar10', 'ablation', f'upg-{k}-0.5')):.0f}" for k in (1, 2, 5, 9)]
+    assert f"takes {', '.join(times[:3])} and {times[3]} s on CIFAR-10" in text
+
+
+def test_the_two_forms_of_figure_3() -> None:
+    """Likewise, of NPG beside UPG."""
+    text = text_of("Figure 3")
+    kinds = ("5-0.5", "9-0.5", "5-1")
+
+    def both(data: str, of: Callable[[list[Result]], list[float]]) -> tuple[np.ndarray, float, float]:
         """NPG minus UPG, the mean over (k, λ) for each seed, and the variance over seeds of each form."""
         neumann, unrolled = (
-            np.array([found[f"{form}-{kind}"] for kind in ("5-0.5", "9-0.5", "5-1")]) for form in ("npg", "upg")
+            np.array([of(runs(data, "ablation", f"{form}-{kind}")) for kind in kinds]) for form in ("npg", "upg")
         )
         return np.mean(neumann - unrolled, axis=0), *(np.var(x, axis=1, ddof=1).mean() for x in (neumann, unrolled))
 
-    minus, of_neumann, of_unrolled = both(cifar10)
-    sizes = f"{np.sqrt(of_neumann):.1f} points, and that of UPG with the same k and λ {np.sqrt(of_unrolled):.1f}"
-    p = f"{stats.f.sf(of_neumann / of_unrolled, 6, 6):.2f}".removeprefix("0")
-    assert f"is {sizes} (F test: p = {p})" in text
-    mean, error = -np.mean(minus), np.std(minus, ddof=1) / np.sqrt(SEEDS)
-    assert f"is {mean:.1f} points lower; over three seeds, with a standard error of {error:.1f}, that is not" in text
-    assert 4.3 * error > mean
-    minus, *variances = both(fashion)
-    (deviation,) = {f"{np.sqrt(variance):.1f}" for variance in variances}
-    assert f"both forms have a deviation of {deviation}, and their means differ by {np.mean(minus):.1f}" in text
+    def p(neumann: float, unrolled: float) -> str:
+        degrees = len(kinds) * (SEEDS - 1)
+        return f"{2 * stats.f.sf(neumann / unrolled, degrees, degrees):.2f}".removeprefix("0")
 
-    mean, error = difference(*(runs("cifar10", "ablation", row) for row in ("npg-9-0.5", "npg-1-1")))
-    low, high = (f"{-mean + side * stats.t.ppf(0.975, SEEDS - 1) * error:.1f}" for side in (-1, 1))
-    assert f"{-mean:.1f} points behind the one-step gradient ({low} to {high})" in text
-    (run,) = (run for run in runs("cifar10", "ablation", "npg-9-0.5") if f"{last([run])[0]:.1f} %" in text)
-    assert {f"{epoch['train/residual']:.0e}" for epoch in run["epochs"][4:]} == {"3e-06"}
+    minus, *variances = both("cifar10", last)
+    neumann, unrolled = np.sqrt(variances)
+    assert f"is {neumann:.1f} points, and over UPG's with the same k and λ {unrolled:.1f}" in text
+    assert f"(F test: p = {p(*variances)}, as if" in text
+    mean, error = -np.mean(minus), np.std(minus, ddof=1) / np.sqrt(SEEDS)
+    assert f"of NPG is {mean:.1f} points lower, with a standard error of {error:.1f}, which is not resolved" in text
+    assert 4.3 * error > mean
+    _, *variances = both("cifar10", best)
+    neumann, unrolled = np.sqrt(variances)
+    assert f"epoch it is {neumann:.1f} against {unrolled:.1f} (p = {p(*variances)})" in text
+    minus, *variances = both("fashion-mnist", last)
+    (deviation,) = {f"{np.sqrt(variance):.1f}" for variance in variances}
+    assert f"both deviations are {deviation}, and the means differ by {np.mean(minus):.2f} points" in text
+
+    def epochs(row: str, *which: int) -> list[tuple[str, str]]:
+        """Accuracy and residual of seed 1."""
+        run = runs("cifar10", "ablation", row)[1]["epochs"]
+        found = [(run[i - 1]["test/accuracy"], run[i - 1]["test/residual"]) for i in which]
+        return [(f"{100 * accuracy:.0f}", f"{residual:.0e}".replace("e-0", "e-")) for accuracy, residual in found]
+
+    (high, before), (low, after) = epochs("npg-5-1", 5, 6)
+    assert f"from {high} to {low} % in its sixth epoch, while its residual rises from {before} to {after}" in text
+    (high, before), (low, after) = epochs("npg-5-0.5", 4, 6)
+    assert f"from {high} to {low} % from the fourth to the sixth epoch" in text
+    assert f"and its residual falls from {before} to {after}" in text
 
 
 def test_settings() -> None:

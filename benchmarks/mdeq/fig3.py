@@ -12,8 +12,8 @@ from . import command
 from .tables import Result, about, accuracies, compared, median
 
 PANELS = {
-    "(a) k, λ = .5": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
-    "(a) λ, k = 5": ("upg-5-0.25", "upg-5-0.5", "upg-5-0.75", "upg-5-1"),
+    "(a) k, at λ = .5": ("upg-1-0.5", "upg-2-0.5", "upg-5-0.5", "upg-9-0.5"),
+    "(a) λ, at k = 5": ("upg-5-0.25", "upg-5-0.5", "upg-5-0.75", "upg-5-1"),
     "(b) the two forms": ("upg-5-0.5", "npg-5-0.5", "upg-9-0.5", "npg-9-0.5", "upg-5-1", "npg-5-1", "npg-1-1"),
 }
 ROWS = tuple(dict.fromkeys(row for rows in PANELS.values() for row in rows))
@@ -27,7 +27,8 @@ best      accuracy of each run's best epoch, which is chosen on the test, and in
 - 5       difference of last from UPG(5, 0.5), between runs of equal seeds: mean
           and standard error
 residual  mean relative residual in the last test, median over runs
-Curves are means over runs, without those that diverged.
+Curves are means over runs, without those that diverged; bands in (a) are the
+standard deviation over runs.
 UPG(k, λ), NPG(k, λ); NPG(1, 1) is the one-step gradient, OneStep()."""
 
 
@@ -50,7 +51,7 @@ def publish(console: Console, options: argparse.Namespace, found: dict[str, list
 
 
 def picture(record: dict[str, Any]) -> Any:
-    """Accuracy against epochs; bands are the runs' standard deviation."""
+    """Accuracy against epochs; bands are the runs' standard deviation, where they do not hide each other."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 4), sharey=True)
@@ -63,7 +64,8 @@ def picture(record: dict[str, Any]) -> Any:
             epochs = np.arange(1, len(mean) + 1)
             form, color = row.partition("-")[0], f"C{KINDS.index(row.partition('-')[2])}"
             axis.plot(epochs, mean, color=color, ls="--" if form == "npg" else "-", label=label(row))
-            axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.12, lw=0)
+            if len(rows) < 5:
+                axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.12, lw=0)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False, loc="lower right")
