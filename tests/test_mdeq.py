@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ import implicit_core as ic
 from implicit_core.adapters import torch as ict
 from implicit_core.examples import program
 from implicit_core.examples.mdeq import model as mdeq
-from implicit_core.examples.mdeq import run
+from implicit_core.examples.mdeq import run, source
 from implicit_core.examples.mdeq.__main__ import PROGRAM, main
 from implicit_core.examples.mdeq.data import Images, fashion_mnist
 from implicit_core.examples.mdeq.data.imagenet import central_view
@@ -692,13 +693,17 @@ def test_without_augmentation_images_in_files_are_seen_as_in_a_test(tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named_in_one_sentence(workers: int, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named_in_one_sentence(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a worker reads it."""
+    if workers:  # a fork of a process in which other tests have started JAX may wait forever
+        monkeypatch.setattr(source, "DataLoader", partial(source.DataLoader, multiprocessing_context="spawn"))
     write_images(tmp_path)
     path = tmp_path / "train" / "dog" / "1.png"
     path.write_bytes(b"no image")
-    source = Source.of(PRESETS["imagenet"], tmp_path, workers)
-    batches = source.batches(source.train, torch.tensor([[0, 1], [2, 4]]))
+    images = Source.of(PRESETS["imagenet"], tmp_path, workers)
+    batches = images.batches(images.train, torch.tensor([[0, 1], [2, 4]]))
     next(batches)
     with pytest.raises(TrainingError, match=rf"^{path} can't be read as an image \([^\n]*\)\.$"):
         next(batches)

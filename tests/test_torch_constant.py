@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import implicit_core as ic
 from implicit_core.adapters import torch as ict
@@ -559,3 +560,51 @@ class OfSum(nn.Module):
 
     def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return 0.5 * torch.tanh(self.body(h + x))
+
+
+class Checkpointed(Cell):
+    """A cell that computes its linear part again in the backward pass."""
+
+    options: dict[str, Any] | None = None
+    """Of the checkpoint; None for none."""
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def part(h: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.inner(torch.sin(h)))
+
+        y = part(h) if self.options is None else checkpoint(part, h, use_reentrant=False, **self.options)
+        return 0.6 * torch.tanh(y + x)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "weight", "spectral"])
+@pytest.mark.parametrize("gradient", [*ESTIMATORS, ic.BPTT(4)], ids=repr)
+def test_a_checkpoint_in_a_cell_has_the_masks_and_weights_of_the_solve(gradient: ic.Estimator, kind: str) -> None:
+    """Or raises an error. Also in a second backward pass, and with another solve in between."""
+    solver = ic.steps(0) if isinstance(gradient, ic.BPTT) else SOLVER
+    cell = Checkpointed(NORMALIZATIONS.get(kind), p=0.5 if kind == "dropout" else 0.0)
+    layer = ict.ImplicitLayer(cell, solver=solver, gradient=gradient)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def gradients(options: dict[str, Any] | None) -> list[torch.Tensor]:
+        layer.load_state_dict(state)  # spectral_norm makes power iterations
+        cell.options = options
+        torch.manual_seed(2)
+        x = inputs()[1]
+        loss, _ = layer(x).square().sum(), layer(x)
+        wanted = [x, *layer.parameters()]
+        found = torch.autograd.grad(loss, wanted, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, wanted), found, rtol=0, atol=0)
+        return list(found)
+
+    expected = gradients(None)
+    again = gradients({"context_fn": ict.constant_in_checkpoint})
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(CheckpointError):
+        gradients({})
+
+
+def test_dropout_in_a_checkpoint_outside_of_a_layer_needs_nothing() -> None:
+    dropout, x = VariationalDropout(0.5), torch.ones(64, requires_grad=True)
+    y = checkpoint(dropout, x, use_reentrant=False)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(slope, y)

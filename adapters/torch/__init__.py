@@ -11,6 +11,7 @@ from .root_module import RootLayer
 from .training import (
     Trajectory,
     VariationalDropout,
+    constant_in_checkpoint,
     constant_within_solve,
     fixed_point_correction,
     jacobian_penalty,
@@ -25,6 +26,7 @@ __all__ = [
     "RootLayer",
     "Trajectory",
     "VariationalDropout",
+    "constant_in_checkpoint",
     "constant_within_solve",
     "fixed_point",
     "fixed_point_correction",

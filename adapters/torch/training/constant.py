@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar, Token
 from threading import Lock
 from types import MappingProxyType
 
@@ -94,16 +94,57 @@ def constant_within_solve(cell: Map[H, Z], *modules: nn.Module) -> Map[H, Z]:
 
     def constant(h: H, z: Z) -> H:
         trial = _trial.get()
-        tokens = _masks.set(masks if trial is None else trial), _weights.set({**_weights.get(), **held})
-        _return_held(held)
-        try:
+        with _Held(masks if trial is None else trial, {**_weights.get(), **held}):
             return cell(h, z)
-        finally:
-            _compute_again(held)
-            _masks.reset(tokens[0])
-            _weights.reset(tokens[1])
 
     return constant
+
+
+class _Held:
+    """Evaluations with these masks and weights; may be entered again."""
+
+    def __init__(self, masks: Masks | None, weights: Weights) -> None:
+        self._masks, self._weights = masks, weights
+        self._before: list[tuple[Token[Masks | None], Token[Weights]]] = []
+
+    def __enter__(self) -> None:
+        self._before.append((_masks.set(self._masks), _weights.set(self._weights)))
+        _return_held(self._weights)
+
+    def __exit__(self, *_: object) -> None:
+        _compute_again(self._weights)
+        masks, weights = self._before.pop()
+        _masks.reset(masks)
+        _weights.reset(weights)
+
+
+def constant_in_checkpoint() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The ``context_fn`` of a :func:`torch.utils.checkpoint.checkpoint` inside a cell.
+
+    A checkpoint evaluates its function again in the backward pass, when the solve is over. With this it has the weights
+    and the masks of the solve there. Without it PyTorch raises a ``CheckpointError`` where a parametrized weight, or a
+    :class:`VariationalDropout` whose input requires a gradient, is inside of it. ``use_reentrant=True``, which has no
+    ``context_fn``, would draw another mask, and nothing would tell: do not use it.
+
+    Returns
+    -------
+    tuple
+        Two context managers, as PyTorch asks for: for the first evaluation and for the other ones.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> from implicit_core.adapters import torch as ict
+    >>> inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 3))
+    >>> again = {"use_reentrant": False, "context_fn": ict.constant_in_checkpoint}
+    >>> cell = lambda h, x: 0.5 * torch.tanh(checkpoint(inner, h, **again) + x)
+    >>> f = ict.constant_within_solve(cell, inner)
+    >>> ict.fixed_point(f, torch.zeros(4, 3), torch.ones(4, 3), batch_ndim=1).value.sum().backward()
+    >>> inner.parametrizations.weight.original1.grad.shape
+    torch.Size([3, 3])
+    """
+    return nullcontext(), _Held(_masks.get(), _weights.get())
 
 
 @contextmanager
@@ -165,7 +206,10 @@ class VariationalDropout(nn.Module):
         if not masks and (not self.training or self.p == 0.0):
             return x
         if masks is None:
-            return x * self._draw(x)
+            # The mask has one axis more than within a solve. By that a checkpoint sees that it evaluates a cell again
+            # without the masks of the solve, and raises an error, see constant_in_checkpoint.
+            product: Tensor = (x * self._draw(x)[None])[0]
+            return product
         key = self, tuple(x.shape)
         if key not in masks:
             if not self.training or self.p == 0.0:
