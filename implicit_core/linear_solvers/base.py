@@ -154,10 +154,6 @@ class LinearSolver(Record, ABC):
     """Whether a cycle that is not accepted is undone. Otherwise a number that is not finite stays in the result."""
     uses_transpose: ClassVar[bool] = False
     """Whether the method needs products with Aᵀ."""
-    uses_transpose: ClassVar[bool] = False
-    """Whether the method needs products with Aᵀ."""
-    uses_transpose: ClassVar[bool] = False
-    """Whether the method needs products with Aᵀ."""
     loops: ClassVar[bool] = True
     """Whether a cycle has a loop of its own. Otherwise it is a single step."""
     recomputes: ClassVar[bool] = True
