@@ -12,18 +12,17 @@ from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from implicit_core.examples import program
-from implicit_core.examples.program import Stop, TrainingError
+from implicit_core.examples.program import Stop, TrainingError, write
 
 R = TypeVar("R", bound="Run")
 
 
-class ResultError(Exception):
+class ResultError(TrainingError):
     """Why a result or a checkpoint cannot be used, in a sentence."""
 
 
@@ -210,19 +209,5 @@ def rounded(tree: Any) -> Any:
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Write a record, with six digits of each number; see :func:`write`."""
+    """Write a record, with six digits of each number."""
     write(file, lambda to: to.write((json.dumps(rounded(record), indent=1) + "\n").encode()))
-
-
-def write(file: Path, content: Callable[[IO[bytes]], object]) -> None:
-    """Write a file; whatever happens meanwhile, it is the old one or the new one, and whole.
-
-    Raises
-    ------
-    ResultError
-        If it can't be written.
-    """
-    try:
-        program.write(file, content)
-    except TrainingError as error:
-        raise ResultError(str(error)) from error

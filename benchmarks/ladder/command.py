@@ -7,8 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from implicit_core.examples.program import TrainingError
+
 from .. import report
-from ..runs import ResultError, make_all, say
+from ..runs import make_all, say
 from .runs import Run, execute
 from .tasks import TASKS
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.report:
             make_all(runs, partial(execute, say=say), workers=options.workers, restart=options.restart)
-    except ResultError as error:
+    except TrainingError as error:
         console.print(f"python -m benchmarks ladder: {error}", style="red", highlight=False)
         return 2
     except KeyboardInterrupt:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from implicit_core.examples.program import write
+
 from .. import report, runs
-from ..runs import write
 from .measures import checkpoint
 from .rungs import rungs
 from .tasks import TASKS, Data, Examples, Settings

@@ -13,7 +13,7 @@ from implicit_core.examples.mdeq.run import place_of
 from implicit_core.examples.program import TrainingError
 
 from .. import report
-from ..runs import ResultError, make_all
+from ..runs import make_all
 from .experiments import DATA, SCALES
 from .tables import read, require_same_images
 from .trainings import OutOfTimeError, Run, begin, execute
@@ -107,7 +107,7 @@ def run(
             console.print(f"no run of {name} is finished in {options.results}", highlight=False)
             return 1
         return publish(console, options, found)
-    except (ResultError, TrainingError) as error:
+    except TrainingError as error:
         console.print(f"python -m benchmarks {name}: {error}", style="red", highlight=False)
         return 2
     except KeyboardInterrupt:

@@ -86,8 +86,11 @@ class Best(NamedTuple):
         """The best iterate before the first step, where the residual is ``norm``; None if the last one is wanted."""
         return cls(space.zeros(), (1 - space.coarsest_eps) * norm) if solver.keeps_best else None
 
-    def or_better(self, space: Space, x: State, bound: Numbers, valid: Mask) -> "Best":
-        """``x`` where that is ``valid`` and its bound lower, else this one."""
+    def updated(
+        self, solver: "LinearSolver", space: Space, x: State, norm: Numbers, growth: Numbers, valid: Mask
+    ) -> "Best":
+        """The better one of this and ``x``, where that is ``valid``; see :meth:`LinearSolver.bound_of_residual`."""
+        bound = solver.bound_of_residual(space, norm, growth, space.norm(x))
         better = valid & (bound < self.bound)
         return Best(space.where(better, x, self.x), space.select(better, bound, self.bound))
 

@@ -86,7 +86,7 @@ class BiCGSTAB(PreconditionedSolver):
             growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
             return _Carry(
                 space.where(ok, x, c.x),
-                c.best and c.best.or_better(space, x, self.bound_of_residual(space, norm, growth, space.norm(x)), ok),
+                c.best and c.best.updated(self, space, x, norm, growth, ok),
                 space.where(ok, r, c.r),
                 space.where(ok, p, c.p),
                 space.select(ok, rho, c.rho),

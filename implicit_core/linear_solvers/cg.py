@@ -82,7 +82,7 @@ class CG(PreconditionedSolver):
             seen = space.norm(q) / positive(space.norm(c.p), space)
             growth = space.select(ok, xp.maximum(c.growth, seen), c.growth)
             norm = xp.sqrt(squared)
-            best = c.best and c.best.or_better(space, x, self.bound_of_residual(space, norm, growth, space.norm(x)), ok)
+            best = c.best and c.best.updated(self, space, x, norm, growth, ok)
             active = ok & (norm > target)
             if precondition is not None:
                 active = active & (product > 0)

@@ -99,11 +99,10 @@ class GMRES(PreconditionedSolver):
         basis = space.set_row(space.history(steps + 1), 0, v)
         carry = _Carry(v, basis, hessenberg.empty(), active, 0, None if precondition is None else space.full(0.0))
         carry = space.backend.while_loop(lambda c: (c.active,), body, carry, most, self.check_every)
-        qr = carry.qr
-        weights = hessenberg.best(qr, norm, self) if self.keeps_best else hessenberg.least_squares(qr, norm)
+        weights = hessenberg.best(carry.qr, norm, self) if self.keeps_best else hessenberg.least_squares(carry.qr, norm)
         y = space.state(space.combine(weights, carry.basis))
         if precondition is None or carry.growth is None:
-            return y, carry.steps, hessenberg.growth(qr)
+            return y, carry.steps, hessenberg.growth(carry.qr)
         return precondition(y), carry.steps, carry.growth
 
 

@@ -130,8 +130,7 @@ class MINRES(PreconditionedSolver):
             going_on = ok & (error > target) & (beta > 0)
             return _Carry(
                 x=x,
-                best=c.best
-                and c.best.or_better(space, x, self.bound_of_residual(space, error, growth, space.norm(x)), ok),
+                best=c.best and c.best.updated(self, space, x, error, growth, ok),
                 r=r,
                 u_before=c.u,
                 u=u,

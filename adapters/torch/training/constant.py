@@ -104,15 +104,15 @@ class _Held:
     """Evaluations with these masks and weights; may be entered again."""
 
     def __init__(self, masks: Masks | None, weights: Weights) -> None:
-        self._masks, self._weights = masks, weights
+        self.masks, self.weights = masks, weights
         self._before: list[tuple[Token[Masks | None], Token[Weights]]] = []
 
     def __enter__(self) -> None:
-        self._before.append((_masks.set(self._masks), _weights.set(self._weights)))
-        _return_held(self._weights)
+        self._before.append((_masks.set(self.masks), _weights.set(self.weights)))
+        _return_held(self.weights)
 
     def __exit__(self, *_: object) -> None:
-        _compute_again(self._weights)
+        _compute_again(self.weights)
         masks, weights = self._before.pop()
         _masks.reset(masks)
         _weights.reset(weights)
