@@ -16,7 +16,7 @@ from .report import ROOT
 
 FIRST = (
     *("test_torch_graphs_gpu", "test_cupy_gpu", "test_jax_gpu", "test_adapters_torch", "test_torch_graphs"),
-    *("test_mdeq", "test_estimators", "test_solvers", "test_linear_solvers", "test_theorems"),
+    *("test_mdeq_training", "test_estimators", "test_solvers", "test_linear_solvers", "test_theorems"),
 )
 """The files with the tests of most value, in order. All others have tests of the core with CuPy's arrays."""
 OWN = tuple(f"tests/{name}.py" for name in FIRST[:6])

@@ -2,7 +2,7 @@
 
 They train twice: at one go, and stopped after a step and resumed.
 
-Run by test_mdeq.py: ``torchrun --nproc-per-node 2 mdeq_worker.py FOLDER``.
+Run by test_mdeq_training.py: ``torchrun --nproc-per-node 2 mdeq_worker.py FOLDER``.
 """
 
 import os
@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -43,8 +44,6 @@ if __name__ == "__main__":
     with run.processes("cpu") as found:
         run.processes = lambda _: nullcontext(found)  # they meet once: a second time they may find the first group
         save(run.run(SETTINGS), folder / f"{rank}.pt")
-        run.Training = Stopped  # type: ignore[misc]
-        with suppress(KeyboardInterrupt):
+        with patch.object(run, "Training", Stopped), suppress(KeyboardInterrupt):
             run.run(SETTINGS, checkpoint=checkpoint)
-        run.Training = Training  # type: ignore[misc]
         save(run.run(SETTINGS, checkpoint=checkpoint, resume=True), folder / f"resumed-{rank}.pt")
