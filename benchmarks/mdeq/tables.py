@@ -68,7 +68,7 @@ def count(results: Sequence[Result]) -> str:
 
 
 def median(values: Sequence[float | None]) -> float:
-    """The median, NaN if a number was not finite or there is none."""
+    """The median; NaN without numbers, and where a number was not finite."""
     return float(np.median(numbers(values))) if values else float("nan")
 
 
